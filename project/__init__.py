@@ -1,0 +1,29 @@
+"""One frozen backbone, many specialised heads: transfer learning with PyTorch Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from project.artifacts.load import Classifier, load
+    from project.classifier import ImageClassifier
+    from project.data.datamodule import ImageDataModule
+    from project.trainer import Trainer
+
+__all__ = ["Classifier", "ImageClassifier", "ImageDataModule", "Trainer", "load"]
+
+_HOMES = {
+    "Classifier": "project.artifacts.load",
+    "ImageClassifier": "project.classifier",
+    "ImageDataModule": "project.data.datamodule",
+    "Trainer": "project.trainer",
+    "load": "project.artifacts.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and Lightning take seconds to import, so a name brings them in when it is first used.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'project' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

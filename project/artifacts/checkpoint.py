@@ -1,0 +1,67 @@
+"""Reading a checkpoint safely, before any model is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from project.components import resolve
+from project.errors import CheckpointError, ConfigError
+
+#: Parts of the hyper-parameters that name a class, and what kind of class it has to be.
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "head": nn.Module,
+    "optimizer": Optimizer,
+    "scheduler": (LRScheduler, ReduceLROnPlateau),
+}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's plain types and tensors; nothing in it is executed.
+
+    Args:
+        path: A ``.ckpt`` file of this project.
+
+    Returns:
+        The checkpoint, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: It is missing, damaged, holds code, or is not one of this project's.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}.")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise nearly anything
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise CheckpointError(
+            f"{path} cannot be loaded as plain tensors: it is damaged, or holds code ({type(error).__name__}: {reason})."
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("transfer"), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project.")
+    return checkpoint
+
+
+def read_hyper_parameters(path: str | Path) -> dict[str, Any]:
+    """The arguments that a checkpoint's model was made with, in plain types.
+
+    Args:
+        path: A ``.ckpt`` file of this project.
+
+    Raises:
+        CheckpointError: As :func:`read_checkpoint`, or it names a class that may not be imported.
+    """
+    values = dict(read_checkpoint(path)["hyper_parameters"])
+    for part, base in PARTS.items():
+        if values.get(part) is not None:
+            try:
+                resolve(values[part], base)
+            except ConfigError as error:
+                raise CheckpointError(f"{path}: model.{part}: {error}") from error
+    return values

@@ -1,0 +1,297 @@
+"""ImageClassifier: a backbone, of which some or all is frozen, and a head, as a LightningModule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MetricCollection
+
+from project.components import describe, resolve
+from project.errors import CheckpointError, ConfigError, DataError, FrozenError
+from project.metrics import evaluation_metrics, training_metrics
+from project.models.backbone import load_backbone
+from project.models.heads import LinearHead
+
+HeadCallable = Callable[[int, int], nn.Module]
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+FORMAT = 1  # of what a checkpoint holds under "transfer"
+
+
+class ImageClassifier(pl.LightningModule):
+    """A pretrained backbone and a new head; what is frozen stays bit for bit what it was.
+
+    ``encode`` and ``classify`` are its two halves: images to rows at the cut, rows to logits.
+
+    Args:
+        backbone: A torchvision classifier, or ``timm/NAME``.
+        weights: A name of torchvision's or timm's weights, a file, ``pkg:NAME`` of an installed package, or null for
+            random ones.
+        trainable: What trains besides the head: head (nothing), a stage such as layer4 (from it to the end), or all.
+        image_size: Side of the network's input in pixels; by default what the weights ask for.
+        head: Class of the head; it gets the width of the features and the number of classes.
+        optimizer: Class of the optimizer and its arguments.
+        scheduler: Class of the learning-rate scheduler and its arguments, stepped once an epoch.
+        label_smoothing: Share of each label that is spread over all classes, in [0, 1).
+        class_weights: Weight of each class in the loss, in order of the classes' names.
+        channels_last: Keep images and weights in channels_last memory format, the faster one on CPUs and tensor cores.
+        compile: Run the backbone's stages through torch.compile.
+        classes: Names of the classes; by default those of the data or of the checkpoint.
+
+    Raises:
+        ModelError: Unknown backbone or stage.
+        WeightsError: Weights that are unknown, missing, altered, unsafe, or of another network.
+        ConfigError: Arguments out of their range.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        weights: str | None = "IMAGENET1K_V1",
+        trainable: str = "head",
+        image_size: int | None = None,
+        head: HeadCallable = LinearHead,
+        optimizer: OptimizerCallable = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9),
+        scheduler: SchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.hparams.pop("_instantiator", None)
+        for part in ("head", "optimizer", "scheduler"):  # plain types alone, so that the checkpoint loads safely
+            if self.hparams[part] is not None:
+                self.hparams[part] = describe(self.hparams[part])
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"model.label_smoothing has to be at least 0 and less than 1, not {label_smoothing}.")
+
+        self.backbone, self.origin = load_backbone(backbone, weights, trainable, image_size)
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone.to(memory_format=self._layout)  # type: ignore[call-overload]
+        if compile:
+            for stage in self.backbone.stages.values():
+                stage.compile()
+        self.head: nn.Module = nn.Identity()
+        self.frozen_sha256: str | None = None
+        if classes is not None:
+            self._name_classes(classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits; empty until the data or a checkpoint has named them."""
+        return tuple(self.hparams["classes"] or ())
+
+    def _name_classes(self, classes: Sequence[str]) -> None:
+        """Make the parts whose size is the number of classes: head, loss weights, metrics."""
+        self.hparams["classes"] = list(classes)
+        self.head = resolve(self.hparams["head"], nn.Module)(self.backbone.feature_dim, len(classes))
+        weights = self.hparams["class_weights"]
+        if weights is not None and len(weights) != len(classes):
+            raise ConfigError(f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}).")
+        self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        self.train_metrics = training_metrics(len(classes))
+        self.val_metrics = evaluation_metrics(classes, "val")
+        self.test_metrics = evaluation_metrics(classes, "test")
+
+    def setup(self, stage: str) -> None:
+        """Take the classes from the data, and tell the data what the weights ask of an image.
+
+        Raises:
+            DataError: The data's classes are not those that the head was trained on.
+            ConfigError: Nothing names the classes.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "preprocessing"):
+            data.preprocessing = self.backbone.preprocessing
+        named = getattr(data, "classes", None)
+        if named and self.classes and tuple(named) != self.classes:
+            raise DataError(
+                f"The data's classes ({', '.join(named)}) are not the model's ({', '.join(self.classes)}), in this order."
+                "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
+            )
+        if named and not self.classes:
+            self._name_classes(named)
+        if not self.classes:
+            raise ConfigError("Nothing names the classes: give --data.root PATH to train, or --ckpt_path X.ckpt.")
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the frozen half: images to rows at the cut, without a gradient graph.
+
+        Args:
+            images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
+
+        Returns:
+            Features ``(B, D)`` with ``trainable: head``, else maps ``(B, K, h, w)``.
+        """
+        return self.backbone.encode(images.contiguous(memory_format=self._layout))
+
+    def classify(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the trained half: rows at the cut to logits ``(B, C)``."""
+        logits: torch.Tensor = self.head(self.backbone.refine(rows))
+        return logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
+        return self.classify(self.encode(images))
+
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, metrics: MetricCollection) -> torch.Tensor:
+        images, labels = batch
+        logits = self(images).float()
+        smoothing = self.hparams["label_smoothing"]
+        loss = functional.cross_entropy(logits, labels, self.loss_weights, label_smoothing=smoothing)
+        metrics.update(logits.detach().softmax(1), labels)
+        self.log(
+            f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels)
+        )
+        return loss
+
+    def _epoch_end(self, metrics: MetricCollection) -> None:
+        # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
+        values = metrics.compute()
+        metrics.reset()
+        shown = [name for name in values if name.endswith("/accuracy")]
+        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        self.log_dict(values)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
+        return self._step(batch, "train", self.train_metrics)
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Loss and metrics of a batch."""
+        self._step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Loss and metrics of a batch."""
+        self._step(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
+        """Paths and probabilities ``(B, C)``, float32, of a batch of images and their paths."""
+        images, paths = batch
+        return paths, self(images).float().softmax(1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics of the epoch."""
+        self._epoch_end(self.train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the epoch."""
+        self._epoch_end(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test."""
+        self._epoch_end(self.test_metrics)
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer over all that trains, and the injected scheduler."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = resolve(self.hparams["optimizer"], Optimizer)(parameters)
+        if self.hparams["scheduler"] is None:
+            return optimizer
+        scheduler = resolve(self.hparams["scheduler"], (LRScheduler, ReduceLROnPlateau))(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    def on_fit_start(self) -> None:
+        """Take the fingerprint of what is frozen."""
+        self.frozen_sha256 = self.backbone.fingerprint()
+
+    def on_train_end(self) -> None:
+        """Take it again.
+
+        Raises:
+            FrozenError: It has changed.
+        """
+        now = self.backbone.fingerprint()
+        if now != self.frozen_sha256:
+            raise FrozenError(
+                f"The frozen part of {self.backbone.name} has changed in training: SHA-256 {self.frozen_sha256} before, "
+                f"{now} after.\nSome callback or code of yours writes to it; the checkpoints of this run are not to be used."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the model besides its tensors, in plain types."""
+        return {
+            "format": FORMAT,
+            "classes": list(self.classes),
+            "preprocessing": self.backbone.preprocessing.as_dict(),
+            "backbone": {
+                "name": self.backbone.name,
+                "weights": self.origin.weights,
+                "source": self.origin.source,
+                "sha256": self.backbone.sha256,
+            },
+            "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.frozen_sha256},
+            "versions": {name: version(name) for name in ("torch", "torchvision", "lightning")},
+        }
+
+    def _is_frozen(self, key: str) -> bool:
+        return key.startswith(tuple(f"backbone.stages.{name}." for name in self.backbone.frozen_names))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
+        checkpoint["transfer"] = self.identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.
+
+        Raises:
+            CheckpointError: Another backbone, missing or unexpected tensors, other classes.
+        """
+        theirs = checkpoint.get("transfer")
+        if not isinstance(theirs, dict) or theirs.get("format") != FORMAT:
+            raise CheckpointError("This is not a checkpoint of this project (or of a newer version of it).")
+        ours = self.identity()
+        if theirs["backbone"]["sha256"] != ours["backbone"]["sha256"]:
+            named = [f"{one['backbone']['name']} ({one['backbone']['source']})" for one in (theirs, ours)]
+            raise CheckpointError(
+                f"The checkpoint was trained on another backbone: {named[0]}, this model has {named[1]}; "
+                f"SHA-256 {theirs['backbone']['sha256'][:12]}, not {ours['backbone']['sha256'][:12]}.\n"
+                "Leave --model.backbone and --model.weights out, and the checkpoint's own are taken."
+            )
+        if theirs["classes"] != ours["classes"]:
+            raise CheckpointError(f"The checkpoint's classes are {theirs['classes']}, the model's {ours['classes']}.")
+        state = self.state_dict()
+        expected = {key for key in state if not self._is_frozen(key)}
+        for kind, keys in (
+            ("lacks", expected - checkpoint["state_dict"].keys()),
+            ("has an unexpected", checkpoint["state_dict"].keys() - expected),
+        ):
+            if keys:
+                raise CheckpointError(
+                    f"The checkpoint {kind} tensor {sorted(keys)[0]!r}: it was trained with another model.head or "
+                    "model.trainable. Leave these flags out, and the checkpoint's own are taken."
+                )
+        self._keep_flags(checkpoint)
+        checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}
+
+    def _keep_flags(self, checkpoint: dict[str, Any]) -> None:
+        """On a resume, let an optimizer's arguments that were given anew beat those of the checkpoint."""
+        then, now = checkpoint["hyper_parameters"].get("optimizer"), self.hparams["optimizer"]
+        if not checkpoint.get("optimizer_states") or then == now:
+            return
+        if then["class_path"] != now["class_path"]:
+            checkpoint["optimizer_states"] = []  # another optimizer begins with no state
+            return
+        changed = {k: v for k, v in now["init_args"].items() if then["init_args"].get(k) != v}
+        if "lr" in changed:
+            changed["initial_lr"] = changed["lr"]
+        for group in checkpoint["optimizer_states"][0]["param_groups"]:
+            group.update({k: v for k, v in changed.items() if k in group})
+        for schedule in checkpoint.get("lr_schedulers", []):
+            if "lr" in changed and "base_lrs" in schedule:
+                schedule["base_lrs"] = [changed["lr"]] * len(schedule["base_lrs"])

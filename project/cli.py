@@ -1,0 +1,179 @@
+"""The command line: LightningCLI with the project's defaults, folders of runs, and errors for people."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from project.artifacts.checkpoint import read_hyper_parameters
+from project.callbacks.dashboard import Dashboard
+from project.callbacks.report import Report
+from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
+from project.errors import ConfigError, ProjectError
+from project.explain import explain
+from project.trainer import Trainer
+
+RUNS = "runs"
+
+
+class TransferCLI(LightningCLI):
+    """``python -m project VERB``."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self._args = list(args)
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            trainer_class=Trainer,
+            # The report says what trains and what is frozen shorter than the model summary would.
+            trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=self._args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
+        return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Flags of all verbs besides those of the model, the data and the trainer."""
+        parser.add_argument("--name", type=str | None, help="Folder of the run under runs/; by default the data's name.")
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and put a mistake into words.
+
+        Raises:
+            ConfigError: A flag or key is unknown, or its value is not of its kind.
+        """
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            verb = next((word for word in args if word in self._subcommand_parsers), None)
+            raise explain(error, self._parser(verb)) from error
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the arguments of their methods that are not flags."""
+        inherited = LightningCLI.subcommands()
+        return {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
+
+        Lightning's own puts them over the flags (issue 21455).
+        """
+        verb = self.config.subcommand
+        path = self.config[verb].get("ckpt_path")
+        if not path or path in ("best", "last", "hpc", "registry"):
+            return
+        hyper_parameters = read_hyper_parameters(path)
+        self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in hyper_parameters.items()})
+        self.parse_arguments(self.parser, self._args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
+        given = self._get(self.config_init, "trainer")
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(**{"logger": given["logger"] or False}, **kwargs)
+        dashboard = Dashboard()
+        self._report = Report(dashboard)
+        callbacks: list[pl.Callback] = [dashboard, self._report]
+        if not given["fast_dev_run"]:
+            if given["logger"] is None:
+                root = Path(given["default_root_dir"] or RUNS)
+                name = self._get(self.config_init, "name") or self.datamodule.name
+                kwargs["logger"] = TensorBoardLogger(root, name, reserve_version(root / name), default_hp_metric=False)
+            if given["logger"] is not False:
+                callbacks.append(LearningRateMonitor())
+            if given["enable_checkpointing"] is not False:
+                callbacks.append(
+                    ModelCheckpoint(
+                        filename="best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
+                    )
+                )
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Never unpickle a checkpoint."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def after_fit(self) -> None:
+        """Print the result."""
+        self._report.show(self.trainer, self.model)
+
+
+def reserve_version(folder: Path) -> int | None:
+    """Make the next ``version_N`` folder of a run, which no other process can have made.
+
+    Args:
+        folder: ``runs/NAME``.
+
+    Returns:
+        N; ``None`` in the other processes of a distributed run, which write nothing.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    if rank_zero_only.rank != 0:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(m[1]) for m in (re.fullmatch(r"version_(\d+)", entry.name) for entry in folder.iterdir()) if m]
+        number = max(taken, default=-1) + 1
+        while True:
+            try:
+                (folder / f"version_{number}").mkdir()
+                return number
+            except FileExistsError:  # another fit began at the same moment
+                number += 1
+    except OSError as error:
+        raise ConfigError(f"The run's folder {folder} cannot be written: {error.strerror}.") from error
+
+
+#: What Lightning warns of that is as it should be here.
+EXPECTED = (
+    ".*does not have many workers.*",  # data.num_workers knows the machine
+    ".*module.s. in eval mode at the start of training.*",  # the frozen ones
+    ".*smaller than the logging interval.*",  # metrics are logged an epoch
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a verb.
+
+    Args:
+        args: Command line, without the program's name.
+
+    Returns:
+        Exit code: 0, or 2 after a mistake of the user's, which is told in a line or two.
+    """
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    try:
+        TransferCLI(args)
+    except (ProjectError, MisconfigurationException) as error:
+        if "--debug" in args:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

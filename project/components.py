@@ -1,0 +1,73 @@
+"""Parts named by ``class_path``: heads, optimizers and schedulers, as plain types that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from project.errors import ConfigError
+
+#: Packages that a name in a config or checkpoint may import. Anything else has to be imported by the caller first.
+IMPORTABLE = ("project", "torch", "torchvision", "torchmetrics", "lightning", "timm")
+
+Spec = Mapping[str, Any]
+
+
+def describe(factory: Callable[..., Any] | Spec) -> dict[str, Any]:
+    """Put a factory into plain types: ``{"class_path": ..., "init_args": {...}}``.
+
+    Args:
+        factory: A class, a :func:`functools.partial` of a class with keyword arguments, or a description already.
+
+    Raises:
+        ConfigError: It is something else, such as a lambda, that a checkpoint could not bring back.
+    """
+    if isinstance(factory, Mapping):
+        return {"class_path": factory["class_path"], "init_args": dict(factory.get("init_args") or {})}
+    target, arguments = factory, {}
+    if isinstance(factory, functools.partial) and not factory.args:
+        target, arguments = factory.func, dict(factory.keywords)
+    if not isinstance(target, type):
+        raise ConfigError(
+            f"{factory!r} cannot be kept in a checkpoint: give a class or functools.partial(Class, key=value)."
+        )
+    return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": arguments}
+
+
+def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
+    """Find the class that a description names, and bind its arguments.
+
+    Only the packages in :data:`IMPORTABLE` are imported; a class of another package is accepted once its module has
+    been imported by the caller. So a checkpoint from a stranger cannot make this process import or call what it likes.
+
+    Args:
+        spec: ``{"class_path": ..., "init_args": {...}}``.
+        base: What the class has to be a subclass of.
+
+    Returns:
+        The class with its arguments bound.
+
+    Raises:
+        ConfigError: The class is not there, not allowed, or not of that kind.
+    """
+    path = str(spec.get("class_path", ""))
+    module_name, _, name = path.rpartition(".")
+    if module_name.split(".")[0] in IMPORTABLE:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(f"class_path {path!r} cannot be imported: {error}.") from error
+    elif module_name in sys.modules:
+        module = sys.modules[module_name]
+    else:
+        raise ConfigError(
+            f"class_path {path!r} is outside {', '.join(IMPORTABLE)}: import its module before loading, if you trust it."
+        )
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        kinds = base if isinstance(base, tuple) else (base,)
+        raise ConfigError(f"class_path {path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}.")
+    return functools.partial(found, **(spec.get("init_args") or {}))

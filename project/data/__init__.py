@@ -1,0 +1,1 @@
+"""Images and labels: where they come from, how they are split, and how they are read. Knows nothing of models."""

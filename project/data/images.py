@@ -1,0 +1,60 @@
+"""Finding image files, and reading one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from project.errors import DataError
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """List the image files under a folder, in order of their names.
+
+    Links to folders are followed, each real folder once; hidden files and folders are left out.
+
+    Args:
+        folder: Where to look, at any depth.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a loop of links
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(parent, name)
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image whole, upright and in RGB.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An RGB image, turned as its EXIF orientation says.
+
+    Raises:
+        DataError: The file is missing, truncated, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} is not an image that can be read. Mend or remove it.") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Mend or remove it.") from error

@@ -1,0 +1,53 @@
+"""From a read image to the uint8 tensor that a backbone takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from project.errors import ConfigError
+from project.preprocessing import Preprocessing
+
+#: A transform: an RGB image to uint8 ``(3, H, W)``. Normalisation is the backbone's, on its own device.
+Transform = Callable[[Image.Image], torch.Tensor]
+
+Augment = Literal["none", "flip", "standard"]
+
+
+def evaluation(preprocessing: Preprocessing) -> Transform:
+    """Resize the shorter edge and crop the centre, as the weights ask: uint8 ``(3, crop, crop)``."""
+    return v2.Compose(
+        [
+            v2.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation), antialias=True),
+            v2.CenterCrop(preprocessing.crop),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def training(preprocessing: Preprocessing, augment: Augment) -> Transform:
+    """The evaluation transform, augmented.
+
+    Args:
+        preprocessing: What the weights ask for.
+        augment: ``none``; ``flip``: left and right swapped half of the time; ``standard``: a random crop of 35 to
+            100 % of the area, and the flip.
+
+    Raises:
+        ConfigError: Another name.
+    """
+    if augment not in get_args(Augment):
+        raise ConfigError(f"data.augment: {augment!r} is none of {', '.join(get_args(Augment))}.")
+    if augment == "none":
+        return evaluation(preprocessing)
+    flip = v2.RandomHorizontalFlip()
+    if augment == "flip":
+        return v2.Compose([flip, evaluation(preprocessing)])
+    crop = v2.RandomResizedCrop(
+        preprocessing.crop, scale=(0.35, 1.0), interpolation=InterpolationMode(preprocessing.interpolation), antialias=True
+    )
+    return v2.Compose([crop, flip, v2.PILToTensor()])
