@@ -25,6 +25,8 @@ HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
+#: The article's recipe.
+SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 FORMAT = 1  # of what a checkpoint holds under "transfer"
 
 
@@ -61,7 +63,7 @@ class ImageClassifier(pl.LightningModule):
         trainable: str = "head",
         image_size: int | None = None,
         head: HeadCallable = LinearHead,
-        optimizer: OptimizerCallable = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9),
+        optimizer: OptimizerCallable = SGD,
         scheduler: SchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,

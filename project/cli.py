@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from project.artifacts.checkpoint import read_hyper_parameters
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.report import Report
-from project.classifier import ImageClassifier
+from project.classifier import SGD, ImageClassifier
+from project.components import describe
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.explain import explain
@@ -52,6 +53,7 @@ class TransferCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
+        parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial
         parser.add_argument("--name", type=str | None, help="Folder of the run under runs/; by default the data's name.")
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
@@ -86,11 +88,28 @@ class TransferCLI(LightningCLI):
         self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in hyper_parameters.items()})
         self.parse_arguments(self.parser, self._args)
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before any weights are read.
+
+        Raises:
+            ConfigError: There is no checkpoint to evaluate, or no data.
+        """
+        data, verb = self._get(self.config, "data"), self.subcommand
+        if verb != "fit" and not self._get(self.config, "ckpt_path"):
+            raise ConfigError(f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
+        if verb == "predict":
+            if data["predict"] is None:
+                raise ConfigError("Nothing to predict: name an image or a folder with --data.predict PATH")
+        elif data["root"] is None and data["source"] is None:
+            raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
         given = self._get(self.config_init, "trainer")
         if self.subcommand != "fit":
-            return super().instantiate_trainer(**{"logger": given["logger"] or False}, **kwargs)
+            self.save_config_callback = None
+            silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
+            return super().instantiate_trainer(**silent, **kwargs)
         dashboard = Dashboard()
         self._report = Report(dashboard)
         callbacks: list[pl.Callback] = [dashboard, self._report]
@@ -102,11 +121,10 @@ class TransferCLI(LightningCLI):
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:
-                callbacks.append(
-                    ModelCheckpoint(
-                        filename="best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
-                    )
-                )
+                # Two callbacks: save_last=True would write last.ckpt only in epochs that are also the best so far.
+                always = {"enable_version_counter": False}
+                callbacks.append(ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **always))
+                callbacks.append(ModelCheckpoint(filename="last", **always))
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -153,6 +171,8 @@ EXPECTED = (
     ".*does not have many workers.*",  # data.num_workers knows the machine
     ".*module.s. in eval mode at the start of training.*",  # the frozen ones
     ".*smaller than the logging interval.*",  # metrics are logged an epoch
+    ".*callbacks used to create the checkpoint need to be provided.*",  # validate, test and predict save none
+    "The dirpath has changed from.*",  # a resumed fit has a folder of its own
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
 )
 
@@ -168,7 +188,8 @@ def main(args: Sequence[str]) -> int:
     """
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "try installing" not in r.getMessage())
     try:
         TransferCLI(args)
     except (ProjectError, MisconfigurationException) as error:

@@ -11,10 +11,22 @@ from project.errors import ConfigError, nearest
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
-    r"|(?:Group '(?P<group>[\w.]+)'|(?P<top>Parser)) does not accept option '(?P<key>[\w.]+)'"
-    r"|Parser key \"(?P<part>[\w.]+)\".*?Option '(?P<argument>[\w.]+)' is not accepted.*?class_path='(?P<path>[\w.]+)'"
-    r"|(?P<other>[\w.]+) is not expected",
+    r"|(?:Group '(?P<group>[\w.]+)'|Parser|Subcommand '\w+') does not accept option '(?P<key>[\w.]+)'"
+    r"|Parser key \"(?P<part>[\w.]+)\".*?Option '(?P<argument>[\w.]+)' is not accepted.*?class_path='(?P<path>[\w.]+)'",
     re.DOTALL,
+)
+#: How the parser names types, and how people do.
+PLAINER = (
+    (r"Parser key \"([\w.]+)\":", r"\1:"),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"typing\.Literal\[([^\]]*)\]", r"\1"),
+    (r"NoneType", "null"),
+    (r"Does not validate against any of the Union subtypes", ""),
+    (r"Type \S*Callable.* expects a function or a callable class: ", ""),
+    (r"Expected a path but (\S+) either not accessible or invalid.*", r"there is no class \1."),
+    (r"Expected a dot import path string: .*", ""),
+    (r"Expected an? ", "expected "),
+    (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
 )
 
 
@@ -27,22 +39,33 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
     """
     message = str(error)
     found = UNKNOWN.search(message)
-    if found is None:
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-        kept = lines[:2] + [line for line in lines[2:] if line.startswith(("Given value:", "Expected"))]
-        return ConfigError(" ".join(kept).replace("Parser key ", ""))
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+    return _unknown(found, parser) if found else ConfigError(_plain(message))
+
+
+def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
     part = found.groupdict()
-    if part["flag"]:
-        return ConfigError(f"unknown flag {part['flag']}. {nearest(part['flag'], [f'--{k}' for k in keys])}See --help.")
     if part["argument"]:
+        word, place = part["argument"], f" in {part['part']} ({part['path']})"
         known = list(inspect.signature(resolve({"class_path": part["path"]}, object)).parameters)
-        place = f"{part['part']} ({part['path']})"
-        return ConfigError(f"unknown key {part['argument']!r} in {place}. {nearest(part['argument'], known)}It takes {', '.join(known)}.")
-    word = part["key"] or part["other"]
-    if part["group"]:
-        keys = [key.removeprefix(f"{part['group']}.") for key in keys if key.startswith(f"{part['group']}.")]
-    else:
-        keys = [key.split(".")[0] for key in keys]
-    place = f" in {part['group']}" if part["group"] else ""
-    return ConfigError(f"unknown key {word!r}{place}. {nearest(word, dict.fromkeys(keys))}See --help.")
+        return ConfigError(f"unknown key {word!r}{place}. {nearest(word, known)}It takes {', '.join(known)}.")
+    keys = [action.dest for action in parser._actions if action.dest != "help"]
+    if part["flag"]:
+        word = part["flag"]
+        return ConfigError(f"unknown flag {word}. {nearest(word, [f'--{key}' for key in keys])}See --help for all.")
+    word = ".".join(filter(None, (part["group"], part["key"])))
+    sections = {key.partition(".")[0] for key in keys}
+    section, _, rest = word.partition(".")
+    if section not in sections:
+        return ConfigError(f"unknown key {section!r}. {nearest(section, sections)}See --help for all.")
+    return ConfigError(f"unknown key {word!r}. {nearest(word, keys)}See --help for all.")
+
+
+def _plain(message: str) -> str:
+    lines = []
+    for line in message.splitlines():
+        line = line.strip(" -")
+        for pattern, plainer in PLAINER:
+            line = re.sub(pattern, plainer, line).strip()
+        if line:
+            lines.append(line)
+    return re.sub(r" expected ", ", or ", " ".join(dict.fromkeys(lines))).replace(": , or", ": expected", 1)

@@ -35,8 +35,7 @@ class ImageDataModule(pl.LightningDataModule):
         test_fraction: The same for the test.
         split_seed: Seed of the hold-out.
         augment: What is done to training images at random: none, flip, or standard (random crop and flip).
-        pin_memory: Copy batches into page-locked memory, which makes their way to a GPU faster; by default where there
-            is a GPU.
+        pin_memory: Copy batches into page-locked memory, which makes their way to a GPU faster, where there is one.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ImageDataModule(pl.LightningDataModule):
         test_fraction: float = 0.0,
         split_seed: int = 0,
         augment: Augment = "none",
-        pin_memory: bool | None = None,
+        pin_memory: bool = True,
     ) -> None:
         super().__init__()
         if root is not None and source is not None:
@@ -64,7 +63,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = min(max((os.cpu_count() or 1) - 1, 1), 8) if num_workers is None else num_workers
         self.augment: Augment = augment
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
         self.splits: dict[str, list[Sample]] = (
             split(self.source.splits, val_fraction, test_fraction, split_seed) if self.source else {}
@@ -97,8 +96,8 @@ class ImageDataModule(pl.LightningDataModule):
         for name in needed:
             if not self.splits[name]:
                 raise DataError(
-                    f"There are no images to {stage} on: the {name} split is empty. "
-                    f"Add a folder {name}/ beside train/, or hold images out with --data.{name}_fraction 0.1"
+                    f"The {name} split has no images. Add a folder {name}/ beside train/, "
+                    f"or hold images out of train with --data.{name}_fraction 0.1"
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:

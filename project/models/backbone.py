@@ -146,7 +146,7 @@ def load_backbone(
         torch.manual_seed(RANDOM_SEED)
         model, feature_dim = arch.build(state)
     preprocessing = arch.preprocessing(weights)
-    fixed = getattr(model, "image_size", None)  # ViT: a learned position for each patch
+    fixed = arch.fixed_size(model)
     if fixed:
         if image_size not in (None, fixed):
             raise ModelError(f"model.image_size: {name} takes images of {fixed} px only, not {image_size}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import textwrap
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +44,9 @@ class Architecture(Protocol):
 
     def build(self, state: files.State | None) -> tuple[nn.Module, int]:
         """The network without its classifier, and the width of its features."""
+
+    def fixed_size(self, model: nn.Module) -> int | None:
+        """Side in pixels of the only images that the network takes; ``None`` where it takes any."""
 
 
 def architecture(name: str) -> Architecture:
@@ -111,6 +116,12 @@ class Torchvision:
         width = classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
         return model, width
 
+    def fixed_size(self, model: nn.Module) -> int | None:
+        if isinstance(model, torchvision.models.MaxVit):  # windows that have to fill the image
+            return self.preprocessing(None).crop
+        side: int | None = getattr(model, "image_size", None)  # ViT: a learned position for each patch
+        return side
+
     def _whole(self, state: files.State | None) -> nn.Module:
         options: dict[str, Any] = {}
         accepted = inspect.signature(inspect.unwrap(torchvision.models.get_model_builder(self.name))).parameters
@@ -130,6 +141,9 @@ class Torchvision:
                 del state[key]
             elif ".denselayer" in key:  # DenseNet's files are of a time when names could hold a dot
                 state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key)] = state.pop(key)
+        if not hasattr(state, "_metadata"):  # safetensors has no version numbers, and MNASNet asks for its own
+            state = OrderedDict(state)
+            vars(state)["_metadata"] = vars(model.state_dict())["_metadata"]
         try:
             missing, unexpected = model.load_state_dict(state, strict=False)
         except RuntimeError as error:  # shapes differ
@@ -195,13 +209,34 @@ class Timm:
         return state
 
     def build(self, state: files.State | None) -> tuple[nn.Module, int]:
-        given: dict[str, Any] = {} if state is None else {"pretrained_cfg_overlay": {"state_dict": state}}
-        try:
-            model = self._timm.create_model(self._model, pretrained=state is not None, num_classes=0, **given)
-        except RuntimeError as error:
-            raise _another_network(self.name, str(error).split("\n")[-1].strip()) from error
-        model.pretrained_cfg.pop("state_dict", None)
+        if state is None:
+            model = self._timm.create_model(self._model, num_classes=0)
+        else:
+            model = self._load(state)
         return model, int(getattr(model, "head_hidden_size", None) or model.num_features)
+
+    def fixed_size(self, model: nn.Module) -> int | None:
+        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
+
+    def _load(self, state: files.State) -> nn.Module:
+        # Where the number of classes differs from the file's, timm loads what fits and leaves the rest random. So the
+        # network is built with the file's own number, loaded strictly, and loses its classifier after that.
+        names = self._config(None).get("classifier")
+        classifier = state.get(f"{names if isinstance(names, str) or not names else names[0]}.weight")
+        classes = 0 if classifier is None else classifier.shape[0]
+        overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
+        try:
+            model: nn.Module = self._timm.create_model(
+                self._model, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
+            )
+        except (RuntimeError, KeyError) as error:
+            why = textwrap.shorten(str(error).split("\n")[-1], 120, placeholder=" ...")
+            raise _another_network(self.name, why) from error
+        model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
+        if classes:
+            model.reset_classifier(0)  # type: ignore[operator]
+        return model
 
 
 def _unknown_weights(weights: str, of: Architecture) -> WeightsError:

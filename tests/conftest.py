@@ -1,0 +1,95 @@
+"""Data that the tests make themselves: images of coloured noise, a file of weights, a finished run."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from project.cli import main
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+#: Flags of a small, fast model.
+SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def draw(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
+    """Write an image of noise around a colour."""
+    noise = np.random.default_rng(seed).integers(-40, 40, (40, 48, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype("uint8")).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``photos/{train,val,test}/CLASS/*.png``: three colours, 8, 4 and 4 images of each. Not to be written to."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        for split, count in (("train", 8), ("val", 4), ("test", 4)):
+            for number in range(count):
+                draw(root / split / name / f"{number}.png", colour, hash((index, split == "val", number)) % 1000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights for ResNet18."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Path:
+    """Folder of a finished run. Not to be written to: see ``run``."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        code = main(
+            ["fit", *SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "3"]
+            + ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+        )
+    finally:
+        os.chdir(before)
+    assert code == 0
+    return folder / "runs" / "photos" / "version_0"
+
+
+@pytest.fixture
+def run(trained: Path, here: Path) -> Path:
+    """A copy of the finished run, in an empty working directory."""
+    return Path(shutil.copytree(trained, here / "runs" / "photos" / "version_0"))
+
+
+@pytest.fixture
+def fit(here: Path, photos: Path, weights: Path) -> Callable[..., int]:
+    """Runs a small fit in an empty working directory; later flags beat its own."""
+
+    def run_fit(*flags: str) -> int:
+        small = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "1"]
+        return main(["fit", *small, *flags])
+
+    return run_fit

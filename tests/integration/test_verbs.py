@@ -1,0 +1,221 @@
+"""The command line from end to end, on images that the tests make."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from project import ImageClassifier, load
+from project.cli import main, reserve_version
+from project.models.backbone import load_backbone
+
+Fit = Callable[..., int]
+
+
+def scalars(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return events
+
+
+def test_a_run_is_one_folder_with_config_checkpoints_and_events(trained: Path) -> None:
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["backbone"] == "resnet18"
+    assert list(trained.glob("events.out.tfevents.*"))
+    assert [path.name for path in trained.parents[2].iterdir()] == ["runs"], "nothing is written beside runs/"
+
+
+def test_dashboard_has_loss_metrics_learning_rate_throughput_and_counts(trained: Path) -> None:
+    events = scalars(trained)
+    expected = {
+        *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/ece", "lr-AdamW"),
+        *("train/images_per_second", "parameters/trainable", "parameters/frozen"),
+        *(f"val/accuracy_of/{name}" for name in ("blue", "green", "red")),
+    }
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("parameters/trainable")] == [512 * 3 + 3]
+    assert len(events.Scalars("val/accuracy")) == 3
+    assert events.Scalars("lr-AdamW")[0].value == pytest.approx(0.01)
+    assert "SHA-256" in str(events.Tensors("frozen/text_summary")[0].tensor_proto.string_val)
+
+
+def test_colours_are_learnt(trained: Path) -> None:
+    assert max(event.value for event in scalars(trained).Scalars("val/accuracy")) == 1.0
+
+
+def test_frozen_backbone_is_bit_identical_after_fit(trained: Path, weights: Path) -> None:
+    pretrained, _ = load_backbone("resnet18", str(weights))
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["transfer"]["frozen"] == {
+        "stages": ["stem", "layer1", "layer2", "layer3", "layer4"],
+        "sha256": pretrained.fingerprint(),
+    }
+    assert checkpoint["transfer"]["backbone"]["sha256"] == pretrained.sha256
+
+
+def test_fit_prints_the_fingerprint_before_and_after_and_a_result(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit() == 0
+    out = capsys.readouterr().out
+    digits = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)["transfer"]["frozen"]["sha256"]
+    flat = "".join(character for character in out if character not in "│\n ")
+    assert flat.count(digits) == 2
+    for words in ("best val/accuracy", "runs/photos/version_0/checkpoints/best.ckpt", "load(", "images/s", "unchanged"):
+        assert words.replace(" ", "") in flat
+
+
+def test_a_frozen_part_that_changes_is_an_error(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: ImageClassifier) -> None:
+        self.backbone.stages["layer2"][0][0].bn1.running_mean += 1e-3
+
+    monkeypatch.setattr(ImageClassifier, "on_train_epoch_start", spoil)
+    assert fit() == 2
+    assert "frozen part of resnet18 has changed" in capsys.readouterr().err
+
+
+def test_a_second_fit_keeps_the_first(fit: Fit) -> None:
+    assert fit() == 0
+    first = Path("runs/photos/version_0/checkpoints/best.ckpt").read_bytes()
+    assert fit() == 0
+    assert Path("runs/photos/version_0/checkpoints/best.ckpt").read_bytes() == first
+    assert Path("runs/photos/version_1/checkpoints/best.ckpt").exists()
+
+
+def test_two_fits_at_once_never_get_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "version_7").mkdir()
+    (tmp_path / "version_x").mkdir()
+    assert [reserve_version(tmp_path) for _ in range(3)] == [8, 9, 10]
+
+
+def test_name_of_the_run_can_be_given(fit: Fit) -> None:
+    assert fit("--name", "mine", "--trainer.default_root_dir", "elsewhere") == 0
+    assert Path("elsewhere/mine/version_0/checkpoints/best.ckpt").exists()
+
+
+def test_checkpoint_of_resnet50_with_ten_classes_is_under_1_mb(here: Path) -> None:
+    from tests.conftest import draw
+
+    for number in range(10):
+        for index in range(2):
+            draw(here / "ten" / f"class{number}" / f"{index}.png", (20 * number, 100, 100), index)
+    with pytest.warns(UserWarning, match="random weights"):
+        code = main(
+            ["fit", "--model.weights", "null", "--model.image_size", "32", "--data.root", "ten"]
+            + ["--data.num_workers", "0", "--trainer.max_epochs", "1", "--data.val_fraction", "0.5"]
+        )
+    assert code == 0
+    path = Path("runs/ten/version_0/checkpoints/best.ckpt")
+    assert path.stat().st_size < 1_000_000
+    with pytest.warns(UserWarning, match="random weights"):
+        assert len(load(path).classes_) == 10
+
+
+@pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
+def test_reloads_to_bit_equal_logits(fit: Fit, trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[ImageClassifier] = []
+    monkeypatch.setattr(ImageClassifier, "on_fit_end", lambda self: kept.append(self), raising=False)
+    assert fit("--model.trainable", trainable, "--trainer.max_epochs", "2") == 0
+    path = "runs/photos/version_0/checkpoints/last.ckpt"
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = kept[0].eval()(images)
+        assert torch.equal(load(path).model(images), logits)
+        assert torch.equal(ImageClassifier.load_from_checkpoint(path).eval()(images), logits)
+    names = torch.load(path, weights_only=True)["state_dict"].keys()
+    stages = {"head": set(), "layer4": {"layer4"}, "all": {"stem", "layer1", "layer2", "layer3", "layer4"}}[trainable]
+    assert {name.split(".")[2] for name in names if name.startswith("backbone")} == stages
+
+
+def test_validate_gives_what_fit_gave(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = max(event.value for event in scalars(run).Scalars("val/accuracy"))
+    flags = ["--data.root", str(photos), "--data.num_workers", "0"]
+    assert main(["validate", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "val/accuracy" in out and f"{best}" in out
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"], "validate writes no run"
+
+
+def test_test_uses_the_test_split_with_the_config_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt = str(run / "checkpoints" / "best.ckpt")
+    assert main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", ckpt]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_predict_writes_a_row_an_image(run: Path, photos: Path) -> None:
+    ckpt = str(run / "checkpoints" / "best.ckpt")
+    flags = ["--data.predict", str(photos / "test"), "--data.num_workers", "0", "--output", "out/p.csv"]
+    assert main(["predict", "--ckpt_path", ckpt, *flags]) == 0
+    with Path("out/p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [str(path) for path in sorted((photos / "test").rglob("*.png"))]
+    assert all(row["predicted"] == Path(row["path"]).parent.name for row in rows)
+    for row in rows:
+        values = [float(row[key]) for key in ("probability", "top2_probability", "top3_probability")]
+        assert values == sorted(values, reverse=True)
+        assert sum(values) == pytest.approx(1, abs=1e-4)
+    probabilities = load(ckpt).predict_proba([row["path"] for row in rows])
+    assert [f"{value:.6f}" for value in probabilities.max(1)] == [row["probability"] for row in rows]
+    assert [path.name for path in Path("out").iterdir()] == ["p.csv"], "no temporary file is left"
+
+
+def test_flags_beat_the_checkpoints_hyper_parameters(run: Path, fit: Fit) -> None:
+    last = str(run / "checkpoints" / "last.ckpt")
+    flags = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.002", "--trainer.max_epochs", "4"]
+    assert fit("--ckpt_path", last, "--model.label_smoothing", "0.1", *flags) == 0
+    resumed = Path("runs/photos/version_1")
+    kept = torch.load(resumed / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["hyper_parameters"]["label_smoothing"] == 0.1
+    assert kept["epoch"] == 3
+    assert kept["optimizer_states"][0]["param_groups"][0]["lr"] == 0.002
+    assert scalars(resumed).Scalars("lr-AdamW")[0].value == pytest.approx(0.002)
+
+
+def test_a_resume_without_flags_takes_all_from_the_checkpoint(run: Path, photos: Path) -> None:
+    last = str(run / "checkpoints" / "last.ckpt")
+    data = ["--data.root", str(photos), "--data.num_workers", "0", "--trainer.max_epochs", "4"]
+    assert main(["fit", "--ckpt_path", last, *data]) == 0
+    config = yaml.safe_load(Path("runs/photos/version_1/config.yaml").read_text())
+    assert config["model"]["backbone"] == "resnet18"
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
+
+
+def test_mixed_precision_on_cpu(fit: Fit) -> None:
+    assert fit("--trainer.precision", "bf16-mixed") == 0
+
+
+def test_options_of_loss_and_scheduler(fit: Fit) -> None:
+    scheduler = ["--model.scheduler", "CosineAnnealingLR", "--model.scheduler.T_max", "2"]
+    head = ["--model.head", "project.models.heads.MLPHead", "--model.head.hidden", "8"]
+    loss = ["--model.label_smoothing", "0.1", "--model.class_weights", "[1, 2, 3]", "--data.augment", "standard"]
+    assert fit("--trainer.max_epochs", "2", *scheduler, *head, *loss) == 0
+    rates = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("lr-SGD")]
+    assert rates[0] == pytest.approx(0.001) and rates[-1] < 0.001
+    assert load("runs/photos/version_0/checkpoints/last.ckpt").model.head[1].out_features == 8
+
+
+@pytest.mark.parametrize("config", sorted(Path("configs").resolve().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_runs(config: Path, fit: Fit, photos: Path, weights: Path) -> None:
+    flags = ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+    if config.stem == "quickstart":  # whole as it is, but for the length
+        assert main(["fit", "-c", str(config), *flags, "--trainer.max_epochs", "1", "--data.num_workers", "0"]) == 0
+    else:  # on a small network that needs no download
+        assert fit("-c", str(config), "--model.backbone", "resnet18", "--model.weights", str(weights), "--data.root", str(photos), *flags) == 0
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_every_flag_is_documented(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    flags = [line for line in out.splitlines() if line.strip().startswith(("--model.", "--data."))]
+    assert len(flags) > 20
+    lines = out.splitlines()
+    for line in flags:
+        following = lines[lines.index(line) + 1] if lines.index(line) + 1 < len(lines) else ""
+        words = line.strip().split(maxsplit=1)
+        assert len(words) > 1 or not following.strip().startswith("--"), f"{words[0]} has no help"

@@ -1,0 +1,162 @@
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from project.models.registry import architecture
+from project.models.stages import FAMILIES, cut
+
+RESNET = ["stem", "layer1", "layer2", "layer3", "layer4"]
+BLOCKS = ["stem", "block1", "block2", "block3", "block4"]
+STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
+VGG = ["block1", "block2", "block3", "block4", "block5", "fc"]
+
+#: A small member of each family, and variants whose parts are others: BatchNorm, a deep stem, another downsampling.
+NAMES = {
+    "resnet18": RESNET,
+    "resnext50_32x4d": RESNET,
+    "vgg11": VGG,
+    "vgg11_bn": VGG,
+    "densenet121": BLOCKS,
+    "mobilenet_v2": STAGES,
+    "mobilenet_v3_small": STAGES,
+    "efficientnet_b0": STAGES,
+    "efficientnet_v2_s": STAGES,
+    "convnext_tiny": STAGES[:-1],
+    "regnet_x_400mf": BLOCKS,
+    "regnet_y_400mf": BLOCKS,
+    "swin_t": STAGES[:-1],
+    "swin_v2_t": STAGES[:-1],
+    "timm/resnet18": RESNET,
+    "timm/resnet26d": RESNET,
+    "timm/test_resnet": RESNET,
+    "timm/vgg11": VGG,
+    "timm/densenet121": BLOCKS,
+    "timm/tf_efficientnet_lite0": STAGES,
+    "timm/mobilenetv2_050": STAGES,
+    "timm/mobilenetv3_small_050": STAGES,
+    "timm/convnext_atto": STAGES,
+    "timm/convnextv2_atto": STAGES,
+    "timm/regnetx_002": BLOCKS,
+    "timm/regnety_002": BLOCKS,
+}
+#: Left whole: their forward is no chain, or nobody has asked yet.
+WHOLE = ("alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm/test_vit", "timm/test_mambaout")
+
+
+def whole_network(name):
+    if name.startswith("timm/"):
+        return timm.create_model(name.removeprefix("timm/")).eval()
+    options = {"init_weights": False, "transform_input": True} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, weights=None, **options).eval()
+
+
+def with_lively_buffers(network):
+    """Running statistics as after training: with means of 0 and variances of 1, a stage out of place could hide."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+@torch.no_grad()
+def given_to_the_classifier(network, images):
+    """The features of the original network: what its last layer takes in."""
+    classifier = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    seen = []
+    handle = classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    network(images)
+    handle.remove()
+    return seen[0]
+
+
+def images_for(name):
+    size = 160 if name == "timm/test_vit" else 64
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_family_has_a_member_here():
+    families = {type(architecture(name).build(None)[0]) for name in NAMES}
+    assert {f"{family.__module__.split('.')[0]}.{family.__name__}" for family in families} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chain_of_stages_is_bit_for_bit_the_network(name):
+    torch.manual_seed(0)
+    original, images = with_lively_buffers(whole_network(name)), images_for(name)
+    features = given_to_the_classifier(original, images)
+    model, width = architecture(name).build(dict(original.state_dict()))
+    with torch.no_grad():
+        own = model.eval()(images)
+    stages = cut(model)
+    assert list(stages) == NAMES[name]
+    # All parameters and buffers, each once.
+    for kind in ("parameters", "buffers"):
+        parts = Counter(id(tensor) for stage in stages.values() for tensor in getattr(stage, kind)())
+        assert parts == Counter(id(tensor) for tensor in getattr(model, kind)())
+    rows = images
+    with torch.no_grad():
+        for stage in stages.values():
+            rows = stage(rows)
+    assert rows.shape == (2, width)
+    assert torch.equal(rows, own)
+    assert torch.equal(rows, features)
+    assert not torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_network_outside_the_table_is_one_stage(name):
+    torch.manual_seed(0)
+    original, images = whole_network(name), images_for(name)
+    model, width = architecture(name).build(dict(original.state_dict()))
+    stages = cut(model.eval())
+    assert list(stages) == ["body"]
+    with torch.no_grad():
+        features = stages["body"](images)
+    assert features.shape == (2, width)
+    if name != "squeezenet1_1":  # its classifier is a convolution before pooling
+        assert torch.equal(features, given_to_the_classifier(original, images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolution_halves_from_stage_to_stage(name):
+    """But from the stem to the first stage, where ResNet and timm's ConvNeXt keep it."""
+    model, _ = architecture(name).build(None)
+    sizes, rows = [], torch.randn(1, 3, 128, 128)
+    channels_last = name.startswith("swin")
+    with torch.no_grad():
+        for stage in list(cut(model.eval()).values())[:-1]:
+            rows = stage(rows)
+            sizes.append(rows.shape[1 if channels_last else 2])
+    assert len(sizes) >= 3
+    assert {after / before for before, after in pairwise(sizes[1:])} == {0.5}
+    assert sizes[0] / sizes[1] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "own"),
+    [
+        ("resnet18", "layer4", "layer4"),
+        ("resnet18", "layer1", "layer1"),
+        ("densenet121", "block4", "features.denseblock4"),
+        ("regnet_y_400mf", "block3", "trunk_output.block3"),
+        ("timm/resnet18", "layer3", "layer3"),
+        ("timm/regnety_002", "block2", "s2"),
+        ("timm/convnext_atto", "stage3", "stages.2"),
+    ],
+)
+def test_stage_begins_with_the_networks_own_part_of_that_name(name, stage, own):
+    model, _ = architecture(name).build(None)
+    first = next(model.get_submodule(own).parameters())
+    assert next(cut(model)[stage].parameters()) is first
+
+
+def test_vgg_fc_is_its_two_hidden_linear_layers():
+    model, _ = architecture("vgg11").build(None)
+    inner = [module for module in cut(model)["fc"].modules() if isinstance(module, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in inner] == [(25088, 4096), (4096, 4096)]
