@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 
+from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
 from project.components import describe, resolve
-from project.errors import CheckpointError, ConfigError, DataError, FrozenError
+from project.errors import ConfigError, DataError, FrozenError
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
@@ -27,7 +28,6 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
-FORMAT = 1  # of what a checkpoint holds under "transfer"
 
 
 class ImageClassifier(pl.LightningModule):
@@ -82,7 +82,7 @@ class ImageClassifier(pl.LightningModule):
 
         self.backbone, self.origin = load_backbone(backbone, weights, trainable, image_size)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.backbone.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self.backbone.to(memory_format=self._layout)
         if compile:
             for stage in self.backbone.stages.values():
                 stage.compile()
@@ -103,6 +103,7 @@ class ImageClassifier(pl.LightningModule):
         weights = self.hparams["class_weights"]
         if weights is not None and len(weights) != len(classes):
             raise ConfigError(f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}).")
+        self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.train_metrics = training_metrics(len(classes))
         self.val_metrics = evaluation_metrics(classes, "val")
@@ -115,13 +116,13 @@ class ImageClassifier(pl.LightningModule):
             DataError: The data's classes are not those that the head was trained on.
             ConfigError: Nothing names the classes.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
         named = getattr(data, "classes", None)
         if named and self.classes and tuple(named) != self.classes:
             raise DataError(
-                f"The data's classes ({', '.join(named)}) are not the model's ({', '.join(self.classes)}), in this order."
+                f"The data's classes ({', '.join(named)}) are not the model's ({', '.join(self.classes)})."
                 "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
             )
         if named and not self.classes:
@@ -220,8 +221,8 @@ class ImageClassifier(pl.LightningModule):
         now = self.backbone.fingerprint()
         if now != self.frozen_sha256:
             raise FrozenError(
-                f"The frozen part of {self.backbone.name} has changed in training: SHA-256 {self.frozen_sha256} before, "
-                f"{now} after.\nSome callback or code of yours writes to it; the checkpoints of this run are not to be used."
+                f"The frozen part of {self.backbone.name} has changed in training: SHA-256 {self.frozen_sha256} before "
+                f"it, {now} after.\nSome callback or code writes to it; do not use the checkpoints of this run."
             )
 
     def identity(self) -> dict[str, Any]:
@@ -252,48 +253,10 @@ class ImageClassifier(pl.LightningModule):
         """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.
 
         Raises:
-            CheckpointError: Another backbone, missing or unexpected tensors, other classes.
+            CheckpointError: Another backbone, preprocessing or classes; missing or unexpected tensors.
         """
-        theirs = checkpoint.get("transfer")
-        if not isinstance(theirs, dict) or theirs.get("format") != FORMAT:
-            raise CheckpointError("This is not a checkpoint of this project (or of a newer version of it).")
-        ours = self.identity()
-        if theirs["backbone"]["sha256"] != ours["backbone"]["sha256"]:
-            named = [f"{one['backbone']['name']} ({one['backbone']['source']})" for one in (theirs, ours)]
-            raise CheckpointError(
-                f"The checkpoint was trained on another backbone: {named[0]}, this model has {named[1]}; "
-                f"SHA-256 {theirs['backbone']['sha256'][:12]}, not {ours['backbone']['sha256'][:12]}.\n"
-                "Leave --model.backbone and --model.weights out, and the checkpoint's own are taken."
-            )
-        if theirs["classes"] != ours["classes"]:
-            raise CheckpointError(f"The checkpoint's classes are {theirs['classes']}, the model's {ours['classes']}.")
+        refuse_another(checkpoint.get("transfer"), self.identity())
         state = self.state_dict()
-        expected = {key for key in state if not self._is_frozen(key)}
-        for kind, keys in (
-            ("lacks", expected - checkpoint["state_dict"].keys()),
-            ("has an unexpected", checkpoint["state_dict"].keys() - expected),
-        ):
-            if keys:
-                raise CheckpointError(
-                    f"The checkpoint {kind} tensor {sorted(keys)[0]!r}: it was trained with another model.head or "
-                    "model.trainable. Leave these flags out, and the checkpoint's own are taken."
-                )
-        self._keep_flags(checkpoint)
+        refuse_tensors({key for key in state if not self._is_frozen(key)}, checkpoint["state_dict"])
+        let_flags_win(checkpoint, self.hparams["optimizer"])
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}
-
-    def _keep_flags(self, checkpoint: dict[str, Any]) -> None:
-        """On a resume, let an optimizer's arguments that were given anew beat those of the checkpoint."""
-        then, now = checkpoint["hyper_parameters"].get("optimizer"), self.hparams["optimizer"]
-        if not checkpoint.get("optimizer_states") or then == now:
-            return
-        if then["class_path"] != now["class_path"]:
-            checkpoint["optimizer_states"] = []  # another optimizer begins with no state
-            return
-        changed = {k: v for k, v in now["init_args"].items() if then["init_args"].get(k) != v}
-        if "lr" in changed:
-            changed["initial_lr"] = changed["lr"]
-        for group in checkpoint["optimizer_states"][0]["param_groups"]:
-            group.update({k: v for k, v in changed.items() if k in group})
-        for schedule in checkpoint.get("lr_schedulers", []):
-            if "lr" in changed and "base_lrs" in schedule:
-                schedule["base_lrs"] = [changed["lr"]] * len(schedule["base_lrs"])

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from project.artifacts.checkpoint import read_hyper_parameters
 from project.callbacks.dashboard import Dashboard
@@ -54,7 +55,9 @@ class TransferCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
         parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial
-        parser.add_argument("--name", type=str | None, help="Folder of the run under runs/; by default the data's name.")
+        parser.add_argument(
+            "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
+        )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -95,8 +98,13 @@ class TransferCLI(LightningCLI):
             ConfigError: There is no checkpoint to evaluate, or no data.
         """
         data, verb = self._get(self.config, "data"), self.subcommand
+        wanted = self._get(self.config, "trainer")["accelerator"]
+        if wanted in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
+            raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
         if verb != "fit" and not self._get(self.config, "ckpt_path"):
-            raise ConfigError(f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
+            raise ConfigError(
+                f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt"
+            )
         if verb == "predict":
             if data["predict"] is None:
                 raise ConfigError("Nothing to predict: name an image or a folder with --data.predict PATH")
@@ -122,12 +130,11 @@ class TransferCLI(LightningCLI):
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:
                 # Two callbacks: save_last=True would write last.ckpt only in epochs that are also the best so far.
-                always = {"enable_version_counter": False}
+                always: dict[str, Any] = {"enable_version_counter": False}
                 callbacks.append(ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **always))
                 callbacks.append(ModelCheckpoint(filename="last", **always))
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
-
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Never unpickle a checkpoint."""
@@ -150,7 +157,7 @@ def reserve_version(folder: Path) -> int | None:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +196,9 @@ def main(args: Sequence[str]) -> int:
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "try installing" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: "try installing" not in r.getMessage()
+    )
     try:
         TransferCLI(args)
     except (ProjectError, MisconfigurationException) as error:

@@ -30,9 +30,10 @@ def describe(factory: Callable[..., Any] | Spec) -> dict[str, Any]:
     target, arguments = factory, {}
     if isinstance(factory, functools.partial) and not factory.args:
         target, arguments = factory.func, dict(factory.keywords)
-    if not isinstance(target, type):
+    if not isinstance(target, type) or "<locals>" in target.__qualname__:
         raise ConfigError(
-            f"{factory!r} cannot be kept in a checkpoint: give a class or functools.partial(Class, key=value)."
+            f"{factory!r} cannot be kept in a checkpoint: "
+            "use a class of a module, or functools.partial(Class, key=value)."
         )
     return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": arguments}
 
@@ -64,7 +65,7 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
         module = sys.modules[module_name]
     else:
         raise ConfigError(
-            f"class_path {path!r} is outside {', '.join(IMPORTABLE)}: import its module before loading, if you trust it."
+            f"class_path {path!r} is outside {', '.join(IMPORTABLE)}: import its module first, if you trust it."
         )
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):

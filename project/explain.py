@@ -54,7 +54,7 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
         return ConfigError(f"unknown flag {word}. {nearest(word, [f'--{key}' for key in keys])}See --help for all.")
     word = ".".join(filter(None, (part["group"], part["key"])))
     sections = {key.partition(".")[0] for key in keys}
-    section, _, rest = word.partition(".")
+    section = word.partition(".")[0]
     if section not in sections:
         return ConfigError(f"unknown key {section!r}. {nearest(section, sections)}See --help for all.")
     return ConfigError(f"unknown key {word!r}. {nearest(word, keys)}See --help for all.")
@@ -68,4 +68,5 @@ def _plain(message: str) -> str:
             line = re.sub(pattern, plainer, line).strip()
         if line:
             lines.append(line)
-    return re.sub(r" expected ", ", or ", " ".join(dict.fromkeys(lines))).replace(": , or", ": expected", 1)
+    before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
+    return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

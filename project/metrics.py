@@ -33,7 +33,7 @@ def evaluation_metrics(classes: Sequence[str], stage: str) -> MetricCollection:
         A collection that takes probabilities ``(B, C)``, float, and labels ``(B,)``, int64.
     """
     count = len(classes)
-    metrics: dict[str, Metric] = {
+    metrics: dict[str, Metric | MetricCollection] = {
         "accuracy": MulticlassAccuracy(count, average="micro"),
         "f1": MulticlassF1Score(count, average="macro"),
         "ece": MulticlassCalibrationError(count, n_bins=15, norm="l1"),

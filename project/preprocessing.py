@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ class Preprocessing:
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another name of Pillow's filters.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel, of values in [0, 1].
+        squash: Whether both edges are resized to that length, and the image's shape is lost.
     """
 
     resize: int
@@ -24,6 +24,7 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    squash: bool = False
 
     def at(self, size: int | None) -> Preprocessing:
         """The same preprocessing for another input size, with the same share of the image cropped.
@@ -38,8 +39,3 @@ class Preprocessing:
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of :meth:`as_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

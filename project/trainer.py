@@ -12,6 +12,8 @@ from project.callbacks.predictions import PredictionWriter
 class Trainer(pl.Trainer):
     """Lightning's Trainer; ``predict`` writes a CSV file."""
 
+    callbacks: list[pl.Callback]
+
     def predict(  # type: ignore[override]
         self,
         model: pl.LightningModule | None = None,

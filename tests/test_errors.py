@@ -1,6 +1,15 @@
 import pytest
 
-from project.errors import CheckpointError, ConfigError, DataError, FrozenError, ModelError, ProjectError, WeightsError, nearest
+from project.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FrozenError,
+    ModelError,
+    ProjectError,
+    WeightsError,
+    nearest,
+)
 
 KINDS = (CheckpointError, ConfigError, DataError, FrozenError, ModelError, WeightsError)
 

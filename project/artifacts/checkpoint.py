@@ -41,7 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # damaged pickles raise nearly anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise CheckpointError(
-            f"{path} cannot be loaded as plain tensors: it is damaged, or holds code ({type(error).__name__}: {reason})."
+            f"{path} cannot be loaded as plain tensors: it is damaged or holds code ({type(error).__name__}: {reason})."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("transfer"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project.")

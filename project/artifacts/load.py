@@ -46,12 +46,14 @@ class Classifier:
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities ``(N, C)``, float32; rows sum to 1."""
-        return np.concatenate([self.model.classify(rows).float().softmax(1).numpy() for rows in self._rows(images)])
+        found = [self.model.classify(rows).float().softmax(1).numpy() for rows in self._rows(images)]
+        return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *found])
 
     def features(self, images: Images) -> np.ndarray:
         """Features ``(N, D)``, float32."""
-        refine = self.model.backbone.refine
-        return np.concatenate([refine(rows).float().numpy() for rows in self._rows(images)])
+        backbone = self.model.backbone
+        found = [backbone.refine(rows).float().numpy() for rows in self._rows(images)]
+        return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
 
     def _rows(self, images: Images) -> Iterator[torch.Tensor]:
         items = iter(images)
@@ -86,5 +88,6 @@ def load(path: str | Path) -> Classifier:
 def _as_pil(image: str | Path | Image.Image | torch.Tensor) -> Image.Image:
     if isinstance(image, torch.Tensor):
         # By way of PIL, so that a tensor is resized just as the file that it came from would be.
-        return image_functions.to_pil_image(image).convert("RGB")
+        picture: Image.Image = image_functions.to_pil_image(image)
+        return picture.convert("RGB")
     return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)

@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,7 @@ class PredictionWriter(pl.Callback):
     def __init__(self, output: str) -> None:
         self._target = Path(output).expanduser()
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}")
+        self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -60,6 +61,7 @@ class PredictionWriter(pl.Callback):
             self._rows.writerow(row + [""] * (len(COLUMNS) - len(row)))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._file is not None
         self._file.close()
         self._temporary.replace(self._target)
         print(f"Predictions: {self._target}")
@@ -71,4 +73,6 @@ class PredictionWriter(pl.Callback):
         self._discard()
 
     def _discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
         self._temporary.unlink(missing_ok=True)

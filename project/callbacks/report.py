@@ -39,7 +39,7 @@ class Report(pl.Callback):
         _say(f"Trains: {trains} ({counts['trainable']:,} parameters) for {len(pl_module.classes)} classes")
         _say(f"Frozen: {frozen}")
         for logger in trainer.loggers:
-            add_text = getattr(logger.experiment, "add_text", None)
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("frozen", frozen, trainer.global_step)
 

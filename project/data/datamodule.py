@@ -54,11 +54,12 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         if root is not None and source is not None:
             raise ConfigError("data.root and data.source are both given: keep one.")
-        if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
         if batch_size < 1:
             raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
         self.source = Folder(root) if root is not None else source
+        self.name = self.source.name if self.source else "data"
         self.predict_path = predict
         self.batch_size = batch_size
         self.num_workers = min(max((os.cpu_count() or 1) - 1, 1), 8) if num_workers is None else num_workers
@@ -68,11 +69,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.splits: dict[str, list[Sample]] = (
             split(self.source.splits, val_fraction, test_fraction, split_seed) if self.source else {}
         )
-
-    @property
-    def name(self) -> str:
-        """Short name of the data, for the folder of a run."""
-        return self.source.name if self.source else "run"
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -22,9 +22,7 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
         transform: From the image to the tensor.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], read: Callable[[Sample], Image.Image], transform: Transform
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], read: Callable[[Sample], Image.Image], transform: Transform) -> None:
         self.samples = samples
         self._read = read
         self._transform = transform

@@ -63,7 +63,9 @@ class Folder(Source):
             places = {"train": top}
         self.classes = tuple(child.name for child in _folders(places["train"]))
         self._check(places["train"])
-        self.splits = {split: self._samples(split, places[split]) for split in ("train", "val", "test") if split in places}
+        self.splits = {
+            split: self._samples(split, places[split]) for split in ("train", "val", "test") if split in places
+        }
 
     def _check(self, train: Path) -> None:
         layout = f"It should hold a folder of images for each class: {train}/CLASS/*.jpg"
@@ -90,6 +92,7 @@ class Folder(Source):
         return samples
 
     def read(self, sample: Sample) -> Image.Image:
+        """Read a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be read."""
         return read_image(sample.name)
 
 
@@ -107,7 +110,9 @@ class Digits(Source):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise DataError("The built-in digits come with scikit-learn. Install it: pip install scikit-learn") from error
+            raise DataError(
+                "The built-in digits come with scikit-learn. Install it: pip install scikit-learn"
+            ) from error
         digits = load_digits()
         self.name = "digits"
         self.classes = tuple(str(name) for name in digits.target_names)
@@ -116,6 +121,7 @@ class Digits(Source):
         self._pixels = (digits.images * (255 / 16)).astype("uint8")
 
     def read(self, sample: Sample) -> Image.Image:
+        """Draw a digit, white on black, in RGB."""
         digit = Image.fromarray(self._pixels[int(sample.name.rpartition("/")[2])])
         canvas = Image.new("RGB", (digit.width + 2 * self._margin, digit.height + 2 * self._margin))
         canvas.paste(digit.convert("RGB"), (self._margin, self._margin))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -18,14 +18,18 @@ Transform = Callable[[Image.Image], torch.Tensor]
 Augment = Literal["none", "flip", "standard"]
 
 
+def _chain(*steps: Callable[..., Any]) -> Transform:
+    transform: Transform = v2.Compose(steps)  # torchvision has no types
+    return transform
+
+
 def evaluation(preprocessing: Preprocessing) -> Transform:
     """Resize the shorter edge and crop the centre, as the weights ask: uint8 ``(3, crop, crop)``."""
-    return v2.Compose(
-        [
-            v2.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation), antialias=True),
-            v2.CenterCrop(preprocessing.crop),
-            v2.PILToTensor(),
-        ]
+    size = [preprocessing.resize] * (2 if preprocessing.squash else 1)
+    return _chain(
+        v2.Resize(size, InterpolationMode(preprocessing.interpolation), antialias=True),
+        v2.CenterCrop(preprocessing.crop),
+        v2.PILToTensor(),
     )
 
 
@@ -46,8 +50,11 @@ def training(preprocessing: Preprocessing, augment: Augment) -> Transform:
         return evaluation(preprocessing)
     flip = v2.RandomHorizontalFlip()
     if augment == "flip":
-        return v2.Compose([flip, evaluation(preprocessing)])
+        return _chain(flip, evaluation(preprocessing))
     crop = v2.RandomResizedCrop(
-        preprocessing.crop, scale=(0.35, 1.0), interpolation=InterpolationMode(preprocessing.interpolation), antialias=True
+        preprocessing.crop,
+        scale=(0.35, 1.0),
+        interpolation=InterpolationMode(preprocessing.interpolation),
+        antialias=True,
     )
-    return v2.Compose([crop, flip, v2.PILToTensor()])
+    return _chain(crop, flip, v2.PILToTensor())

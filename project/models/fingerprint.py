@@ -27,5 +27,5 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
         for name, tensor in chain(module.named_parameters(), module.named_buffers()):
             value = tensor.detach().cpu().contiguous()
             digest.update(f"{prefix}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
 import textwrap
 from collections import OrderedDict
@@ -66,7 +65,9 @@ def architecture(name: str) -> Architecture:
             import timm
 
             known += [f"timm/{other}" for other in timm.list_models()]
-        raise ModelError(f"model.backbone: unknown backbone {name!r}. {nearest(name, known)}Known: torchvision's names, timm/NAME.")
+        raise ModelError(
+            f"model.backbone: unknown backbone {name!r}. {nearest(name, known)}Known: torchvision's names, timm/NAME."
+        )
     return Torchvision(name)
 
 
@@ -86,7 +87,7 @@ class Torchvision:
         return files.from_url(self._zoo[weights].url)
 
     def preprocessing(self, weights: str | None) -> Preprocessing:
-        entry = self._zoo[weights] if weights in self.names() else next(iter(self._zoo))
+        entry = self._zoo[weights] if weights in self.names() else next(iter(self._zoo.__members__.values()))
         preset = entry.transforms()
         return Preprocessing(
             resize=preset.resize_size[0],
@@ -107,7 +108,7 @@ class Torchvision:
         for name in dropped:
             setattr(model, name, None)
         if dropped:
-            model.aux_logits = False
+            model.aux_logits = False  # type: ignore[assignment]
         path, classifier = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
@@ -124,11 +125,10 @@ class Torchvision:
 
     def _whole(self, state: files.State | None) -> nn.Module:
         options: dict[str, Any] = {}
-        accepted = inspect.signature(inspect.unwrap(torchvision.models.get_model_builder(self.name))).parameters
         if self.name in ("inception_v3", "googlenet"):
             # Their weights were made with another normalisation, which the network itself applies.
             options = {"transform_input": True, "init_weights": True}
-        if state is not None and "conv_proj.weight" in state and "image_size" not in accepted:
+        if state is not None and "conv_proj.weight" in state:
             # A ViT has one position for each patch of the images it was trained on: 512 px in some weights.
             positions = state["encoder.pos_embedding"].shape[1] - 1
             options["image_size"] = int(positions**0.5) * state["conv_proj.weight"].shape[-1]
@@ -169,7 +169,9 @@ class Timm:
             known = timm.list_models()
             raise ModelError(f"model.backbone: timm has no {self._model!r}. {nearest(self._model, known)}")
         if self._tag and self._tag not in self._tags():
-            raise ModelError(f"model.backbone: timm/{self._model} has no tag {self._tag!r}, but {', '.join(self._tags())}.")
+            raise ModelError(
+                f"model.backbone: timm/{self._model} has no tag {self._tag!r}, but {', '.join(self._tags())}."
+            )
 
     def _tags(self) -> list[str]:
         return [entry.partition(".")[2] for entry in self._timm.list_pretrained(f"{self._model}.*")]
@@ -180,16 +182,16 @@ class Timm:
     def _config(self, weights: str | None) -> dict[str, Any]:
         tag = weights if weights in self._tags() else self._tag
         config = self._timm.get_pretrained_cfg(f"{self._model}.{tag}" if tag else self._model)
-        return dict(config.to_dict()) if config else {}
+        return dict(vars(config)) if config else {}
 
     def fetch(self, weights: str) -> Path:
         # The article's name is the default of ``model.weights``; timm's networks are known by a tag of their own.
         if weights not in (ARTICLE, *self.names()):
             raise _unknown_weights(weights, self)
         config = self._config(weights)
-        if "hf_hub_id" in config:
+        if config.get("hf_hub_id"):
             return files.from_hub(config["hf_hub_id"], config.get("hf_hub_filename") or "model.safetensors")
-        if "url" in config:
+        if config.get("url"):
             return files.from_url(config["url"])
         raise WeightsError(f"model.weights: timm has no pretrained weights for {self._model!r}; give a file, or null.")
 
@@ -202,6 +204,7 @@ class Timm:
             interpolation=config["interpolation"],
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
+            squash=config["crop_mode"] == "squash",
         )
 
     def reference(self) -> Mapping[str, torch.Tensor]:
@@ -209,17 +212,14 @@ class Timm:
         return state
 
     def build(self, state: files.State | None) -> tuple[nn.Module, int]:
-        if state is None:
-            model = self._timm.create_model(self._model, num_classes=0)
-        else:
-            model = self._load(state)
+        model: Any = self._timm.create_model(self._model, num_classes=0) if state is None else self._load(state)
         return model, int(getattr(model, "head_hidden_size", None) or model.num_features)
 
     def fixed_size(self, model: nn.Module) -> int | None:
         config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
 
-    def _load(self, state: files.State) -> nn.Module:
+    def _load(self, state: files.State) -> Any:
         # Where the number of classes differs from the file's, timm loads what fits and leaves the rest random. So the
         # network is built with the file's own number, loaded strictly, and loses its classifier after that.
         names = self._config(None).get("classifier")
@@ -227,15 +227,15 @@ class Timm:
         classes = 0 if classifier is None else classifier.shape[0]
         overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
         try:
-            model: nn.Module = self._timm.create_model(
+            model: Any = self._timm.create_model(
                 self._model, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
             )
         except (RuntimeError, KeyError) as error:
             why = textwrap.shorten(str(error).split("\n")[-1], 120, placeholder=" ...")
             raise _another_network(self.name, why) from error
-        model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
+        model.pretrained_cfg.pop("state_dict", None)
         if classes:
-            model.reset_classifier(0)  # type: ignore[operator]
+            model.reset_classifier(0)
         return model
 
 

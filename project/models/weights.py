@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -94,13 +95,13 @@ def from_hub(repository: str, file: str) -> Path:
     Raises:
         WeightsError: There is no network, or no such file.
     """
-    from huggingface_hub import constants, hf_hub_download, logging, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     cached = try_to_load_from_cache(repository, file)
     if isinstance(cached, str):
         return Path(cached)
-    logging.set_verbosity_error()  # without a network it would print a traceback's worth for each of its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would print each of its retries
     try:
         return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT))
     except (OSError, HfHubHTTPError) as error:
@@ -132,7 +133,7 @@ def read_state(path: Path) -> State:
     except Exception as error:  # damaged pickles raise nearly anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise WeightsError(
-            f"{path} cannot be loaded as plain tensors: it is damaged, or holds code ({type(error).__name__}: {reason})."
+            f"{path} cannot be loaded as plain tensors: it is damaged or holds code ({type(error).__name__}: {reason})."
             "\nTake a fresh copy from a source you trust."
         ) from error
     for key in ("state_dict", "model"):

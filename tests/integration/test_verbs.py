@@ -60,7 +60,9 @@ def test_frozen_backbone_is_bit_identical_after_fit(trained: Path, weights: Path
 def test_fit_prints_the_fingerprint_before_and_after_and_a_result(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit() == 0
     out = capsys.readouterr().out
-    digits = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)["transfer"]["frozen"]["sha256"]
+    digits = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)["transfer"]["frozen"][
+        "sha256"
+    ]
     flat = "".join(character for character in out if character not in "│\n ")
     assert flat.count(digits) == 2
     for words in ("best val/accuracy", "runs/photos/version_0/checkpoints/best.ckpt", "load(", "images/s", "unchanged"):
@@ -105,8 +107,10 @@ def test_checkpoint_of_resnet50_with_ten_classes_is_under_1_mb(here: Path) -> No
             draw(here / "ten" / f"class{number}" / f"{index}.png", (20 * number, 100, 100), index)
     with pytest.warns(UserWarning, match="random weights"):
         code = main(
-            ["fit", "--model.weights", "null", "--model.image_size", "32", "--data.root", "ten"]
-            + ["--data.num_workers", "0", "--trainer.max_epochs", "1", "--data.val_fraction", "0.5"]
+            [
+                *("fit", "--model.weights", "null", "--model.image_size", "32", "--data.root", "ten"),
+                *("--data.num_workers", "0", "--trainer.max_epochs", "1", "--data.val_fraction", "0.5"),
+            ]
         )
     assert code == 0
     path = Path("runs/ten/version_0/checkpoints/best.ckpt")
@@ -204,7 +208,20 @@ def test_every_shipped_config_runs(config: Path, fit: Fit, photos: Path, weights
     if config.stem == "quickstart":  # whole as it is, but for the length
         assert main(["fit", "-c", str(config), *flags, "--trainer.max_epochs", "1", "--data.num_workers", "0"]) == 0
     else:  # on a small network that needs no download
-        assert fit("-c", str(config), "--model.backbone", "resnet18", "--model.weights", str(weights), "--data.root", str(photos), *flags) == 0
+        assert (
+            fit(
+                "-c",
+                str(config),
+                "--model.backbone",
+                "resnet18",
+                "--model.weights",
+                str(weights),
+                "--data.root",
+                str(photos),
+                *flags,
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])

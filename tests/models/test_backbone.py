@@ -144,7 +144,10 @@ def test_rows_at_the_cut_are_what_the_prefix_gives(trainable, shape):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("layer5", r"resnet18 has no stage 'layer5'\. Did you mean 'layer4', 'layer3' or 'layer2'\? It has stem, layer1"),
+        (
+            "layer5",
+            r"resnet18 has no stage 'layer5'\. Did you mean 'layer4', 'layer3' or 'layer2'\? It has stem, layer1",
+        ),
         ("haed", r"has no stage 'haed'\. Did you mean 'head'\?"),
         ("", r"has no stage ''\. It has stem, layer1, layer2, layer3, layer4; or say head, or all\."),
         ("Layer4", r"Did you mean 'layer4'"),

@@ -105,7 +105,9 @@ def test_unknown_backbone_is_refused_with_the_nearest_names(name, said):
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0"])
 def test_unknown_weights_are_refused_with_those_there_are(name):
-    with pytest.raises(WeightsError, match=rf"{name} has no weights 'IMAGENET'\. It has .*DEFAULT; or give a file, pkg:NAME"):
+    with pytest.raises(
+        WeightsError, match=rf"{name} has no weights 'IMAGENET'\. It has .*DEFAULT; or give a file, pkg:NAME"
+    ):
         load_backbone(name, "IMAGENET")
 
 

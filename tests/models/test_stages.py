@@ -45,7 +45,15 @@ NAMES = {
     "timm/regnety_002": BLOCKS,
 }
 #: Left whole: their forward is no chain, or nobody has asked yet.
-WHOLE = ("alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm/test_vit", "timm/test_mambaout")
+WHOLE = (
+    "alexnet",
+    "squeezenet1_1",
+    "shufflenet_v2_x0_5",
+    "mnasnet0_5",
+    "googlenet",
+    "timm/test_vit",
+    "timm/test_mambaout",
+)
 
 
 def whole_network(name):

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from project import load
+from project.errors import CheckpointError
+
+
+def test_paths_pil_images_and_tensors_give_the_same(trained: Path, photos: Path) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    paths = sorted((photos / "test").rglob("*.png"))
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    tensors = torch.stack([pil_to_tensor(picture) for picture in pictures])
+    expected = classifier.predict_proba(paths)
+    for images in ([str(path) for path in paths], pictures, tensors):
+        assert np.array_equal(classifier.predict_proba(images), expected)
+
+
+def test_its_answers_have_the_promised_shapes(trained: Path, photos: Path) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    paths = sorted((photos / "test").rglob("*.png"))
+    probabilities = classifier.predict_proba(paths)
+    assert classifier.classes_ == ["blue", "green", "red"]
+    assert probabilities.shape == (12, 3) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+    assert classifier.features(paths).shape == (12, 512)
+    assert classifier.predict(paths) == [path.parent.name for path in paths]
+
+
+def test_the_size_of_its_batches_does_not_show(trained: Path, photos: Path) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    paths = sorted((photos / "test").rglob("*.png"))
+    whole = classifier.predict_proba(paths)
+    classifier.batch_size = 5
+    np.testing.assert_allclose(classifier.predict_proba(paths), whole, atol=1e-5)
+
+
+def test_nothing_given_gives_nothing(trained: Path) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    assert classifier.predict([]) == []
+    assert classifier.predict_proba([]).shape == (0, 3)
+    assert classifier.features([]).shape == (0, 512)
+
+
+def test_weights_that_have_changed_since_are_refused(trained: Path, weights: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
+    state = torch.load(weights, weights_only=True)
+    state["bn1.running_var"][3] *= 1.001
+    torch.save(state, tmp_path / "other.pth")
+    checkpoint["hyper_parameters"]["weights"] = str(tmp_path / "other.pth")
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: .* another backbone"):
+        load(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_missing_and_unexpected_tensors_are_refused(change: str, trained: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
+    if change == "missing":
+        del checkpoint["state_dict"]["head.bias"]
+    else:
+        checkpoint["state_dict"]["head.more"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="head.bias" if change == "missing" else "head.more"):
+        load(tmp_path / "a.ckpt")

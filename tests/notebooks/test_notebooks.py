@@ -1,0 +1,36 @@
+"""Every notebook runs from top to bottom on a run that the tests make, and is kept without outputs."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from project.cli import main
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of the quickstart, shortened."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    config = str(NOTEBOOKS[0].parents[1] / "configs" / "quickstart.yaml")
+    short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "-c", config, *short, "--model.image_size", "48", "--data.num_workers", "0"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, workplace: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count"), "notebooks are kept without outputs"
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": workplace}})
+    client.execute()
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert pictures, "it shows the images with their predictions"

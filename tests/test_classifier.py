@@ -1,0 +1,102 @@
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from project import ImageClassifier, ImageDataModule
+from project.errors import ConfigError
+from project.metrics import evaluation_metrics
+from project.models.heads import CosineHead, MLPHead
+
+
+def build(weights: Path, **options: object) -> ImageClassifier:
+    return ImageClassifier("resnet18", str(weights), image_size=32, **options)  # type: ignore[arg-type]
+
+
+IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+
+
+def test_encode_then_classify_is_forward(weights: Path) -> None:
+    for trainable, shape in (("head", (4, 512)), ("layer4", (4, 256, 2, 2)), ("all", (4, 3, 32, 32))):
+        model = build(weights, trainable=trainable, classes=["a", "b"]).eval()
+        rows = model.encode(IMAGES)
+        assert rows.shape == shape
+        assert not rows.requires_grad
+        assert torch.equal(model.classify(rows), model(IMAGES))
+
+
+def test_only_what_trains_is_given_to_the_optimizer(weights: Path) -> None:
+    model = build(weights, trainable="layer4", classes=["a", "b"], optimizer=partial(torch.optim.AdamW, lr=0.1))
+    optimizer = model.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    expected = [*model.backbone.stages["layer4"].parameters(), *model.head.parameters()]
+    assert given == {id(parameter) for parameter in expected}
+
+
+def test_works_with_lightnings_own_trainer_and_nothing_typed(weights: Path, photos: Path, tmp_path: Path) -> None:
+    model = build(weights, head=partial(MLPHead, hidden=8))
+    trainer = pl.Trainer(
+        max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False, logger=False, log_every_n_steps=1
+    )
+    with pytest.warns(UserWarning):  # Lightning's remarks on modules in eval mode and on num_workers
+        trainer.fit(model, datamodule=ImageDataModule(str(photos), num_workers=0))
+    assert model.classes == ("blue", "green", "red")
+    assert "val/accuracy" in trainer.callback_metrics
+    path = next(tmp_path.rglob("*.ckpt"))
+    again = ImageClassifier.load_from_checkpoint(path).eval()
+    assert torch.equal(again(IMAGES), model.eval()(IMAGES))
+
+
+def test_nobody_can_thaw_it_by_lightnings_own_calls(weights: Path) -> None:
+    model = build(weights, classes=["a", "b"])
+    before = model.backbone.fingerprint()
+    model.unfreeze()
+    model.train()
+    for module in model.modules():
+        module.training = True
+    loss = model(IMAGES).sum()
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert model.backbone.fingerprint() == before
+
+
+def test_float_images_in_0_1_and_uint8_images_are_the_same(weights: Path) -> None:
+    model = build(weights, classes=["a", "b"]).eval()
+    torch.testing.assert_close(model(IMAGES), model(IMAGES.float() / 255), rtol=1e-5, atol=1e-5)
+
+
+def test_top5_is_there_above_five_classes_only() -> None:
+    assert not any("top5" in name for name in evaluation_metrics(list("abcde"), "val"))
+    metrics = evaluation_metrics(list("abcdef"), "val")
+    probabilities = torch.eye(6)[[0, 1, 2, 3, 4, 5]] * 0.9 + 0.1 / 6
+    metrics.update(probabilities, torch.tensor([0, 1, 2, 3, 4, 0]))
+    values = metrics.compute()
+    assert values["val/accuracy"] == pytest.approx(5 / 6)
+    assert any("top5" in name for name in metrics)
+    assert values["val/accuracy_of/a"] == pytest.approx(0.5)
+    assert values["val/top5"] >= values["val/accuracy"]
+    assert values["val/ece"] == pytest.approx(abs(probabilities[0, 0].item() - 5 / 6), abs=1e-5)
+    assert 0 < values["val/f1"] < 1
+
+
+def test_the_loss_is_smoothed_and_weighted_as_asked(weights: Path) -> None:
+    labels = torch.tensor([0, 1, 1, 0])
+    model = build(weights, classes=["a", "b"], label_smoothing=0.2, class_weights=[1.0, 3.0])
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    loss = model.training_step((IMAGES, labels), 0)
+    expected = torch.nn.CrossEntropyLoss(torch.tensor([1.0, 3.0]), label_smoothing=0.2)(model(IMAGES), labels)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_hyper_parameters_are_plain_types(weights: Path) -> None:
+    model = build(weights, head=CosineHead, classes=["a", "b"])
+    assert model.hparams["head"] == {"class_path": "project.models.heads.CosineHead", "init_args": {}}
+    assert model.hparams["optimizer"]["init_args"] == {"lr": 0.001, "momentum": 0.9}
+
+
+def test_an_optimizer_that_no_checkpoint_could_keep_is_refused(weights: Path) -> None:
+    with pytest.raises(ConfigError, match=r"functools\.partial"):
+        build(weights, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
