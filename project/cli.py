@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+import project
 from project.artifacts.checkpoint import read_hyper_parameters
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.report import Report
@@ -29,6 +30,7 @@ from project.errors import ConfigError, ProjectError
 from project.explain import explain
 from project.trainer import Trainer
 
+PROGRAM = "python -m project"
 RUNS = "runs"
 
 
@@ -45,12 +47,14 @@ class TransferCLI(LightningCLI):
             trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": PROGRAM, "description": project.__doc__},
             args=self._args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
-        return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
+        usage = f"{PROGRAM} VERB [-c config.yaml] [flags]"  # the flags are many, and follow with what each does
+        return super().init_parser(usage=usage, exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
@@ -122,10 +126,13 @@ class TransferCLI(LightningCLI):
         self._report = Report(dashboard)
         callbacks: list[pl.Callback] = [dashboard, self._report]
         if not given["fast_dev_run"]:
-            if given["logger"] is None:
-                root = Path(given["default_root_dir"] or RUNS)
+            if not given["logger"]:  # a logger of the user's has a folder of its own
+                runs = Path(given["default_root_dir"] or RUNS)
                 name = self._get(self.config_init, "name") or self.datamodule.name
-                kwargs["logger"] = TensorBoardLogger(root, name, reserve_version(root / name), default_hp_metric=False)
+                number = reserve_version(runs / name)
+                kwargs["default_root_dir"] = runs / name / f"version_{number}"
+                if given["logger"] is None:
+                    kwargs["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:

@@ -60,7 +60,9 @@ def test_description_of_a_description_is_a_copy_of_it():
     "factory", [lambda: None, len, describe, functools.partial(nn.Linear, 8), LinearHead(2, 2), "torch.optim.SGD", None]
 )
 def test_what_a_checkpoint_could_not_bring_back_is_refused(factory):
-    with pytest.raises(ConfigError, match=r"cannot be kept in a checkpoint: use a class of a module, or functools\.partial"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be kept in a checkpoint: use a class of a module, or functools\.partial"
+    ):
         describe(factory)
 
 

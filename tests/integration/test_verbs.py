@@ -88,6 +88,27 @@ def test_a_second_fit_keeps_the_first(fit: Fit) -> None:
     assert Path("runs/photos/version_1/checkpoints/best.ckpt").exists()
 
 
+def test_a_run_without_a_logger_has_a_folder_all_the_same(fit: Fit) -> None:
+    for number in range(2):
+        assert fit("--trainer.logger", "false") == 0
+        kept = sorted(str(path.relative_to("runs")) for path in Path("runs/photos").rglob("*") if path.is_file())
+        assert len(kept) == 3 * (number + 1), kept
+    assert "photos/version_1/config.yaml" in kept and "photos/version_1/checkpoints/best.ckpt" in kept
+
+
+def test_a_logger_of_the_users_has_the_run_in_its_folder(fit: Fit) -> None:
+    assert fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs") == 0
+    folder = Path("logs/lightning_logs/version_0")
+    assert {path.name for path in folder.iterdir()} >= {"metrics.csv", "config.yaml", "checkpoints"}
+    assert not Path("runs").exists()
+
+
+def test_the_config_of_a_run_runs_again(fit: Fit) -> None:
+    assert fit() == 0
+    assert main(["fit", "-c", "runs/photos/version_0/config.yaml"]) == 0
+    assert Path("runs/photos/version_1/checkpoints/best.ckpt").exists()
+
+
 def test_two_fits_at_once_never_get_one_folder(tmp_path: Path) -> None:
     (tmp_path / "version_7").mkdir()
     (tmp_path / "version_x").mkdir()
