@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
-from project.components import describe, resolve
+from project.components import construct, describe
 from project.errors import ConfigError, DataError, FrozenError
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
@@ -24,7 +24,7 @@ from project.models.heads import LinearHead
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
@@ -47,7 +47,7 @@ class ImageClassifier(pl.LightningModule):
         label_smoothing: Share of each label that is spread over all classes, in [0, 1).
         class_weights: Weight of each class in the loss, in order of the classes' names.
         channels_last: Keep images and weights in channels_last memory format, the faster one on CPUs and tensor cores.
-        compile: Run the backbone's stages through torch.compile.
+        compile: Run the backbone through torch.compile.
         classes: Names of the classes; by default those of the data or of the checkpoint.
 
     Raises:
@@ -83,9 +83,9 @@ class ImageClassifier(pl.LightningModule):
         self.backbone, self.origin = load_backbone(backbone, weights, trainable, image_size)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
+        self.hparams["weights"] = self.origin.weights  # of a file, the whole path: checkpoints are loaded from anywhere
         if compile:
-            for stage in self.backbone.stages.values():
-                stage.compile()
+            self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
         self.frozen_sha256: str | None = None
         if classes is not None:
@@ -99,10 +99,12 @@ class ImageClassifier(pl.LightningModule):
     def _name_classes(self, classes: Sequence[str]) -> None:
         """Make the parts whose size is the number of classes: head, loss weights, metrics."""
         self.hparams["classes"] = list(classes)
-        self.head = resolve(self.hparams["head"], nn.Module)(self.backbone.feature_dim, len(classes))
+        self.head = construct("model.head", self.hparams["head"], nn.Module, self.backbone.feature_dim, len(classes))
         weights = self.hparams["class_weights"]
         if weights is not None and len(weights) != len(classes):
             raise ConfigError(f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}).")
+        if weights is not None and min(weights) < 0:
+            raise ConfigError(f"model.class_weights have to be at least 0, not {min(weights)}.")
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.train_metrics = training_metrics(len(classes))
@@ -116,6 +118,7 @@ class ImageClassifier(pl.LightningModule):
             DataError: The data's classes are not those that the head was trained on.
             ConfigError: Nothing names the classes.
         """
+        self.backbone.freeze()  # somebody may have called unfreeze() since
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
@@ -166,8 +169,8 @@ class ImageClassifier(pl.LightningModule):
         values = metrics.compute()
         metrics.reset()
         shown = [name for name in values if name.endswith("/accuracy")]
-        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
-        self.log_dict(values)
+        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
@@ -201,10 +204,10 @@ class ImageClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = resolve(self.hparams["optimizer"], Optimizer)(parameters)
+        optimizer = construct("model.optimizer", self.hparams["optimizer"], Optimizer, parameters)
         if self.hparams["scheduler"] is None:
             return optimizer
-        scheduler = resolve(self.hparams["scheduler"], (LRScheduler, ReduceLROnPlateau))(optimizer)
+        scheduler = construct("model.scheduler", self.hparams["scheduler"], LRScheduler, optimizer)
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
@@ -258,5 +261,5 @@ class ImageClassifier(pl.LightningModule):
         refuse_another(checkpoint.get("transfer"), self.identity())
         state = self.state_dict()
         refuse_tensors({key for key in state if not self._is_frozen(key)}, checkpoint["state_dict"])
-        let_flags_win(checkpoint, self.hparams["optimizer"])
+        let_flags_win(checkpoint, self.hparams)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

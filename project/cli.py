@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import read_hyper_parameters
+from project.artifacts.checkpoint import hyper_parameters, read_checkpoint
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.report import Report
 from project.classifier import SGD, ImageClassifier
@@ -70,10 +70,15 @@ class TransferCLI(LightningCLI):
         Raises:
             ConfigError: A flag or key is unknown, or its value is not of its kind.
         """
+        verb = next((word for word in args if word in self._subcommand_parsers), None)
+        flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        flag.add_argument("--ckpt_path", nargs="?")
+        path = flag.parse_known_args(args)[0].ckpt_path
+        if verb and path and "--help" not in args:
+            self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            verb = next((word for word in args if word in self._subcommand_parsers), None)
             raise explain(error, self._parser(verb)) from error
 
     @staticmethod
@@ -86,14 +91,26 @@ class TransferCLI(LightningCLI):
         """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
 
         Lightning's own puts them over the flags (issue 21455).
+
+        Raises:
+            CheckpointError: It is missing, damaged, unsafe, or not one of this project's.
+            ConfigError: There is nothing left to train.
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
-        if not path or path in ("best", "last", "hpc", "registry"):
+        if not path:
             return
-        hyper_parameters = read_hyper_parameters(path)
-        self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in hyper_parameters.items()})
+        checkpoint = self._take_defaults(verb, path)
         self.parse_arguments(self.parser, self._args)
+        epochs, most = checkpoint["epoch"] + 1, self.config[verb].trainer.max_epochs
+        if verb == "fit" and most is not None and -1 < most <= epochs:
+            raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
+
+    def _take_defaults(self, verb: str, path: str) -> dict[str, Any]:
+        checkpoint = read_checkpoint(path)
+        defaults = hyper_parameters(checkpoint, path)
+        self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in defaults.items()})
+        return checkpoint
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.
@@ -102,9 +119,17 @@ class TransferCLI(LightningCLI):
             ConfigError: There is no checkpoint to evaluate, or no data.
         """
         data, verb = self._get(self.config, "data"), self.subcommand
-        wanted = self._get(self.config, "trainer")["accelerator"]
+        model, trainer = self._get(self.config, "model"), self._get(self.config, "trainer")
+        wanted = trainer["accelerator"]
         if wanted in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
             raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
+        if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
+            raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
+        name = self._get(self.config, "name")
+        if name and Path(name).name != name:
+            raise ConfigError(
+                f"--name: {name!r} is no name of one folder. For another place: --trainer.default_root_dir"
+            )
         if verb != "fit" and not self._get(self.config, "ckpt_path"):
             raise ConfigError(
                 f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt"
@@ -138,7 +163,8 @@ class TransferCLI(LightningCLI):
             if given["enable_checkpointing"] is not False:
                 # Two callbacks: save_last=True would write last.ckpt only in epochs that are also the best so far.
                 always: dict[str, Any] = {"enable_version_counter": False}
-                callbacks.append(ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **always))
+                if given["limit_val_batches"] != 0:
+                    callbacks.append(ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **always))
                 callbacks.append(ModelCheckpoint(filename="last", **always))
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)

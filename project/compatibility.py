@@ -54,24 +54,41 @@ def refuse_tensors(expected: Collection[str], found: Collection[str]) -> None:
             )
 
 
-def let_flags_win(checkpoint: dict[str, Any], optimizer: Mapping[str, Any]) -> None:
-    """On a resume, let an optimizer's class and arguments that were given anew beat those of the checkpoint.
+def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any]) -> None:
+    """On a resume, let an optimizer and a scheduler that were asked for anew beat those of the checkpoint.
+
+    What is another class begins with no state; of the same class, the arguments that differ are taken over.
 
     Args:
-        checkpoint: Changed in place: its optimizer's state, and its schedulers' base learning rates.
-        optimizer: What the model is asked to use, as ``{"class_path": ..., "init_args": {...}}``.
+        checkpoint: Changed in place: the states of its optimizer and its scheduler.
+        asked: The model's hyper-parameters; ``optimizer`` and ``scheduler`` are ``{"class_path": ..., "init_args":
+            {...}}``, the scheduler may be ``None``.
     """
-    then = checkpoint["hyper_parameters"].get("optimizer")
-    if not checkpoint.get("optimizer_states") or then == optimizer:
-        return
-    if then["class_path"].rpartition(".")[2] != optimizer["class_path"].rpartition(".")[2]:
-        checkpoint["optimizer_states"] = []  # another optimizer begins with no state
-        return
-    changed = {k: v for k, v in optimizer["init_args"].items() if then["init_args"].get(k) != v}
-    if "lr" in changed:
-        changed["initial_lr"] = changed["lr"]
-    for group in checkpoint["optimizer_states"][0]["param_groups"]:
-        group.update({key: value for key, value in changed.items() if key in group})
-    for schedule in checkpoint.get("lr_schedulers", []):
-        if "lr" in changed and "base_lrs" in schedule:
-            schedule["base_lrs"] = [changed["lr"]] * len(schedule["base_lrs"])
+    kept = checkpoint["hyper_parameters"]
+    optimizers, schedulers = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
+    if optimizers:
+        changed = _changed(kept["optimizer"], asked["optimizer"])
+        if changed is None:
+            checkpoint["optimizer_states"] = []
+        elif changed:
+            if "lr" in changed:
+                changed["initial_lr"] = changed["lr"]
+                for schedule in schedulers or []:
+                    schedule["base_lrs"] = [changed["lr"] for _ in schedule.get("base_lrs", [])]
+            for group in optimizers[0]["param_groups"]:
+                group.update({key: value for key, value in changed.items() if key in group})
+    if schedulers:
+        changed = _changed(kept["scheduler"], asked["scheduler"])
+        if changed is None:
+            checkpoint["lr_schedulers"] = []
+        else:
+            schedulers[0].update({key: value for key, value in changed.items() if key in schedulers[0]})
+
+
+def _changed(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The arguments that differ; ``None`` where the class does."""
+    if then is None or now is None:
+        return {} if then is now else None
+    if then["class_path"].rpartition(".")[2] != now["class_path"].rpartition(".")[2]:
+        return None
+    return {key: value for key, value in now["init_args"].items() if then["init_args"].get(key) != value}

@@ -72,3 +72,21 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
         kinds = base if isinstance(base, tuple) else (base,)
         raise ConfigError(f"class_path {path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}.")
     return functools.partial(found, **(spec.get("init_args") or {}))
+
+
+def construct(key: str, spec: Spec, base: type | tuple[type, ...], *inputs: Any) -> Any:
+    """Make what a description names.
+
+    Args:
+        key: Where the description stands in the configuration, for the message.
+        spec: ``{"class_path": ..., "init_args": {...}}``.
+        base: What the class has to be a subclass of.
+        inputs: Positional arguments that the class takes before those of the description.
+
+    Raises:
+        ConfigError: The class may not be used, or does not take these arguments.
+    """
+    try:
+        return resolve(spec, base)(*inputs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {spec['class_path']} does not take these arguments: {error}.") from error

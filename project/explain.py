@@ -23,7 +23,10 @@ PLAINER = (
     (r"NoneType", "null"),
     (r"Does not validate against any of the Union subtypes", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
+    (r".*Multiple subclasses with name (\w+).*", r"several classes are called \1: give the whole path of one"),
+    (r".*the following arguments are required: (.*)", r"it needs \1"),
     (r"Expected a path but (\S+) either not accessible or invalid.*", r"there is no class \1."),
+    (r"\.? ?Got value: (Namespace|None).*", "."),
     (r"Expected a dot import path string: .*", ""),
     (r"Expected an? ", "expected "),
     (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
@@ -68,5 +71,8 @@ def _plain(message: str) -> str:
             line = re.sub(pattern, plainer, line).strip()
         if line:
             lines.append(line)
+    if any(line.startswith("several classes") for line in lines):
+        lines = [line for line in lines if not line.startswith("there is no class")]
+    lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
     before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
     return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

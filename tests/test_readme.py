@@ -18,6 +18,10 @@ def test_the_two_commands_are_where_ci_takes_them_from() -> None:
         assert command and words in command[1], "each one line to paste"
 
 
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    assert not re.findall(r"^[A-Z]{4,}$|TODO|XXX", README, re.MULTILINE)
+
+
 def test_files_it_names_are_there() -> None:
     for path in re.findall(r"(?:configs|docs|notebooks)/[\w./]+\.\w+", README):
         assert (ROOT / path).is_file(), path

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from project.components import resolve
 from project.errors import CheckpointError, ConfigError
 
 #: Parts of the hyper-parameters that name a class, and what kind of class it has to be.
-PARTS: dict[str, type | tuple[type, ...]] = {
+PARTS: dict[str, type] = {
     "head": nn.Module,
     "optimizer": Optimizer,
-    "scheduler": (LRScheduler, ReduceLROnPlateau),
+    "scheduler": LRScheduler,
 }
 
 
@@ -48,16 +49,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_hyper_parameters(path: str | Path) -> dict[str, Any]:
+def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """The arguments that a checkpoint's model was made with, in plain types.
 
     Args:
-        path: A ``.ckpt`` file of this project.
+        checkpoint: What :func:`read_checkpoint` has read.
+        path: Where from, for the message.
 
     Raises:
-        CheckpointError: As :func:`read_checkpoint`, or it names a class that may not be imported.
+        CheckpointError: It names a class that may not be imported.
     """
-    values = dict(read_checkpoint(path)["hyper_parameters"])
+    values = dict(checkpoint["hyper_parameters"])
     for part, base in PARTS.items():
         if values.get(part) is not None:
             try:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as image_functions
 
-from project.artifacts.checkpoint import read_checkpoint, read_hyper_parameters
+from project.artifacts.checkpoint import hyper_parameters, read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.images import read_image
 from project.data.transforms import evaluation
-from project.errors import CheckpointError
+from project.errors import CheckpointError, WeightsError
 
 Images = Sequence[str | Path | Image.Image] | torch.Tensor
 
@@ -56,17 +56,22 @@ class Classifier:
         return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
 
     def _rows(self, images: Images) -> Iterator[torch.Tensor]:
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() != 4):
+            raise TypeError("Give several images: a list of paths or PIL images, or a tensor (B, 3, H, W).")
+        if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
+            raise TypeError(f"A tensor of images has to be uint8, not {images.dtype}.")
         items = iter(images)
         with torch.inference_mode():
             while batch := [self._transform(_as_pil(image)) for image in islice(items, self.batch_size)]:
                 yield self.model.encode(torch.stack(batch))
 
 
-def load(path: str | Path) -> Classifier:
+def load(path: str | Path, weights: str | None = None) -> Classifier:
     """Load a trained classifier from its checkpoint of kilobytes, and its backbone from where it came from.
 
     Args:
         path: A checkpoint of a fit.
+        weights: Where the backbone's weights are, if they are no longer where they were; they have to be the same.
 
     Returns:
         The classifier, on the CPU.
@@ -76,9 +81,14 @@ def load(path: str | Path) -> Classifier:
         WeightsError: The backbone's weights are not to be had on this machine.
     """
     checkpoint = read_checkpoint(path)
-    model = ImageClassifier(**read_hyper_parameters(path) | {"compile": False})
+    arguments = hyper_parameters(checkpoint, path) | {"compile": False}
+    if weights is not None:
+        arguments["weights"] = weights
     try:
+        model = ImageClassifier(**arguments)
         model.on_load_checkpoint(checkpoint)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error} Say where they are now: load(path, weights=...).") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     model.load_state_dict(checkpoint["state_dict"])

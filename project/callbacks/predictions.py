@@ -27,6 +27,8 @@ class PredictionWriter(pl.Callback):
     """
 
     def __init__(self, output: str) -> None:
+        if not output or Path(output).expanduser().is_dir():
+            raise ConfigError(f"--output: {output!r} is no name of a file, such as predictions.csv.")
         self._target = Path(output).expanduser()
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}")
         self._file: TextIO | None = None
@@ -75,4 +77,4 @@ class PredictionWriter(pl.Callback):
     def _discard(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)

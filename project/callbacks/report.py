@@ -56,17 +56,20 @@ class Report(pl.Callback):
         table = Table(show_header=False, title="Result", title_justify="left")
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        saved = trainer.checkpoint_callback
+        saved, reload = trainer.checkpoint_callback, None
         if isinstance(saved, ModelCheckpoint) and saved.best_model_path:
             path = Path(saved.best_model_path)
             path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            table.add_row(f"best {saved.monitor}", f"{float(saved.best_model_score or 0):.4f}")
+            if saved.best_model_score is not None:
+                table.add_row(f"best {saved.monitor}", f"{float(saved.best_model_score):.4f}")
             table.add_row("checkpoint", f"{path} ({path.stat().st_size / 1000:.0f} kB)")
-            table.add_row("reload", f'from project import load\nload("{path}").predict(["a.jpg"])')
+            reload = f'Reload it: from project import load; load("{path}").predict(["a.jpg"])'
         table.add_row("time", f"{self._seconds:.1f} s, {self._dashboard.images_per_second:.0f} training images/s")
-        table.add_row("frozen", f"{_frozen(model)}, unchanged")
+        table.add_row("frozen", f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}")
         table.add_row("SHA-256", f"{model.frozen_sha256} before and after")
         _say(table)
+        if reload:
+            _say(reload)  # on one line however narrow the terminal, to be copied
 
 
 def _frozen(model: ImageClassifier) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from project.data.dataset import LabelledImages, UnlabelledImages
 from project.data.images import find_images
@@ -58,6 +58,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
         if batch_size < 1:
             raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
+        if num_workers is not None and num_workers < 0:
+            raise ConfigError(f"data.num_workers has to be at least 0, not {num_workers}.")
         self.source = Folder(root) if root is not None else source
         self.name = self.source.name if self.source else "data"
         self.predict_path = predict
@@ -131,11 +133,14 @@ class ImageDataModule(pl.LightningDataModule):
         assert self.source is not None  # setup() has refused it
         return LabelledImages(self.splits[split_name], self.source.read, transform)
 
-    def _loader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
+    def _loader(self, dataset: LabelledImages | UnlabelledImages, shuffle: bool = False) -> DataLoader[Any]:
+        count = len(dataset)
+        alone = shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
+            drop_last=alone,  # BatchNorm cannot train on one image, and another one is left out in each epoch
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from project.errors import DataError
@@ -35,6 +36,18 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
+    """Rescale 16-bit and float pixels, which Pillow would cut off: white, and black."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F":
+        pixels = np.asarray(image)
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise DataError(f"{path} has float pixels outside [0, 1], whose meaning is unknown. Convert or remove it.")
+        return Image.fromarray((pixels * 255).round().astype(np.uint8))
+    return image
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read an image whole, upright and in RGB.
 
@@ -42,14 +55,14 @@ def read_image(path: str | Path) -> Image.Image:
         path: The file.
 
     Returns:
-        An RGB image, turned as its EXIF orientation says.
+        An RGB image, turned as its EXIF orientation says; 16-bit pixels, and float ones in [0, 1], are rescaled.
 
     Raises:
         DataError: The file is missing, truncated, or no image.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _eight_bit(ImageOps.exif_transpose(image), path).convert("RGB")
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not an image that can be read. Mend or remove it.") from error
     except FileNotFoundError as error:

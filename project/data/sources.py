@@ -56,7 +56,13 @@ class Folder(Source):
         if not top.is_dir():
             raise DataError(f"data.root: there is no folder {root}.")
         self.name = top.resolve().name
-        places = {SPLITS[child.name]: child for child in _folders(top) if child.name in SPLITS}
+        places: dict[str, Path] = {}
+        for child in _folders(top):
+            split = SPLITS.get(child.name.lower())
+            if split in places:
+                raise DataError(f"data.root: {places[split]} and {child} are both the {split} split. Keep one.")
+            if split:
+                places[split] = child
         if "train" not in places:
             if places:
                 raise DataError(f"data.root: {root} has {', '.join(sorted(places))}, but no folder train.")

@@ -54,9 +54,6 @@ class Backbone(nn.Module):
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.sha256 = fingerprint(self.stages.items())
-        self._freeze(trainable)
-
-    def _freeze(self, trainable: str) -> None:
         names = list(self.stages)
         choices = {"head": len(names), "all": 0} | {name: index for index, name in enumerate(names)}
         if trainable not in choices:
@@ -67,9 +64,18 @@ class Backbone(nn.Module):
         self.trainable = trainable
         self.frozen_names = names[: choices[trainable]]
         self.trainable_names = names[choices[trainable] :]
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Let gradients reach the trainable stages alone, and put the frozen ones in ``eval()``."""
         for name, stage in self.stages.items():
             stage.requires_grad_(name in self.trainable_names)
         self.train(self.training)
+
+    def compile_halves(self) -> None:
+        """Run each half through ``torch.compile``, as one graph: stage by stage, they would use up its cache."""
+        self._run_prefix = torch.compile(self._run_prefix)  # type: ignore[method-assign]
+        self.refine = torch.compile(self.refine)  # type: ignore[method-assign]
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of the trainable stages; the frozen ones stay in ``eval()``."""
@@ -97,10 +103,14 @@ class Backbone(nn.Module):
         Returns:
             Rows at the cut: features ``(B, D)`` or maps ``(B, K, h, w)``, with no gradient graph.
         """
+        for name in self.frozen_names:
+            self.stages[name].eval()  # somebody may have called train() on the stage itself, past the backbone
+        return self._run_prefix(images)
+
+    def _run_prefix(self, images: torch.Tensor) -> torch.Tensor:
         rows = self.normalize(images)
         for name in self.frozen_names:
-            # Somebody may have called train() on the stage itself, past the backbone.
-            rows = self.stages[name].eval()(rows)
+            rows = self.stages[name](rows)
         return rows
 
     def refine(self, rows: torch.Tensor) -> torch.Tensor:
@@ -116,7 +126,12 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a backbone's weights came from: as written, and the file that was read."""
+    """Where a backbone's weights came from.
+
+    Attributes:
+        weights: What brings them back: as written, or the whole path of a file.
+        source: The file that was read, for people.
+    """
 
     weights: str | None
     source: str
@@ -140,8 +155,10 @@ def load_backbone(
         ModelError: Unknown backbone or stage, or an input size that it cannot take.
         WeightsError: Weights that are unknown, missing, altered, unsafe, or of another network.
     """
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"model.image_size has to be at least 1, not {image_size}.")
     arch = architecture(name)
-    state, source = _read(weights, arch)
+    state, origin = _read(weights, arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         model, feature_dim = arch.build(state)
@@ -151,17 +168,37 @@ def load_backbone(
         if image_size not in (None, fixed):
             raise ModelError(f"model.image_size: {name} takes images of {fixed} px only, not {image_size}.")
         preprocessing = preprocessing.at(fixed)
-    return Backbone(name, cut(model), feature_dim, preprocessing.at(image_size), trainable), Origin(weights, source)
+    backbone = Backbone(name, cut(model), feature_dim, preprocessing.at(image_size), trainable)
+    if image_size is not None:
+        _try(backbone, image_size)
+    return backbone, origin
 
 
-def _read(weights: str | None, arch: Architecture) -> tuple[files.State | None, str]:
+def _try(backbone: Backbone, image_size: int) -> None:
+    """Run one black image through: whether a network can take a size is told by no table."""
+    mode = backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        why = str(error).split("\n")[0]
+        raise ModelError(f"model.image_size: {backbone.name} cannot take images of {image_size} px: {why}") from error
+    finally:
+        backbone.train(mode)
+
+
+def _read(weights: str | None, arch: Architecture) -> tuple[files.State | None, Origin]:
     if weights is None:
         warnings.warn(
             f"model.weights is null: {arch.name} has random weights, so its features are random too.", stacklevel=3
         )
-        return None, f"random, seed {RANDOM_SEED}"
+        return None, Origin(None, f"random, seed {RANDOM_SEED}")
     if weights.startswith("pkg:"):
         path = files.from_package(weights.removeprefix("pkg:"))
-        return files.in_order(files.read_state(path), arch.reference(), weights), f"{weights}/{path.name}"
-    path = files.from_file(weights) if files.is_file_name(weights) else arch.fetch(weights)
-    return files.read_state(path), path.name
+        state = files.in_order(files.read_state(path), arch.reference(), weights)
+        return state, Origin(weights, f"{weights}/{path.name}")
+    if files.is_file_name(weights):
+        path = files.from_file(weights)
+        return files.read_state(path), Origin(str(path.resolve()), path.name)
+    path = arch.fetch(weights)
+    return files.read_state(path), Origin(weights, path.name)

@@ -25,11 +25,8 @@ def _after_pooling(path: str, child: nn.Module, before: nn.Module | None) -> boo
 
 
 def _downsampling(path: str, child: nn.Module, before: nn.Module | None) -> bool:
-    """Whether a child halves the resolution: a strided convolution, or Swin's patch merging."""
-    return any(
-        (isinstance(module, nn.Conv2d) and max(module.stride) > 1) or type(module).__name__.startswith("PatchMerging")
-        for module in child.modules()
-    )
+    """Whether a child halves the resolution, with a strided convolution."""
+    return any(isinstance(module, nn.Conv2d) and max(module.stride) > 1 for module in child.modules())
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,9 @@ def _vgg_block(index: int) -> str:
     return f"block{index + 1}" if index < 5 else "fc"
 
 
+#: torchvision's ConvNeXt and Swin: patches, blocks, and three times a downsampling with its blocks.
+BEFORE_FOUR = ("features.1", "features.2", "features.4", "features.6")
+
 #: Keyed by the package and class of the network.
 FAMILIES: dict[str, Family] = {
     "torchvision.ResNet": Family(_at("layer"), before={"fc": (nn.Flatten,)}, names=_layer),
@@ -86,9 +86,9 @@ FAMILIES: dict[str, Family] = {
     "torchvision.MobileNetV2": Family(_downsampling, ("features",), {"classifier": (_pool, nn.Flatten)}),
     "torchvision.MobileNetV3": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
     "torchvision.EfficientNet": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
-    "torchvision.ConvNeXt": Family(_downsampling, ("features",)),
+    "torchvision.ConvNeXt": Family(_at(*BEFORE_FOUR), ("features",)),
     "torchvision.RegNet": Family(_at("trunk_output.block"), ("trunk_output",), {"fc": (nn.Flatten,)}, _block),
-    "torchvision.SwinTransformer": Family(_downsampling, ("features",)),
+    "torchvision.SwinTransformer": Family(_at(*BEFORE_FOUR), ("features",)),
     "timm.ResNet": Family(_at("layer"), names=_layer),
     "timm.VGG": Family(_after_pooling, ("features",), names=_vgg_block),
     "timm.DenseNet": Family(_at("features.denseblock"), ("features",), names=_block),

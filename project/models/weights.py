@@ -175,7 +175,7 @@ def _verify(path: Path) -> None:
     if not found.startswith(digits):
         raise WeightsError(
             f"{path} is truncated or altered: its SHA-256 begins with {found[: len(digits)]}, its name says {digits}."
-            "\nDelete it and run again, or put a good copy there."
+            "\nDelete it and run again, put a good copy there, or rename it if these digits are no hash."
         )
 
 

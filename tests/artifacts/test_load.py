@@ -1,3 +1,5 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from project import load
-from project.errors import CheckpointError
+from project.errors import CheckpointError, WeightsError
 
 
 def test_paths_pil_images_and_tensors_give_the_same(trained: Path, photos: Path) -> None:
@@ -44,6 +46,31 @@ def test_nothing_given_gives_nothing(trained: Path) -> None:
     assert classifier.predict([]) == []
     assert classifier.predict_proba([]).shape == (0, 3)
     assert classifier.features([]).shape == (0, 512)
+
+
+def test_weights_given_by_a_relative_path_are_found_from_anywhere(
+    fit: Callable[..., int], weights: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(weights, "mine.pth")
+    assert fit("--model.weights", "mine.pth") == 0
+    path = Path("runs/photos/version_0/checkpoints/best.ckpt").resolve()
+    monkeypatch.chdir("/")
+    assert load(path).classes_ == ["blue", "green", "red"]
+    (here / "mine.pth").rename(here / "moved.pth")
+    with pytest.raises(WeightsError, match=r"best\.ckpt: .*mine\.pth.*weights=\.\.\."):
+        load(path)
+    assert load(path, weights=str(here / "moved.pth")).classes_ == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("images", ["a.jpg", Path("a.jpg"), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_one_image_alone_is_refused(images: object, trained: Path) -> None:
+    with pytest.raises(TypeError, match="a list of"):
+        load(trained / "checkpoints/best.ckpt").predict(images)
+
+
+def test_float_tensors_are_refused(trained: Path) -> None:
+    with pytest.raises(TypeError, match="uint8"):
+        load(trained / "checkpoints/best.ckpt").predict(torch.zeros(1, 3, 8, 8))
 
 
 def test_weights_that_have_changed_since_are_refused(trained: Path, weights: Path, tmp_path: Path) -> None:

@@ -31,11 +31,18 @@ def test_classes_are_those_of_train_in_every_split(tmp_path: Path) -> None:
     assert [sample.label for sample in source.splits["val"]] == [1, 2], "a class that val lacks shifts no label"
 
 
-@pytest.mark.parametrize("alias", ["val", "valid", "validation"])
+@pytest.mark.parametrize("alias", ["val", "valid", "validation", "Val"])
 def test_val_has_its_usual_names(alias: str, tmp_path: Path) -> None:
     for path in ("train/a", "train/b", f"{alias}/a"):
         draw(tmp_path / path / "1.png", (1, 2, 3), 0)
     assert len(Folder(str(tmp_path)).splits["val"]) == 1
+
+
+def test_no_batch_of_one_image_is_trained_on(photos: Path) -> None:
+    data = ImageDataModule(root=str(photos), batch_size=23, num_workers=0)
+    data.preprocessing = PREPROCESSING
+    assert [len(batch[1]) for batch in data.train_dataloader()] == [23]
+    assert sum(len(batch[1]) for batch in data.val_dataloader()) == 12
 
 
 def test_a_folder_without_splits_is_split(photos: Path) -> None:

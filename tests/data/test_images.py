@@ -36,6 +36,21 @@ def test_every_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
     assert read_image(path).size == (8, 6)
 
 
+def test_16_bit_pixels_are_rescaled(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 65535, 64).reshape(8, 8).astype("uint16")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], pixels // 257)
+
+
+def test_float_pixels_in_0_1_are_rescaled_and_others_refused(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 1, 64, dtype="float32").reshape(8, 8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[..., 1], (pixels * 255).round())
+    Image.fromarray(pixels * 300).save(tmp_path / "b.tif")
+    with pytest.raises(DataError, match=r"b\.tif has float pixels outside"):
+        read_image(tmp_path / "b.tif")
+
+
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     image = Image.fromarray(np.zeros((10, 20, 3), dtype="uint8"))
     exif = Image.Exif()

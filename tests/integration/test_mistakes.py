@@ -68,6 +68,11 @@ def _val_without_train(tmp: Path, photos: Path) -> list[str]:
     return ["--data.root", folders(tmp / "odd", "val/ants", "val/bees")]
 
 
+def _two_vals(tmp: Path, photos: Path) -> list[str]:
+    names = [f"{split}/{name}" for split in ("train", "val", "Validation") for name in ("ants", "bees")]
+    return ["--data.root", folders(tmp / "odd", *names)]
+
+
 def _unreadable(tmp: Path, photos: Path) -> list[str]:
     shutil.copytree(photos, tmp / "copy")
     whole = (tmp / "copy/train/red/3.png").read_bytes()
@@ -155,6 +160,23 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "an unknown optimizer": (_flags("--model.optimizer", "Adm"), ("model.optimizer", "Adm")),
     "a value of another kind": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
     "a value that is none of the choices": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
+    "a class name that is two classes'": (_flags("--model.scheduler", "ReduceLROnPlateau"), ("give the whole path",)),
+    "a scheduler without what it needs": (_flags("--model.scheduler", "StepLR"), ("model.scheduler", "step_size")),
+    "a head that is no head": (_flags("--model.head", "torch.nn.Conv2d"), ("model.head",)),
+    "a negative learning rate": (_flags("--model.optimizer.lr", "-1"), ("model.optimizer", "learning rate")),
+    "a dropout of two": (
+        _flags("--model.head", "project.models.heads.MLPHead", "--model.head.dropout", "2"),
+        ("model.head", "between 0 and 1"),
+    ),
+    "less than no workers": (_flags("--data.num_workers", "-1"), ("data.num_workers", "at least 0")),
+    "images of no size": (_flags("--model.image_size", "0"), ("model.image_size", "at least 1")),
+    "negative weights of classes": (_flags("--model.class_weights", "[1,-2,3]"), ("class_weights", "-2")),
+    "a name that is a path": (_flags("--name", "../mine"), ("'../mine'", "default_root_dir")),
+    "timm's activations at stake": (
+        _flags("--model.backbone", "timm/resnet18", "--trainer.sync_batchnorm", "true"),
+        ("sync_batchnorm",),
+    ),
+    "two folders of one split": (_two_vals, ("val", "Validation", "Keep one")),
     "a batch of nothing": (_flags("--data.batch_size", "0"), ("data.batch_size",)),
     "fractions that leave nothing": (_flags("--data.val_fraction", "1"), ("val_fraction",)),
     "smoothing out of range": (_flags("--model.label_smoothing", "1.5"), ("label_smoothing",)),
@@ -218,6 +240,27 @@ def test_an_unreadable_image_to_predict_leaves_an_old_csv_alone(run: Path, refus
     assert "bad/a.jpg" in refused(main(["predict", "--ckpt_path", ckpt, "--data.predict", "bad"]))
     assert Path("predictions.csv").read_text() == "precious"
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["bad", "predictions.csv", "runs"]
+
+
+@pytest.mark.parametrize("output", ["", "runs", "a-file/p.csv"])
+def test_an_output_that_cannot_be_written(output: str, run: Path, photos: Path, refused: Callable[[int], str]) -> None:
+    Path("a-file").touch()
+    ckpt = str(run / "checkpoints/best.ckpt")
+    flags = ["--data.predict", str(photos), "--data.num_workers", "0", "--output", output]
+    assert "--output" in refused(main(["predict", "--ckpt_path", ckpt, *flags]))
+
+
+def test_a_size_that_the_network_cannot_take(fit: Fit, refused: Callable[[int], str]) -> None:
+    with pytest.warns(UserWarning, match="random weights"):
+        said = refused(fit("--model.backbone", "inception_v3", "--model.weights", "null"))
+    assert "inception_v3 cannot take images of 32 px" in said
+
+
+def test_a_resume_with_nothing_left_to_train(run: Path, photos: Path, refused: Callable[[int], str]) -> None:
+    flags = ["--data.root", str(photos), "--trainer.max_epochs", "3"]
+    said = refused(main(["fit", "--ckpt_path", str(run / "checkpoints/last.ckpt"), *flags]))
+    assert "3 epochs" in said and "--trainer.max_epochs" in said
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"], "no empty run is left"
 
 
 def test_a_checkpoint_of_another_backbone(

@@ -209,6 +209,27 @@ def test_a_resume_without_flags_takes_all_from_the_checkpoint(run: Path, photos:
     assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
 
 
+def test_one_argument_of_the_checkpoints_scheduler_can_be_changed(fit: Fit) -> None:
+    scheduler = ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "1", "--model.scheduler.gamma", "0.5"]
+    assert fit(*scheduler, "--trainer.max_epochs", "2") == 0
+    last = "runs/photos/version_0/checkpoints/last.ckpt"
+    assert fit("--ckpt_path", last, "--model.scheduler.gamma", "0.1", "--trainer.max_epochs", "4") == 0
+    kept = torch.load("runs/photos/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert kept["hyper_parameters"]["scheduler"]["init_args"]["gamma"] == kept["lr_schedulers"][0]["gamma"] == 0.1
+    rates = [event.value for event in scalars(Path("runs/photos/version_1")).Scalars("lr-SGD")]
+    assert rates[1] / rates[0] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_compiled_as_one_graph_a_half(
+    fit: Fit, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Full, last and evaluation batches differ in size: compiled stage by stage, they ran over dynamo's cache limit.
+    with caplog.at_level("WARNING"):
+        flags = ["--model.compile", "true", "--data.batch_size", "7", "--trainer.max_epochs", "2"]
+        assert fit(*flags, "--model.trainable", "layer4") == 0
+    assert not [record for record in caplog.records if "recompile" in record.getMessage()]
+
+
 def test_mixed_precision_on_cpu(fit: Fit) -> None:
     assert fit("--trainer.precision", "bf16-mixed") == 0
 
