@@ -87,7 +87,6 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
-        self.frozen_sha256: str | None = None
         if classes is not None:
             self._name_classes(classes)
 
@@ -212,20 +211,27 @@ class ImageClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
     def on_fit_start(self) -> None:
-        """Take the fingerprint of what is frozen."""
-        self.frozen_sha256 = self.backbone.fingerprint()
-
-    def on_train_end(self) -> None:
-        """Take it again.
+        """Check that what is frozen is what was loaded.
 
         Raises:
             FrozenError: It has changed.
         """
-        now = self.backbone.fingerprint()
-        if now != self.frozen_sha256:
+        self._check_frozen("before training")
+
+    def on_train_end(self) -> None:
+        """Check it again.
+
+        Raises:
+            FrozenError: It has changed.
+        """
+        self._check_frozen("in training")
+
+    def _check_frozen(self, when: str) -> None:
+        loaded, now = self.backbone.frozen_sha256, self.backbone.fingerprint()
+        if now != loaded:
             raise FrozenError(
-                f"The frozen part of {self.backbone.name} has changed in training: SHA-256 {self.frozen_sha256} before "
-                f"it, {now} after.\nSome callback or code writes to it; do not use the checkpoints of this run."
+                f"The frozen part of {self.backbone.name} has changed {when}: SHA-256 {loaded} as loaded, now {now}."
+                "\nSome callback or code writes to it; do not use the checkpoints of this run."
             )
 
     def identity(self) -> dict[str, Any]:
@@ -240,7 +246,7 @@ class ImageClassifier(pl.LightningModule):
                 "source": self.origin.source,
                 "sha256": self.backbone.sha256,
             },
-            "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.frozen_sha256},
+            "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.backbone.frozen_sha256},
             "versions": {name: version(name) for name in ("torch", "torchvision", "lightning")},
         }
 

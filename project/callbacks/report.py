@@ -35,7 +35,7 @@ class Report(pl.Callback):
             return
         counts = self._dashboard.parameters
         trains = ", ".join([*pl_module.backbone.trainable_names, "head"])
-        frozen = f"{_frozen(pl_module)} ({counts['frozen']:,} parameters), SHA-256 {pl_module.frozen_sha256}"
+        frozen = f"{_frozen(pl_module)} ({counts['frozen']:,} parameters), SHA-256 {pl_module.backbone.frozen_sha256}"
         _say(f"Trains: {trains} ({counts['trainable']:,} parameters) for {len(pl_module.classes)} classes")
         _say(f"Frozen: {frozen}")
         for logger in trainer.loggers:
@@ -66,7 +66,7 @@ class Report(pl.Callback):
             reload = f'Reload it: from project import load; load("{path}").predict(["a.jpg"])'
         table.add_row("time", f"{self._seconds:.1f} s, {self._dashboard.images_per_second:.0f} training images/s")
         table.add_row("frozen", f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}")
-        table.add_row("SHA-256", f"{model.frozen_sha256} before and after")
+        table.add_row("SHA-256", f"{model.backbone.frozen_sha256} before and after")
         _say(table)
         if reload:
             _say(reload)  # on one line however narrow the terminal, to be copied

@@ -32,6 +32,10 @@ class Backbone(nn.Module):
         preprocessing: What the weights ask of an image. Normalisation is done here, the rest where images are read.
         trainable: ``head`` (nothing of the backbone), a stage's name (from it to the end), or ``all``.
 
+    Attributes:
+        sha256: Fingerprint of the whole backbone as it was loaded.
+        frozen_sha256: Fingerprint of its frozen stages as they were loaded.
+
     Raises:
         ModelError: There is no stage of that name.
     """
@@ -64,6 +68,7 @@ class Backbone(nn.Module):
         self.trainable = trainable
         self.frozen_names = names[: choices[trainable]]
         self.trainable_names = names[choices[trainable] :]
+        self.frozen_sha256 = self.fingerprint()
         self.freeze()
 
     def freeze(self) -> None:
@@ -85,7 +90,7 @@ class Backbone(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of the parameters and buffers of the frozen stages."""
+        """SHA-256 of the parameters and buffers of the frozen stages, as they are now."""
         return fingerprint((name, self.stages[name]) for name in self.frozen_names)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,20 @@ def test_a_frozen_part_that_changes_is_an_error(
     assert "frozen part of resnet18 has changed" in capsys.readouterr().err
 
 
+def test_a_frozen_part_that_is_not_what_was_loaded_is_an_error(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: ImageClassifier, stage: str) -> None:
+        setup(self, stage)
+        with torch.no_grad():
+            self.backbone.stages["layer1"][0][0].conv1.weight[0, 0, 0, 0] += 1e-6
+
+    setup = ImageClassifier.setup
+    monkeypatch.setattr(ImageClassifier, "setup", spoil)
+    assert fit("--model.trainable", "layer4") == 2
+    assert "has changed before training" in capsys.readouterr().err
+
+
 def test_a_second_fit_keeps_the_first(fit: Fit) -> None:
     assert fit() == 0
     first = Path("runs/photos/version_0/checkpoints/best.ckpt").read_bytes()
