@@ -39,6 +39,7 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
+        self._checkpoint: dict[str, Any] | None = None
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -74,7 +75,7 @@ class TransferCLI(LightningCLI):
         flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         flag.add_argument("--ckpt_path", nargs="?")
         path = flag.parse_known_args(args)[0].ckpt_path
-        if verb and path and "--help" not in args:
+        if verb and path and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
             self.config = parser.parse_args(args)
@@ -100,17 +101,18 @@ class TransferCLI(LightningCLI):
         path = self.config[verb].get("ckpt_path")
         if not path:
             return
-        checkpoint = self._take_defaults(verb, path)
-        self.parse_arguments(self.parser, self._args)
-        epochs, most = checkpoint["epoch"] + 1, self.config[verb].trainer.max_epochs
+        if self._checkpoint is None:  # a config file names it
+            self._take_defaults(verb, path)
+            self.parse_arguments(self.parser, self._args)
+        assert self._checkpoint is not None
+        epochs, most = self._checkpoint["epoch"] + 1, self.config[verb].trainer.max_epochs
         if verb == "fit" and most is not None and -1 < most <= epochs:
             raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
 
-    def _take_defaults(self, verb: str, path: str) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path)
-        defaults = hyper_parameters(checkpoint, path)
+    def _take_defaults(self, verb: str, path: str) -> None:
+        self._checkpoint = read_checkpoint(path)
+        defaults = hyper_parameters(self._checkpoint, path)
         self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in defaults.items()})
-        return checkpoint
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.
@@ -155,7 +157,8 @@ class TransferCLI(LightningCLI):
                 runs = Path(given["default_root_dir"] or RUNS)
                 name = self._get(self.config_init, "name") or self.datamodule.name
                 number = reserve_version(runs / name)
-                kwargs["default_root_dir"] = runs / name / f"version_{number}"
+                if number is not None:
+                    kwargs["default_root_dir"] = runs / name / f"version_{number}"
                 if given["logger"] is None:
                     kwargs["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
             if given["logger"] is not False:

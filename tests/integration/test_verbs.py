@@ -223,6 +223,12 @@ def test_a_resume_without_flags_takes_all_from_the_checkpoint(run: Path, photos:
     assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
 
 
+def test_a_checkpoint_named_in_a_config_file_gives_its_hyper_parameters_too(run: Path, photos: Path) -> None:
+    settings = {"ckpt_path": str(run / "checkpoints/best.ckpt"), "data": {"root": str(photos), "num_workers": 0}}
+    Path("mine.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["validate", "-c", "mine.yaml"]) == 0
+
+
 def test_one_argument_of_the_checkpoints_scheduler_can_be_changed(fit: Fit) -> None:
     scheduler = ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "1", "--model.scheduler.gamma", "0.5"]
     assert fit(*scheduler, "--trainer.max_epochs", "2") == 0
