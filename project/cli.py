@@ -57,6 +57,13 @@ class TransferCLI(LightningCLI):
         usage = f"{PROGRAM} VERB [-c config.yaml] [flags]"  # the flags are many, and follow with what each does
         return super().init_parser(usage=usage, exit_on_error=False, allow_abbrev=False, **kwargs)
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Put the data before the model: its mistakes are told before any weights are read or downloaded."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(ImageDataModule, "data")
+        parser.add_lightning_class_args(ImageClassifier, "model")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
         parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial

@@ -206,6 +206,13 @@ def test_debug_shows_the_traceback(fit: Fit) -> None:
         fit("--data.root", "no/such/folder", "--debug")
 
 
+def test_a_missing_folder_is_told_before_any_download(
+    here: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: pytest.fail("weights were looked for"))
+    assert "no/such/folder" in refused(main(["fit", "--data.root", "no/such/folder"]))
+
+
 def test_nothing_to_train_on_is_told_before_any_download(here: Path, refused: Callable[[int], str]) -> None:
     assert "--data.root PATH" in refused(main(["fit"]))
 
