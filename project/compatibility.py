@@ -21,7 +21,9 @@ def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
         CheckpointError: They are of another format, or another backbone, preprocessing or set of classes.
     """
     if not isinstance(theirs, dict) or theirs.get("format") != FORMAT:
-        raise CheckpointError("This is not a checkpoint of this project (or of a newer version of it).")
+        raise CheckpointError(
+            "This is not a checkpoint that this version's fit wrote. Take one of runs/NAME/version_N/checkpoints."
+        )
     then, now = theirs["backbone"], ours["backbone"]
     if then["sha256"] != now["sha256"]:
         raise CheckpointError(
@@ -37,7 +39,10 @@ def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
             "Leave --model.image_size out, and the checkpoint's own is taken."
         )
     if theirs["classes"] != ours["classes"]:
-        raise CheckpointError(f"The checkpoint's classes are {theirs['classes']}, the model's {ours['classes']}.")
+        raise CheckpointError(
+            f"The checkpoint's classes are {theirs['classes']}, the model's {ours['classes']}.\n"
+            "Leave --model.classes out, and the checkpoint's own are taken."
+        )
 
 
 def refuse_tensors(expected: Collection[str], found: Collection[str]) -> None:

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise CheckpointError(f"There is no checkpoint {path}.")
+        raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise nearly anything
@@ -45,7 +45,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be loaded as plain tensors: it is damaged or holds code ({type(error).__name__}: {reason})."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("transfer"), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of this project.")
+        raise CheckpointError(
+            f"{path} is not a checkpoint that fit wrote. Take one of runs/NAME/version_N/checkpoints."
+        )
     return checkpoint
 
 

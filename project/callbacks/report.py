@@ -83,4 +83,5 @@ def _frozen(model: ImageClassifier) -> str:
 
 @rank_zero_only
 def _say(what: str | Table) -> None:
-    Console(soft_wrap=isinstance(what, str)).print(what, highlight=False)
+    # No markup: a folder of the user's may be called [bold].
+    Console(markup=False, soft_wrap=isinstance(what, str)).print(what, highlight=False)

@@ -54,7 +54,9 @@ class Folder(Source):
     def __init__(self, root: str) -> None:
         top = Path(root).expanduser()
         if not top.is_dir():
-            raise DataError(f"data.root: there is no folder {root}.")
+            raise DataError(
+                f"data.root: there is no folder {root}. Name one that holds a folder of images for each class."
+            )
         self.name = top.resolve().name
         places: dict[str, Path] = {}
         for child in _folders(top):
@@ -65,7 +67,9 @@ class Folder(Source):
                 places[split] = child
         if "train" not in places:
             if places:
-                raise DataError(f"data.root: {root} has {', '.join(sorted(places))}, but no folder train.")
+                raise DataError(
+                    f"data.root: {root} has {', '.join(sorted(places))}, but no folder train. Add train/CLASS/*.jpg."
+                )
             places = {"train": top}
         self.classes = tuple(child.name for child in _folders(places["train"]))
         self._check(places["train"])

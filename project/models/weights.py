@@ -42,7 +42,9 @@ def from_file(weights: str) -> Path:
     """
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise WeightsError(f"model.weights: there is no file {weights}.")
+        raise WeightsError(
+            f"model.weights: there is no file {weights}. Mend the path, or name weights of a zoo, such as DEFAULT."
+        )
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"model.weights: {weights} is none of {', '.join(SUFFIXES)}.")
     return path
@@ -140,7 +142,7 @@ def read_state(path: Path) -> State:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path} holds no state dict (names and tensors) of a network.")
+        raise WeightsError(f"{path} holds no state dict of a network, as torch.save(net.state_dict(), PATH) writes it.")
     for name in [name for name in loaded if name.startswith("module.")]:  # saved from inside DataParallel
         loaded[name.removeprefix("module.")] = loaded.pop(name)
     return loaded

@@ -129,9 +129,11 @@ def test_two_fits_at_once_never_get_one_folder(tmp_path: Path) -> None:
     assert [reserve_version(tmp_path) for _ in range(3)] == [8, 9, 10]
 
 
-def test_name_of_the_run_can_be_given(fit: Fit) -> None:
-    assert fit("--name", "mine", "--trainer.default_root_dir", "elsewhere") == 0
-    assert Path("elsewhere/mine/version_0/checkpoints/best.ckpt").exists()
+def test_name_of_the_run_can_be_given(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--name", "my [bold] one", "--trainer.default_root_dir", "elsewhere") == 0
+    assert Path("elsewhere/my [bold] one/version_0/checkpoints/best.ckpt").exists()
+    reload = 'load("elsewhere/my [bold] one/version_0/checkpoints/best.ckpt").predict(["a.jpg"])'
+    assert reload in capsys.readouterr().out, "on one line, to be copied"
 
 
 def test_checkpoint_of_resnet50_with_ten_classes_is_under_1_mb(here: Path) -> None:
