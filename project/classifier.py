@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
 from project.components import construct, describe
 from project.errors import ConfigError, DataError, FrozenError
+from project.features.rows import RowBatch
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
@@ -153,8 +154,9 @@ class ImageClassifier(pl.LightningModule):
         return self.classify(self.encode(images))
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, metrics: MetricCollection) -> torch.Tensor:
-        images, labels = batch
-        logits = self(images).float()
+        inputs, labels = batch
+        stored = isinstance(batch, RowBatch)
+        logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
         smoothing = self.hparams["label_smoothing"]
         loss = functional.cross_entropy(logits, labels, self.loss_weights, label_smoothing=smoothing)
         metrics.update(logits.detach().softmax(1), labels)

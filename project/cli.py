@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import project
 from project.artifacts.checkpoint import hyper_parameters, read_checkpoint
 from project.callbacks.dashboard import Dashboard
+from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.report import Report
 from project.classifier import SGD, ImageClassifier
 from project.components import describe
@@ -66,6 +67,7 @@ class TransferCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
+        parser.add_lightning_class_args(FeatureCache, "features")
         parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial
         parser.add_argument(
             "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."

@@ -39,6 +39,10 @@ class CheckpointError(ProjectError):
     """A checkpoint is missing, altered, or of another model."""
 
 
+class StoreError(ProjectError):
+    """Stored features cannot be kept or read where they should be."""
+
+
 class FrozenError(ProjectError):
     """A part that was to stay frozen has changed."""
 

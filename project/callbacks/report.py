@@ -36,8 +36,8 @@ class Report(pl.Callback):
         counts = self._dashboard.parameters
         trains = ", ".join([*pl_module.backbone.trainable_names, "head"])
         frozen = f"{_frozen(pl_module)} ({counts['frozen']:,} parameters), SHA-256 {pl_module.backbone.frozen_sha256}"
-        _say(f"Trains: {trains} ({counts['trainable']:,} parameters) for {len(pl_module.classes)} classes")
-        _say(f"Frozen: {frozen}")
+        say(f"Trains: {trains} ({counts['trainable']:,} parameters) for {len(pl_module.classes)} classes")
+        say(f"Frozen: {frozen}")
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
@@ -67,9 +67,9 @@ class Report(pl.Callback):
         table.add_row("time", f"{self._seconds:.1f} s, {self._dashboard.images_per_second:.0f} training images/s")
         table.add_row("frozen", f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}")
         table.add_row("SHA-256", f"{model.backbone.frozen_sha256} before and after")
-        _say(table)
+        say(table)
         if reload:
-            _say(reload)  # on one line however narrow the terminal, to be copied
+            say(reload)  # on one line however narrow the terminal, to be copied
 
 
 def _frozen(model: ImageClassifier) -> str:
@@ -82,6 +82,7 @@ def _frozen(model: ImageClassifier) -> str:
 
 
 @rank_zero_only
-def _say(what: str | Table) -> None:
+def say(what: str | Table) -> None:
+    """Print a line or a table, from one process of a distributed run."""
     # No markup: a folder of the user's may be called [bold].
     Console(markup=False, soft_wrap=isinstance(what, str)).print(what, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.augment: Augment = augment
         self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
+        #: Batches of something else than images, by split, that take the place of those read here.
+        self.instead: dict[str, Iterable[Any]] = {}
         self.splits: dict[str, list[Sample]] = (
             split(self.source.splits, val_fraction, test_fraction, split_seed) if self.source else {}
         )
@@ -98,17 +101,27 @@ class ImageDataModule(pl.LightningDataModule):
                     f"or hold images out of train with --data.{name}_fraction 0.1"
                 )
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the train split, shuffled and augmented."""
-        return self._loader(self._labelled("train", training(self._known(), self.augment)), shuffle=True)
+    def training_transform(self) -> Transform:
+        """What is done to an image of the train split."""
+        return training(self._known(), self.augment)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def evaluation_transform(self) -> Transform:
+        """What is done to an image of any other split."""
+        return evaluation(self._known())
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """Batches of the train split, shuffled and augmented."""
+        instead = self.instead.get("train")
+        return self._loader(self._labelled("train", self.training_transform()), shuffle=True) if instead is None else instead
+
+    def val_dataloader(self) -> Iterable[Any]:
         """Batches of the validation split."""
-        return self._loader(self._labelled("val", evaluation(self._known())))
+        instead = self.instead.get("val")
+        return self._loader(self._labelled("val", self.evaluation_transform())) if instead is None else instead
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split."""
-        return self._loader(self._labelled("test", evaluation(self._known())))
+        return self._loader(self._labelled("test", self.evaluation_transform()))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 ``(B, 3, H, W)``, and their paths.
@@ -122,7 +135,7 @@ class ImageDataModule(pl.LightningDataModule):
         files = find_images(path) if path.is_dir() else [path]
         if not files:
             raise DataError(f"data.predict: there are no images in {self.predict_path}.")
-        return self._loader(UnlabelledImages([str(file) for file in files], evaluation(self._known())))
+        return self._loader(UnlabelledImages([str(file) for file in files], self.evaluation_transform()))
 
     def _known(self) -> Preprocessing:
         if self.preprocessing is None:

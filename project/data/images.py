@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -48,24 +49,46 @@ def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
     return image
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image whole, upright and in RGB.
+def read_bytes(path: str | Path) -> bytes:
+    """Read an image file as it lies on disk, not decoded.
+
+    Raises:
+        DataError: The file is missing or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Mend or remove it.") from error
+
+
+def decode_image(content: bytes, name: str | Path) -> Image.Image:
+    """Decode an image whole, upright and in RGB.
 
     Args:
-        path: The file.
+        content: The bytes of its file.
+        name: What to call it in an error.
 
     Returns:
         An RGB image, turned as its EXIF orientation says; 16-bit pixels, and float ones in [0, 1], are rescaled.
 
     Raises:
-        DataError: The file is missing, truncated, or no image.
+        DataError: It is truncated, or no image.
     """
     try:
-        with Image.open(path) as image:
-            return _eight_bit(ImageOps.exif_transpose(image), path).convert("RGB")
+        with Image.open(io.BytesIO(content)) as image:
+            return _eight_bit(ImageOps.exif_transpose(image), name).convert("RGB")
     except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image that can be read. Mend or remove it.") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is not there.") from error
+        raise DataError(f"{name} is not an image that can be read. Mend or remove it.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Mend or remove it.") from error
+        raise DataError(f"{name} cannot be read: {error}. Mend or remove it.") from error
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file whole, upright and in RGB: :func:`read_bytes`, then :func:`decode_image`.
+
+    Raises:
+        DataError: The file is missing, truncated, or no image.
+    """
+    return decode_image(read_bytes(path), path)

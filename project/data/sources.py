@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from project.data.images import find_images, read_image
+from project.data.images import decode_image, find_images, read_bytes
 from project.errors import DataError, nearest
 
 #: Names that people give to the folders of a split.
@@ -37,8 +37,19 @@ class Source(ABC):
     splits: Mapping[str, list[Sample]]
 
     @abstractmethod
+    def content(self, sample: Sample) -> bytes:
+        """The bytes that a sample's image is made from: two samples with the same bytes have the same image.
+
+        Like :meth:`decode`, it is called from several threads at once.
+        """
+
+    @abstractmethod
+    def decode(self, content: bytes, sample: Sample) -> Image.Image:
+        """Make the image, in RGB, of a sample from its bytes."""
+
     def read(self, sample: Sample) -> Image.Image:
         """Read the image of a sample, in RGB."""
+        return self.decode(self.content(sample), sample)
 
 
 class Folder(Source):
@@ -101,9 +112,13 @@ class Folder(Source):
             raise DataError(f"data.root: there are no images in {folder}. Add some, or remove the folder.")
         return samples
 
-    def read(self, sample: Sample) -> Image.Image:
-        """Read a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be read."""
-        return read_image(sample.name)
+    def content(self, sample: Sample) -> bytes:
+        """Read a file; a :class:`~project.errors.DataError` names one that cannot be read."""
+        return read_bytes(sample.name)
+
+    def decode(self, content: bytes, sample: Sample) -> Image.Image:
+        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
+        return decode_image(content, sample.name)
 
 
 class Digits(Source):
@@ -130,9 +145,13 @@ class Digits(Source):
         self._margin = margin
         self._pixels = (digits.images * (255 / 16)).astype("uint8")
 
-    def read(self, sample: Sample) -> Image.Image:
+    def content(self, sample: Sample) -> bytes:
+        """The digit's pixels, behind the width of its margin."""
+        return bytes([self._margin]) + self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
+
+    def decode(self, content: bytes, sample: Sample) -> Image.Image:
         """Draw a digit, white on black, in RGB."""
-        digit = Image.fromarray(self._pixels[int(sample.name.rpartition("/")[2])])
+        digit = Image.frombytes("L", self._pixels.shape[:0:-1], content[1:])
         canvas = Image.new("RGB", (digit.width + 2 * self._margin, digit.height + 2 * self._margin))
         canvas.paste(digit.convert("RGB"), (self._margin, self._margin))
         return canvas

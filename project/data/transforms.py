@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
 from project.errors import ConfigError
@@ -58,3 +59,31 @@ def training(preprocessing: Preprocessing, augment: Augment) -> Transform:
         antialias=True,
     )
     return _chain(crop, flip, v2.PILToTensor())
+
+
+class Drawn(TorchFunctionMode):
+    """Within it, what this thread draws from torch's random numbers comes from a seed of its own.
+
+    So one image can be augmented the same way again, whatever other threads draw meanwhile: torchvision's transforms
+    know the global generator alone.
+
+    Args:
+        seed: Of the generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in DRAWING:
+            kwargs.setdefault("generator", self._generator)
+        return func(*args, **kwargs)
+
+
+#: The functions of torch that draw, as torchvision's transforms use them.
+DRAWING = frozenset(
+    (torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.multinomial, torch.bernoulli)
+    + (torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_)
+)

@@ -1,0 +1,224 @@
+"""Training on stored rows: what the frozen prefix makes of an image is computed once, not in every epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from project.callbacks.report import say
+from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
+from project.errors import ConfigError
+
+if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
+    from project.data.sources import Sample
+    from project.features.engines import Engines, Option
+    from project.features.extract import Image
+    from project.features.rows import RowLoader, Rows
+    from project.features.supply import Progress, Supplied
+
+#: Views of an image where the data is augmented and ``views`` says nothing.
+VIEWS = 4
+CALIBRATION = 128  # train images that int8 is calibrated on
+COMPARED = 256  # validation images that int8 is compared on, at most
+
+
+class FeatureCache(pl.Callback):
+    """Computes each frozen feature once, keeps it on disk, and trains on what is kept.
+
+    Rows are looked up by what they are made of: the image's bytes, the transform, the frozen weights, the engine with
+    its precision, and the versions of the libraries. Change one, and the rows that it touches are computed anew.
+
+    Args:
+        cache: auto keeps features while a part of the backbone is frozen, on insists, off computes them in every epoch.
+        views: Augmented views that are kept of each training image; epochs take them in turn. By default 1, or 4 where
+            data.augment is not none.
+        engine: What computes features: torch, compile (torch.compile), onnxruntime (CPU), or auto, the one that has
+            them all soonest.
+        precision: Of the computation: fp32, bf16, fp16 or int8 (onnxruntime on a CPU); auto is what trainer.precision
+            allows.
+        budget: Gigabytes that all stored features may take; those used least recently make room.
+        folder: Where features are kept; by default in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        cache: Literal["auto", "on", "off"] | bool = "auto",
+        views: int | None = None,
+        engine: Literal["auto", "torch", "compile", "onnxruntime"] = "auto",
+        precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
+        budget: float = 20.0,
+        folder: str | None = None,
+    ) -> None:
+        if views is not None and views < 1:
+            raise ConfigError(f"features.views has to be at least 1, not {views}.")
+        if budget <= 0:
+            raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget}.")
+        self._cache = {True: "on", False: "off"}.get(cache, cache)  # type: ignore[call-overload]  # YAML's bare on, off
+        self._views = views
+        self._engine = engine
+        self._precision = precision
+        self._budget = round(budget * 1e9)
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "frozen-backbone"
+        self._root = Path(folder or default).expanduser()
+        self._in_use: tuple[ImageDataModule, Rows] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._cache == "off":
+            return
+        from project.features.supply import OverBudgetError
+
+        data: Any = getattr(trainer, "datamodule", None)
+        why_not = self._why_not(trainer, pl_module, data)
+        if why_not is None:
+            assert isinstance(pl_module, ImageClassifier)
+            try:
+                self._use(trainer, pl_module, data)
+                return
+            except OverBudgetError as error:
+                why_not = str(error)
+        asked = self._cache == "on" or self._views is not None or (self._engine, self._precision) != ("auto", "auto")
+        if asked:
+            raise ConfigError(
+                f"Features cannot be stored: {why_not}. Change that, or compute them in every epoch: --features.cache off"
+            )
+        say(f"Features: computed in every epoch, because {why_not}")
+
+    def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
+        if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule) or data.source is None:
+            return "the data does not come from an ImageDataModule"
+        if not module.backbone.frozen_names:
+            return "model.trainable is all, so nothing is frozen, and every row changes with every step"
+        if getattr(trainer, "fast_dev_run", False):
+            return "trainer.fast_dev_run takes a batch or so"
+        if self._views is not None and self._views > 1 and data.augment == "none":
+            return "without data.augment all features.views are the same"
+        return None
+
+    def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
+        """Have all rows, and put them in the place of the images."""
+        from project.features.engines import Engines
+        from project.features.extract import digest_all, load_image, views_of
+        from project.features.ranks import Ranks
+        from project.features.rows import Rows
+        from project.features.supply import supply
+
+        source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
+        assert source is not None
+        train, val = data.splits["train"], data.splits["val"]
+        digests = digest_all(source, [*train, *val])
+        augmented = data.augment != "none"
+        names = [f"view {number}" for number in range(self._views or VIEWS)] if augmented else [""]
+        views = views_of(train, digests[: len(train)], data.training_transform(), names)
+        plain = views_of(val, digests[len(train) :], data.evaluation_transform(), [""])
+        images = list({image.key: image for view in [*views, *plain] for image in view}.values())
+
+        def calibration() -> torch.Tensor:
+            return torch.stack([load_image(source, image) for image in views[0][:: -(-len(train) // CALIBRATION)]])
+
+        task = " ".join([source.name, *source.classes])
+        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration)
+        options = self._options(engines, str(trainer.precision), ranks)
+        with self._progress(len(images)) as progress:
+            supplied = supply(
+                images, source, options, module.backbone, device, self._root, self._budget, ranks, progress
+            )
+        self._tell(trainer, supplied, len(images))
+        rows = Rows(supplied.found, _memory(device), device)
+        place = {image.key: index for index, image in enumerate(images)}
+        data.instead = {
+            "train": _loader(trainer, rows, views, place, train, data.batch_size, True),
+            "val": _loader(trainer, rows, plain, place, val, data.batch_size, False),
+        }
+        self._in_use = data, rows
+
+    def _options(self, engines: Engines, trainer_precision: str, ranks: Any) -> list[Option]:
+        precision = None if self._precision == "auto" else self._precision
+        failure: Exception | None = None
+        options: list[Option] = []
+        for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
+            try:
+                if (ranks.rank == 0) == (turn == 0):
+                    options = engines.options(self._engine, precision, trainer_precision)
+            except Exception as error:
+                failure = error
+            ranks.share(failure)
+        return options
+
+    @contextmanager
+    def _progress(self, count: int) -> Iterator[Progress]:
+        from project.features.supply import Progress
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console()
+        with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("Features", total=None)
+
+            def begins(option: Option, reason: str, mine: int) -> None:
+                bar.update(task, total=mine)
+                say(f"Features: {mine} of {count} rows to compute, by {option.name} in {option.precision} ({reason})")
+
+            yield Progress(
+                begins,
+                lambda done: bar.advance(task, done),
+                lambda: say("Features: another process is computing these rows; waiting for it"),
+            )
+
+    def _tell(self, trainer: pl.Trainer, supplied: Supplied, count: int) -> None:
+        if supplied.damaged:
+            say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
+        reused, how = count - supplied.computed, ""
+        if supplied.computed:
+            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s)"
+        option = supplied.option
+        say(f"Features: {reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}")
+        values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._in_use is not None:
+            data, rows = self._in_use
+            data.instead = {}
+            rows.close()
+            self._in_use = None
+
+
+def _loader(
+    trainer: pl.Trainer,
+    rows: Rows,
+    views: Sequence[Sequence[Image]],
+    place: dict[bytes, int],
+    samples: Sequence[Sample],
+    batch_size: int,
+    shuffle: bool,
+) -> RowLoader:
+    from project.features.rows import RowLoader
+
+    return RowLoader(
+        rows,
+        torch.tensor([[place[image.key] for image in view] for view in views]),
+        torch.tensor([sample.label for sample in samples]),
+        batch_size,
+        shuffle,
+        epoch=lambda: trainer.current_epoch,
+        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

@@ -1,0 +1,1 @@
+"""What the frozen prefix makes of each image, computed once and kept on disk."""

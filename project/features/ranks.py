@@ -1,0 +1,44 @@
+"""The processes of a distributed fit, as far as a store of features needs them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All processes of ``torch.distributed``, or this one alone.
+
+    Attributes:
+        rank: Of this process.
+        size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes; each waits for the others here."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, failure: Exception | None) -> None:
+        """Fail in all processes where one has failed, so that none waits for it.
+
+        Args:
+            failure: What went wrong in this one.
+        """
+        told = self.gather(failure and f"{type(failure).__name__}: {failure}")
+        if failure:
+            raise failure
+        for rank, message in enumerate(told):
+            if message:
+                raise RuntimeError(f"Process {rank} failed: {message}")

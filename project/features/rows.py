@@ -1,0 +1,137 @@
+"""Stored rows as batches: slices of one tensor in memory, or reads from the shards where that would be too large."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from project.features.store import Found, Shard
+
+
+class RowBatch(NamedTuple):
+    """A batch whose images have been through the frozen prefix already.
+
+    Attributes:
+        rows: Rows at the cut, ``(B, D)`` or ``(B, K, h, w)``.
+        labels: int64 ``(B,)``.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+
+
+class Rows:
+    """Rows by index.
+
+    Args:
+        found: Where they are; none is missing.
+        memory: Bytes that may be held in memory. Rows that take more are read from disk, batch by batch.
+        device: Where those in memory are held.
+    """
+
+    def __init__(self, found: Found, memory: int, device: torch.device) -> None:
+        self._found = found
+        self._files = [os.open(shard.path, os.O_RDONLY) for shard in found.shards]  # removed meanwhile, they stay
+        self._held: torch.Tensor | None = None
+        if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
+            self._held = self._read(np.arange(len(found.index))).to(device)
+            self.close()
+
+    def __len__(self) -> int:
+        return len(self._found.index)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether they are in memory."""
+        return self._held is not None
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``(B, ...)`` at indices ``(B,)``, int64, on the CPU."""
+        if self._held is None:
+            return self._read(index.numpy())
+        return self._held[index.to(self._held.device)]
+
+    def _read(self, index: np.ndarray) -> torch.Tensor:
+        shard: Shard = self._found.shards[0]
+        rows = torch.empty((len(index), *shard.shape), dtype=shard.dtype)
+        into = memoryview(rows.view(-1).view(torch.uint8).numpy()).cast("B")
+        which, where = self._found.shard[index], self._found.index[index]
+        for place in np.lexsort((where, which)).tolist():
+            at = self._found.shards[which[place]]
+            offset = at.offset + int(where[place]) * at.row_bytes
+            if os.preadv(self._files[which[place]], [into[place * at.row_bytes : (place + 1) * at.row_bytes]], offset) != at.row_bytes:
+                raise OSError(f"{at.path} ended before its row {where[place]}")
+        return rows
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+
+class RowLoader:
+    """Batches of rows, in place of a DataLoader: no process, no collation, an index a batch.
+
+    Args:
+        rows: All rows.
+        views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
+        labels: int64 ``(N,)``.
+        batch_size: Images a batch.
+        shuffle: Whether the order is another one in each epoch. The last batch of one image is left out then.
+        epoch: Says which epoch it is.
+        seed: Of the order.
+        rank: Of this process; each takes its share of the images.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        views: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        shuffle: bool,
+        epoch: Callable[[], int],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._rows = rows
+        self._views = views
+        self._labels = labels
+        self.batch_size = batch_size
+        self._shuffle = shuffle
+        self._epoch = epoch
+        self._seed = seed
+        self._rank = rank
+        self._world = world_size
+
+    def __len__(self) -> int:
+        count = len(self._mine(torch.arange(len(self._labels))))
+        batches = -(-count // self.batch_size)
+        return batches - self._leaves_one(count)
+
+    def _leaves_one(self, count: int) -> bool:
+        return self._shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
+
+    def _mine(self, order: torch.Tensor) -> torch.Tensor:
+        """This process's share: of equal length for all while training, each image once otherwise."""
+        if self._shuffle and self._world > 1:
+            order = torch.cat([order, order[: -len(order) % self._world]])
+        return order[self._rank :: self._world]
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        epoch = self._epoch()
+        order = torch.arange(len(self._labels))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
+            order = torch.randperm(len(order), generator=generator)
+        view = self._views[epoch % len(self._views)]
+        order = self._mine(order)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            yield RowBatch(self._rows[view[batch]], self._labels[batch])

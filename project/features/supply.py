@@ -1,0 +1,192 @@
+"""All rows that a fit needs: those that are stored, and those that have to be computed first."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from project.data.sources import Source
+from project.errors import StoreError
+from project.features.choose import Candidate, Choice, Rates, choose, cost
+from project.features.engines import Option
+from project.features.extract import Image, extract, keys_of, load_image
+from project.features.ranks import Ranks
+from project.features.store import SHARD, Found, evict
+from project.models.accelerate import DTYPES, Engine
+from project.models.backbone import Backbone
+
+MEASURED = 32  # images that engines are measured with
+
+
+class OverBudgetError(StoreError):
+    """The rows of this fit alone take more than all may."""
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """Rows, all of them there.
+
+    Attributes:
+        found: Where they are.
+        option: What made them.
+        computed: How many were computed now.
+        damaged: How many shards were not what they should have been, and were made anew.
+        seconds: What the computation took, without the choice of its engine.
+        reason: Why this engine.
+    """
+
+    found: Found
+    option: Option
+    computed: int
+    damaged: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told meanwhile.
+
+    Attributes:
+        begins: With the option, the reason for it, and how many rows this process computes.
+        done: With each batch's number of images.
+        waits: When another process is building the same rows.
+    """
+
+    begins: Callable[[Option, str, int], None]
+    done: Callable[[int], None]
+    waits: Callable[[], None]
+
+
+def supply(
+    images: Sequence[Image],
+    source: Source,
+    options: Sequence[Option],
+    backbone: Backbone,
+    device: torch.device,
+    root: Path,
+    budget: int,
+    ranks: Ranks,
+    progress: Progress,
+) -> Supplied:
+    """Have a row of each image.
+
+    Each image is computed by one of the processes, once; then all of them find all rows.
+
+    Args:
+        images: Each key once, in the same order in all processes.
+        source: Reads them.
+        options: The engines to choose among.
+        backbone: Whose frozen prefix.
+        device: Where to compute.
+        root: Folder of the store.
+        budget: Bytes that the store may take.
+        ranks: The processes.
+        progress: What is told meanwhile.
+
+    Raises:
+        OverBudgetError: The rows alone take more than the budget.
+        StoreError: The rows cannot be written, or not be seen by all processes.
+        DataError: An image cannot be read.
+    """
+    keys = keys_of(images)
+    lacking = [len(option.space.find(keys, verify=False).missing) for option in options]
+    if all(lacking):
+        _refuse_too_much(len(images), options, backbone, device, budget)
+    ranks.gather(None)  # nobody computes before all have looked
+    choice = index = None
+    if ranks.rank == 0:
+        choice = _choose(options, lacking, images, source, backbone, device, root)
+        index = choice[0]
+    index, reason = ranks.gather((index, choice and choice[1].reason))[0]
+    assert index is not None
+    option = options[index]
+    found = option.space.find(keys)
+    damaged, computed, began = found.damaged, 0, time.perf_counter()
+    if any(ranks.gather(len(found.missing))):
+        with contextlib.ExitStack() as held:
+            failure: Exception | None = None
+            try:
+                if ranks.rank == 0:
+                    held.enter_context(option.space.building(progress.waits))
+            except Exception as error:
+                failure = error
+            ranks.share(failure)
+            missing = option.space.find(keys, verify=False).missing
+            ranks.gather(None)  # nobody writes before all have looked
+            computed = len(missing)
+            try:
+                mine = [images[i] for i in missing[ranks.rank :: ranks.size]]
+                progress.begins(option, reason or "", len(mine))
+                if mine:
+                    engine = (choice and choice[1].engine) or option.build()
+                    began = time.perf_counter()
+                    _compute(engine, mine, source, option, len(images), budget, root, progress)
+            except Exception as error:
+                failure = error
+            ranks.share(failure)
+            found = option.space.find(keys)
+            ranks.gather(None)
+        if len(found.missing):
+            raise StoreError(
+                f"{len(found.missing)} rows are not in {option.space.path} although they were computed. The folder has to "
+                "be one that all processes share: name it with --features.folder PATH"
+            )
+    return Supplied(found, option, computed, damaged, time.perf_counter() - began, reason or "")
+
+
+def _refuse_too_much(
+    count: int, options: Sequence[Option], backbone: Backbone, device: torch.device, budget: int
+) -> None:
+    one = cost(backbone, device)
+    itemsize = min(DTYPES[option.precision].itemsize if option.precision in DTYPES else 4 for option in options)
+    needed = count * one.elements * itemsize
+    if needed > budget:
+        raise OverBudgetError(
+            f"{count} rows of {'x'.join(map(str, one.shape))} take {needed / 1e9:.3g} GB, and features.budget is "
+            f"{budget / 1e9:.3g}"
+        )
+
+
+def _choose(
+    options: Sequence[Option],
+    lacking: Sequence[int],
+    images: Sequence[Image],
+    source: Source,
+    backbone: Backbone,
+    device: torch.device,
+    root: Path,
+) -> tuple[int, Choice]:
+    candidates = [
+        Candidate(option.name, option.precision, count, option.startup, option.build)
+        for option, count in zip(options, lacking, strict=True)
+    ]
+
+    def some() -> torch.Tensor:
+        return torch.stack([load_image(source, image) for image in images[:MEASURED]])
+
+    network = f"{backbone.name} to {backbone.frozen_names[-1]} at {backbone.preprocessing.crop} px"
+    flops = cost(backbone, device).flops if all(lacking) and len(options) > 1 else 0
+    choice = choose(candidates, some, flops, device, Rates(root / "rates.json", network, device))
+    return candidates.index(choice.candidate), choice
+
+
+def _compute(
+    engine: Engine,
+    mine: Sequence[Image],
+    source: Source,
+    option: Option,
+    count: int,
+    budget: int,
+    root: Path,
+    progress: Progress,
+) -> None:
+    probe = engine(torch.stack([load_image(source, mine[0])]))
+    size = probe.numel() * probe.element_size()
+    evict(root, budget - count * size, option.space.path)
+    extract(engine, mine, source, option.space, max(SHARD, count * size // 256), progress.done)

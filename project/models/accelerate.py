@@ -1,0 +1,240 @@
+"""The fast inference copy of a frozen prefix: the same rows, computed by the engine that a machine is best at.
+
+An engine takes uint8 images ``(B, 3, H, W)`` and gives rows at the cut. On a CPU the fast ones compute on one thread a
+call, and as many calls run side by side as there are cores: nothing waits for the slowest of several threads, and one
+call's images are decoded while another computes, without more threads than cores.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from project.models.backbone import Backbone
+
+EngineName = Literal["torch", "compile", "onnxruntime"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Images a call. On a CPU a batch whose activations fit the cache is the fastest; a GPU's is found by measurement.
+LANE_BATCH = 8
+BATCH = 32
+#: Batches that are decoded while a GPU computes.
+AHEAD = 3
+
+
+class Engine(Protocol):
+    """Computes rows at the cut.
+
+    Attributes:
+        side_by_side: A call uses one thread, and calls are made from several threads at once.
+        batch_size: Images a call.
+        ahead: Batches that are worth decoding while one is computed: none where both need the same cores.
+    """
+
+    side_by_side: bool
+    batch_size: int
+    ahead: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map uint8 images ``(B, 3, H, W)``, on the CPU, to rows on the CPU."""
+
+
+class Prefix(nn.Module):
+    """A copy of a backbone's frozen stages with its normalisation: uint8 images ``(B, 3, H, W)`` to rows at the cut.
+
+    Args:
+        backbone: What is copied, onto the CPU.
+        dtype: Of the copy's weights, its arithmetic and its rows; normalisation is done in float32.
+        layout: Memory format of the copy's weights; ONNX knows the contiguous one alone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in backbone.frozen_names)).cpu().float()
+        self.register_buffer("scale", 1 / (255 * backbone.std.detach().float().cpu()))
+        self.register_buffer("shift", -backbone.mean.detach().float().cpu() / backbone.std.detach().float().cpu())
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        size = backbone.preprocessing.crop
+        self.stages.eval().requires_grad_(False)
+        fold(self.stages, torch.zeros(2, 3, size, size))
+        self.stages.to(dtype=dtype, memory_format=layout)
+        self._dtype = dtype
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map uint8 images ``(B, 3, H, W)`` to rows."""
+        values = images.float() * self.scale + self.shift
+        rows: torch.Tensor = self.stages(values.to(self._dtype))
+        return rows
+
+
+@torch.no_grad()
+def fold(stages: nn.Module, example: torch.Tensor) -> int:
+    """Fold each BatchNorm2d into the convolution whose output alone it takes, in place.
+
+    Which takes whose is seen in a run rather than in the code, so that networks with control flow, which no symbolic
+    trace gets through, are folded too. A convolution that anything else may read is left as it is: the fold is undone
+    where it changes the output.
+
+    Args:
+        stages: In ``eval()``.
+        example: Input ``(B, 3, H, W)``, float32.
+
+    Returns:
+        How many were folded.
+    """
+    made_by: dict[int, str] = {}
+    pairs: list[tuple[str, str]] = []
+    kept: list[torch.Tensor] = []  # so that no later tensor gets the id of a freed one
+    calls: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if isinstance(module, nn.Conv2d):
+                made_by[id(output)] = name
+                kept.append(output)
+            elif id(inputs[0]) in made_by:
+                pairs.append((made_by[id(inputs[0])], name))
+
+        return hook
+
+    folding = {
+        name: module
+        for name, module in stages.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+    }
+    hooks = [module.register_forward_hook(watch(name)) for name, module in folding.items()]
+    before = stages(example)
+    for hook in hooks:
+        hook.remove()
+    pairs = [pair for pair in dict.fromkeys(pairs) if all(calls[name] == 1 for name in pair)]
+    original = copy.deepcopy(stages)
+    for conv, norm in pairs:
+        fused = torch.nn.utils.fuse_conv_bn_eval(folding[conv], folding[norm])  # type: ignore[type-var]
+        _put(stages, conv, fused)
+        # timm's BatchNormAct2d holds the activation too
+        activation = [getattr(folding[norm], part) for part in ("drop", "act") if hasattr(folding[norm], part)]
+        _put(stages, norm, nn.Sequential(*activation) if activation else nn.Identity())
+    after = stages(example)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        for name, module in original.named_children():
+            setattr(stages, name, module)
+        return 0
+    return len(pairs)
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+class Exact:
+    """The network itself, as a live fit in full precision runs it: its rows are the same to the bit.
+
+    Args:
+        encode: Images ``(B, 3, H, W)`` on the device to rows.
+        device: Where the network is.
+    """
+
+    side_by_side = False
+    batch_size = BATCH
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        self.ahead = 0 if device.type == "cpu" else AHEAD
+        self._encode = encode
+        self._device = device
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images; of one alone, those it has in a larger batch, whose arithmetic is another."""
+        count = len(images)
+        whole = images if count > 1 else images.repeat(2, 1, 1, 1)
+        with torch.inference_mode():
+            return self._encode(whole.to(self._device))[:count].cpu()
+
+
+class Torch:
+    """A folded copy in channels_last, compiled or not; on a CPU one thread a call.
+
+    Args:
+        prefix: The copy.
+        device: Where it runs.
+        compiled: Whether to run it through ``torch.compile``; on a CPU with inductor's freezing.
+    """
+
+    def __init__(self, prefix: Prefix, device: torch.device, compiled: bool) -> None:
+        self.side_by_side = device.type == "cpu"
+        self.batch_size = LANE_BATCH if self.side_by_side else BATCH
+        self.ahead = 0 if self.side_by_side else AHEAD
+        self._device = device
+        self._run: Callable[[torch.Tensor], torch.Tensor] = prefix.to(device)
+        self._compiling = threading.Lock()
+        self._compiled = False
+        if compiled:
+            self._prefix = self._run
+            self._run = self._first_call
+
+    def _first_call(self, images: torch.Tensor) -> torch.Tensor:
+        """Compile for whole batches; other threads wait."""
+        import torch._inductor.config as inductor
+
+        with self._compiling:
+            if not self._compiled:
+                run = torch.compile(self._prefix, dynamic=False)
+                options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.side_by_side else {}
+                with inductor.patch(options):
+                    run(images)
+                self._run = run
+                self._compiled = True
+        return self._run(images)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images. A batch that is not full is filled up where each size would be compiled anew."""
+        count = len(images)
+        if hasattr(self, "_prefix") and count < self.batch_size:
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        # no_grad rather than inference_mode: inductor freezes under it alone
+        with torch.no_grad():
+            if not self.side_by_side:
+                images = images.pin_memory().to(self._device, non_blocking=True)
+            rows = self._run(images.contiguous(memory_format=torch.channels_last))
+        return rows[:count].cpu()
+
+
+class Onnx:
+    """ONNX Runtime on the CPU, one thread a call.
+
+    Args:
+        path: The network, as ``project.models.onnx`` writes it.
+    """
+
+    side_by_side = True
+    batch_size = LANE_BATCH
+    ahead = 0
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images, float32."""
+        (rows,) = self._session.run(None, {self._input: images.numpy()})
+        return torch.from_numpy(rows)
