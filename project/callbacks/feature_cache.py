@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
 #: Views of an image where the data is augmented and ``views`` says nothing.
 VIEWS = 4
 CALIBRATION = 128  # train images that int8 is calibrated on
-COMPARED = 256  # validation images that int8 is compared on, at most
 
 
 class FeatureCache(pl.Callback):
@@ -63,7 +62,8 @@ class FeatureCache(pl.Callback):
             raise ConfigError(f"features.views has to be at least 1, not {views}.")
         if budget <= 0:
             raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget}.")
-        self._cache = {True: "on", False: "off"}.get(cache, cache)  # type: ignore[call-overload]  # YAML's bare on, off
+        # YAML reads a bare on or off as true or false
+        self._cache = ("on" if cache else "off") if isinstance(cache, bool) else cache
         self._views = views
         self._engine = engine
         self._precision = precision
@@ -89,7 +89,8 @@ class FeatureCache(pl.Callback):
         asked = self._cache == "on" or self._views is not None or (self._engine, self._precision) != ("auto", "auto")
         if asked:
             raise ConfigError(
-                f"Features cannot be stored: {why_not}. Change that, or compute them in every epoch: --features.cache off"
+                f"Features cannot be stored: {why_not}. Change that, or leave out the flags that ask for stored ones: "
+                "features.views, engine, precision, and cache on."
             )
         say(f"Features: computed in every epoch, because {why_not}")
 
@@ -140,6 +141,20 @@ class FeatureCache(pl.Callback):
             "val": _loader(trainer, rows, plain, place, val, data.batch_size, False),
         }
         self._in_use = data, rows
+        if supplied.option.precision == "int8" and ranks.rank == 0:
+            from project.features.fidelity import report
+
+            say(
+                report(
+                    supplied,
+                    rows,
+                    place,
+                    [*zip(views[0], train, strict=True)],
+                    [*zip(plain[0], val, strict=True)],
+                    engines.reference,
+                    source,
+                )
+            )
 
     def _options(self, engines: Engines, trainer_precision: str, ranks: Any) -> list[Option]:
         precision = None if self._precision == "auto" else self._precision

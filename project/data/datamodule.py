@@ -112,7 +112,11 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """Batches of the train split, shuffled and augmented."""
         instead = self.instead.get("train")
-        return self._loader(self._labelled("train", self.training_transform()), shuffle=True) if instead is None else instead
+        return (
+            self._loader(self._labelled("train", self.training_transform()), shuffle=True)
+            if instead is None
+            else instead
+        )
 
     def val_dataloader(self) -> Iterable[Any]:
         """Batches of the validation split."""

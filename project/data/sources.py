@@ -147,7 +147,8 @@ class Digits(Source):
 
     def content(self, sample: Sample) -> bytes:
         """The digit's pixels, behind the width of its margin."""
-        return bytes([self._margin]) + self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
+        pixels: bytes = self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
+        return bytes([self._margin]) + pixels
 
     def decode(self, content: bytes, sample: Sample) -> Image.Image:
         """Draw a digit, white on black, in RGB."""

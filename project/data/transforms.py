@@ -83,7 +83,7 @@ class Drawn(TorchFunctionMode):
 
 
 #: The functions of torch that draw, as torchvision's transforms use them.
-DRAWING = frozenset(
-    (torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.multinomial, torch.bernoulli)
-    + (torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_)
-)
+DRAWING = {
+    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.multinomial, torch.bernoulli),
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_),
+}

@@ -113,7 +113,9 @@ class Engines:
                 f"{' or '.join(sorted({kind for name in names for kind in offered[name]})) or 'none'}."
             )
         if lacking and ("onnxruntime" in [name for name, _ in pairs]):
-            raise ConfigError(f"features.engine onnxruntime needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
+            raise ConfigError(
+                f"features.engine onnxruntime needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
+            )
         return [self._option(name, kind) for name, kind in pairs]
 
     def _option(self, name: EngineName, precision: Precision) -> Option:

@@ -58,12 +58,15 @@ class Rows:
     def _read(self, index: np.ndarray) -> torch.Tensor:
         shard: Shard = self._found.shards[0]
         rows = torch.empty((len(index), *shard.shape), dtype=shard.dtype)
-        into = memoryview(rows.view(-1).view(torch.uint8).numpy()).cast("B")
+        into = rows.view(-1).view(torch.uint8).numpy().data
         which, where = self._found.shard[index], self._found.index[index]
         for place in np.lexsort((where, which)).tolist():
             at = self._found.shards[which[place]]
             offset = at.offset + int(where[place]) * at.row_bytes
-            if os.preadv(self._files[which[place]], [into[place * at.row_bytes : (place + 1) * at.row_bytes]], offset) != at.row_bytes:
+            if (
+                os.preadv(self._files[which[place]], [into[place * at.row_bytes : (place + 1) * at.row_bytes]], offset)
+                != at.row_bytes
+            ):
                 raise OSError(f"{at.path} ended before its row {where[place]}")
         return rows
 
@@ -133,5 +136,5 @@ class RowLoader:
             order = torch.randperm(len(order), generator=generator)
         view = self._views[epoch % len(self._views)]
         order = self._mine(order)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in torch.split(order, self.batch_size)[: len(self)]:
             yield RowBatch(self._rows[view[batch]], self._labels[batch])

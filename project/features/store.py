@@ -1,9 +1,9 @@
 """Rows on disk: immutable shards, each named by the SHA-256 of its bytes.
 
 A *space* is a folder of rows that the same prefix made in the same way; what made them is its name, so a row that was
-made otherwise cannot be found in it. A row's key says which image it is of, and how that was transformed. A shard's name
-is the hash of what is in it, so a truncated or altered one is known by its name, and two builders that write at the
-same time write different files.
+made otherwise cannot be found in it. A row's key says which image it is of, and how that was transformed. A shard's
+name is the hash of what is in it, so a truncated or altered one is known by its name, and two builders that write at
+the same time write different files.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def supply(
             ranks.gather(None)
         if len(found.missing):
             raise StoreError(
-                f"{len(found.missing)} rows are not in {option.space.path} although they were computed. The folder has to "
-                "be one that all processes share: name it with --features.folder PATH"
+                f"{len(found.missing)} rows are not in {option.space.path} although they were computed. "
+                "The folder has to be one that all processes share: name it with --features.folder PATH"
             )
     return Supplied(found, option, computed, damaged, time.perf_counter() - began, reason or "")
 

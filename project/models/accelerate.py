@@ -62,7 +62,9 @@ class Prefix(nn.Module):
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         super().__init__()
-        self.stages = nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in backbone.frozen_names)).cpu().float()
+        self.stages = (
+            nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in backbone.frozen_names)).cpu().float()
+        )
         self.register_buffer("scale", 1 / (255 * backbone.std.detach().float().cpu()))
         self.register_buffer("shift", -backbone.mean.detach().float().cpu() / backbone.std.detach().float().cpu())
         self.scale: torch.Tensor
@@ -70,7 +72,7 @@ class Prefix(nn.Module):
         size = backbone.preprocessing.crop
         self.stages.eval().requires_grad_(False)
         fold(self.stages, torch.zeros(2, 3, size, size))
-        self.stages.to(dtype=dtype, memory_format=layout)
+        self.stages.to(dtype).to(memory_format=layout)
         self._dtype = dtype
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -112,9 +114,7 @@ def fold(stages: nn.Module, example: torch.Tensor) -> int:
         return hook
 
     folding = {
-        name: module
-        for name, module in stages.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+        name: module for name, module in stages.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     }
     hooks = [module.register_forward_hook(watch(name)) for name, module in folding.items()]
     before = stages(example)
@@ -123,7 +123,7 @@ def fold(stages: nn.Module, example: torch.Tensor) -> int:
     pairs = [pair for pair in dict.fromkeys(pairs) if all(calls[name] == 1 for name in pair)]
     original = copy.deepcopy(stages)
     for conv, norm in pairs:
-        fused = torch.nn.utils.fuse_conv_bn_eval(folding[conv], folding[norm])  # type: ignore[type-var]
+        fused = torch.nn.utils.fuse_conv_bn_eval(folding[conv], folding[norm])  # type: ignore[arg-type,type-var]
         _put(stages, conv, fused)
         # timm's BatchNormAct2d holds the activation too
         activation = [getattr(folding[norm], part) for part in ("drop", "act") if hasattr(folding[norm], part)]

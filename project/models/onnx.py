@@ -56,7 +56,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self, name: str) -> None:
-            self._batches = iter([{name: batch.numpy()} for batch in images.split(8)])
+            self._batches = iter([{name: batch.numpy()} for batch in torch.split(images, 8)])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._batches, None)
@@ -72,7 +72,17 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             str(temporary),
             Reader(graph.input[0].name),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Relu", "Clip", "Add", "Mul", "MaxPool", "Concat", "HardSwish", "HardSigmoid"],
+            op_types_to_quantize=[
+                "Conv",
+                "Relu",
+                "Clip",
+                "Add",
+                "Mul",
+                "MaxPool",
+                "Concat",
+                "HardSwish",
+                "HardSigmoid",
+            ],
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
