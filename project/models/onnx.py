@@ -86,6 +86,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
+            extra_options={"CalibMovingAverage": True},  # one outlier does not stretch the range of all
         )
 
 
