@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
 from project.components import construct, describe
@@ -95,6 +95,7 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
+        self.mean_loss = MeanMetric()
         self._losses: dict[str, list[tuple[torch.Tensor, int]]] = {"train": [], "val": [], "test": []}
         if classes is not None:
             self._name_classes(classes)
@@ -173,16 +174,19 @@ class ImageClassifier(pl.LightningModule):
 
     def _epoch_end(self, stage: str, metrics: MetricCollection) -> None:
         # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
+        # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
+        # and the progress bar looks in the first process alone, which then waits for the others for ever.
         losses, self._losses[stage] = self._losses[stage], []
-        total, count = sum(loss * number for loss, number in losses), sum(number for _, number in losses)
-        if count:
-            self.log(f"{stage}/loss", total / count, prog_bar=True, sync_dist=True, batch_size=count)
+        if losses:
+            each, counts = zip(*losses, strict=True)
+            self.mean_loss.update(torch.stack(each), torch.tensor(counts, device=self.device))
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = metrics.compute()
+        values = {f"{stage}/loss": self.mean_loss.compute(), **metrics.compute()}
+        self.mean_loss.reset()
         metrics.reset()
-        shown = [name for name in values if name.endswith("/accuracy")]
-        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True, sync_dist=True)
-        self.log_dict(values, sync_dist=True)
+        shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
+        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        self.log_dict(values)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
     from project.data.sources import Sample
     from project.features.engines import Engines, Option
     from project.features.extract import Image
+    from project.features.ranks import Ranks
     from project.features.rows import RowLoader, Rows
     from project.features.supply import Progress, Supplied
 
@@ -156,17 +157,13 @@ class FeatureCache(pl.Callback):
                 )
             )
 
-    def _options(self, engines: Engines, trainer_precision: str, ranks: Any) -> list[Option]:
+    def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
         precision = None if self._precision == "auto" else self._precision
-        failure: Exception | None = None
         options: list[Option] = []
         for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
-            try:
+            with ranks.together():
                 if (ranks.rank == 0) == (turn == 0):
                     options = engines.options(self._engine, precision, trainer_precision)
-            except Exception as error:
-                failure = error
-            ranks.share(failure)
         return options
 
     @contextmanager
@@ -178,9 +175,9 @@ class FeatureCache(pl.Callback):
         with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("Features", total=None)
 
-            def begins(option: Option, reason: str, mine: int) -> None:
+            def begins(option: Option, reason: str, computed: int, mine: int) -> None:
                 bar.update(task, total=mine)
-                say(f"Features: {mine} of {count} rows to compute, by {option.name} in {option.precision} ({reason})")
+                say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
 
             yield Progress(
                 begins,

@@ -11,7 +11,6 @@ import torch
 
 from project.features.store import Found, Shard
 
-
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20
 
