@@ -36,7 +36,8 @@ class Supplied:
         option: What made them.
         computed: How many were computed now.
         damaged: How many shards were not what they should have been, and were made anew.
-        seconds: What the computation took, without the choice of its engine.
+        seconds: What the computation took.
+        prepared: What it took to choose the engine and to build it.
         reason: Why this engine.
     """
 
@@ -45,6 +46,7 @@ class Supplied:
     computed: int
     damaged: int
     seconds: float
+    prepared: float
     reason: str
 
 
@@ -94,6 +96,7 @@ def supply(
         StoreError: The rows cannot be written, or not be seen by all processes.
         DataError: An image cannot be read.
     """
+    start = time.perf_counter()
     keys = keys_of(images)
     lacking = [len(option.space.find(keys, verify=False).missing) for option in options]
     if all(lacking):
@@ -106,7 +109,7 @@ def supply(
     index, reason = ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
     option = options[index]
     found = option.space.find(keys)
-    damaged, computed, began = found.damaged, 0, time.perf_counter()
+    damaged, computed, began = found.damaged, 0, start
     if any(ranks.gather(len(found.missing))):
         with contextlib.ExitStack() as held:
             with ranks.together():
@@ -129,7 +132,7 @@ def supply(
                 f"{len(found.missing)} rows are not in {option.space.path} although they were computed. "
                 "The folder has to be one that all processes share: name it with --features.folder PATH"
             )
-    return Supplied(found, option, computed, damaged, time.perf_counter() - began, reason)
+    return Supplied(found, option, computed, damaged, time.perf_counter() - began, began - start, reason)
 
 
 def _refuse_too_much(
