@@ -156,7 +156,7 @@ class Benchmark:
         peak = middle(row.peak for row in self.rows[name])
         return [
             name,
-            f"{seconds:.1f}{'*' if ran not in (None, options.epochs) else ''}",
+            f"{seconds:.1f}{'*' if ran not in (None, epochs) else ''}",
             "" if epoch is None else f"{epoch:.3f}",
             f"{epochs * train / seconds:.0f}",
             f"{peak:.0f}",
@@ -186,7 +186,12 @@ class Benchmark:
             ]
             for ours, other, slow, fast in pairs:
                 if slow and fast:
-                    lines.append(f"{ours} against {other}: {slow / fast:.1f} times ({slow:.2f} s to {fast:.2f} s)")
+                    ran = self.options.lightning_epochs if "lightning" in other else self.options.article_epochs
+                    epochs = HUNDRED if ours == hundred else self.options.epochs
+                    star = "*" if ran != epochs and "one epoch" not in other else ""
+                    lines.append(
+                        f"{ours} against {other}: {slow / fast:.1f} times ({slow:.2f}{star} s to {fast:.2f} s)"
+                    )
         return lines
 
     def _limits(self) -> list[str]:
