@@ -84,7 +84,7 @@ def fit(data: Path, store: Path, *flags: object, cache: Path | None = None) -> R
 def told(output: str) -> Told | None:
     """Read the line that a fit says of its features; ``None`` where it kept none."""
     found = re.search(
-        r"Features: (\d+) rows reused, (\d+) computed(?: in [\d.]+ s \((\d+) images/s\))?; (\w+ \w+)", output
+        r"Features: (\d+) rows reused, (\d+) computed(?: in [\d.]+ s \((\d+) images/s[^)]*\))?; (\w+ \w+)", output
     )
     if found is None:
         return None
