@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
 from project.components import construct, describe
@@ -26,6 +26,13 @@ from project.models.heads import LinearHead
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    # Milliseconds for each: a checkpoint is written in every epoch, and one over stored rows takes some tens of them.
+    return {name: version(name) for name in ("torch", "torchvision", "lightning")}
+
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
@@ -88,6 +95,8 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
+        self.mean_loss = MeanMetric()
+        self._losses: dict[str, list[tuple[torch.Tensor, int]]] = {"train": [], "val": [], "test": []}
         if classes is not None:
             self._name_classes(classes)
 
@@ -160,18 +169,24 @@ class ImageClassifier(pl.LightningModule):
         smoothing = self.hparams["label_smoothing"]
         loss = functional.cross_entropy(logits, labels, self.loss_weights, label_smoothing=smoothing)
         metrics.update(logits.detach().softmax(1), labels)
-        self.log(
-            f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels)
-        )
+        self._losses[stage].append((loss.detach(), len(labels)))
         return loss
 
-    def _epoch_end(self, metrics: MetricCollection) -> None:
+    def _epoch_end(self, stage: str, metrics: MetricCollection) -> None:
+        # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
+        # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
+        # and the progress bar looks in the first process alone, which then waits for the others for ever.
+        losses, self._losses[stage] = self._losses[stage], []
+        if losses:
+            each, counts = zip(*losses, strict=True)
+            self.mean_loss.update(torch.stack(each), torch.tensor(counts, device=self.device))
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = metrics.compute()
+        values = {f"{stage}/loss": self.mean_loss.compute(), **metrics.compute()}
+        self.mean_loss.reset()
         metrics.reset()
-        shown = [name for name in values if name.endswith("/accuracy")]
-        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True, sync_dist=True)
-        self.log_dict(values, sync_dist=True)
+        shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
+        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        self.log_dict(values)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
@@ -192,15 +207,15 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end(self.train_metrics)
+        self._epoch_end("train", self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end(self.val_metrics)
+        self._epoch_end("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the test."""
-        self._epoch_end(self.test_metrics)
+        self._epoch_end("test", self.test_metrics)
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
@@ -249,7 +264,7 @@ class ImageClassifier(pl.LightningModule):
                 "sha256": self.backbone.sha256,
             },
             "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.backbone.frozen_sha256},
-            "versions": {name: version(name) for name in ("torch", "torchvision", "lightning")},
+            "versions": dict(_versions()),
         }
 
     def _is_frozen(self, key: str) -> bool:

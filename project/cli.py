@@ -224,6 +224,7 @@ EXPECTED = (
     ".*module.s. in eval mode at the start of training.*",  # the frozen ones
     ".*smaller than the logging interval.*",  # metrics are logged an epoch
     ".*callbacks used to create the checkpoint need to be provided.*",  # validate, test and predict save none
+    ".*sync_dist=True.*when logging on epoch level.*",  # what is logged is the same in all processes
     "The dirpath has changed from.*",  # a resumed fit has a folder of its own
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
 )

@@ -17,7 +17,9 @@ def training_metrics(num_classes: int) -> MetricCollection:
     Args:
         num_classes: Number C of classes.
     """
-    return MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")}, prefix="train/")
+    return MetricCollection(
+        {"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}, prefix="train/"
+    )
 
 
 def evaluation_metrics(classes: Sequence[str], stage: str) -> MetricCollection:
@@ -33,15 +35,16 @@ def evaluation_metrics(classes: Sequence[str], stage: str) -> MetricCollection:
         A collection that takes probabilities ``(B, C)``, float, and labels ``(B,)``, int64.
     """
     count = len(classes)
+    # Labels are indices of classes by construction; to look each time would cost more than the metric.
     metrics: dict[str, Metric | MetricCollection] = {
-        "accuracy": MulticlassAccuracy(count, average="micro"),
-        "f1": MulticlassF1Score(count, average="macro"),
-        "ece": MulticlassCalibrationError(count, n_bins=15, norm="l1"),
+        "accuracy": MulticlassAccuracy(count, average="micro", validate_args=False),
+        "f1": MulticlassF1Score(count, average="macro", validate_args=False),
+        "ece": MulticlassCalibrationError(count, n_bins=15, norm="l1", validate_args=False),
     }
     if count > 5:
-        metrics["top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
+        metrics["top5"] = MulticlassAccuracy(count, average="micro", top_k=5, validate_args=False)
     if count <= MOST_CURVES:
         metrics["each"] = ClasswiseWrapper(
-            MulticlassAccuracy(count, average="none"), labels=list(classes), prefix="accuracy_of/"
+            MulticlassAccuracy(count, average="none", validate_args=False), labels=list(classes), prefix="accuracy_of/"
         )
     return MetricCollection(metrics, prefix=f"{stage}/")

@@ -58,4 +58,4 @@ class Dashboard(pl.Callback):
         seconds = self._epoch_seconds + time.perf_counter() - self._mark
         self.images += self._epoch_images
         self.seconds += seconds
-        pl_module.log("train/images_per_second", self._epoch_images / seconds, sync_dist=True)
+        pl_module.log("train/images_per_second", self._epoch_images / seconds)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
     from project.data.sources import Sample
     from project.features.engines import Engines, Option
     from project.features.extract import Image
+    from project.features.ranks import Ranks
     from project.features.rows import RowLoader, Rows
     from project.features.supply import Progress, Supplied
 
@@ -39,8 +40,8 @@ class FeatureCache(pl.Callback):
 
     Args:
         cache: auto keeps features while a part of the backbone is frozen, on insists, off computes them in every epoch.
-        views: Augmented views that are kept of each training image; epochs take them in turn. By default 1, or 4 where
-            data.augment is not none.
+        views: Views that are kept of each training image, the plain one and then augmented ones; epochs take them in
+            turn. By default 1, or 4 where data.augment is not none.
         engine: What computes features: torch, compile (torch.compile), onnxruntime (CPU), or auto, the one that has
             them all soonest.
         precision: Of the computation: fp32, bf16, fp16 or int8 (onnxruntime on a CPU); auto is what trainer.precision
@@ -117,10 +118,12 @@ class FeatureCache(pl.Callback):
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
         digests = digest_all(source, [*train, *val])
-        augmented = data.augment != "none"
-        names = [f"view {number}" for number in range(self._views or VIEWS)] if augmented else [""]
-        views = views_of(train, digests[: len(train)], data.training_transform(), names)
+        names = [f"view {n}" for n in range(1, self._views or VIEWS)] if data.augment != "none" else []
+        views = views_of(train, digests[: len(train)], data.evaluation_transform(), [""])
+        views += views_of(train, digests[: len(train)], data.training_transform(), names)
         plain = views_of(val, digests[len(train) :], data.evaluation_transform(), [""])
+        if data.augment != "none":
+            say(f"Features: {len(views)} views an image: as it is, and {len(names)} with data.augment {data.augment}")
         images = list({image.key: image for view in [*views, *plain] for image in view}.values())
 
         def calibration() -> torch.Tensor:
@@ -156,17 +159,13 @@ class FeatureCache(pl.Callback):
                 )
             )
 
-    def _options(self, engines: Engines, trainer_precision: str, ranks: Any) -> list[Option]:
+    def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
         precision = None if self._precision == "auto" else self._precision
-        failure: Exception | None = None
         options: list[Option] = []
         for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
-            try:
+            with ranks.together():
                 if (ranks.rank == 0) == (turn == 0):
                     options = engines.options(self._engine, precision, trainer_precision)
-            except Exception as error:
-                failure = error
-            ranks.share(failure)
         return options
 
     @contextmanager
@@ -178,9 +177,9 @@ class FeatureCache(pl.Callback):
         with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("Features", total=None)
 
-            def begins(option: Option, reason: str, mine: int) -> None:
+            def begins(option: Option, reason: str, computed: int, mine: int) -> None:
                 bar.update(task, total=mine)
-                say(f"Features: {mine} of {count} rows to compute, by {option.name} in {option.precision} ({reason})")
+                say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
 
             yield Progress(
                 begins,
@@ -193,12 +192,17 @@ class FeatureCache(pl.Callback):
             say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
         reused, how = count - supplied.computed, ""
         if supplied.computed:
-            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s)"
+            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s"
+            how += f", {supplied.prepared:.1f} s to choose and build the engine before)"
         option = supplied.option
-        say(f"Features: {reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}")
+        text = f"{reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}"
+        say(f"Features: {text}")
         values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add_text is not None:
+                add_text("features", f"{text} ({supplied.reason}) in {option.space.path}", trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._in_use is not None:

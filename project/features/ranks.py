@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -30,12 +32,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def share(self, failure: Exception | None) -> None:
-        """Fail in all processes where one has failed, so that none waits for it.
-
-        Args:
-            failure: What went wrong in this one.
-        """
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something that can fail: where one process fails, all do, so that none waits for it."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
         told = self.gather(failure and f"{type(failure).__name__}: {failure}")
         if failure:
             raise failure

@@ -11,6 +11,9 @@ import torch
 
 from project.features.store import Found, Shard
 
+#: Bytes of a batch of evaluation, about.
+EVALUATED = 16 * 2**20
+
 
 class RowBatch(NamedTuple):
     """A batch whose images have been through the frozen prefix already.
@@ -43,6 +46,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._found.index)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk."""
+        return self._found.shards[0].row_bytes
 
     @property
     def in_memory(self) -> bool:
@@ -107,7 +115,8 @@ class RowLoader:
         self._rows = rows
         self._views = views
         self._labels = labels
-        self.batch_size = batch_size
+        # Where nothing is learnt, the size of a batch is nobody's concern: fewer are faster.
+        self.batch_size = batch_size if shuffle else max(batch_size, EVALUATED // rows.row_bytes)
         self._shuffle = shuffle
         self._epoch = epoch
         self._seed = seed

@@ -36,7 +36,8 @@ class Supplied:
         option: What made them.
         computed: How many were computed now.
         damaged: How many shards were not what they should have been, and were made anew.
-        seconds: What the computation took, without the choice of its engine.
+        seconds: What the computation took.
+        prepared: What it took to choose the engine and to build it.
         reason: Why this engine.
     """
 
@@ -45,6 +46,7 @@ class Supplied:
     computed: int
     damaged: int
     seconds: float
+    prepared: float
     reason: str
 
 
@@ -53,12 +55,12 @@ class Progress:
     """What is told meanwhile.
 
     Attributes:
-        begins: With the option, the reason for it, and how many rows this process computes.
+        begins: With the option, the reason for it, how many rows are computed, and how many of them by this process.
         done: With each batch's number of images.
         waits: When another process is building the same rows.
     """
 
-    begins: Callable[[Option, str, int], None]
+    begins: Callable[[Option, str, int, int], None]
     done: Callable[[int], None]
     waits: Callable[[], None]
 
@@ -94,42 +96,35 @@ def supply(
         StoreError: The rows cannot be written, or not be seen by all processes.
         DataError: An image cannot be read.
     """
+    start = time.perf_counter()
     keys = keys_of(images)
     lacking = [len(option.space.find(keys, verify=False).missing) for option in options]
     if all(lacking):
         _refuse_too_much(len(images), options, backbone, device, budget)
     ranks.gather(None)  # nobody computes before all have looked
-    choice = index = None
-    if ranks.rank == 0:
-        choice = _choose(options, lacking, images, source, backbone, device, root)
-        index = choice[0]
-    index, reason = ranks.gather((index, choice and choice[1].reason))[0]
-    assert index is not None
+    choice: Choice | None = None
+    with ranks.together():
+        if ranks.rank == 0:
+            choice = _choose(options, lacking, images, source, backbone, device, root)
+    index, reason = ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
     option = options[index]
     found = option.space.find(keys)
-    damaged, computed, began = found.damaged, 0, time.perf_counter()
+    damaged, computed, began = found.damaged, 0, start
     if any(ranks.gather(len(found.missing))):
         with contextlib.ExitStack() as held:
-            failure: Exception | None = None
-            try:
+            with ranks.together():
                 if ranks.rank == 0:
                     held.enter_context(option.space.building(progress.waits))
-            except Exception as error:
-                failure = error
-            ranks.share(failure)
             missing = option.space.find(keys, verify=False).missing
             ranks.gather(None)  # nobody writes before all have looked
             computed = len(missing)
-            try:
+            with ranks.together():
                 mine = [images[i] for i in missing[ranks.rank :: ranks.size]]
-                progress.begins(option, reason or "", len(mine))
+                progress.begins(option, reason, computed, len(mine))
                 if mine:
-                    engine = (choice and choice[1].engine) or option.build()
+                    engine = (choice and choice.engine) or option.build()
                     began = time.perf_counter()
                     _compute(engine, mine, source, option, len(images), budget, root, progress)
-            except Exception as error:
-                failure = error
-            ranks.share(failure)
             found = option.space.find(keys)
             ranks.gather(None)
         if len(found.missing):
@@ -137,7 +132,7 @@ def supply(
                 f"{len(found.missing)} rows are not in {option.space.path} although they were computed. "
                 "The folder has to be one that all processes share: name it with --features.folder PATH"
             )
-    return Supplied(found, option, computed, damaged, time.perf_counter() - began, reason or "")
+    return Supplied(found, option, computed, damaged, time.perf_counter() - began, began - start, reason)
 
 
 def _refuse_too_much(
@@ -161,7 +156,7 @@ def _choose(
     backbone: Backbone,
     device: torch.device,
     root: Path,
-) -> tuple[int, Choice]:
+) -> Choice:
     candidates = [
         Candidate(option.name, option.precision, count, option.startup, option.build)
         for option, count in zip(options, lacking, strict=True)
@@ -172,8 +167,7 @@ def _choose(
 
     network = f"{backbone.name} to {backbone.frozen_names[-1]} at {backbone.preprocessing.crop} px"
     flops = cost(backbone, device).flops if all(lacking) and len(options) > 1 else 0
-    choice = choose(candidates, some, flops, device, Rates(root / "rates.json", network, device))
-    return candidates.index(choice.candidate), choice
+    return choose(candidates, some, flops, device, Rates(root / "rates.json", network, device))
 
 
 def _compute(

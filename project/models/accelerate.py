@@ -7,9 +7,13 @@ call's images are decoded while another computes, without more threads than core
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -194,7 +198,7 @@ class Torch:
             if not self._compiled:
                 run = torch.compile(self._prefix, dynamic=False)
                 options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.side_by_side else {}
-                with inductor.patch(options):
+                with quiet(), inductor.patch(options):
                     run(images)
                 self._run = run
                 self._compiled = True
@@ -207,8 +211,9 @@ class Torch:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         # no_grad rather than inference_mode: inductor freezes under it alone
         with torch.no_grad():
-            if not self.side_by_side:
-                images = images.pin_memory().to(self._device, non_blocking=True)
+            if self._device.type == "cuda":
+                images = images.pin_memory()
+            images = images.to(self._device, non_blocking=True)
             rows = self._run(images.contiguous(memory_format=torch.channels_last))
         return rows[:count].cpu()
 
@@ -238,3 +243,16 @@ class Onnx:
         """Rows of images, float32."""
         (rows,) = self._session.run(None, {self._input: images.numpy()})
         return torch.from_numpy(rows)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters and compilers say much that is nothing to the user; their errors are exceptions all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

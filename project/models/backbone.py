@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         self.trainable = trainable
         self.frozen_names = names[: choices[trainable]]
         self.trainable_names = names[choices[trainable] :]
-        self.frozen_sha256 = self.fingerprint()
+        self.frozen_sha256 = self.fingerprint() if self.trainable_names else self.sha256
         self.freeze()
 
     def freeze(self) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from project.models.accelerate import Prefix
+from project.models.accelerate import Prefix, quiet
 
 
 def export(prefix: Prefix, size: int, target: Path) -> None:
@@ -26,7 +23,7 @@ def export(prefix: Prefix, size: int, target: Path) -> None:
         target: The file, which appears whole or not at all. Its graph takes uint8 ``(B, 3, size, size)``, any B.
     """
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             prefix,
             (example,),
@@ -61,7 +58,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self._batches, None)
 
-    with _quiet(), _appearing(target) as temporary, tempfile.TemporaryDirectory() as folder:
+    with quiet(), _appearing(target) as temporary, tempfile.TemporaryDirectory() as folder:
         import onnx
 
         simplified = Path(folder) / "simplified.onnx"
@@ -86,6 +83,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
+            extra_options={"CalibMovingAverage": True},  # one outlier does not stretch the range of all
         )
 
 
@@ -103,16 +101,3 @@ def _appearing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters say much that is nothing to the user; their errors are exceptions all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,0 +1,170 @@
+"""What the project is compared with, as programs of their own, each ending with a line of JSON.
+
+    python -m tests.benchmarks.contestants article --data DIR
+    python -m tests.benchmarks.contestants lightning --data DIR --precision bf16-mixed
+    python -m tests.benchmarks.contestants limits --network resnet50
+
+``article`` is the loop that the article on transfer learning publishes, its typos mended. ``lightning`` is what a user
+of Lightning writes today. Both have random weights, which take as long as any. ``limits`` measures the matrix products
+of this machine and counts what one image costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import models
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
+BATCH = 32
+
+
+def images(data: Path, split: str, size: int) -> ImageFolder:
+    """The images of a split, as the article reads them."""
+    steps = [
+        Resize(round(size * 256 / 224)),
+        CenterCrop(size),
+        ToTensor(),
+        Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+    return ImageFolder(str(data / split), Compose(steps))
+
+
+def article(options: argparse.Namespace) -> dict[str, Any]:
+    """The article's loop: the whole network in train mode and float32, each image decoded in each epoch."""
+    torch.manual_seed(0)
+    dataset = images(options.data, "train", options.size)
+    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+    model = models.get_model(options.network, weights=None)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.fc = nn.Linear(model.fc.in_features, len(dataset.classes))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.001, momentum=0.9)
+    seconds = []
+    for epoch in range(options.epochs):
+        began = time.perf_counter()
+        model.train()
+        running = 0.0
+        for inputs, labels in loader:
+            optimizer.zero_grad()
+            outputs = model(inputs)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            running += loss.item() * inputs.size(0)
+        print(f"Epoch {epoch}: loss {running / len(dataset):.4f}")
+        seconds.append(time.perf_counter() - began)
+    return {"epochs": seconds}
+
+
+def lightning(options: argparse.Namespace) -> dict[str, Any]:
+    """A frozen backbone in eval() and under no_grad, in Lightning, with a logger, checkpoints and validation."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torchmetrics.classification import MulticlassAccuracy
+
+    class Model(pl.LightningModule):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.backbone = models.get_model(options.network, weights=None)
+            self.head = nn.Linear(self.backbone.fc.in_features, classes)
+            self.backbone.fc = nn.Identity()
+            self.backbone.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+            self.accuracy = MulticlassAccuracy(classes, average="micro")
+
+        def train(self, mode: bool = True) -> Model:
+            super().train(mode)
+            self.backbone.eval()
+            return self
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                rows = self.backbone(inputs.contiguous(memory_format=torch.channels_last))
+            return self.head(rows)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.log("train/loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            logits = self(batch[0])
+            self.accuracy(logits, batch[1])
+            self.log("val/loss", nn.functional.cross_entropy(logits, batch[1]))
+            self.log("val/accuracy", self.accuracy, on_step=False, on_epoch=True)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.head.parameters(), lr=0.001, momentum=0.9)
+
+    class Clock(pl.Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.times.append(time.perf_counter())
+
+    pl.seed_everything(0, verbose=False)
+    workers: dict[str, Any] = {"batch_size": BATCH, "num_workers": 1, "persistent_workers": True}
+    train = images(options.data, "train", options.size)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as runs:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            precision=options.precision,
+            max_epochs=options.epochs,
+            logger=TensorBoardLogger(runs),
+            callbacks=[clock],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            Model(len(train.classes)),
+            DataLoader(train, shuffle=True, **workers),
+            DataLoader(images(options.data, "val", options.size), **workers),
+        )
+    return {"epochs": [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]}
+
+
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    """Operations a second of a matrix product, and operations of the network's frozen prefix for one image."""
+    from project.features.choose import ceiling, cost
+    from project.models.backbone import load_backbone
+
+    cpu = torch.device("cpu")
+    backbone, _ = load_backbone(options.network, None, image_size=options.size)
+    return {"flops": cost(backbone, cpu).flops, "fp32": ceiling("fp32", cpu), "bf16": ceiling("bf16", cpu)}
+
+
+def main() -> None:
+    """Run one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    programs = {"article": article, "lightning": lightning, "limits": limits}
+    parser.add_argument("program", choices=programs)
+    parser.add_argument("--data", type=Path, help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    parser.add_argument("--network", default="resnet50", help="a ResNet of torchvision")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
+    options = parser.parse_args()
+    if options.program != "limits" and options.data is None:
+        parser.error("--data is needed")
+    warnings.filterwarnings("ignore")
+    print(json.dumps(programs[options.program](options)))
+
+
+if __name__ == "__main__":
+    main()
