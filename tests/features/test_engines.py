@@ -88,9 +88,7 @@ def relative(rows: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("flags", [[], ["--model.trainable", "layer4"]], ids=["features", "maps"])
-def test_rows_of_onnxruntime_agree(
-    flags: list[str], both: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-) -> None:
+def test_rows_of_onnxruntime_agree(flags: list[str], both: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
     stored, live = both("--features.engine", "onnxruntime", *flags)
     assert relative(stored, live) < 1e-4
     assert len(list(Path("store/networks").glob("*.onnx"))) == 1
@@ -158,7 +156,13 @@ def test_no_engine_touches_the_network_it_copies(engines: Engines, weights: Path
 
 
 def test_each_precision_and_engine_has_rows_of_its_own(engines: Engines) -> None:
-    pairs = [("torch", "fp32"), ("torch", "bf16"), ("compile", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+    pairs = [
+        ("torch", "fp32"),
+        ("torch", "bf16"),
+        ("compile", "fp32"),
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "int8"),
+    ]
     spaces = [engines.options(*pair, "32-true")[0].space.path for pair in pairs]  # type: ignore[arg-type]
     assert len(set(spaces)) == len(pairs)
 
