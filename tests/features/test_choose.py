@@ -56,47 +56,48 @@ def rates(tmp_path: Path) -> Rates:
     return Rates(tmp_path / "rates.json", "a network", CPU)
 
 
-def chosen(candidates: list[Candidate], rates: Rates, flops: int = 1) -> Choice:
-    return choose(candidates, lambda: IMAGES, flops, CPU, rates)
+def chosen(candidates: list[Candidate], rates: Rates, flops: int = 1) -> tuple[Candidate, Choice]:
+    choice = choose(candidates, lambda: IMAGES, flops, CPU, rates)
+    return candidates[choice.index], choice
 
 
 def test_an_engine_whose_rows_are_all_stored_wins_and_nothing_is_built(
     candidate: Callable[..., Candidate], built: Built, rates: Rates
 ) -> None:
     rates.put("torch fp32", 1e9)
-    choice = chosen([candidate("torch", 10), candidate("compile", 0), candidate("onnxruntime", 1)], rates)
-    assert choice.candidate.name == "compile" and choice.engine is None
+    winner, choice = chosen([candidate("torch", 10), candidate("compile", 0), candidate("onnxruntime", 1)], rates)
+    assert winner.name == "compile" and choice.engine is None
     assert not built
 
 
 def test_one_alone_is_not_measured(candidate: Callable[..., Candidate], built: Built, rates: Rates) -> None:
-    assert chosen([candidate("torch", 10)], rates).candidate.name == "torch"
+    assert chosen([candidate("torch", 10)], rates)[0].name == "torch"
     assert not built and rates.get("torch fp32") is None
 
 
-@pytest.mark.parametrize(("stored", "winner"), [(0, "onnxruntime"), (990, "torch")])
+@pytest.mark.parametrize(("stored", "name"), [(0, "onnxruntime"), (990, "torch")])
 def test_the_whole_time_that_is_left_decides(
-    stored: int, winner: str, candidate: Callable[..., Candidate], built: Built, rates: Rates
+    stored: int, name: str, candidate: Callable[..., Candidate], built: Built, rates: Rates
 ) -> None:
     rates.put("torch fp32", 100)
     rates.put("onnxruntime fp32", 1000)
-    choice = chosen([candidate("torch", 1000 - stored), candidate("onnxruntime", 1000)], rates)
-    assert choice.candidate.name == winner
+    winner, choice = chosen([candidate("torch", 1000 - stored), candidate("onnxruntime", 1000)], rates)
+    assert winner.name == name
     assert not built, "both rates are known"
 
 
 def test_a_long_start_has_to_pay(candidate: Callable[..., Candidate], rates: Rates) -> None:
     rates.put("torch fp32", 100)
     rates.put("compile fp32", 1000)
-    assert chosen([candidate("torch", 500), candidate("compile", 500, 20.0)], rates).candidate.name == "torch"
-    assert chosen([candidate("torch", 5000), candidate("compile", 5000, 20.0)], rates).candidate.name == "compile"
+    assert chosen([candidate("torch", 500), candidate("compile", 500, 20.0)], rates)[0].name == "torch"
+    assert chosen([candidate("torch", 5000), candidate("compile", 5000, 20.0)], rates)[0].name == "compile"
 
 
 def test_an_engine_that_cannot_pay_is_not_even_built(
     candidate: Callable[..., Candidate], built: Built, rates: Rates
 ) -> None:
-    choice = chosen([candidate("torch", 10), candidate("compile", 10, 20.0)], rates)
-    assert choice.candidate.name == "torch" and built == ["torch"]
+    winner, choice = chosen([candidate("torch", 10), candidate("compile", 10, 20.0)], rates)
+    assert winner.name == "torch" and built == ["torch"]
     assert choice.engine is not None, "what was built to be measured is used"
     assert "compile fp32 could not pay" in choice.reason
 
@@ -105,15 +106,15 @@ def test_an_engine_that_cannot_be_built_is_left_out_with_its_reason(
     candidate: Callable[..., Candidate], rates: Rates
 ) -> None:
     broken = candidate("onnxruntime", 10, error=RuntimeError("no operator Foo\nand much more"))
-    choice = chosen([broken, candidate("torch", 10, 0.1)], rates)
-    assert choice.candidate.name == "torch"
+    winner, choice = chosen([broken, candidate("torch", 10, 0.1)], rates)
+    assert winner.name == "torch"
     assert "onnxruntime fp32 cannot be built (RuntimeError: no operator Foo)" in choice.reason
 
 
 @pytest.mark.xfail(strict=True, raises=IndexError, reason="the first line of no lines")
 def test_an_error_without_words_is_a_reason_too(candidate: Callable[..., Candidate], rates: Rates) -> None:
-    choice = chosen([candidate("onnxruntime", 10, error=AssertionError()), candidate("torch", 10, 0.1)], rates)
-    assert choice.candidate.name == "torch"
+    winner, choice = chosen([candidate("onnxruntime", 10, error=AssertionError()), candidate("torch", 10, 0.1)], rates)
+    assert winner.name == "torch"
     assert "onnxruntime fp32 cannot be built (AssertionError" in choice.reason
 
 
@@ -121,8 +122,8 @@ def test_where_none_can_be_built_the_preferred_is_left_to_fail_by_itself(
     candidate: Callable[..., Candidate], rates: Rates
 ) -> None:
     error = RuntimeError("no")
-    choice = chosen([candidate("torch", 10, error=error), candidate("compile", 10, error=error)], rates)
-    assert choice.candidate.name == "torch" and choice.engine is None
+    winner, choice = chosen([candidate("torch", 10, error=error), candidate("compile", 10, error=error)], rates)
+    assert winner.name == "torch" and choice.engine is None
 
 
 def test_a_mistake_in_the_data_is_no_reason_against_an_engine(

@@ -32,7 +32,7 @@ from tests.features.test_store_failures import keys_of
 
 chance, space = random.Random(0), Space(Path(sys.argv[1]), {})
 temporaries = lambda: len(list(space.path.glob(TEMPORARY + "*")))
-for child in range(25):
+for child in range(12):
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -63,7 +63,7 @@ def test_whatever_moment_a_writer_is_killed_at_what_has_a_name_is_whole(tmp_path
     command = [sys.executable, "-c", KILLS, str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     children = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(children) == 25
+    assert len(children) == 12
     assert any(left for _, _, left in children), "some are killed in the middle of a write"
     assert not any(found for found, _, _ in children), "what one leaves, the next removes"
     space = Space(tmp_path, {})
