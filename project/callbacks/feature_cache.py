@@ -117,7 +117,7 @@ class FeatureCache(pl.Callback):
         source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
-        digests = digest_all(source, [*train, *val])
+        digests = digest_all(source, [*train, *val], ranks)
         names = [f"view {n}" for n in range(1, self._views or VIEWS)] if data.augment != "none" else []
         views = views_of(train, digests[: len(train)], data.evaluation_transform(), [""])
         views += views_of(train, digests[: len(train)], data.training_transform(), names)
@@ -132,12 +132,12 @@ class FeatureCache(pl.Callback):
         task = " ".join([source.name, *source.classes])
         engines = Engines(self._root, module.backbone, module.encode, device, task, calibration)
         options = self._options(engines, str(trainer.precision), ranks)
-        with self._progress(len(images)) as progress:
+        with _progress(len(images), ranks) as progress:
             supplied = supply(
                 images, source, options, module.backbone, device, self._root, self._budget, ranks, progress
             )
         self._tell(trainer, supplied, len(images))
-        rows = Rows(supplied.found, _memory(device), device)
+        rows = Rows(supplied.found, _memory(device) // ranks.size, device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {
             "train": _loader(trainer, rows, views, place, train, data.batch_size, True),
@@ -168,25 +168,6 @@ class FeatureCache(pl.Callback):
                     options = engines.options(self._engine, precision, trainer_precision)
         return options
 
-    @contextmanager
-    def _progress(self, count: int) -> Iterator[Progress]:
-        from project.features.supply import Progress
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console()
-        with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("Features", total=None)
-
-            def begins(option: Option, reason: str, computed: int, mine: int) -> None:
-                bar.update(task, total=mine)
-                say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
-
-            yield Progress(
-                begins,
-                lambda done: bar.advance(task, done),
-                lambda: say("Features: another process is computing these rows; waiting for it"),
-            )
-
     def _tell(self, trainer: pl.Trainer, supplied: Supplied, count: int) -> None:
         if supplied.damaged:
             say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
@@ -205,11 +186,38 @@ class FeatureCache(pl.Callback):
                 add_text("features", f"{text} ({supplied.reason}) in {option.space.path}", trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._in_use is not None:
             data, rows = self._in_use
             data.instead = {}
             rows.close()
             self._in_use = None
+
+
+@contextmanager
+def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
+    """A bar on a terminal, lines elsewhere; from the first process."""
+    from project.features.supply import Progress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal or ranks.rank > 0) as bar:
+        task = bar.add_task("Features", total=None)
+
+        def begins(option: Option, reason: str, computed: int, mine: int) -> None:
+            bar.update(task, total=mine)
+            say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
+
+        yield Progress(
+            begins,
+            lambda done: bar.advance(task, done),
+            lambda: say("Features: another process is computing these rows; waiting for it"),
+        )
 
 
 def _loader(

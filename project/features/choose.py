@@ -157,7 +157,6 @@ def measure(engine: Engine, images: torch.Tensor) -> float:
     """
     threads = torch.get_num_threads()
     lanes = threads if engine.side_by_side else 1
-    grows = not engine.side_by_side and engine.ahead > 0
     best, rate = engine.batch_size, 0.0
     with ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (1 if engine.side_by_side else threads,)) as pool:
         try:
@@ -165,10 +164,10 @@ def measure(engine: Engine, images: torch.Tensor) -> float:
                 size = engine.batch_size
                 batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
                 now = _time(pool, lanes, lambda _, batch=batch: engine(batch), size)  # type: ignore[misc]
-                if grows and now < rate * 1.05:
+                if engine.grows and now < rate * 1.05:
                     break
                 best, rate = size, now
-                if not grows or size >= MOST:
+                if not engine.grows or size >= MOST:
                     break
                 engine.batch_size *= 2
         except torch.OutOfMemoryError:

@@ -16,6 +16,7 @@ import torch
 from project.data.sources import Sample, Source
 from project.data.transforms import Drawn, Transform
 from project.errors import DataError
+from project.features.ranks import Ranks
 from project.features.store import SHARD, Keys, Space, as_keys, row_key
 from project.models.accelerate import Engine
 
@@ -42,10 +43,21 @@ class Image:
     key: bytes
 
 
-def digest_all(source: Source, samples: Sequence[Sample]) -> list[bytes]:
-    """SHA-256 of the bytes that each sample's image is made from."""
-    with ThreadPoolExecutor(cores()) as pool:
-        return list(pool.map(lambda sample: hashlib.sha256(source.content(sample)).digest(), samples))
+def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> list[bytes]:
+    """SHA-256 of the bytes that each sample's image is made from, each read by one process.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    mine: list[bytes] = []
+    with ranks.together(), ThreadPoolExecutor(cores()) as pool:
+        part = samples[ranks.rank :: ranks.size]
+        for at in range(0, len(part), 4096):  # a pool holds all that it is given at once
+            mine += pool.map(lambda sample: hashlib.sha256(source.content(sample)).digest(), part[at : at + 4096])
+    digests = [b""] * len(samples)
+    for rank, part_of in enumerate(ranks.gather(mine)):
+        digests[rank :: ranks.size] = part_of
+    return digests
 
 
 def views_of(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -227,9 +226,7 @@ def evict(root: Path, budget: int, keep: Path) -> int:
         if path.parent == keep:
             continue
         path.unlink(missing_ok=True)
-        freed += size
-        if not any(path.parent.glob(f"*{SUFFIX}")):
-            shutil.rmtree(path.parent, ignore_errors=True)
+        freed += size  # its folder stays: somebody may be building in it
     return freed
 
 

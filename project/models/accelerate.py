@@ -29,6 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Images a call. On a CPU a batch whose activations fit the cache is the fastest; a GPU's is found by measurement.
 LANE_BATCH = 8
 BATCH = 32
+#: On a GPU, of a network that would be compiled anew for each size that is tried.
+COMPILED_BATCH = 128
 #: Batches that are decoded while a GPU computes.
 AHEAD = 3
 
@@ -39,11 +41,13 @@ class Engine(Protocol):
     Attributes:
         side_by_side: A call uses one thread, and calls are made from several threads at once.
         batch_size: Images a call.
+        grows: Larger batches may be faster, as on a GPU: ``batch_size`` can be set.
         ahead: Batches that are worth decoding while one is computed: none where both need the same cores.
     """
 
     side_by_side: bool
     batch_size: int
+    grows: bool
     ahead: int
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -157,7 +161,8 @@ class Exact:
     batch_size = BATCH
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
-        self.ahead = 0 if device.type == "cpu" else AHEAD
+        self.grows = device.type != "cpu"
+        self.ahead = AHEAD if self.grows else 0
         self._encode = encode
         self._device = device
 
@@ -180,7 +185,8 @@ class Torch:
 
     def __init__(self, prefix: Prefix, device: torch.device, compiled: bool) -> None:
         self.side_by_side = device.type == "cpu"
-        self.batch_size = LANE_BATCH if self.side_by_side else BATCH
+        self.batch_size = LANE_BATCH if self.side_by_side else COMPILED_BATCH if compiled else BATCH
+        self.grows = not self.side_by_side and not compiled
         self.ahead = 0 if self.side_by_side else AHEAD
         self._device = device
         self._run: Callable[[torch.Tensor], torch.Tensor] = prefix.to(device)
@@ -227,6 +233,7 @@ class Onnx:
 
     side_by_side = True
     batch_size = LANE_BATCH
+    grows = False
     ahead = 0
 
     def __init__(self, path: Path) -> None:
