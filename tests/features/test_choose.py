@@ -81,7 +81,7 @@ def test_the_whole_time_that_is_left_decides(
 ) -> None:
     rates.put("torch fp32", 100)
     rates.put("onnxruntime fp32", 1000)
-    winner, choice = chosen([candidate("torch", 1000 - stored), candidate("onnxruntime", 1000)], rates)
+    winner, _ = chosen([candidate("torch", 1000 - stored), candidate("onnxruntime", 1000)], rates)
     assert winner.name == name
     assert not built, "both rates are known"
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from project import ImageClassifier
 from project.data.sources import Folder
 from project.data.transforms import training
 from project.features.extract import digest_all, load_image, views_of
+from project.features.ranks import Ranks
 from project.preprocessing import Preprocessing
 from tests.conftest import SMALL, STORED, draw, scalars
 
@@ -110,8 +112,8 @@ def test_an_unreadable_image_is_named_and_rows_before_it_are_kept(
 def test_an_image_that_changes_meanwhile_is_named(
     fit: Fit, album: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def digest_then_change(source: Folder, samples: object) -> list[bytes]:
-        digests = digest_all(source, samples)  # type: ignore[arg-type]
+    def digest_then_change(*arguments: Any) -> list[bytes]:
+        digests = digest_all(*arguments)
         draw(album / "train/red/3.png", (0, 0, 0), 0)
         return digests
 
@@ -124,7 +126,7 @@ def test_a_view_is_the_same_each_time_and_from_each_thread_and_another_than_the_
     source = Folder(str(photos))
     samples = source.splits["train"]
     transform = training(Preprocessing(36, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), "standard")
-    digests = digest_all(source, samples)
+    digests = digest_all(source, samples, Ranks())
     views = views_of(samples, digests, transform, ["view 0", "view 1"])
     images = [image for view in views for image in view]
     assert len({image.key for image in images}) == 48

@@ -186,7 +186,6 @@ def test_the_shards_used_least_recently_make_room(tmp_path: Path) -> None:
     assert evict(tmp_path, 5 * size + 1, keep=spaces[0].path) == 3 * size
     left = [len(list(space.path.glob("*.safetensors"))) for space in spaces]
     assert left == [2, 2, 0, 1], "the space in use stays, though it is the oldest"
-    assert not spaces[2].path.exists(), "no empty folder is left"
     assert evict(tmp_path, 5 * size, keep=spaces[0].path) == 0
 
 
