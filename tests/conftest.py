@@ -1,20 +1,35 @@
 """Data that the tests make themselves: images of coloured noise, a file of weights, a finished run."""
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project.cli import main
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 #: Flags of a small, fast model.
 SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
+
+#: Flags of a fit whose rows are in a folder of its own, and come from one engine without a choice.
+STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of all tests and of the processes that they start, in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +46,19 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
     return path
 
 
+def scalars(run: Path) -> EventAccumulator:
+    """What a run has logged."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return events
+
+
+def told(out: str) -> list[tuple[int, int]]:
+    """How many rows each fit that printed this has reused and computed."""
+    counts = re.findall(r"Features: (\d+) rows reused, (\d+) computed", out)
+    return [(int(reused), int(computed)) for reused, computed in counts]
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``photos/{train,val,test}/CLASS/*.png``: three colours, 8, 4 and 4 images of each. Not to be written to."""
@@ -38,7 +66,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, (name, colour) in enumerate(COLOURS.items()):
         for split, count in (("train", 8), ("val", 4), ("test", 4)):
             for number in range(count):
-                draw(root / split / name / f"{number}.png", colour, hash((index, split == "val", number)) % 1000)
+                draw(root / split / name / f"{number}.png", colour, 100 * index + 10 * (split == "val") + number)
     return root
 
 
@@ -94,3 +122,53 @@ def fit(here: Path, photos: Path, weights: Path) -> Callable[..., int]:
         return main(["fit", *small, *flags])
 
     return run_fit
+
+
+@pytest.fixture
+def rows(fit: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, int]]:
+    """Runs a small fit on this test's own store; gives how many rows it has reused and computed."""
+
+    def run_fit(*flags: str) -> tuple[int, int]:
+        assert fit(*STORED, *flags) == 0
+        (counts,) = told(capsys.readouterr().out)
+        return counts
+
+    return run_fit
+
+
+@pytest.fixture
+def album(here: Path, photos: Path) -> Path:
+    """A copy of the photos that may be changed."""
+    return Path(shutil.copytree(photos, here / "album"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[int], str]:
+    """Checks that a verb ended as a mistake should, and gives back what it said."""
+
+    def check(code: int) -> str:
+        err = capsys.readouterr().err
+        said = err[err.index("error: ") :]
+        assert code == 2
+        assert "Traceback" not in err
+        assert len(said.strip().splitlines()) <= 2, said
+        return said
+
+    return check
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[..., None]]:
+    """Mounts with the arguments given, the last of which is the folder; skips where that is not allowed."""
+    mounted: list[str] = []
+
+    def run_mount(*arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this process may not mount: {done.stderr.strip()}")
+        if "remount" not in arguments[1]:
+            mounted.append(arguments[-1])
+
+    yield run_mount
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -14,21 +14,6 @@ Fit = Callable[..., int]
 Mistake = Callable[[Path, Path], list[str]]
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[int], str]:
-    """Checks that a verb ended as a mistake should, and gives back what it said."""
-
-    def check(code: int) -> str:
-        err = capsys.readouterr().err
-        said = err[err.index("error: ") :]
-        assert code == 2
-        assert "Traceback" not in err
-        assert len(said.strip().splitlines()) <= 2, said
-        return said
-
-    return check
-
-
 def folders(root: Path, *names: str) -> str:
     """Make class folders with one image in each."""
     from tests.conftest import draw
@@ -81,7 +66,7 @@ def _unreadable(tmp: Path, photos: Path) -> list[str]:
 
 
 def _unreadable_in_a_worker(tmp: Path, photos: Path) -> list[str]:
-    return [*_unreadable(tmp, photos), "--data.num_workers", "1"]
+    return [*_unreadable(tmp, photos), "--data.num_workers", "1", "--features.cache", "off"]
 
 
 def _not_an_image(tmp: Path, photos: Path) -> list[str]:

@@ -7,19 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import ImageClassifier, load
 from project.cli import main, reserve_version
 from project.models.backbone import load_backbone
+from tests.conftest import draw, scalars
 
 Fit = Callable[..., int]
-
-
-def scalars(run: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return events
 
 
 def test_a_run_is_one_folder_with_config_checkpoints_and_events(trained: Path) -> None:
@@ -137,8 +131,6 @@ def test_name_of_the_run_can_be_given(fit: Fit, capsys: pytest.CaptureFixture[st
 
 
 def test_checkpoint_of_resnet50_with_ten_classes_is_under_1_mb(here: Path) -> None:
-    from tests.conftest import draw
-
     for number in range(10):
         for index in range(2):
             draw(here / "ten" / f"class{number}" / f"{index}.png", (20 * number, 100, 100), index)
