@@ -19,6 +19,7 @@ Built = list[str]
 class Fake:
     """An engine that does nothing."""
 
+    grows = False
     side_by_side = False
     batch_size = 4
     ahead = 0
