@@ -125,8 +125,15 @@ class ImageClassifier(pl.LightningModule):
 
         Raises:
             DataError: The data's classes are not those that the head was trained on.
-            ConfigError: Nothing names the classes.
+            ConfigError: Nothing names the classes, or the precision would change the frozen weights.
         """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true" and self.backbone.frozen_names:
+            raise ConfigError(
+                f"trainer.precision {precision} would round the frozen weights. Use {precision.split('-')[0]}-mixed."
+                if precision != "64-true"
+                else "trainer.precision 64-true would convert the frozen weights. Use 32-true."
+            )
         self.backbone.freeze()  # somebody may have called unfreeze() since
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):

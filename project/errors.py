@@ -39,6 +39,10 @@ class CheckpointError(ProjectError):
     """A checkpoint is missing, altered, or of another model."""
 
 
+class EngineError(ProjectError):
+    """An engine cannot compute this network on this machine."""
+
+
 class StoreError(ProjectError):
     """Stored features cannot be kept or read where they should be."""
 

@@ -8,11 +8,11 @@ slow for it to win.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from project.errors import ProjectError
+from project.errors import DataError, StoreError
 from project.models.accelerate import DTYPES, Engine, EngineName, Precision
 from project.models.backbone import Backbone
 
@@ -133,10 +133,11 @@ def choose(
             try:
                 built[candidate] = candidate.build()
                 rate = measure(built[candidate], sample)
-            except ProjectError:
+            except (StoreError, DataError):
                 raise
             except Exception as error:  # whatever an exporter or a compiler raises: there are other engines
-                told.append(f"{candidate} cannot be built ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+                words = str(error).strip().partition("\n")[0][:80]
+                told.append(f"{candidate} cannot be built ({type(error).__name__}: {words})")
                 continue
             rates.put(str(candidate), rate)
         startup = 0.0 if candidate in built else candidate.startup
@@ -229,23 +230,28 @@ class Rates:
 
     def put(self, engine: str, rate: float) -> None:
         """Remember the rate of an engine. Where the folder cannot be written, it is measured again next time."""
-        if self._path is None or not os.access(self._path.parent, os.W_OK):
+        if self._path is None:
             return
         known = self._read()
         known.setdefault(self._key, {})[engine] = round(rate, 2)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".rates")
-        with os.fdopen(handle, "w") as file:
-            json.dump(known, file, indent=1)
-        Path(name).replace(self._path)
+        temporary = self._path.with_name(f".rates-{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(self._path)
+        except OSError:  # it is no more than a note; the rows that follow say what is wrong with the folder
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if self._path is None or not self._path.exists():
+        if self._path is None or not self._path.is_file():
             return {}
         try:
             known: dict[str, dict[str, Any]] = json.loads(self._path.read_text())
         except ValueError:  # damaged: what is in it can be measured again
             return {}
-        return known if isinstance(known, dict) else {}
+        known = known if isinstance(known, dict) else {}
+        return {key: rates for key, rates in known.items() if isinstance(rates, dict)}
 
 
 def machine(device: torch.device) -> str:

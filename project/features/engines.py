@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from project.errors import ConfigError
-from project.features.store import Space
+from project.features.store import Space, unwritable
 from project.models import onnx
 from project.models.accelerate import DTYPES, Engine, EngineName, Exact, Onnx, Precision, Prefix, Torch
 from project.models.backbone import Backbone
@@ -150,14 +151,27 @@ class Engines:
         file = self._file("")
         if not file.exists():
             prefix = Prefix(self._backbone, layout=torch.contiguous_format)
-            onnx.export(prefix, self._backbone.preprocessing.crop, file)
+            with _kept(file):
+                onnx.export(prefix, self._backbone.preprocessing.crop, file)
         return file
 
     def _quantized(self) -> Path:
         file = self._file(f"int8 {self._task}")
         if not file.exists():
-            onnx.quantize(self._exported(), self._calibration(), file)
+            exported, images = self._exported(), self._calibration()
+            with _kept(file):
+                onnx.quantize(exported, images, file)
         return file
+
+
+@contextmanager
+def _kept(file: Path) -> Iterator[None]:
+    """An error of the disk is one of the store's folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise unwritable(file.parent, error) from error
 
 
 def _versions(*packages: str) -> dict[str, str]:

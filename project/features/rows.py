@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from project.errors import StoreError
 from project.features.store import Found, Shard
 
 #: Bytes of a batch of evaluation, about.
@@ -38,7 +39,12 @@ class Rows:
 
     def __init__(self, found: Found, memory: int, device: torch.device) -> None:
         self._found = found
-        self._files = [os.open(shard.path, os.O_RDONLY) for shard in found.shards]  # removed meanwhile, they stay
+        try:  # once they are open, they stay, whoever removes them
+            self._files = [os.open(shard.path, os.O_RDONLY) for shard in found.shards]
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{error.filename} has just been removed to keep another fit's budget. Run again."
+            ) from error
         self._held: torch.Tensor | None = None
         if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
             self._held = self._read(np.arange(len(found.index))).to(device)
@@ -134,7 +140,8 @@ class RowLoader:
     def _mine(self, order: torch.Tensor) -> torch.Tensor:
         """This process's share: of equal length for all while training, each image once otherwise."""
         if self._shuffle and self._world > 1:
-            order = torch.cat([order, order[: -len(order) % self._world]])
+            lacking = -len(order) % self._world
+            order = torch.cat([order, order.repeat(-(-lacking // len(order)))[:lacking]])
         return order[self._rank :: self._world]
 
     def __iter__(self) -> Iterator[RowBatch]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,8 @@ class Space:
             new = shard[place] < 0
             if opened and not new.any():
                 continue
+            if opened is None and not verify:
+                continue  # the look that verifies removes it, and counts it
             if opened is None or (verify and not _is_whole(path)):
                 damaged += 1
                 with suppress(OSError):  # it is not used, whether it can be removed or not
@@ -204,13 +206,13 @@ def unwritable(path: Path, error: Exception) -> StoreError:
     )
 
 
-def evict(root: Path, budget: int, keep: Path) -> int:
+def evict(root: Path, budget: int, keep: Collection[Path]) -> int:
     """Remove the shards that were used least recently, until the rest fits.
 
     Args:
         root: Folder of all spaces.
         budget: Bytes that they may take.
-        keep: The space that is in use, of which nothing is removed.
+        keep: The shards that are in use, which are not removed.
 
     Returns:
         Bytes that were freed.
@@ -223,7 +225,7 @@ def evict(root: Path, budget: int, keep: Path) -> int:
     for _, size, path in sorted(files):
         if total - freed <= budget:
             break
-        if path.parent == keep:
+        if path in keep:
             continue
         path.unlink(missing_ok=True)
         freed += size  # its folder stays: somebody may be building in it

@@ -17,7 +17,7 @@ from project.features.engines import Option
 from project.features.extract import Image, extract, keys_of, load_image
 from project.features.ranks import Ranks
 from project.features.store import SHARD, Found, evict
-from project.models.accelerate import DTYPES, Engine
+from project.models.accelerate import DTYPES
 from project.models.backbone import Backbone
 
 MEASURED = 32  # images that engines are measured with
@@ -115,7 +115,8 @@ def supply(
             with ranks.together():
                 if ranks.rank == 0:
                     held.enter_context(option.space.building(progress.waits))
-            missing = option.space.find(keys, verify=False).missing
+            stored = option.space.find(keys, verify=False)
+            missing = stored.missing
             ranks.gather(None)  # nobody writes before all have looked
             computed = len(missing)
             with ranks.together():
@@ -124,7 +125,12 @@ def supply(
                 if mine:
                     engine = (choice and choice.engine) or option.build()
                     began = time.perf_counter()
-                    _compute(engine, mine, source, option, len(images), budget, root, progress)
+                    probe = engine(torch.stack([load_image(source, mine[0])]))
+                    row = probe.numel() * probe.element_size()
+                    if ranks.rank == 0:
+                        evict(root, budget - computed * row, {shard.path for shard in stored.shards})
+                    shard = max(SHARD, len(images) * row // 256)
+                    extract(engine, mine, source, option.space, shard, progress.done)
             found = option.space.find(keys)
             ranks.gather(None)
         if len(found.missing):
@@ -168,19 +174,3 @@ def _choose(
     network = f"{backbone.name} to {backbone.frozen_names[-1]} at {backbone.preprocessing.crop} px"
     flops = cost(backbone, device).flops if all(lacking) and len(options) > 1 else 0
     return choose(candidates, some, flops, device, Rates(root / "rates.json", network, device))
-
-
-def _compute(
-    engine: Engine,
-    mine: Sequence[Image],
-    source: Source,
-    option: Option,
-    count: int,
-    budget: int,
-    root: Path,
-    progress: Progress,
-) -> None:
-    probe = engine(torch.stack([load_image(source, mine[0])]))
-    size = probe.numel() * probe.element_size()
-    evict(root, budget - count * size, option.space.path)
-    extract(engine, mine, source, option.space, max(SHARD, count * size // 256), progress.done)

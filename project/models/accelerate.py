@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from project.errors import EngineError
 from project.models.backbone import Backbone
 
 EngineName = Literal["torch", "compile", "onnxruntime"]
@@ -167,9 +168,9 @@ class Exact:
         self._device = device
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Rows of images; of one alone, those it has in a larger batch, whose arithmetic is another."""
+        """Rows of images. A batch is filled up: in a small one, oneDNN sums in another order."""
         count = len(images)
-        whole = images if count > 1 else images.repeat(2, 1, 1, 1)
+        whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
         with torch.inference_mode():
             return self._encode(whole.to(self._device))[:count].cpu()
 
@@ -204,8 +205,14 @@ class Torch:
             if not self._compiled:
                 run = torch.compile(self._prefix, dynamic=False)
                 options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.side_by_side else {}
-                with quiet(), inductor.patch(options):
-                    run(images)
+                try:
+                    with quiet(), inductor.patch(options):
+                        run(images)
+                except Exception as error:  # whatever the compiler, or the lack of one, raises
+                    why = str(error).strip().partition(chr(10))[0][:150]
+                    raise EngineError(
+                        f"features.engine compile: torch.compile fails here: {why}. Use another, such as torch, or auto."
+                    ) from error
                 self._run = run
                 self._compiled = True
         return self._run(images)
