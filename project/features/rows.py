@@ -42,9 +42,7 @@ class Rows:
         try:  # once they are open, they stay, whoever removes them
             self._files = [os.open(shard.path, os.O_RDONLY) for shard in found.shards]
         except FileNotFoundError as error:
-            raise StoreError(
-                f"{error.filename} has just been removed to keep another fit's budget. Run again."
-            ) from error
+            raise StoreError(f"{error.filename} was removed by a fit that is short of budget. Run again.") from error
         self._held: torch.Tensor | None = None
         if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
             self._held = self._read(np.arange(len(found.index))).to(device)

@@ -209,9 +209,9 @@ class Torch:
                     with quiet(), inductor.patch(options):
                         run(images)
                 except Exception as error:  # whatever the compiler, or the lack of one, raises
-                    why = str(error).strip().partition(chr(10))[0][:150]
+                    why = str(error).strip().partition("\n")[0][:150]
                     raise EngineError(
-                        f"features.engine compile: torch.compile fails here: {why}. Use another, such as torch, or auto."
+                        f"features.engine: torch.compile fails here: {why}. Use another engine, such as torch, or auto."
                     ) from error
                 self._run = run
                 self._compiled = True

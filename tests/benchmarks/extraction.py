@@ -91,7 +91,7 @@ class Benchmark:
         samples = source.splits["train"]
         samples = samples[:: max(len(samples) // images, 1)][:images] if images else samples
         transform = evaluation(self.backbone.preprocessing)
-        (view,) = views_of(samples, digest_all(source, samples), transform, [""])
+        (view,) = views_of(samples, digest_all(source, samples, Ranks()), transform, [""])
         self.images: list[Image] = list({image.key: image for image in view}.values())
         self.dataset = LabelledImages([image.sample for image in self.images], source.read, transform)
         self.flops = cost(self.backbone, CPU).flops

@@ -73,7 +73,6 @@ def test_so_are_those_of_efficientnet_in_whole_batches(
     assert torch.equal(stored, live)
 
 
-@pytest.mark.xfail(strict=True, reason="oneDNN adds up in another order below 16 images: the last batch is not whole")
 def test_a_row_does_not_depend_on_how_many_others_are_computed_with_it(tmp_path: Path) -> None:
     backbone, _ = load_backbone("timm/tf_efficientnet_lite0", LITE[-1], "head", 32)
     engine = Exact(backbone.encode, CPU)

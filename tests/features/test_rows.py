@@ -93,7 +93,6 @@ def test_shares_of_processes(count: int, batch_size: int, world: int, epoch: int
     assert len(seen) - len(set(seen)) < world, "only what fills up the shares comes twice"
 
 
-@pytest.mark.xfail(strict=True, reason="the order is filled up once, which is too little: DDP would wait for ever")
 def test_even_more_processes_than_images_have_shares_of_one_length() -> None:
     assert len({len(order(loader(2, 4, True, rank=rank, world_size=5))) for rank in range(5)}) == 1
 

@@ -118,7 +118,6 @@ def test_a_fit_on_a_full_disk_ends_with_the_name_of_the_folder(
     assert not temporaries(here / "store")
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="rates that cannot be written end the fit, with a traceback")
 def test_a_full_disk_stops_no_choice_of_an_engine(
     fit: Fit, here: Path, mount: Mount, refused: Callable[[int], str]
 ) -> None:
@@ -152,11 +151,10 @@ def test_stored_rows_are_used_from_a_folder_that_cannot_be_written(
     assert "cannot be written" in said and "store/" in said and "--features.folder" in said
 
 
-RAW = pytest.mark.xfail(strict=True, raises=OSError, reason="the exported network is written without a StoreError")
 INT8 = ["--features.precision", "int8"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--features.engine", "onnxruntime"], pytest.param(INT8, marks=RAW)], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--features.engine", "onnxruntime"], INT8], ids=str)
 def test_no_engine_writes_to_a_folder_that_cannot_be_written(
     flags: list[str], fit: Fit, read_only: Callable[[], None], refused: Callable[[int], str]
 ) -> None:
@@ -165,7 +163,7 @@ def test_no_engine_writes_to_a_folder_that_cannot_be_written(
     assert "cannot be written" in said and "store" in said
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=RAW)])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_file_in_the_place_of_the_folder_is_told(
     precision: str, fit: Fit, here: Path, refused: Callable[[int], str]
 ) -> None:
