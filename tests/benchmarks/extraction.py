@@ -32,6 +32,7 @@ from project.data.transforms import evaluation
 from project.features.choose import ceiling, cost
 from project.features.engines import Engines, Option
 from project.features.extract import Image, digest_all, extract, load_image, run, views_of
+from project.features.ranks import Ranks
 from project.models.accelerate import Engine
 from project.models.backbone import Backbone, load_backbone
 from tests.benchmarks.measure import middle, progress, table
