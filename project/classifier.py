@@ -95,7 +95,6 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
-        self.mean_loss = MeanMetric()
         self._losses: dict[str, list[tuple[torch.Tensor, int]]] = {"train": [], "val": [], "test": []}
         if classes is not None:
             self._name_classes(classes)
@@ -184,12 +183,12 @@ class ImageClassifier(pl.LightningModule):
         # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
         # and the progress bar looks in the first process alone, which then waits for the others for ever.
         losses, self._losses[stage] = self._losses[stage], []
+        mean = MeanMetric().to(self.device)
         if losses:
             each, counts = zip(*losses, strict=True)
-            self.mean_loss.update(torch.stack(each), torch.tensor(counts, device=self.device))
+            mean.update(torch.stack(each), torch.tensor(counts, device=self.device))
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = {f"{stage}/loss": self.mean_loss.compute(), **metrics.compute()}
-        self.mean_loss.reset()
+        values = {f"{stage}/loss": mean.compute(), **metrics.compute()}
         metrics.reset()
         shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
         self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
@@ -240,6 +239,7 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             FrozenError: It has changed.
         """
+        self._losses = {"train": [], "val": [], "test": []}  # an epoch that was broken off left its own
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.progress import Progress as Bar
 from project.callbacks.report import say
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
+from project.data.sources import Source
 from project.errors import ConfigError
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
@@ -61,8 +63,8 @@ class FeatureCache(pl.Callback):
     ) -> None:
         if views is not None and views < 1:
             raise ConfigError(f"features.views has to be at least 1, not {views}.")
-        if budget <= 0:
-            raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget}.")
+        if not 0 < budget < math.inf:
+            raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget:g}.")
         # YAML reads a bare on or off as true or false
         self._cache = ("on" if cache else "off") if isinstance(cache, bool) else cache
         self._views = views
@@ -87,8 +89,8 @@ class FeatureCache(pl.Callback):
                 return
             except OverBudgetError as error:
                 why_not = str(error)
-        asked = self._cache == "on" or self._views is not None or (self._engine, self._precision) != ("auto", "auto")
-        if asked:
+        asked = self._cache == "on" or (self._views or 1) > 1 or (self._engine, self._precision) != ("auto", "auto")
+        if asked and not getattr(trainer, "fast_dev_run", False):
             raise ConfigError(
                 f"Features cannot be stored: {why_not}. Change that, or leave out the flags that ask for stored ones: "
                 "features.views, engine, precision, and cache on."
@@ -98,6 +100,10 @@ class FeatureCache(pl.Callback):
     def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
         if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule) or data.source is None:
             return "the data does not come from an ImageDataModule"
+        if trainer.fit_loop._data_source.instance is not data:
+            return "the fit was given loaders of its own"
+        if type(data.source).read is not Source.read:
+            return f"{type(data.source).__name__} reads its images past decode(), which is what features are kept of"
         if not module.backbone.frozen_names:
             return "model.trainable is all, so nothing is frozen, and every row changes with every step"
         if getattr(trainer, "fast_dev_run", False):
@@ -118,19 +124,23 @@ class FeatureCache(pl.Callback):
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
         digests = digest_all(source, [*train, *val], ranks)
-        names = [f"view {n}" for n in range(1, self._views or VIEWS)] if data.augment != "none" else []
-        views = views_of(train, digests[: len(train)], data.evaluation_transform(), [""])
-        views += views_of(train, digests[: len(train)], data.training_transform(), names)
-        plain = views_of(val, digests[len(train) :], data.evaluation_transform(), [""])
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
+        count = self._views or min(VIEWS, epochs)
+        names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
+        views = views_of(source, train, digests[: len(train)], data.evaluation_transform(), [""])
+        views += views_of(source, train, digests[: len(train)], data.training_transform(), names)
+        plain = views_of(source, val, digests[len(train) :], data.evaluation_transform(), [""])
         if data.augment != "none":
-            say(f"Features: {len(views)} views an image: as it is, and {len(names)} with data.augment {data.augment}")
+            without = "" if names else ", so nothing is augmented: raise features.views"
+            say(f"Features: {len(views)} views an image, {len(names)} with data.augment {data.augment}{without}")
         images = list({image.key: image for view in [*views, *plain] for image in view}.values())
 
         def calibration() -> torch.Tensor:
             return torch.stack([load_image(source, image) for image in views[0][:: -(-len(train) // CALIBRATION)]])
 
         task = " ".join([source.name, *source.classes])
-        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration)
+        layout = "channels_last" if module.hparams["channels_last"] else "contiguous"
+        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration, layout)
         options = self._options(engines, str(trainer.precision), ranks)
         with _progress(len(images), ranks) as progress:
             supplied = supply(
@@ -143,6 +153,7 @@ class FeatureCache(pl.Callback):
             "train": _loader(trainer, rows, views, place, train, data.batch_size, True),
             "val": _loader(trainer, rows, plain, place, val, data.batch_size, False),
         }
+        trainer.fit_loop._combined_loader = None  # somebody may have looked at the loaders before
         self._in_use = data, rows
         if supplied.option.precision == "int8" and ranks.rank == 0:
             from project.features.fidelity import report
@@ -231,13 +242,16 @@ def _loader(
 ) -> RowLoader:
     from project.features.rows import RowLoader
 
+    limit = trainer.limit_train_batches if shuffle else trainer.limit_val_batches
     return RowLoader(
         rows,
         torch.tensor([[place[image.key] for image in view] for view in views]),
         torch.tensor([sample.label for sample in samples]),
         batch_size,
-        shuffle,
-        epoch=lambda: trainer.current_epoch,
+        shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]  # it is set by a connector
+        # Over-fitting on some batches is over the same ones in each epoch, in one view.
+        epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
+        evaluates=not shuffle and not (isinstance(limit, int) and limit > 0),
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         rank=trainer.global_rank,
         world_size=trainer.world_size,

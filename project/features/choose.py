@@ -91,7 +91,7 @@ class Cost:
 def cost(backbone: Backbone, device: torch.device) -> Cost:
     """Count what the frozen prefix does to one image, by running it."""
     size = backbone.preprocessing.crop
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
     return Cost(counter.get_total_flops() // 2, tuple(rows.shape[1:]))
 
@@ -177,7 +177,7 @@ def measure(engine: Engine, images: torch.Tensor) -> float:
                 raise
         finally:
             engine.batch_size = best
-    torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
     return rate
 
 

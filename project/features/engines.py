@@ -57,6 +57,7 @@ class Engines:
         device: Where to compute.
         task: What int8 is calibrated for, in a word: another task has its own calibration.
         calibration: Makes the images that int8 is calibrated on, uint8 ``(N, 3, H, W)``.
+        layout: Memory format that ``encode`` gives its images.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engines:
         device: torch.device,
         task: str,
         calibration: Callable[[], torch.Tensor],
+        layout: str,
     ) -> None:
         self._root = root
         self._backbone = backbone
@@ -74,6 +76,7 @@ class Engines:
         self._device = device
         self._task = task
         self._calibration = calibration
+        self._layout = layout
         self.network: dict[str, Any] = {
             "format": FORMAT,
             "backbone": backbone.name,
@@ -126,13 +129,14 @@ class Engines:
         if name == "onnxruntime":
             made_by["versions"] = _versions(*ONNX)
             file = self._file("")
-            startup = 0.3 if file.exists() else startup
+            startup = 0.3 if _is_sound(file) else startup
             build = lambda: Onnx(self._exported())  # noqa: E731
             if precision == "int8":
                 quantized = self._quantized()  # before its rows are looked for: they are those of its scales
                 made_by["calibrated"] = hashlib.sha256(quantized.read_bytes()).hexdigest()
                 build = lambda: Onnx(quantized)  # noqa: E731
         elif name == "torch" and precision == "fp32":
+            made_by["layout"] = self._layout  # another one sums in another order
             build = lambda: Exact(self._encode, self._device)  # noqa: E731
         else:
             dtype = DTYPES[precision]
@@ -149,19 +153,31 @@ class Engines:
 
     def _exported(self) -> Path:
         file = self._file("")
-        if not file.exists():
+        if not _is_sound(file):
             prefix = Prefix(self._backbone, layout=torch.contiguous_format)
             with _kept(file):
                 onnx.export(prefix, self._backbone.preprocessing.crop, file)
+                _seal(file)
         return file
 
     def _quantized(self) -> Path:
         file = self._file(f"int8 {self._task}")
-        if not file.exists():
+        if not _is_sound(file):
             exported, images = self._exported(), self._calibration()
             with _kept(file):
                 onnx.quantize(exported, images, file)
+                _seal(file)
         return file
+
+
+def _is_sound(file: Path) -> bool:
+    """Whether a network is what was written: a damaged one would fill the store with wrong rows under right keys."""
+    seal = file.with_suffix(".sha256")
+    return file.exists() and seal.exists() and seal.read_text() == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _seal(file: Path) -> None:
+    file.with_suffix(".sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 @contextmanager

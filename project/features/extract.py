@@ -61,17 +61,19 @@ def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> list[
 
 
 def views_of(
-    samples: Sequence[Sample], digests: Sequence[bytes], transform: Transform, views: Sequence[str]
+    source: Source, samples: Sequence[Sample], digests: Sequence[bytes], transform: Transform, views: Sequence[str]
 ) -> list[list[Image]]:
     """The images of each view, ``[V][N]``.
 
     Args:
+        source: What decodes them: another decoder makes other images of the same bytes.
         samples: N samples.
         digests: Their digests.
         transform: The same for all; its ``repr`` has all its parameters.
         views: What tells one view from another; V different words.
     """
-    texts = [f"{transform!r} {view}" for view in views]
+    decoder = f"{type(source).decode.__module__}.{type(source).decode.__qualname__}"
+    texts = [f"{decoder} {transform!r} {view}" for view in views]
     return [
         [
             Image(sample, digest, transform, row_key(digest, text))

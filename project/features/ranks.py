@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from project.errors import ProjectError
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,9 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        told = self.gather(failure and f"{type(failure).__name__}: {failure}")
+        told = self.gather(failure and str(failure))
         if failure:
             raise failure
         for rank, message in enumerate(told):
             if message:
-                raise RuntimeError(f"Process {rank} failed: {message}")
+                raise ProjectError(f"Process {rank} failed: {message}")

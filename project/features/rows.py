@@ -14,6 +14,7 @@ from project.features.store import Found, Shard
 
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20
+OPEN = 256  # files at a time
 
 
 class RowBatch(NamedTuple):
@@ -39,10 +40,9 @@ class Rows:
 
     def __init__(self, found: Found, memory: int, device: torch.device) -> None:
         self._found = found
-        try:  # once they are open, they stay, whoever removes them
-            self._files = [os.open(shard.path, os.O_RDONLY) for shard in found.shards]
-        except FileNotFoundError as error:
-            raise StoreError(f"{error.filename} was removed by a fit that is short of budget. Run again.") from error
+        self._files: dict[int, int] = {}
+        for number in range(min(len(found.shards), OPEN)):  # once they are open, they stay, whoever removes them
+            self._file(number)
         self._held: torch.Tensor | None = None
         if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
             self._held = self._read(np.arange(len(found.index))).to(device)
@@ -62,7 +62,7 @@ class Rows:
         return self._held is not None
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, ...)`` at indices ``(B,)``, int64, on the CPU."""
+        """Rows ``(B, ...)`` at indices ``(B,)``, int64 on the CPU; they are where they are held."""
         if self._held is None:
             return self._read(index.numpy())
         return self._held[index.to(self._held.device)]
@@ -75,18 +75,27 @@ class Rows:
         for place in np.lexsort((where, which)).tolist():
             at = self._found.shards[which[place]]
             offset = at.offset + int(where[place]) * at.row_bytes
-            if (
-                os.preadv(self._files[which[place]], [into[place * at.row_bytes : (place + 1) * at.row_bytes]], offset)
-                != at.row_bytes
-            ):
+            target = into[place * at.row_bytes : (place + 1) * at.row_bytes]
+            if os.preadv(self._file(int(which[place])), [target], offset) != at.row_bytes:
                 raise OSError(f"{at.path} ended before its row {where[place]}")
         return rows
 
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            if len(self._files) >= OPEN:
+                self.close()
+            path = self._found.shards[number].path
+            try:
+                self._files[number] = os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise StoreError(f"{path} was removed by a fit that is short of budget. Run again.") from error
+        return self._files[number]
+
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
+        for file in self._files.values():
             os.close(file)
-        self._files = []
+        self._files = {}
 
 
 class RowLoader:
@@ -99,6 +108,7 @@ class RowLoader:
         batch_size: Images a batch.
         shuffle: Whether the order is another one in each epoch. The last batch of one image is left out then.
         epoch: Says which epoch it is.
+        evaluates: Nothing is learnt, so that batches may be larger.
         seed: Of the order.
         rank: Of this process; each takes its share of the images.
         world_size: Number of processes.
@@ -112,6 +122,7 @@ class RowLoader:
         batch_size: int,
         shuffle: bool,
         epoch: Callable[[], int],
+        evaluates: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -119,8 +130,7 @@ class RowLoader:
         self._rows = rows
         self._views = views
         self._labels = labels
-        # Where nothing is learnt, the size of a batch is nobody's concern: fewer are faster.
-        self.batch_size = batch_size if shuffle else max(batch_size, EVALUATED // rows.row_bytes)
+        self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
         self._shuffle = shuffle
         self._epoch = epoch
         self._seed = seed
@@ -140,13 +150,14 @@ class RowLoader:
         if self._shuffle and self._world > 1:
             lacking = -len(order) % self._world
             order = torch.cat([order, order.repeat(-(-lacking // len(order)))[:lacking]])
-        return order[self._rank :: self._world]
+        mine = order[self._rank :: self._world]
+        return mine if len(mine) else order[:1]  # more processes than images: Lightning takes no empty loader
 
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()
         order = torch.arange(len(self._labels))
         if self._shuffle:
-            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
             order = torch.randperm(len(order), generator=generator)
         view = self._views[epoch % len(self._views)]
         order = self._mine(order)

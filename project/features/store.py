@@ -119,14 +119,17 @@ class Space:
         index = np.zeros(len(keys), np.int64)
         damaged = 0
         for path in sorted(self.path.glob(f"*{SUFFIX}")):
-            opened = _open(path)
+            try:
+                opened = _open(path)
+            except OSError:  # another user's, or removed just now: that is no damage
+                continue
             place, rows = _match(keys, order, opened[1]) if opened else (np.empty(0, np.int64),) * 2
             new = shard[place] < 0
             if opened and not new.any():
                 continue
             if opened is None and not verify:
                 continue  # the look that verifies removes it, and counts it
-            if opened is None or (verify and not _is_whole(path)):
+            if opened is None or (verify and _sha256(path) != path.stem):
                 damaged += 1
                 with suppress(OSError):  # it is not used, whether it can be removed or not
                     path.unlink()
@@ -238,6 +241,7 @@ def _appearing(folder: Path, name: Callable[[Path], Path]) -> Iterator[Path]:
     handle, path = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     os.close(handle)
     temporary = Path(path)
+    temporary.chmod(0o644)  # a store may be shared
     try:
         yield temporary
         _sync(temporary)
@@ -259,7 +263,7 @@ def _open(path: Path) -> tuple[Shard, Keys] | None:
         if len(keys) != shape[0]:
             return None
         shard = Shard(path, 8 + length + header["data_offsets"][0], DTYPE[header["dtype"]], shape[1:])
-    except (SafetensorError, OSError, ValueError, KeyError):
+    except (SafetensorError, ValueError, KeyError, TypeError):
         return None
     return shard, keys
 
@@ -278,13 +282,6 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return _sha256(path) == path.stem
-    except OSError:
-        return False
 
 
 def _match(keys: Keys, order: np.ndarray, held: Keys) -> tuple[np.ndarray, np.ndarray]:

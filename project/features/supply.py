@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from project.data.sources import Source
-from project.errors import StoreError
+from project.errors import EngineError, ProjectError, StoreError
 from project.features.choose import Candidate, Choice, Rates, choose, cost
 from project.features.engines import Option
 from project.features.extract import Image, extract, keys_of, load_image
 from project.features.ranks import Ranks
 from project.features.store import SHARD, Found, evict
-from project.models.accelerate import DTYPES
+from project.models.accelerate import DTYPES, Engine
 from project.models.backbone import Backbone
 
 MEASURED = 32  # images that engines are measured with
@@ -123,9 +123,9 @@ def supply(
                 mine = [images[i] for i in missing[ranks.rank :: ranks.size]]
                 progress.begins(option, reason, computed, len(mine))
                 if mine:
-                    engine = (choice and choice.engine) or option.build()
+                    first = torch.stack([load_image(source, mine[0])])
+                    engine, probe = _built(option, choice.engine if choice else None, first)
                     began = time.perf_counter()
-                    probe = engine(torch.stack([load_image(source, mine[0])]))
                     row = probe.numel() * probe.element_size()
                     if ranks.rank == 0:
                         evict(root, budget - computed * row, {shard.path for shard in stored.shards})
@@ -174,3 +174,18 @@ def _choose(
     network = f"{backbone.name} to {backbone.frozen_names[-1]} at {backbone.preprocessing.crop} px"
     flops = cost(backbone, device).flops if all(lacking) and len(options) > 1 else 0
     return choose(candidates, some, flops, device, Rates(root / "rates.json", network, device))
+
+
+def _built(option: Option, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
+    """The engine, and its first rows."""
+    try:
+        engine = engine or option.build()
+        return engine, engine(images)
+    except ProjectError:
+        raise
+    except Exception as error:  # whatever an exporter raises
+        why = str(error).strip().partition("\n")[0][:150]
+        raise EngineError(
+            f"features.engine: {option.name} {option.precision} cannot be built for this network "
+            f"({type(error).__name__}: {why}). Use another, such as torch, or auto."
+        ) from error

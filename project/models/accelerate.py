@@ -80,7 +80,7 @@ class Prefix(nn.Module):
         self.shift: torch.Tensor
         size = backbone.preprocessing.crop
         self.stages.eval().requires_grad_(False)
-        fold(self.stages, torch.zeros(2, 3, size, size))
+        fold(self.stages, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
         self.stages.to(dtype).to(memory_format=layout)
         self._dtype = dtype
 
@@ -171,7 +171,7 @@ class Exact:
         """Rows of images. A batch is filled up: in a small one, oneDNN sums in another order."""
         count = len(images)
         whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled, it would not be the network
             return self._encode(whole.to(self._device))[:count].cpu()
 
 

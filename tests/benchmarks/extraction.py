@@ -92,7 +92,7 @@ class Benchmark:
         samples = source.splits["train"]
         samples = samples[:: max(len(samples) // images, 1)][:images] if images else samples
         transform = evaluation(self.backbone.preprocessing)
-        (view,) = views_of(samples, digest_all(source, samples, Ranks()), transform, [""])
+        (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
         self.images: list[Image] = list({image.key: image for image in view}.values())
         self.dataset = LabelledImages([image.sample for image in self.images], source.read, transform)
         self.flops = cost(self.backbone, CPU).flops
@@ -116,7 +116,7 @@ class Benchmark:
         step = -(-len(self.images) // CALIBRATION)
         engines = Engines(
             *(self.folder / name.replace(" ", "-"), self.backbone, self.encode, CPU, "benchmark"),
-            lambda: torch.stack([self.load(image) for image in self.images[::step]]),
+            *(lambda: torch.stack([self.load(image) for image in self.images[::step]]), "channels_last"),
         )
         try:
             (option,) = engines.options(kind, precision, "32-true")

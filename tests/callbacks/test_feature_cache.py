@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from project import ImageClassifier, load
+from project import ImageClassifier, ImageDataModule, Trainer, load
+from project.callbacks.feature_cache import FeatureCache
 from project.cli import main
+from project.data.sources import Folder, Sample
 from project.features.rows import RowBatch
 from tests.conftest import STORED, scalars, told
 
@@ -96,7 +99,6 @@ def test_where_nothing_is_frozen_a_fit_says_so_and_trains_on_images(
         (["--model.trainable", "all", "--features.views", "2"], "model.trainable is all"),
         (["--model.trainable", "all", "--features.engine", "torch"], "model.trainable is all"),
         (["--features.views", "2"], "without data.augment"),
-        (["--trainer.fast_dev_run", "true", "--features.cache", "on"], "fast_dev_run"),
         (["--features.budget", "1e-6", "--features.cache", "on"], "features.budget"),
         (["--features.views", "0"], "at least 1, not 0"),
         (["--features.budget", "0"], "more than 0 gigabytes, not 0"),
@@ -221,3 +223,47 @@ def test_a_store_may_be_removed_at_any_time(rows: Counts) -> None:
     assert rows() == (0, 36)
     shutil.rmtree("store")
     assert rows() == (0, 36)
+
+
+def test_a_dry_run_of_a_config_that_asks_for_features_runs(fit: Fit, batches: set[str]) -> None:
+    assert fit(*STORED, "--features.cache", "on", "--trainer.fast_dev_run", "true") == 0
+    assert batches == {"images"}
+
+
+def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, here: Path) -> None:
+    model = ImageClassifier("resnet18", str(weights), image_size=32)
+    data = ImageDataModule(str(photos), num_workers=0)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[FeatureCache(folder="store", engine="torch")],
+    )
+    trainer.fit(model, datamodule=data)
+    trainer.validate(model, datamodule=data, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, datamodule=data)
+    assert trainer.current_epoch == 2
+
+
+def test_a_source_that_decodes_otherwise_has_rows_of_its_own(photos: Path, weights: Path, here: Path) -> None:
+    class Grey(Folder):
+        def decode(self, content: bytes, sample: Sample) -> Image.Image:
+            return super().decode(content, sample).convert("L").convert("RGB")
+
+    for source in (Folder(str(photos)), Grey(str(photos))):
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[FeatureCache(folder="store", engine="torch")],
+        )
+        model = ImageClassifier("resnet18", str(weights), image_size=32)
+        trainer.fit(model, datamodule=ImageDataModule(source=source, num_workers=0))
+    assert len(list(Path("store").rglob("*.safetensors"))) == 2

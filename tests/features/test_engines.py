@@ -124,7 +124,7 @@ def test_rows_in_int8_say_what_they_cost(
 @pytest.fixture
 def engines(weights: Path, tmp_path: Path) -> Engines:
     backbone, _ = load_backbone("resnet18", str(weights), "head", 32)
-    return Engines(tmp_path, backbone, backbone.encode, CPU, "a task", lambda: SOME)
+    return Engines(tmp_path, backbone, backbone.encode, CPU, "a task", lambda: SOME, "channels_last")
 
 
 def build(engines: Engines, name: str, precision: str) -> Engine:
@@ -259,3 +259,17 @@ def test_a_fork_costs_the_rest_of_the_network_nothing() -> None:
     before = stages(example)
     fold(stages, example)
     assert relative(stages(example), before) < 1e-6
+
+
+def test_a_damaged_network_is_exported_again_rather_than_used(
+    both: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    stored, _ = both("--features.engine", "onnxruntime")
+    (network,) = Path("store/networks").glob("*.onnx")
+    content = bytearray(network.read_bytes())
+    content[len(content) // 2] ^= 0x7F
+    network.write_bytes(content)
+    for shard in Path("store").rglob("*.safetensors"):
+        shard.unlink()
+    again, _ = both("--features.engine", "onnxruntime")
+    assert torch.equal(stored, again)
