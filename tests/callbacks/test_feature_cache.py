@@ -230,10 +230,8 @@ def test_a_dry_run_of_a_config_that_asks_for_features_runs(fit: Fit, batches: se
     assert batches == {"images"}
 
 
-def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, here: Path) -> None:
-    model = ImageClassifier("resnet18", str(weights), image_size=32)
-    data = ImageDataModule(str(photos), num_workers=0)
-    trainer = Trainer(
+def silent_trainer() -> Trainer:
+    return Trainer(
         max_epochs=1,
         accelerator="cpu",
         logger=False,
@@ -242,6 +240,16 @@ def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, 
         enable_model_summary=False,
         callbacks=[FeatureCache(folder="store", engine="torch")],
     )
+
+
+#: Lightning's words on frozen modules, and on epochs of few batches: in Python nobody filters them.
+AS_IT_SHOULD_BE = pytest.mark.filterwarnings("ignore:.*module.s. in eval mode", "ignore:.*does not have many workers")
+
+
+@AS_IT_SHOULD_BE
+def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, here: Path) -> None:
+    model, data = ImageClassifier("resnet18", str(weights), image_size=32), ImageDataModule(str(photos), num_workers=0)
+    trainer = silent_trainer()
     trainer.fit(model, datamodule=data)
     trainer.validate(model, datamodule=data, verbose=False)
     trainer.fit_loop.max_epochs = 2
@@ -249,21 +257,13 @@ def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, 
     assert trainer.current_epoch == 2
 
 
+@AS_IT_SHOULD_BE
 def test_a_source_that_decodes_otherwise_has_rows_of_its_own(photos: Path, weights: Path, here: Path) -> None:
     class Grey(Folder):
         def decode(self, content: bytes, sample: Sample) -> Image.Image:
             return super().decode(content, sample).convert("L").convert("RGB")
 
     for source in (Folder(str(photos)), Grey(str(photos))):
-        trainer = Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[FeatureCache(folder="store", engine="torch")],
-        )
         model = ImageClassifier("resnet18", str(weights), image_size=32)
-        trainer.fit(model, datamodule=ImageDataModule(source=source, num_workers=0))
+        silent_trainer().fit(model, datamodule=ImageDataModule(source=source, num_workers=0))
     assert len(list(Path("store").rglob("*.safetensors"))) == 2
