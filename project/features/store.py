@@ -160,9 +160,7 @@ class Space:
                     temporary.write_text(self._text)
             with _appearing(self.path, lambda written: self.path / f"{_sha256(written)}{SUFFIX}") as temporary:
                 save_file(tensors, temporary)
-        except SafetensorError as error:  # how safetensors tells of a full disk
-            raise unwritable(self.path, error) from error
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
             raise unwritable(self.path, error) from error
 
     @contextmanager
@@ -189,7 +187,7 @@ class Space:
                 lock.acquire()
             for left in self.path.glob(f"{TEMPORARY}*"):  # of a builder that was killed
                 left.unlink(missing_ok=True)
-        except NotImplementedError:
+        except NotImplementedError:  # no locks here: see above
             yield
             return
         except OSError as error:
