@@ -145,6 +145,11 @@ class ImageClassifier(pl.LightningModule):
             )
         if named and not self.classes:
             self._name_classes(named)
+        balance = getattr(data, "class_weights", None) if stage == "fit" else None
+        if balance is not None:
+            if self.hparams["class_weights"] is not None:
+                raise ConfigError("data.balance loss and model.class_weights are both given: keep one.")
+            self.loss_weights = torch.tensor(balance, device=self.device)
         if not self.classes:
             raise ConfigError("Nothing names the classes: give --data.root PATH to train, or --ckpt_path X.ckpt.")
 
@@ -174,7 +179,8 @@ class ImageClassifier(pl.LightningModule):
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
         smoothing = self.hparams["label_smoothing"]
         loss = functional.cross_entropy(logits, labels, self.loss_weights, label_smoothing=smoothing)
-        metrics.update(logits.detach().softmax(1), labels)
+        # Of mixed images, labels are the share of each class: the largest counts as theirs.
+        metrics.update(logits.detach().softmax(1), labels if labels.dim() == 1 else labels.argmax(1))
         self._losses[stage].append((loss.detach(), len(labels)))
         return loss
 

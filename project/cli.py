@@ -38,9 +38,12 @@ RUNS = "runs"
 class TransferCLI(LightningCLI):
     """``python -m project VERB``."""
 
+    trainer: Trainer
+
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
         self._checkpoint: dict[str, Any] | None = None
+        self.exit_code = 0
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -95,7 +98,25 @@ class TransferCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and the arguments of their methods that are not flags."""
         inherited = LightningCLI.subcommands()
-        return {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
+        verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
+        return {**verbs, "check": {"model", "datamodule"}}
+
+    def _add_instantiators(self) -> None:
+        """Refuse data before any weights are read for it; ``check`` takes any data, and reads none."""
+        super()._add_instantiators()
+        self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
+        if self.subcommand == "check":
+            self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
+
+    def _make_data(self, kind: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
+        data = kind(*args, **kwargs)
+        if self.subcommand != "check" and data.source is not None:
+            data.source.require()
+        return data
+
+    def check(self, **arguments: Any) -> None:
+        """Examine the data; the exit code says whether it is clean."""
+        self.exit_code = 0 if self.trainer.check(**arguments) else 1
 
     def _parse_ckpt_path(self) -> None:
         """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
@@ -141,7 +162,7 @@ class TransferCLI(LightningCLI):
             raise ConfigError(
                 f"--name: {name!r} is no name of one folder. For another place: --trainer.default_root_dir"
             )
-        if verb != "fit" and not self._get(self.config, "ckpt_path"):
+        if verb not in ("fit", "check") and not self._get(self.config, "ckpt_path"):
             raise ConfigError(
                 f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt"
             )
@@ -183,6 +204,8 @@ class TransferCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Never unpickle a checkpoint."""
+        if subcommand == "check":
+            return super()._prepare_subcommand_kwargs(subcommand)
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def after_fit(self) -> None:
@@ -237,7 +260,7 @@ def main(args: Sequence[str]) -> int:
         args: Command line, without the program's name.
 
     Returns:
-        Exit code: 0, or 2 after a mistake of the user's, which is told in a line or two.
+        Exit code: 0; 1 where ``check`` found problems; 2 after a mistake of the user's, which is told in a line or two.
     """
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
@@ -246,10 +269,9 @@ def main(args: Sequence[str]) -> int:
         lambda r: "try installing" not in r.getMessage()
     )
     try:
-        TransferCLI(args)
+        return TransferCLI(args).exit_code
     except (ProjectError, MisconfigurationException) as error:
         if "--debug" in args:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0

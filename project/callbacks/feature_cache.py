@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from project.callbacks.report import say
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.data.sources import Source
+from project.data.samples import Source
 from project.errors import ConfigError
+from project.machine import cache_folder
+from project.terminal import counting, say
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
-    from project.data.sources import Sample
     from project.features.engines import Engines, Option
     from project.features.extract import Image
     from project.features.ranks import Ranks
@@ -71,8 +68,7 @@ class FeatureCache(pl.Callback):
         self._engine = engine
         self._precision = precision
         self._budget = round(budget * 1e9)
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "frozen-backbone"
-        self._root = Path(folder or default).expanduser()
+        self._root = Path(folder).expanduser() if folder else cache_folder()
         self._in_use: tuple[ImageDataModule, Rows] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,6 +104,8 @@ class FeatureCache(pl.Callback):
             return "model.trainable is all, so nothing is frozen, and every row changes with every step"
         if getattr(trainer, "fast_dev_run", False):
             return "trainer.fast_dev_run takes a batch or so"
+        if data.mixes:
+            return "data.mixup and data.cutmix mix images anew in every batch"
         if self._views is not None and self._views > 1 and data.augment == "none":
             return "without data.augment all features.views are the same"
         return None
@@ -150,8 +148,8 @@ class FeatureCache(pl.Callback):
         rows = Rows(supplied.found, _memory(device) // ranks.size, device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {
-            "train": _loader(trainer, rows, views, place, train, data.batch_size, True),
-            "val": _loader(trainer, rows, plain, place, val, data.batch_size, False),
+            "train": _loader(trainer, rows, views, place, data, "train"),
+            "val": _loader(trainer, rows, plain, place, data, "val"),
         }
         trainer.fit_loop._combined_loader = None  # somebody may have looked at the loaders before
         self._in_use = data, rows
@@ -215,19 +213,22 @@ def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
     """A bar on a terminal, lines elsewhere; from the first process."""
     from project.features.supply import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal or ranks.rank > 0) as bar:
-        task = bar.add_task("Features", total=None)
+    done, total = 0, 0
+    with counting("Features", ranks.rank == 0) as show:
 
         def begins(option: Option, reason: str, computed: int, mine: int) -> None:
-            bar.update(task, total=mine)
+            nonlocal total
+            total = mine
+            show(0, total)
             say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
 
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            show(done, total)
+
         yield Progress(
-            begins,
-            lambda done: bar.advance(task, done),
-            lambda: say("Features: another process is computing these rows; waiting for it"),
+            begins, advance, lambda: say("Features: another process is computing these rows; waiting for it")
         )
 
 
@@ -236,25 +237,22 @@ def _loader(
     rows: Rows,
     views: Sequence[Sequence[Image]],
     place: dict[bytes, int],
-    samples: Sequence[Sample],
-    batch_size: int,
-    shuffle: bool,
+    data: ImageDataModule,
+    name: str,
 ) -> RowLoader:
     from project.features.rows import RowLoader
 
-    limit = trainer.limit_train_batches if shuffle else trainer.limit_val_batches
+    order = data.order(name)
+    limit = trainer.limit_val_batches
     return RowLoader(
         rows,
         torch.tensor([[place[image.key] for image in view] for view in views]),
-        torch.tensor([sample.label for sample in samples]),
-        batch_size,
-        shuffle and not trainer.overfit_batches,  # type: ignore[attr-defined]  # it is set by a connector
+        torch.tensor([sample.label for sample in data.splits[name]]),
+        data.batch_size,
+        order,
         # Over-fitting on some batches is over the same ones in each epoch, in one view.
         epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
-        evaluates=not shuffle and not (isinstance(limit, int) and limit > 0),
-        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
+        evaluates=name != "train" and not (isinstance(limit, int) and limit > 0),
     )
 
 

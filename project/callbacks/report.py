@@ -7,12 +7,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from rich.table import Table
 
 from project.callbacks.dashboard import Dashboard
 from project.classifier import ImageClassifier
+from project.terminal import say
 
 
 class Report(pl.Callback):
@@ -79,10 +78,3 @@ def _frozen(model: ImageClassifier) -> str:
     if not backbone.trainable_names:
         return f"all of {backbone.name}"
     return f"{', '.join(backbone.frozen_names)} of {backbone.name}"
-
-
-@rank_zero_only
-def say(what: str | Table) -> None:
-    """Print a line or a table, from one process of a distributed run."""
-    # No markup: a folder of the user's may be called [bold].
-    Console(markup=False, soft_wrap=isinstance(what, str)).print(what, highlight=False)

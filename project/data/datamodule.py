@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
-from project.data.dataset import LabelledImages, UnlabelledImages
-from project.data.images import find_images
-from project.data.sources import Folder, Sample, Source
-from project.data.splits import split
-from project.data.transforms import Augment, Transform, evaluation, training
+from project.data.dataset import Images, NamedImages
+from project.data.facts import Facts, Index
+from project.data.images import list_images
+from project.data.manifest import TABLES, Manifest
+from project.data.order import EpochSampler, Order
+from project.data.samples import Sample, Source, some
+from project.data.sources import Files, Folder
+from project.data.splits import parse_fold, split
+from project.data.transforms import Augment, Mix, Transform, evaluation, training
 from project.errors import ConfigError, DataError
+from project.machine import cache_folder, cores
 from project.preprocessing import Preprocessing
+from project.terminal import counting, say
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -27,15 +36,25 @@ class ImageDataModule(pl.LightningDataModule):
     sets :attr:`preprocessing` when Lightning sets both up. Without it, set it yourself.
 
     Args:
-        root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``.
+        root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``; or a table of them, CSV, TSV or
+            Parquet, with columns path, label and, if you like, split and group.
         source: Another source of labelled images, such as ``project.data.sources.Digits``; in place of ``root``.
         predict: An image, or a folder of images at any depth, to predict.
         batch_size: Images a batch.
         num_workers: Processes that read images; by default one fewer than there are cores, one at least, eight at most.
         val_fraction: Share of each class that is held out for validation, where the data has no split of its own.
         test_fraction: The same for the test.
-        split_seed: Seed of the hold-out.
-        augment: What is done to training images at random: none, flip, or standard (random crop and flip).
+        fold: Validate one fold of several and train on the others, such as 2/5, the second of five; train and val of
+            the data are put together for it.
+        split_seed: Seed of the hold-out and of the folds.
+        augment: What is done to training images at random: none, flip, standard (random crop, flip, colour), trivial
+            or rand (the crop, the flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2.
+        mixup: Mix pairs of training images: parameter of MixUp's Beta distribution, such as 0.2; 0 for none.
+        cutmix: Put a part of one training image into another: parameter of CutMix's Beta distribution, such as 1.0; 0
+            for none. With both, each batch gets one of the two.
+        balance: Make up for classes of different sizes: sampler draws images of each class equally often, loss weighs
+            the errors of each class equally, none does neither.
+        on_bad_image: What to do about an image that cannot be read: stop and name it, or skip it in all epochs.
         pin_memory: Copy batches into page-locked memory, which makes their way to a GPU faster, where there is one.
     """
 
@@ -48,8 +67,13 @@ class ImageDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.0,
+        fold: str | None = None,
         split_seed: int = 0,
-        augment: Augment = "none",
+        augment: Augment | list[nn.Module] = "none",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        balance: Literal["none", "sampler", "loss"] = "none",
+        on_bad_image: Literal["stop", "skip"] = "stop",
         pin_memory: bool = True,
     ) -> None:
         super().__init__()
@@ -61,24 +85,66 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
         if num_workers is not None and num_workers < 0:
             raise ConfigError(f"data.num_workers has to be at least 0, not {num_workers}.")
-        self.source = Folder(root) if root is not None else source
+        if min(mixup, cutmix) < 0:
+            raise ConfigError("data.mixup and data.cutmix have to be at least 0.")
+        self.source = _opened(root) if root is not None else source
         self.name = self.source.name if self.source else "data"
         self.predict_path = predict
         self.batch_size = batch_size
-        self.num_workers = min(max((os.cpu_count() or 1) - 1, 1), 8) if num_workers is None else num_workers
-        self.augment: Augment = augment
+        self.num_workers = min(max(cores() - 1, 1), 8) if num_workers is None else num_workers
+        self.augment = augment
+        self.mixes = bool(mixup or cutmix)
+        self.balance = balance
         self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
         #: Batches of something else than images, by split, that take the place of those read here.
         self.instead: dict[str, Iterable[Any]] = {}
-        self.splits: dict[str, list[Sample]] = (
-            split(self.source.splits, val_fraction, test_fraction, split_seed) if self.source else {}
-        )
+        self._fractions = val_fraction, test_fraction
+        self._fold = parse_fold(fold) if fold is not None else None
+        self._split_seed = split_seed
+        self._mix = mixup, cutmix
+        self._skip = on_bad_image == "skip"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, those of train, in the order of their indices; ``None`` without labelled data."""
+        """Names of the classes, in the order of their indices; ``None`` without labelled data."""
         return self.source.classes if self.source else None
+
+    @functools.cached_property
+    def splits(self) -> dict[str, list[Sample]]:
+        """Samples by ``train``, ``val`` and ``test``. The first time, images may have to be read for it.
+
+        Raises:
+            DataError: The data is not fit to be trained on.
+        """
+        if self.source is None:
+            return {}
+        self.source.require()
+        found = split(self.source.splits, self.facts, *self._fractions, self._fold, self._split_seed)
+        return {name: self._readable(samples, name) for name, samples in found.items()} if self._skip else found
+
+    def facts(self, samples: Sequence[Sample], source: Source | None = None) -> list[Facts]:
+        """What is known of images; those not known yet are read.
+
+        Args:
+            samples: Whose.
+            source: Reads them; by default that of the data.
+        """
+        source = source or self.source
+        assert source is not None  # there would be no samples
+        with counting("Reading images") as done:
+            return Index(cache_folder()).facts(source, samples, done)
+
+    def _readable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
+        known = self.facts(samples, source)
+        bad = [sample.name for sample, facts in zip(samples, known, strict=True) if facts.error]
+        if bad:
+            say(f"Data: {len(bad)} of {len(samples)} images of {where} cannot be read, and are left out: {some(bad)}")
+        return [sample for sample, facts in zip(samples, known, strict=True) if not facts.error]
+
+    def prepare_data(self) -> None:
+        """Read what has to be read before images are split: in one process, so that the others find it known."""
+        _ = self.splits
 
     def setup(self, stage: str) -> None:
         """Check that there are images for what is about to be done.
@@ -101,6 +167,40 @@ class ImageDataModule(pl.LightningDataModule):
                     f"or hold images out of train with --data.{name}_fraction 0.1"
                 )
 
+    @property
+    def class_weights(self) -> list[float] | None:
+        """Weight of each class in the loss that makes up for their sizes, with a mean of 1 over the training images."""
+        if self.balance != "loss":
+            return None
+        counts = self._counts()
+        return [len(self.splits["train"]) / (len(counts) * count) if count else 0.0 for count in counts]
+
+    def training_weights(self) -> torch.Tensor | None:
+        """How often each training image is to come, relative to the others; ``None`` for each once an epoch."""
+        if self.balance != "sampler":
+            return None
+        counts = self._counts()
+        return torch.tensor([1 / counts[sample.label] for sample in self.splits["train"]])
+
+    def _counts(self) -> list[int]:
+        counts = Counter(sample.label for sample in self.splits["train"])
+        return [counts[label] for label in range(len(self.classes or ()))]
+
+    def order(self, split_name: str) -> Order:
+        """In which order the images of a split come: the train split's shuffled, unless it is over-fitted on.
+
+        The seed is that of the run, if Lightning's ``seed_everything`` was called.
+        """
+        trains = split_name == "train" and not getattr(self.trainer, "overfit_batches", 0)
+        return Order(
+            len(self.splits[split_name]),
+            trains,
+            _run_seed(),
+            self.training_weights() if trains else None,
+            getattr(self.trainer, "global_rank", 0),
+            getattr(self.trainer, "world_size", 1),
+        )
+
     def training_transform(self) -> Transform:
         """What is done to an image of the train split."""
         return training(self._known(), self.augment)
@@ -111,21 +211,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Iterable[Any]:
         """Batches of the train split, shuffled and augmented."""
-        instead = self.instead.get("train")
-        return (
-            self._loader(self._labelled("train", self.training_transform()), shuffle=True)
-            if instead is None
-            else instead
-        )
+        return self.instead.get("train") or self._split_loader("train", self.training_transform())
 
     def val_dataloader(self) -> Iterable[Any]:
         """Batches of the validation split."""
-        instead = self.instead.get("val")
-        return self._loader(self._labelled("val", self.evaluation_transform())) if instead is None else instead
+        return self.instead.get("val") or self._split_loader("val", self.evaluation_transform())
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split."""
-        return self._loader(self._labelled("test", self.evaluation_transform()))
+        return self._split_loader("test", self.evaluation_transform())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 ``(B, 3, H, W)``, and their paths.
@@ -136,29 +230,48 @@ class ImageDataModule(pl.LightningDataModule):
         path = Path(str(self.predict_path)).expanduser()
         if not path.exists():
             raise DataError(f"data.predict: there is no file or folder {self.predict_path}.")
-        files = find_images(path) if path.is_dir() else [path]
-        if not files:
+        files = list_images(path).images if path.is_dir() else [path]
+        source, samples = Files(), [Sample(str(file), 0) for file in files]
+        if self._skip:
+            samples = self._readable(samples, str(path), source)
+        if not samples:
             raise DataError(f"data.predict: there are no images in {self.predict_path}.")
-        return self._loader(UnlabelledImages([str(file) for file in files], self.evaluation_transform()))
+        return self._loader(NamedImages(samples, source, self.evaluation_transform()))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix the images of a training batch, on the device."""
+        if self.mixes and self.trainer is not None and self.trainer.training:
+            return Mix(len(self.classes or ()), *self._mix)(*batch)
+        return batch
 
     def _known(self) -> Preprocessing:
         if self.preprocessing is None:
             raise ConfigError("ImageDataModule.preprocessing is not set: it comes from an ImageClassifier's backbone.")
         return self.preprocessing
 
-    def _labelled(self, split_name: str, transform: Transform) -> LabelledImages:
+    def _split_loader(self, name: str, transform: Transform) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
-        return LabelledImages(self.splits[split_name], self.source.read, transform)
+        dataset = Images(self.splits[name], self.source, transform, _run_seed())
+        return self._loader(dataset, EpochSampler(self.order(name)), name == "train")
 
-    def _loader(self, dataset: LabelledImages | UnlabelledImages, shuffle: bool = False) -> DataLoader[Any]:
-        count = len(dataset)
-        alone = shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
+    def _loader(self, dataset: Images, sampler: EpochSampler | None = None, trains: bool = False) -> DataLoader[Any]:
+        count = len(dataset) if sampler is None else len(sampler)
+        alone = trains and 1 < self.batch_size < count and count % self.batch_size == 1
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             drop_last=alone,  # BatchNorm cannot train on one image, and another one is left out in each epoch
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
         )
+
+
+def _run_seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _opened(root: str) -> Source:
+    table = Path(root).suffix.lower() in TABLES and not Path(root).is_dir()
+    return Manifest(root) if table else Folder(root)

@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from project.data.images import read_image
-from project.data.sources import Sample
-from project.data.transforms import Transform
+from project.data.samples import Sample, Source
+from project.data.transforms import Drawn, Transform
 
 
-class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """Items are an image, uint8 ``(3, H, W)``, and the index of its class.
+
+    Item ``e * n + i`` of n is image i in epoch e: what is random in the transform is drawn from the seed, the epoch and
+    i, so it is the same with any number of workers.
 
     Args:
         samples: What to read.
-        read: Reads the image of a sample.
+        source: Reads them.
         transform: From the image to the tensor.
+        seed: Of what is random in the transform.
     """
 
-    def __init__(self, samples: Sequence[Sample], read: Callable[[Sample], Image.Image], transform: Transform) -> None:
+    def __init__(self, samples: Sequence[Sample], source: Source, transform: Transform, seed: int = 0) -> None:
         self.samples = samples
-        self._read = read
+        self._source = source
         self._transform = transform
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        epoch, index = divmod(number, len(self))
         sample = self.samples[index]
-        return self._transform(self._read(sample)), sample.label
+        drawn = hashlib.sha256(f"{self._seed} {epoch} {index}".encode()).digest()
+        image = self._source.read(sample, self._transform.enough)
+        with Drawn(int.from_bytes(drawn[:8], "little", signed=True)):
+            return self._transform(image), sample.label
 
 
-class UnlabelledImages(Dataset[tuple[torch.Tensor, str]]):
-    """Items are an image, uint8 ``(3, H, W)``, and its path.
+class NamedImages(Images):
+    """Items are an image, uint8 ``(3, H, W)``, and its name."""
 
-    Args:
-        paths: Files to read.
-        transform: From the image to the tensor.
-    """
-
-    def __init__(self, paths: Sequence[str], transform: Transform) -> None:
-        self.paths = paths
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        return self._transform(read_image(self.paths[index])), self.paths[index]
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:  # type: ignore[override]
+        return super().__getitem__(number)[0], self.samples[number].name

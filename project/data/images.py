@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,42 +13,61 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from project.errors import DataError
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".ico"),
+    )
+)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """List the image files under a folder, in order of their names.
+#: Part of what stored features are known by: to be raised when an image comes out otherwise than before.
+DECODING = 2
 
-    Links to folders are followed, each real folder once; hidden files and folders are left out.
+
+@dataclass
+class Listing:
+    """What is under a folder.
+
+    Attributes:
+        images: Files that are images by their names, in order of their paths.
+        hidden: Files and folders that are left out, because their names begin with a dot.
+        others: Files that are left out, because no image that can be read has such a name.
+        loops: Links to a folder that holds them.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    loops: list[Path] = field(default_factory=list)
+
+
+def list_images(folder: Path) -> Listing:
+    """List what is under a folder.
+
+    Links to folders are followed, each real folder once. A link to a file that is gone is listed: reading it will tell.
 
     Args:
         folder: Where to look, at any depth.
     """
-    found: list[Path] = []
+    found = Listing()
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a loop of links
+        here, real = Path(parent), os.path.realpath(parent)
+        loop = here.is_symlink() and here != folder and Path(os.path.realpath(here.parent)).is_relative_to(real)
+        if loop:  # followed, it would list the images of other classes too
+            found.loops.append(here)
+        if loop or real in seen:
             folders.clear()
             continue
         seen.add(real)
+        found.hidden += [here / name for name in (*folders, *files) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
-
-
-def _eight_bit(image: Image.Image, path: str | Path) -> Image.Image:
-    """Rescale 16-bit and float pixels, which Pillow would cut off: white, and black."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "F":
-        pixels = np.asarray(image)
-        if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise DataError(f"{path} has float pixels outside [0, 1], whose meaning is unknown. Convert or remove it.")
-        return Image.fromarray((pixels * 255).round().astype(np.uint8))
-    return image
+        for name in files:
+            if not name.startswith("."):
+                (found.images if Path(name).suffix.lower() in SUFFIXES else found.others).append(here / name)
+    found.images.sort()
+    return found
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -58,37 +79,100 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is not there.") from error
-    except OSError as error:
+        link = Path(path)
+        gone = f" It links to {link.readlink()}, which is gone." if link.is_symlink() else ""
+        raise DataError(f"{path} is not there.{gone}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise DataError(f"{path} cannot be read: {error}. Mend or remove it.") from error
 
 
-def decode_image(content: bytes, name: str | Path) -> Image.Image:
+def stamp(path: str | Path) -> str | None:
+    """Size, time of the last change, and inode of a file; ``None`` if there is none."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
+def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Image:
     """Decode an image whole, upright and in RGB.
+
+    16-bit and float pixels are rescaled, CMYK and palettes are converted, what is transparent lies on white, and of an
+    animation the first frame is taken.
 
     Args:
         content: The bytes of its file.
         name: What to call it in an error.
-
-    Returns:
-        An RGB image, turned as its EXIF orientation says; 16-bit pixels, and float ones in [0, 1], are rescaled.
+        enough: Pixels that the shorter side needs. A JPEG file of twice as many or more is decoded at a half, a quarter
+            or an eighth of its size, whichever is the smallest that has them, which is several times as fast; 0 for
+            the size that it has.
 
     Raises:
         DataError: It is truncated, or no image.
     """
+    if not content:
+        raise DataError(f"{name} is empty: it has 0 bytes. Mend or remove it.")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _eight_bit(ImageOps.exif_transpose(image), name).convert("RGB")
+            if enough:
+                image.draft(None, (enough, enough))  # JPEG alone; of another format it does nothing
+            return _rgb(ImageOps.exif_transpose(image), name)
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not an image that can be read. Mend or remove it.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read: {error}. Mend or remove it.") from error
+    except Exception as error:  # Pillow's readers of a format raise whatever comes of damaged bytes
+        raise DataError(f"{name} cannot be read: {error or type(error).__name__}. Mend or remove it.") from error
 
 
-def read_image(path: str | Path) -> Image.Image:
+def _rgb(image: Image.Image, name: str | Path) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image if image.__class__ is Image.Image else image.copy()
+    if image.mode.startswith(("I", "F")):
+        return _eight_bit(image, name).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image, name: str | Path) -> Image.Image:
+    """Rescale 16-bit and float pixels, which Pillow would cut off: white, and black."""
+    pixels = np.asarray(image)
+    low, high = float(pixels.min()), float(pixels.max())
+    tops = (65535.0,) if image.mode.startswith("I") else (1.0, 255.0, 65535.0)  # floats: the usual range they are in
+    scale = next((top for top in tops if high <= top), 0.0)
+    if not (low >= 0 and scale):
+        raise DataError(
+            f"{name} has pixels of {image.mode} from {low:g} to {high:g}, of unknown meaning. Convert or remove it."
+        )
+    return Image.fromarray((pixels * (255 / scale)).round().astype(np.uint8))
+
+
+def read_image(path: str | Path, enough: int = 0) -> Image.Image:
     """Read an image file whole, upright and in RGB: :func:`read_bytes`, then :func:`decode_image`.
 
     Raises:
         DataError: The file is missing, truncated, or no image.
     """
-    return decode_image(read_bytes(path), path)
+    return decode_image(read_bytes(path), path, enough)
+
+
+def traits(image: Image.Image) -> Iterator[str]:
+    """What of an opened image is out of the ordinary, and taken care of when it is decoded."""
+    raw = str(getattr(image, "tile", ""))
+    if image.mode.startswith("I;16") or image.mode == "I" or ";16" in raw:
+        yield "16-bit"
+    if image.mode == "F":
+        yield "float"
+    if image.mode == "CMYK":
+        yield "CMYK"
+    if image.mode == "P":
+        yield "palette"
+    if image.has_transparency_data:
+        yield "transparent"
+    if getattr(image, "n_frames", 1) > 1:
+        yield "animated"
+    if image.getexif().get(0x0112, 1) != 1:
+        yield "turned by EXIF"

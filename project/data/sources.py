@@ -1,65 +1,42 @@
-"""Where labelled images come from. Each source gives the same thing: classes, and samples in splits."""
+"""Where labelled images come from: folders of classes, and the built-in digits."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
-from project.data.images import decode_image, find_images, read_bytes
+from project.data.images import Listing, decode_image, list_images, read_bytes, stamp
+from project.data.samples import SPLITS, Finding, Sample, Source, some
 from project.errors import DataError, nearest
 
-#: Names that people give to the folders of a split.
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
+class Files(Source):
+    """Images that are files; a sample's name is the path of its own."""
 
-class Sample(NamedTuple):
-    """One labelled image.
-
-    Attributes:
-        name: The file's path, or another name that tells it from all others.
-        label: Index into the source's classes.
-    """
-
-    name: str
-    label: int
-
-
-class Source(ABC):
-    """Labelled images, some of them already in splits."""
-
-    name: str
-    classes: tuple[str, ...]
-    #: By ``train``, ``val`` and ``test``; a source without splits of its own has ``train`` alone.
-    splits: Mapping[str, list[Sample]]
-
-    @abstractmethod
     def content(self, sample: Sample) -> bytes:
-        """The bytes that a sample's image is made from: two samples with the same bytes have the same image.
+        """Read a file; a :class:`~project.errors.DataError` names one that cannot be read."""
+        return read_bytes(sample.name)
 
-        Like :meth:`decode`, it is called from several threads at once.
-        """
+    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
+        return decode_image(content, sample.name, enough)
 
-    @abstractmethod
-    def decode(self, content: bytes, sample: Sample) -> Image.Image:
-        """Make the image, in RGB, of a sample from its bytes."""
-
-    def read(self, sample: Sample) -> Image.Image:
-        """Read the image of a sample, in RGB."""
-        return self.decode(self.content(sample), sample)
+    def stamp(self, sample: Sample) -> str | None:
+        """Size, time of the last change, and inode of the file."""
+        return stamp(sample.name)
 
 
-class Folder(Source):
-    """``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``. Classes are those of train, in order of their names.
+class Folder(Files):
+    """``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``. Classes are in order of their names.
 
     Args:
         root: The folder.
 
     Raises:
-        DataError: It is missing or empty, has less than two classes, or a class that train has not.
+        DataError: There is no such folder.
     """
 
     def __init__(self, root: str) -> None:
@@ -69,56 +46,98 @@ class Folder(Source):
                 f"data.root: there is no folder {root}. Name one that holds a folder of images for each class."
             )
         self.name = top.resolve().name
+        findings: list[Finding] = []
         places: dict[str, Path] = {}
         for child in _folders(top):
             split = SPLITS.get(child.name.lower())
             if split in places:
-                raise DataError(f"data.root: {places[split]} and {child} are both the {split} split. Keep one.")
-            if split:
+                text = f"data.root: {places[split]} and {child} are both the {split} split. Keep one."
+                findings.append(Finding("refused", "split twice", text, (str(child),)))
+            elif split:
                 places[split] = child
-        if "train" not in places:
-            if places:
-                raise DataError(
-                    f"data.root: {root} has {', '.join(sorted(places))}, but no folder train. Add train/CLASS/*.jpg."
-                )
-            places = {"train": top}
-        self.classes = tuple(child.name for child in _folders(places["train"]))
-        self._check(places["train"])
-        self.splits = {
-            split: self._samples(split, places[split]) for split in ("train", "val", "test") if split in places
+        if places and "train" not in places:
+            text = f"data.root: {root} has {', '.join(sorted(places))}, but no folder train. Add train/CLASS/*.jpg."
+            findings.append(Finding("refused", "no train", text))
+        places = places or {"train": top}
+        listings: dict[str, dict[str, Listing]] = {
+            split: {child.name: list_images(child) for child in _folders(places[split])}
+            for split in ("train", "val", "test")
+            if split in places
         }
+        self.classes = tuple(sorted({name for listing in listings.values() for name in listing}))
+        self.splits = {
+            split: [
+                Sample(str(file), self.classes.index(name)) for name, found in listing.items() for file in found.images
+            ]
+            for split, listing in listings.items()
+        }
+        if "train" in places:
+            findings += _class_findings(places, listings)
+        self.findings = (*findings, *similar_names(self.classes), *_file_findings(top, listings))
 
-    def _check(self, train: Path) -> None:
-        layout = f"It should hold a folder of images for each class: {train}/CLASS/*.jpg"
-        if not self.classes:
-            count = len(find_images(train))
-            raise DataError(f"data.root: {train} has {count or 'no'} images and no folders of classes. {layout}")
-        if len(self.classes) == 1:
-            raise DataError(f"data.root: {train} has one class only, {self.classes[0]!r}; two are needed. {layout}")
 
-    def _samples(self, split: str, folder: Path) -> list[Sample]:
-        samples: list[Sample] = []
-        for child in _folders(folder):
-            if child.name not in self.classes:
-                raise DataError(
-                    f"data.root: class {child.name!r} is in {split} only ({child}), so nothing could learn it. "
-                    f"{nearest(child.name, self.classes)}Put images of it into train, or remove it."
+def _class_findings(places: Mapping[str, Path], listings: Mapping[str, Mapping[str, Listing]]) -> Iterator[Finding]:
+    train, known = places["train"], listings["train"]
+    layout = f"It should hold a folder of images for each class: {train}/CLASS/*.jpg"
+    if not known:
+        count = len(list_images(train).images)
+        text = f"data.root: {train} has {count or 'no'} images and no folders of classes. {layout}"
+        yield Finding("refused", "no classes", text)
+    elif len(known) == 1:
+        text = f"data.root: {train} has one class only, {next(iter(known))!r}; two are needed. {layout}"
+        yield Finding("refused", "one class", text)
+    for split, listing in listings.items():
+        if listing and not any(found.images for found in listing.values()):
+            text = f"data.root: there are no images in {places[split]}. Add some, or remove the folder."
+            yield Finding("refused", "empty split", text)
+            continue
+        for name, found in listing.items():
+            folder = places[split] / name
+            if name not in known:
+                text = (
+                    f"data.root: class {name!r} is in {split} only ({folder}), so nothing could learn it. "
+                    f"{nearest(name, known)}Put images of it into train, or remove it."
                 )
-            files = find_images(child)
-            if not files and split == "train":
-                raise DataError(f"data.root: class {child.name!r} has no images in {child}. Add some, or remove it.")
-            samples += [Sample(str(file), self.classes.index(child.name)) for file in files]
-        if not samples:
-            raise DataError(f"data.root: there are no images in {folder}. Add some, or remove the folder.")
-        return samples
+                yield Finding("refused", "class in one split", text, (str(folder),))
+            elif not found.images and split == "train":
+                text = f"data.root: class {name!r} has no images in {folder}. Add some, or remove it."
+                yield Finding("refused", "empty class", text, (str(folder),))
+        if split != "train":
+            lacking = [name for name in known if not (name in listing and listing[name].images)]
+            if lacking:
+                text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
+                yield Finding("problem", "class in one split", text)
 
-    def content(self, sample: Sample) -> bytes:
-        """Read a file; a :class:`~project.errors.DataError` names one that cannot be read."""
-        return read_bytes(sample.name)
 
-    def decode(self, content: bytes, sample: Sample) -> Image.Image:
-        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
-        return decode_image(content, sample.name)
+def _file_findings(top: Path, listings: Mapping[str, Mapping[str, Listing]]) -> Iterator[Finding]:
+    found = [one for listing in listings.values() for one in listing.values()]
+    for loop in (path for one in found for path in one.loops):
+        yield Finding("problem", "symlink loop", f"{loop} links to a folder above it. Remove the link.", (str(loop),))
+    hidden = [str(path) for one in found for path in one.hidden]
+    hidden += [str(child) for child in top.iterdir() if child.is_dir() and child.name.startswith((".", "__"))]
+    if hidden:
+        yield Finding("note", "hidden files", f"{len(hidden)} hidden files or folders are left out.", tuple(hidden))
+    others = [path for one in found for path in one.others]
+    if others:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
+        text = f"{len(others)} files have no name of an image that can be read, and are left out: "
+        text += ", ".join(f"{count} {kind}" for kind, count in kinds)
+        yield Finding("note", "other files", text, tuple(map(str, others)))
+
+
+def similar_names(classes: Iterable[str]) -> Iterator[Finding]:
+    """Classes whose names differ by case, spaces, hyphens or underscores alone."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike["".join(name.casefold().replace("_", " ").replace("-", " ").split())].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            text = f"Classes {some(names)} differ by case or space alone. Give them one name, if they are one class."
+            yield Finding("problem", "similar names", text)
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(child for child in parent.iterdir() if child.is_dir() and not child.name.startswith((".", "__")))
 
 
 class Digits(Source):
@@ -150,13 +169,9 @@ class Digits(Source):
         pixels: bytes = self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
         return bytes([self._margin]) + pixels
 
-    def decode(self, content: bytes, sample: Sample) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
         """Draw a digit, white on black, in RGB."""
         digit = Image.frombytes("L", self._pixels.shape[:0:-1], content[1:])
         canvas = Image.new("RGB", (digit.width + 2 * self._margin, digit.height + 2 * self._margin))
         canvas.paste(digit.convert("RGB"), (self._margin, self._margin))
         return canvas
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(child for child in parent.iterdir() if child.is_dir() and not child.name.startswith((".", "__")))

@@ -1,56 +1,138 @@
-"""Splitting samples: stratified, seeded, and the same for everyone who asks with the same seed."""
+"""Splitting samples: stratified, seeded, stable, and never with one picture on two sides."""
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from project.data.sources import Sample
+from project.data.duplicates import alike
+from project.data.facts import Facts
+from project.data.samples import Sample
+from project.errors import ConfigError
 
 
-def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Hold out the same fraction of each class.
+class Place(NamedTuple):
+    """Where a sample lies.
+
+    Attributes:
+        at: In [0, 1).
+        family: Number of the family that it is of.
+    """
+
+    at: float
+    family: int
+
+
+Placed = list[tuple[Sample, Place]]
+
+
+def place(samples: Sequence[Sample], facts: Sequence[Facts], seed: int) -> Placed:
+    """Give each sample a place in [0, 1).
+
+    A family has one place. It is what has to stay together: images that are the same to the byte or to the eye, and
+    those of one group. Its place comes from its group's name, or from the least hash of its members' bytes, and from
+    nothing else: an image keeps its place whatever is added, unless that makes a larger family of its own.
 
     Args:
-        samples: What to split.
-        fraction: Share of each class to hold out, in [0, 1). Of a class of two or more, at least one image is held
-            out and at least one kept; a class of one image is kept.
-        seed: Another seed holds out other images.
+        samples: What to place.
+        facts: What is known of each.
+        seed: Another seed gives other places.
+    """
+    clusters = alike(facts)
+    first: dict[str, int] = {}
+    for at, sample in enumerate(samples):
+        if sample.group:
+            clusters.join(first.setdefault(sample.group, at), at)
+    places: dict[int, float] = {}
+    for at, (sample, one) in enumerate(zip(samples, facts, strict=True)):
+        what = f"group {sample.group}".encode() if sample.group else one.digest or sample.name.encode()
+        here = int.from_bytes(hashlib.sha256(b"%d %b" % (seed, what)).digest()[:8]) / 2**64
+        family = clusters.find(at)
+        places[family] = min(places.get(family, 1.0), here)
+    return [
+        (sample, Place(places[family], family))
+        for sample, family in ((sample, clusters.find(at)) for at, sample in enumerate(samples))
+    ]
+
+
+def hold_out(placed: Placed, begin: float, end: float) -> tuple[Placed, Placed]:
+    """Hold out what lies in a part of [0, 1).
+
+    Places are hashes, so it is about the same share of each class. A class of one family is kept; of every other at
+    least one family is held out and one kept, though its place, the nearest one, be on the other side.
+
+    Args:
+        placed: What to split.
+        begin: Where the part begins.
+        end: Where it ends; an empty part holds nothing.
 
     Returns:
-        The samples kept and those held out, each in their former order.
+        Those kept and those held out, each in their former order.
     """
-    by_class: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_class[sample.label].append(sample)
-    held: set[str] = set()
-    for label, members in by_class.items():
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1) if fraction else 0
-        chosen = random.Random(f"{seed}/{label}").sample(sorted(members), count)  # order of listing does not count
-        held.update(sample.name for sample in chosen)
-    return [s for s in samples if s.name not in held], [s for s in samples if s.name in held]
+    if begin >= end:
+        return placed, []
+    held = {where.family: begin <= where.at < end for _, where in placed}
+    classes: dict[int, dict[int, float]] = defaultdict(dict)
+    for sample, where in placed:
+        classes[sample.label][where.family] = min(abs(where.at - begin), abs(where.at - end))
+    for distances in classes.values():
+        if len(distances) == 1:
+            held[next(iter(distances))] = False
+    for distances in classes.values():
+        sides = {held[family] for family in distances}
+        if len(distances) > 1 and len(sides) == 1:
+            held[min(distances, key=lambda family: (distances[family], family))] = False in sides
+    return [p for p in placed if not held[p[1].family]], [p for p in placed if held[p[1].family]]
 
 
 def split(
-    given: Mapping[str, list[Sample]], val_fraction: float, test_fraction: float, seed: int
+    given: Mapping[str, list[Sample]],
+    facts: Callable[[Sequence[Sample]], Sequence[Facts]],
+    val_fraction: float,
+    test_fraction: float,
+    fold: tuple[int, int] | None,
+    seed: int,
 ) -> dict[str, list[Sample]]:
-    """Complete the splits that a source has: what it lacks is held out from train.
+    """Complete the splits that a source has: what it lacks is held out of train.
 
     Args:
         given: Samples by ``train`` and, where the source has them, ``val`` and ``test``.
-        val_fraction: Share for validation, where there is none.
+        facts: Tells what is known of samples; asked if something is to be held out.
+        val_fraction: Share of the whole for validation, where there is none.
         test_fraction: Share for the test, where there is none.
+        fold: Number of the fold that is validated, from 1, and of how many; train and val are put together for them.
         seed: Seed of the hold-out.
 
     Returns:
         Samples by ``train``, ``val`` and ``test``; test may be empty.
     """
-    train = given["train"]
-    test = given.get("test", [])
-    if not test:
-        train, test = hold_out(train, test_fraction, seed)
-    val = given.get("val", [])
-    if not val:  # of what test has left, so that the share is one of the whole
-        train, val = hold_out(train, val_fraction / (1 - (test_fraction if "test" not in given else 0)), seed)
+    train, val, test = (list(given.get(name, ())) for name in ("train", "val", "test"))
+    if fold:
+        train, val = train + val, []
+    tested = 0.0 if test else test_fraction
+    width = (1 - tested) / fold[1] if fold else val_fraction
+    begin = tested + (width * (fold[0] - 1) if fold else 0)
+    end = begin + width if fold is None or fold[0] < fold[1] else 1.0
+    hold_val = not val and width > 0
+    if hold_val or tested:
+        placed = place(train, facts(train), seed)
+        placed, to_test = hold_out(placed, 0.0, tested)
+        placed, to_val = hold_out(placed, begin, end if hold_val else begin)
+        train = [sample for sample, _ in placed]
+        test = test or [sample for sample, _ in to_test]
+        val = val or [sample for sample, _ in to_val]
     return {"train": train, "val": val, "test": test}
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """Read ``2/5`` as the second fold of five.
+
+    Raises:
+        ConfigError: It is not of that form, or there is no such fold.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) and int(count) > 1):
+        raise ConfigError(f"data.fold: {text!r} is no fold. Write 2/5 for the second of five; 1/5 is the first.")
+    return int(number), int(count)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,52 +17,97 @@ from torchvision.transforms import InterpolationMode, v2
 from project.errors import ConfigError
 from project.preprocessing import Preprocessing
 
-#: A transform: an RGB image to uint8 ``(3, H, W)``. Normalisation is the backbone's, on its own device.
-Transform = Callable[[Image.Image], torch.Tensor]
+Augment = Literal["none", "flip", "standard", "trivial", "rand"]
 
-Augment = Literal["none", "flip", "standard"]
+AREA = 0.35  # of an image, at least, that a random crop takes
 
 
-def _chain(*steps: Callable[..., Any]) -> Transform:
-    transform: Transform = v2.Compose(steps)  # torchvision has no types
-    return transform
+@dataclass(frozen=True)
+class Transform:
+    """From an RGB image to uint8 ``(3, H, W)``. Normalisation is the backbone's, on its own device.
+
+    Attributes:
+        steps: What is done.
+        enough: Pixels that the shorter side needs; an image may be decoded at a smaller size that has them.
+        described: What tells it from all other transforms.
+    """
+
+    steps: Callable[[Image.Image], torch.Tensor]
+    enough: int
+    described: str
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transform an image."""
+        return self.steps(image)
+
+    def __repr__(self) -> str:
+        return f"{self.described}, decoded at {self.enough}"
+
+
+def _chain(enough: int, *steps: Callable[..., Any]) -> Transform:
+    chain = v2.Compose(steps)
+    return Transform(chain, enough, repr(chain))
+
+
+def _evaluation_steps(preprocessing: Preprocessing) -> list[Callable[..., Any]]:
+    size = [preprocessing.resize] * (2 if preprocessing.squash else 1)
+    return [
+        v2.Resize(size, InterpolationMode(preprocessing.interpolation), antialias=True),
+        v2.CenterCrop(preprocessing.crop),
+        v2.PILToTensor(),
+    ]
 
 
 def evaluation(preprocessing: Preprocessing) -> Transform:
     """Resize the shorter edge and crop the centre, as the weights ask: uint8 ``(3, crop, crop)``."""
-    size = [preprocessing.resize] * (2 if preprocessing.squash else 1)
-    return _chain(
-        v2.Resize(size, InterpolationMode(preprocessing.interpolation), antialias=True),
-        v2.CenterCrop(preprocessing.crop),
-        v2.PILToTensor(),
-    )
+    return _chain(MARGIN * preprocessing.resize, *_evaluation_steps(preprocessing))
 
 
-def training(preprocessing: Preprocessing, augment: Augment) -> Transform:
+#: Times as many pixels as the resized image has, that a decoder's own reduction has to leave.
+MARGIN = 2
+
+
+def training(preprocessing: Preprocessing, augment: Augment | Sequence[Callable[..., Any]]) -> Transform:
     """The evaluation transform, augmented.
 
     Args:
         preprocessing: What the weights ask for.
         augment: ``none``; ``flip``: left and right swapped half of the time; ``standard``: a random crop of 35 to
-            100 % of the area, and the flip.
+            100 % of the area, the flip, and brightness, contrast and saturation changed by up to a fifth; ``trivial``:
+            the crop, the flip, and TrivialAugmentWide (Mueller and Hutter, 2021); ``rand``: the crop, the flip, and
+            RandAugment (Cubuk and others, 2019). Or transforms of torchvision's v2, which come before the evaluation
+            transform.
 
     Raises:
-        ConfigError: Another name.
+        ConfigError: Another name; transforms that cannot be told from others.
     """
+    if not isinstance(augment, str):
+        return _own(preprocessing, augment)
     if augment not in get_args(Augment):
         raise ConfigError(f"data.augment: {augment!r} is none of {', '.join(get_args(Augment))}.")
     if augment == "none":
         return evaluation(preprocessing)
     flip = v2.RandomHorizontalFlip()
     if augment == "flip":
-        return _chain(flip, evaluation(preprocessing))
-    crop = v2.RandomResizedCrop(
-        preprocessing.crop,
-        scale=(0.35, 1.0),
-        interpolation=InterpolationMode(preprocessing.interpolation),
-        antialias=True,
-    )
-    return _chain(crop, flip, v2.PILToTensor())
+        return _chain(MARGIN * preprocessing.resize, flip, *_evaluation_steps(preprocessing))
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    crop = v2.RandomResizedCrop(preprocessing.crop, scale=(AREA, 1.0), interpolation=interpolation, antialias=True)
+    colour: dict[str, Callable[..., Any]] = {
+        "standard": v2.ColorJitter(0.2, 0.2, 0.2),
+        "trivial": v2.TrivialAugmentWide(interpolation=interpolation),
+        "rand": v2.RandAugment(interpolation=interpolation),
+    }
+    enough = math.ceil(MARGIN * preprocessing.crop / math.sqrt(AREA))
+    return _chain(enough, crop, flip, colour[augment], v2.PILToTensor())
+
+
+def _own(preprocessing: Preprocessing, transforms: Sequence[Callable[..., Any]]) -> Transform:
+    steps = [*transforms, *_evaluation_steps(preprocessing)]
+    try:  # a transform's repr need not have all that it does
+        described = hashlib.sha256(pickle.dumps(steps)).hexdigest()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(f"data.augment: {error}. Use classes and functions of a module.") from error
+    return Transform(v2.Compose(steps), 0, f"{v2.Compose(steps)!r} {described}")
 
 
 class Drawn(TorchFunctionMode):
@@ -77,6 +126,8 @@ class Drawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in LIKE:
+            return LIKE[func](args[0].shape, generator=self._generator, dtype=args[0].dtype, **kwargs)
         if func in DRAWING:
             kwargs.setdefault("generator", self._generator)
         return func(*args, **kwargs)
@@ -86,4 +137,34 @@ class Drawn(TorchFunctionMode):
 DRAWING = {
     *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.multinomial, torch.bernoulli),
     *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_),
+    *(torch._sample_dirichlet, torch._standard_gamma),
 }
+#: Those that take no generator, and the ones to use in their place.
+LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
+
+
+class Mix:
+    """Batches whose images are mixed: MixUp (Zhang and others, 2018), CutMix (Yun and others, 2019), or either.
+
+    Args:
+        classes: How many there are.
+        mixup: Parameter of the Beta distribution that MixUp's share is drawn from; 0 for none.
+        cutmix: The same of CutMix.
+    """
+
+    def __init__(self, classes: int, mixup: float, cutmix: float) -> None:
+        ways: list[Callable[..., Any]] = []
+        if mixup:
+            ways.append(v2.MixUp(alpha=mixup, num_classes=classes))
+        if cutmix:
+            ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+        self._mix = v2.RandomChoice(ways)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix images ``(B, 3, H, W)``, uint8, with labels ``(B,)``.
+
+        Returns:
+            Images, float in [0, 1], and the share of each class, float ``(B, C)``.
+        """
+        mixed, shares = self._mix(images.float() / 255, labels)
+        return mixed, shares

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,11 +12,13 @@ from typing import TypeVar
 
 import torch
 
-from project.data.sources import Sample, Source
+from project.data.images import DECODING
+from project.data.samples import Sample, Source
 from project.data.transforms import Drawn, Transform
 from project.errors import DataError
 from project.features.ranks import Ranks
 from project.features.store import SHARD, Keys, Space, as_keys, row_key
+from project.machine import cores
 from project.models.accelerate import Engine
 
 FLUSH = 15.0  # seconds of work that a killed run may lose
@@ -73,7 +74,7 @@ def views_of(
         views: What tells one view from another; V different words.
     """
     decoder = f"{type(source).decode.__module__}.{type(source).decode.__qualname__}"
-    texts = [f"{decoder} {transform!r} {view}" for view in views]
+    texts = [f"{decoder} {DECODING} {transform!r} {view}" for view in views]
     return [
         [
             Image(sample, digest, transform, row_key(digest, text))
@@ -92,14 +93,9 @@ def load_image(source: Source, image: Image) -> torch.Tensor:
     content = source.content(image.sample)
     if hashlib.sha256(content).digest() != image.digest:
         raise DataError(f"{image.sample.name} was changed while its features were computed. Run again.")
-    picture = source.decode(content, image.sample)
+    picture = source.decode(content, image.sample, image.transform.enough)
     with Drawn(int.from_bytes(image.key[:8], "little", signed=True)):
         return image.transform(picture)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.nn import functional
 
-from project.data.sources import Sample, Source
+from project.data.samples import Sample, Source
 from project.features.extract import Image, load_image, run
 from project.features.rows import Rows
 from project.features.supply import Supplied

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from project.data.order import Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
 
@@ -106,12 +107,9 @@ class RowLoader:
         views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
         labels: int64 ``(N,)``.
         batch_size: Images a batch.
-        shuffle: Whether the order is another one in each epoch. The last batch of one image is left out then.
+        order: In which order they come. Where it shuffles, a last batch of one image is left out.
         epoch: Says which epoch it is.
         evaluates: Nothing is learnt, so that batches may be larger.
-        seed: Of the order.
-        rank: Of this process; each takes its share of the images.
-        world_size: Number of processes.
     """
 
     def __init__(
@@ -120,46 +118,24 @@ class RowLoader:
         views: torch.Tensor,
         labels: torch.Tensor,
         batch_size: int,
-        shuffle: bool,
+        order: Order,
         epoch: Callable[[], int],
         evaluates: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         self._rows = rows
         self._views = views
         self._labels = labels
         self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
-        self._shuffle = shuffle
+        self._order = order
         self._epoch = epoch
-        self._seed = seed
-        self._rank = rank
-        self._world = world_size
 
     def __len__(self) -> int:
-        count = len(self._mine(torch.arange(len(self._labels))))
-        batches = -(-count // self.batch_size)
-        return batches - self._leaves_one(count)
-
-    def _leaves_one(self, count: int) -> bool:
-        return self._shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
-
-    def _mine(self, order: torch.Tensor) -> torch.Tensor:
-        """This process's share: of equal length for all while training, each image once otherwise."""
-        if self._shuffle and self._world > 1:
-            lacking = -len(order) % self._world
-            order = torch.cat([order, order.repeat(-(-lacking // len(order)))[:lacking]])
-        mine = order[self._rank :: self._world]
-        return mine if len(mine) else order[:1]  # more processes than images: Lightning takes no empty loader
+        count = len(self._order)
+        alone = self._order.shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
+        return -(-count // self.batch_size) - alone
 
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()
-        order = torch.arange(len(self._labels))
-        if self._shuffle:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(order), generator=generator)
         view = self._views[epoch % len(self._views)]
-        order = self._mine(order)
-        for batch in torch.split(order, self.batch_size)[: len(self)]:
+        for batch in torch.split(self._order(epoch), self.batch_size)[: len(self)]:
             yield RowBatch(self._rows[view[batch]], self._labels[batch])

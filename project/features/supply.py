@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from project.data.sources import Source
+from project.data.samples import Source
 from project.errors import EngineError, ProjectError, StoreError
 from project.features.choose import Candidate, Choice, Rates, choose, cost
 from project.features.engines import Option

@@ -26,8 +26,9 @@ import torch
 from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
-from project.data.dataset import LabelledImages
-from project.data.sources import Folder, Sample, Source
+from project.data.dataset import Images
+from project.data.samples import Sample, Source
+from project.data.sources import Folder
 from project.data.transforms import evaluation
 from project.features.choose import ceiling, cost
 from project.features.engines import Engines, Option
@@ -61,8 +62,8 @@ class Pool(Source):
     def content(self, sample: Sample) -> bytes:
         return self._folders[0].content(sample)
 
-    def decode(self, content: bytes, sample: Sample) -> Pillow.Image:
-        return self._folders[0].decode(content, sample)
+    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Pillow.Image:
+        return self._folders[0].decode(content, sample, enough)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Benchmark:
         transform = evaluation(self.backbone.preprocessing)
         (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
         self.images: list[Image] = list({image.key: image for image in view}.values())
-        self.dataset = LabelledImages([image.sample for image in self.images], source.read, transform)
+        self.dataset = Images([image.sample for image in self.images], source, transform)
         self.flops = cost(self.backbone, CPU).flops
         self.built: dict[str, tuple[Option, Engine]] = {}
         self.building: dict[str, float] = {}

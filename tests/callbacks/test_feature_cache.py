@@ -12,7 +12,8 @@ from PIL import Image
 from project import ImageClassifier, ImageDataModule, Trainer, load
 from project.callbacks.feature_cache import FeatureCache
 from project.cli import main
-from project.data.sources import Folder, Sample
+from project.data.samples import Sample
+from project.data.sources import Folder
 from project.features.rows import RowBatch
 from tests.conftest import STORED, scalars, told
 
@@ -260,7 +261,7 @@ def test_one_trainer_fits_validates_and_fits_again(photos: Path, weights: Path, 
 @AS_IT_SHOULD_BE
 def test_a_source_that_decodes_otherwise_has_rows_of_its_own(photos: Path, weights: Path, here: Path) -> None:
     class Grey(Folder):
-        def decode(self, content: bytes, sample: Sample) -> Image.Image:
+        def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
             return super().decode(content, sample).convert("L").convert("RGB")
 
     for source in (Folder(str(photos)), Grey(str(photos))):

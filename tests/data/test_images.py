@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from project.data.images import find_images, read_image
+from project.data.images import list_images, read_image
 from project.errors import DataError
 from tests.conftest import draw
 
@@ -12,20 +12,20 @@ from tests.conftest import draw
 def test_hidden_files_and_other_kinds_of_file_are_left_out(tmp_path: Path) -> None:
     for name in (".hidden.png", ".ipynb_checkpoints/a.png", "notes.txt", "b.PNG", "deep/er/a.jpg"):
         draw(tmp_path / name, (1, 2, 3), 0) if name.lower().endswith(("png", "jpg")) else (tmp_path / name).touch()
-    assert find_images(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/er/a.jpg"]
+    assert list_images(tmp_path).images == [tmp_path / "b.PNG", tmp_path / "deep/er/a.jpg"]
 
 
 def test_a_loop_of_links_lists_an_image_once(tmp_path: Path) -> None:
     draw(tmp_path / "a/1.png", (1, 2, 3), 0)
     (tmp_path / "a/loop").symlink_to(tmp_path)
-    assert find_images(tmp_path) == [tmp_path / "a/1.png"]
+    assert list_images(tmp_path).images == [tmp_path / "a/1.png"]
 
 
 def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
     draw(tmp_path / "elsewhere/1.png", (1, 2, 3), 0)
     (tmp_path / "root").mkdir()
     (tmp_path / "root/ants").symlink_to(tmp_path / "elsewhere")
-    assert find_images(tmp_path / "root") == [tmp_path / "root/ants/1.png"]
+    assert list_images(tmp_path / "root").images == [tmp_path / "root/ants/1.png"]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
@@ -39,16 +39,23 @@ def test_every_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
 def test_16_bit_pixels_are_rescaled(tmp_path: Path) -> None:
     pixels = np.linspace(0, 65535, 64).reshape(8, 8).astype("uint16")
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], pixels // 257)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], (pixels / 257).round())
 
 
-def test_float_pixels_in_0_1_are_rescaled_and_others_refused(tmp_path: Path) -> None:
-    pixels = np.linspace(0, 1, 64, dtype="float32").reshape(8, 8)
+@pytest.mark.parametrize("top", [1, 255, 65535])
+def test_float_pixels_are_rescaled_from_the_range_they_are_in(top: int, tmp_path: Path) -> None:
+    pixels = np.linspace(0, top, 64, dtype="float32").reshape(8, 8)
     Image.fromarray(pixels).save(tmp_path / "a.tif")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[..., 1], (pixels * 255).round())
-    Image.fromarray(pixels * 300).save(tmp_path / "b.tif")
-    with pytest.raises(DataError, match=r"b\.tif has float pixels outside"):
-        read_image(tmp_path / "b.tif")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[..., 1], (pixels * (255 / top)).round())
+
+
+@pytest.mark.parametrize("strange", [-1, 1e6, float("nan"), float("inf")])
+def test_float_pixels_of_unknown_meaning_are_refused(strange: float, tmp_path: Path) -> None:
+    pixels = np.linspace(0, 1, 64, dtype="float32").reshape(8, 8)
+    pixels[3, 3] = strange
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif has pixels of F .* Convert or remove"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

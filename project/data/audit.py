@@ -1,0 +1,223 @@
+"""The data doctor: everything that would spoil a result, and where it is, from what is known of each image."""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from project.data.duplicates import Clusters, alike, same
+from project.data.facts import Facts
+from project.data.samples import Finding, Source, some
+from project.errors import ConfigError, DataError
+
+TINY = 10  # training images of a class, under which little can be learnt of it
+IMBALANCE = 10  # times as many images in the largest class as in the smallest
+SPREAD = 10  # times as many pixels in the largest image as in the median one, or in that as in the smallest
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        source: Name of the data.
+        counts: Images by class and split.
+        findings: All of them: what cannot be trained on, problems, notes.
+        bad: Images that are better left out, each with the reason.
+        rows: All images: path, class, split and group.
+    """
+
+    source: str
+    counts: Mapping[str, Mapping[str, int]]
+    findings: tuple[Finding, ...]
+    bad: Mapping[str, str]
+    rows: tuple[tuple[str, str, str, str], ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether there are notes at most."""
+        return all(finding.level == "note" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return {
+            "source": self.source,
+            "images": len(self.rows),
+            "clean": self.clean,
+            "classes": {name: dict(splits) for name, splits in self.counts.items()},
+            "findings": [finding._asdict() for finding in self.findings],
+            "bad": dict(self.bad),
+        }
+
+    def write_manifest(self, path: Path) -> int:
+        """Write a manifest without the bad images, for ``data.root``.
+
+        Args:
+            path: A CSV file; paths in it are relative to its folder.
+
+        Returns:
+            How many rows it has.
+
+        Raises:
+            ConfigError: It cannot be written.
+            DataError: The images are not files.
+        """
+        if path.suffix.lower() != ".csv":
+            raise ConfigError(f"--fix: {path} has to end in .csv, for data.root to know it as a manifest.")
+        kept = [row for row in self.rows if row[0] not in self.bad]
+        strangers = [name for name, *_ in kept if not Path(name).is_file()]
+        if strangers:
+            raise DataError(f"--fix: the images of {self.source} are not files, as a manifest needs ({strangers[0]}).")
+        split = {name for _, _, name, _ in kept} != {"train"}
+        columns = ["path", "label", *(["split"] if split else []), *(["group"] if any(row[3] for row in kept) else [])]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                for name, label, place, group in kept:
+                    values = {"path": os.path.relpath(name, path.parent), "label": label, "split": place}
+                    writer.writerow([({**values, "group": group})[column] for column in columns])
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(f"--fix: {path} cannot be written: {error.strerror}.") from error
+        return len(kept)
+
+
+def audit(source: Source, facts: Mapping[str, Facts]) -> Audit:
+    """Examine data.
+
+    Args:
+        source: The data.
+        facts: What is known of each image, by its name.
+    """
+    rows = [
+        (sample.name, source.classes[sample.label], split, sample.group)
+        for split, samples in source.splits.items()
+        for sample in samples
+    ]
+    known = [facts[name] for name, *_ in rows]
+    bad: dict[str, str] = {}
+    findings = [
+        *source.findings,
+        *_unreadable(rows, known, bad),
+        *_duplicates(rows, known, bad),
+        *_sizes_of_classes(source),
+        *_traits(rows, known),
+        *_sizes_of_images(rows, known),
+    ]
+    order = ("refused", "problem", "note")
+    findings.sort(key=lambda finding: order.index(finding.level))
+    counts: dict[str, Counter[str]] = {name: Counter() for name in source.classes}
+    for _, label, split, _ in rows:
+        counts[label][split] += 1
+    return Audit(source.name, counts, tuple(findings), bad, tuple(rows))
+
+
+Row = tuple[str, str, str, str]
+
+
+def _unreadable(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]) -> Iterator[Finding]:
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for (name, *_), facts in zip(rows, known, strict=True):
+        if facts.error:
+            kinds[facts.kind].append((name, facts.error))
+            bad[name] = facts.kind
+    for kind, found in kinds.items():
+        text = f"{len(found)} files: {found[0][0]} {found[0][1]}" if len(found) > 1 else " ".join(found[0])
+        yield Finding("problem", kind, text, tuple(name for name, _ in found))
+
+
+def _duplicates(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]) -> Iterator[Finding]:
+    exact, all_of = same(known), alike(known)
+    yield from _copies("the same", exact.sets(), rows, bad)
+    representatives = _apart(exact, all_of)
+    yield from _copies("alike to the eye", representatives, rows, bad)
+
+
+def _apart(exact: Clusters, all_of: Clusters) -> list[list[int]]:
+    """Of each set of images that are alike, one of each set of those that are the same."""
+    return [[at for at in members if exact.find(at) == at] for members in all_of.sets()]
+
+
+#: Which copy is the better one to keep: what is trained on is left out rather than what is measured with.
+KEPT = ("test", "val", "train")
+
+
+def _copies(how: str, sets: Iterable[Sequence[int]], rows: Sequence[Row], bad: dict[str, str]) -> Iterator[Finding]:
+    kinds: dict[str, list[list[int]]] = defaultdict(list)
+    for members in sets:
+        if len(members) < 2:
+            continue
+        labels, splits = {rows[at][1] for at in members}, {rows[at][2] for at in members}
+        if len(labels) > 1:
+            kinds["two labels"].append(list(members))
+        if len(splits) > 1:
+            kinds["two splits"].append(list(members))
+        if len(labels) == len(splits) == 1:
+            kinds["copies"].append(list(members))
+        if len(labels) > 1:  # who knows which is right
+            bad.update({rows[at][0]: f"{how}, under two labels" for at in members})
+        elif len(splits) > 1 or how == "the same":
+            first = min(members, key=lambda at: (KEPT.index(rows[at][2]), at))
+            other = [at for at in members if at != first]
+            if how != "the same":  # a burst of pictures within one split does no harm
+                other = [at for at in other if rows[at][2] != rows[first][2]]
+            bad.update({rows[at][0]: f"{how} as {rows[first][0]}" for at in other if rows[at][0] not in bad})
+    for kind, found in kinds.items():
+        named = [[f"{rows[at][0]} ({rows[at][2]}, {rows[at][1]})" for at in members] for members in found]
+        text = {
+            "two labels": f"{len(found)} images, {how}, are under two labels",
+            "two splits": f"{len(found)} images, {how}, are in two splits, so what is measured was trained on",
+            "copies": f"{len(found)} images of one class and split have copies that are {how}",
+        }[kind]
+        text += f": {' and '.join(named[0][:3])}"
+        level: Any = "note" if kind == "copies" else "problem"
+        yield Finding(level, f"{how}: {kind}", text, tuple(rows[at][0] for members in found for at in members))
+
+
+def _sizes_of_classes(source: Source) -> Iterator[Finding]:
+    counts = Counter(source.classes[sample.label] for sample in source.splits.get("train", ()))
+    tiny = [name for name, count in counts.items() if count < TINY]
+    if tiny:
+        yield Finding("note", "tiny class", f"Fewer than {TINY} training images: {some(tiny)}.", tuple(tiny))
+    if counts and max(counts.values()) >= IMBALANCE * min(counts.values()):
+        (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
+        text = f"{most!r} has {many} training images and {least!r} {few}. Try --data.balance sampler, or loss."
+        yield Finding("note", "imbalance", text, (most, least))
+
+
+def _traits(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
+    handled = {
+        "turned by EXIF": "are turned upright",
+        "16-bit": "are rescaled",
+        "float": "are rescaled",
+        "CMYK": "are converted",
+        "palette": "are converted",
+        "transparent": "are laid on white",
+        "animated": "give their first frame",
+    }
+    for trait, what in handled.items():
+        names = [name for (name, *_), facts in zip(rows, known, strict=True) if trait in facts.traits]
+        if names:
+            yield Finding("note", trait, f"{len(names)} images {what}.", tuple(names))
+
+
+def _sizes_of_images(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
+    sizes = {row[0]: (facts.width, facts.height) for row, facts in zip(rows, known, strict=True) if facts.width}
+    if not sizes:
+        return
+    by_area = sorted(sizes, key=lambda name: sizes[name][0] * sizes[name][1])
+    least, most = by_area[0], by_area[-1]
+    area = {name: sizes[name][0] * sizes[name][1] for name in (least, most)}
+    middle = statistics.median(width * height for width, height in sizes.values())
+    if area[most] >= SPREAD * middle or middle >= SPREAD * area[least]:
+        text = "From {}x{} to {}x{} pixels.".format(*sizes[least], *sizes[most])
+        yield Finding("note", "image sizes", text, (least, most))

@@ -1,0 +1,224 @@
+"""What is to be known of each image: read once, whole, and kept under its content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from project.data.images import traits
+from project.data.samples import Sample, Source
+from project.errors import DataError
+from project.machine import cores
+
+SIDE = 16  # of the thumbnail
+VERSION = f"1 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
+
+
+class Facts(NamedTuple):
+    """What is known of an image.
+
+    Attributes:
+        digest: SHA-256 of its bytes; empty if they cannot be had.
+        error: Why it cannot be decoded, without its name; empty if it can.
+        kind: A word or two for the error.
+        width: Pixels, as stored.
+        height: Pixels, as stored.
+        traits: What is out of the ordinary, and taken care of when it is decoded.
+        phash: Its perceptual hash, 64 bits; 0 if it cannot be decoded.
+        thumbnail: ``SIDE * SIDE`` grey values.
+    """
+
+    digest: bytes
+    error: str = ""
+    kind: str = ""
+    width: int = 0
+    height: int = 0
+    traits: tuple[str, ...] = ()
+    phash: int = 0
+    thumbnail: bytes = b""
+
+
+def examine(source: Source, sample: Sample) -> Facts:
+    """Read an image whole."""
+    try:
+        content = source.content(sample)
+    except DataError as error:
+        return Facts(b"", _without(str(error), sample), "unreadable")
+    digest = hashlib.sha256(content).digest()
+    width = height = 0
+    found: tuple[str, ...] = ()
+    kind = "not an image"
+    try:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as header:
+            kind = "damaged"
+            width, height = header.size
+            found = tuple(traits(header))
+        image = source.decode(content, sample, enough=4 * SIDE)
+    except DataError as error:
+        if not content:
+            kind = "empty"
+        elif isinstance(error.__cause__, Image.DecompressionBombError):
+            kind = "too large"
+        elif "truncated" in str(error):
+            kind = "truncated"
+        return Facts(digest, _without(str(error), sample), kind, width, height, found)
+    if not width:  # a source that decodes in a way of its own
+        width, height = image.size
+    grey = image.convert("L")
+    return Facts(digest, "", "", width, height, found, *_looks(grey))
+
+
+def _without(message: str, sample: Sample) -> str:
+    return message.removeprefix(sample.name).removeprefix(" ")
+
+
+def _cosines(size: int, most: int) -> np.ndarray:
+    """The first rows of the matrix of a discrete cosine transform."""
+    at = np.arange(size)
+    return np.cos(np.pi * (2 * at + 1) * np.arange(most)[:, None] / (2 * size)).astype(np.float32)
+
+
+COSINES = _cosines(32, 8)
+
+
+def _looks(grey: Image.Image) -> tuple[int, bytes]:
+    """The perceptual hash of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010).
+
+    The signs, about their median, of the 64 lowest frequencies of the image at 32 x 32 pixels.
+    """
+    small = grey.resize((32, 32), Image.Resampling.BOX)
+    frequencies = (COSINES @ np.asarray(small, np.float32) @ COSINES.T).ravel()
+    bits = frequencies > np.median(frequencies[1:])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big"), small.reduce(2).tobytes()
+
+
+class Index:
+    """Facts that are kept, for all data of this user: what has been read once is not read again.
+
+    An image is known by its content, and a file by its path, size, time and inode, so that what is known of an
+    unchanged file is had without reading it. A file that cannot be used or written is done without.
+
+    Args:
+        folder: Where it is kept; ``None`` for in memory alone.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / "images.sqlite" if folder else None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # then it cannot be opened either
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def facts(
+        self,
+        source: Source,
+        samples: Sequence[Sample],
+        done: Callable[[int, int], None] = lambda done, count: None,
+    ) -> list[Facts]:
+        """What is known of each sample; what is not known yet is read, on all cores.
+
+        Args:
+            source: Reads them.
+            samples: N samples.
+            done: Told now and then how many of how many samples are known.
+
+        Returns:
+            N facts.
+        """
+        try:
+            return _known(str(self._path or MEMORY), source, samples, done)
+        except sqlite3.OperationalError:  # read-only, full, or locked for too long
+            return _known(MEMORY, source, samples, done)
+        except sqlite3.DatabaseError:  # damaged: it is made anew
+            assert self._path is not None
+            self._path.unlink(missing_ok=True)
+            return _known(str(self._path), source, samples, done)
+
+
+MEMORY = ":memory:"
+
+
+def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[Facts]:
+    decoder = f"{VERSION} {type(source).__module__}.{type(source).__qualname__}".encode()
+    stamps = [source.stamp(sample) for sample in samples]
+    known: dict[int, Facts] = {}
+    with contextlib.closing(_prepared(path)) as database:
+        for at, (sample, stamp) in enumerate(zip(samples, stamps, strict=True)):
+            if stamp is not None:
+                row = database.execute(BY_FILE, (_path(sample), stamp, decoder)).fetchone()
+                if row:
+                    known[at] = _from(row)
+        lacking = [at for at in range(len(samples)) if at not in known]
+        done(len(known), len(samples))
+        with ThreadPoolExecutor(cores()) as pool:
+            for begin in range(0, len(lacking), CHUNK):  # a pool holds all that it is given at once
+                part = lacking[begin : begin + CHUNK]
+                digests = pool.map(lambda at: _digest(source, samples[at]), part)
+                for at, digest in zip(part, digests, strict=True):
+                    row = digest and database.execute(BY_CONTENT, (digest, decoder)).fetchone()
+                    if row:
+                        known[at] = _from(row)
+                new = [at for at in part if at not in known]
+                known.update(zip(new, pool.map(lambda at: examine(source, samples[at]), new), strict=True))
+                _save(database, [(_path(samples[at]), stamps[at], decoder, known[at]) for at in part])
+                done(len(known), len(samples))
+    return [known[at] for at in range(len(samples))]
+
+
+CHUNK = 256  # images between two writes
+COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail"
+BY_FILE = (
+    f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
+)
+BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
+
+
+def _prepared(path: str) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=30)
+    try:
+        database.execute(f"CREATE TABLE IF NOT EXISTS images (decoder, {COLUMNS}, PRIMARY KEY (digest, decoder))")
+        database.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, stamp, decoder, digest)")
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+def _from(row: Sequence[Any]) -> Facts:
+    digest, error, kind, width, height, found, phash, thumbnail = row
+    return Facts(
+        digest, error, kind, width, height, tuple(found.split(";") if found else ()), int.from_bytes(phash), thumbnail
+    )
+
+
+def _save(database: sqlite3.Connection, found: Sequence[tuple[str, str | None, bytes, Facts]]) -> None:
+    images = [
+        (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail)
+        for _, _, decoder, facts in found
+        if facts.digest
+    ]
+    files = [(path, stamp, decoder, facts.digest) for path, stamp, decoder, facts in found if stamp and facts.digest]
+    # Read-only or full: everything is known all the same, and will be read again next time.
+    with contextlib.suppress(sqlite3.OperationalError), database:
+        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
+        database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
+
+
+def _path(sample: Sample) -> str:
+    return str(Path(sample.name).absolute())
+
+
+def _digest(source: Source, sample: Sample) -> bytes:
+    try:
+        return hashlib.sha256(source.content(sample)).digest()
+    except DataError:
+        return b""  # examine() will say why

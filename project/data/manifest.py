@@ -1,0 +1,128 @@
+"""A table of images as a source: CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from project.data.samples import SPLITS, Finding, Sample, some
+from project.data.sources import Files, similar_names
+from project.errors import DataError
+
+
+class Manifest(Files):
+    """A table of images: columns ``path`` and ``label``, and if you like ``split`` and ``group``.
+
+    Paths are relative to the table's folder. A row without a split is for all splits to be held out of, as train is.
+
+    Args:
+        path: A CSV, TSV or Parquet file.
+
+    Raises:
+        DataError: There is no such table, it cannot be read, or lacks a column.
+    """
+
+    def __init__(self, path: str) -> None:
+        file = Path(path).expanduser()
+        rows = _read_table(file)
+        self.name = file.stem
+        findings: list[Finding] = []
+        bad: dict[str, list[str]] = defaultdict(list)
+        taken: dict[str, tuple[int, str]] = {}
+        entries: list[tuple[str, str, str, str]] = []
+        for number, row in rows:
+            where, label = f"row {number}", row["label"]
+            split = SPLITS.get(row["split"].lower() or "train")
+            name = str(file.parent / row["path"])
+            if not row["path"] or not label:
+                bad["has no path or no label"].append(where)
+            elif split is None:
+                bad[f"has a split that is none of {', '.join(SPLITS)}"].append(f"{where}: {row['split']!r}")
+            elif name in taken:
+                first, other = taken[name]
+                alike = "again" if other == label else f"as {label!r}, and as {other!r} in row {first}"
+                bad["has an image that another row has"].append(f"{where}: {row['path']} {alike}")
+            else:
+                taken[name] = number, label
+                entries.append((name, label, split, row["group"]))
+        for what, places in bad.items():
+            text = f"data.root: {file}: {len(places)} rows: each {what}. Mend or remove {some(places)}."
+            findings.append(Finding("refused", "bad row", text, tuple(places)))
+        self.classes = tuple(sorted({label for _, label, _, _ in entries}))
+        index = {label: number for number, label in enumerate(self.classes)}
+        splits: dict[str, list[Sample]] = {"train": []}
+        for name, label, split, group in entries:
+            splits.setdefault(split, []).append(Sample(name, index[label], group))
+        self.splits = splits
+        self.findings = (*findings, *self._class_findings(file), *similar_names(self.classes))
+
+    def _class_findings(self, file: Path) -> Iterator[Finding]:
+        here = {split: {sample.label for sample in samples} for split, samples in self.splits.items()}
+        if not self.splits["train"]:
+            yield Finding("refused", "no train", f"data.root: {file} has no row for train.")
+            return
+        if len(self.classes) < 2:
+            yield Finding("refused", "one class", f"data.root: {file} has one label only, {self.classes[0]!r}.")
+        strange = [name for number, name in enumerate(self.classes) if number not in here["train"]]
+        if strange:
+            text = f"data.root: {file}: no row of train has the label {some(strange)}, so nothing could learn it."
+            yield Finding("refused", "class in one split", text)
+        for split in here.keys() - {"train"}:
+            lacking = [name for number, name in enumerate(self.classes) if number not in here[split]]
+            if lacking:
+                text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
+                yield Finding("problem", "class in one split", text)
+
+
+COLUMNS = ("path", "label", "split", "group")
+#: Endings of the names of tables.
+TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".parquet": None, ".pq": None}
+
+
+def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows with their numbers in the file, of which the header is 1."""
+    if not file.is_file():
+        raise DataError(f"data.root: there is no table {file}.")
+    separator = TABLES[file.suffix.lower()]
+    try:
+        names, rows = _read_parquet(file) if separator is None else _read_text(file, separator)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
+    columns = {name.strip().lower(): index for index, name in enumerate(names)}
+    lacking = [name for name in ("path", "label") if name not in columns]
+    if lacking:
+        raise DataError(
+            f"data.root: {file} has no column {' and no '.join(lacking)}: it has {some(names) or 'none'}. "
+            "The first row names the columns: path,label, and if you like split and group."
+        )
+    for number, values in enumerate(rows, 2):
+        if any(values):
+            yield (
+                number,
+                {
+                    name: values[columns[name]].strip() if name in columns and columns[name] < len(values) else ""
+                    for name in COLUMNS
+                },
+            )
+
+
+def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
+    rows = list(csv.reader(io.StringIO(file.read_text("utf-8-sig"), newline=""), delimiter=separator, strict=True))
+    return (rows[0], rows[1:]) if rows else ([], [])
+
+
+def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DataError(f"{file}: Parquet files need pyarrow: pip install 'frozen-backbone[parquet]'") from error
+    try:
+        table: Any = parquet.read_table(file)
+    except ArrowException as error:
+        raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
+    columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
+    return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,78 @@
+"""``check``: what the data doctor found, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from project.data.audit import Audit, audit
+from project.data.datamodule import ImageDataModule
+from project.errors import ConfigError
+from project.terminal import say
+
+SHOWN = 3  # names a finding
+
+
+def examine(data: ImageDataModule) -> Audit:
+    """Read all images of the data, and print what there is to know of them.
+
+    Args:
+        data: The data; it need not be fit to be trained on.
+
+    Raises:
+        ConfigError: No data was named.
+    """
+    source = data.source
+    if source is None:
+        raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
+    began = time.perf_counter()
+    samples = [sample for split in source.splits.values() for sample in split]
+    facts = {sample.name: one for sample, one in zip(samples, data.facts(samples), strict=True)}
+    found = audit(source, facts)
+    show(found, time.perf_counter() - began)
+    return found
+
+
+def show(found: Audit, seconds: float) -> None:
+    """Print a table of the findings, and a line that sums them up."""
+    counts = {level: sum(finding.level == level for finding in found.findings) for level in LEVELS}
+    if found.findings:
+        table = Table(title=f"Check of {found.source}", title_justify="left", show_lines=True)
+        table.add_column("", no_wrap=True)
+        table.add_column("what", no_wrap=True)
+        table.add_column("where, and what to do", overflow="fold")
+        for finding in found.findings:
+            names = [name for name in finding.names[:SHOWN] if name not in finding.text]
+            if names and len(finding.names) > SHOWN:
+                names.append(f"and {len(finding.names) - SHOWN} more: --json report.json names all")
+            table.add_row(finding.level, finding.kind, "\n".join([finding.text, *names]))
+        say(table)
+    splits = {split: sum(count[split] for count in found.counts.values()) for split in ("train", "val", "test")}
+    parts = ", ".join(f"{count} {split}" for split, count in splits.items() if count)
+    problems = counts["refused"] + counts["problem"]
+    say(
+        f"{found.source}: {len(found.rows)} images ({parts}) of {len(found.counts)} classes in {seconds:.1f} s. "
+        f"{_many(problems, 'problem')}, {_many(counts['note'], 'note')}."
+    )
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
+LEVELS = ("refused", "problem", "note")
+
+
+def write_json(found: Audit, path: Path) -> None:
+    """Write everything that was found, names of all images included.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(found.as_dict(), indent=1, ensure_ascii=False), "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json: {path} cannot be written: {error.strerror}.") from error
