@@ -99,13 +99,20 @@ class TransferCLI(LightningCLI):
         """The verbs, and the arguments of their methods that are not flags."""
         inherited = LightningCLI.subcommands()
         verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
-        return {**verbs, "check": {"model", "datamodule"}}
+        return {**verbs, "check": {"model", "datamodule", "suspects"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let ``--suspects`` be said without a value."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "check":
+            parser.add_argument("--suspects", action="store_true", help="Name images that look like another class.")
+        return parser
 
     def _add_instantiators(self) -> None:
         """Refuse data before any weights are read for it; ``check`` takes any data, and reads none."""
         super()._add_instantiators()
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
-        if self.subcommand == "check":
+        if self.subcommand == "check" and not self.config.check.suspects:
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
 
     def _make_data(self, kind: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
@@ -116,7 +123,8 @@ class TransferCLI(LightningCLI):
 
     def check(self, **arguments: Any) -> None:
         """Examine the data; the exit code says whether it is clean."""
-        self.exit_code = 0 if self.trainer.check(**arguments) else 1
+        suspects = self.config.check.suspects
+        self.exit_code = 0 if self.trainer.check(**arguments, suspects=suspects) else 1
 
     def _parse_ckpt_path(self) -> None:
         """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
@@ -157,6 +165,8 @@ class TransferCLI(LightningCLI):
             raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
         if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
             raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
+        if verb == "check":
+            model["trainable"] = "head"  # labels are judged by the whole backbone
         name = self._get(self.config, "name")
         if name and Path(name).name != name:
             raise ConfigError(

@@ -7,9 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.predictions import PredictionWriter
+from project.classifier import ImageClassifier
+from project.data.audit import Audit
 from project.data.datamodule import ImageDataModule
-from project.studies.doctor import examine, write_json
+from project.data.duplicates import alike
+from project.studies.doctor import examine, show_suspects, write_json
+from project.studies.suspects import Suspect, find_suspects
 from project.terminal import say
 
 
@@ -50,22 +55,43 @@ class Trainer(pl.Trainer):
         datamodule: ImageDataModule | None = None,
         json: str | None = None,
         fix: str | None = None,
+        suspects: bool = False,
+        top: int = 20,
     ) -> bool:
         """Examine the data: read every image whole, and say what would spoil a result.
 
         Args:
-            model: Not needed.
+            model: Whose frozen backbone looks for suspects.
             datamodule: The data.
             json: File for everything that was found, as JSON.
             fix: CSV file for a manifest without the bad images, to be given as data.root; no image is touched.
+            suspects: Name the images that look more like another class than like their own.
+            top: How many of them.
 
         Returns:
             Whether there was no problem.
         """
-        found = examine(datamodule or ImageDataModule())
+        data = datamodule or ImageDataModule()
+        found = examine(data)
+        accused = None
+        if suspects:
+            assert isinstance(model, ImageClassifier)
+            accused = self._suspects(model, data, found, top)
+            show_suspects(accused)
         if json is not None:
-            write_json(found, Path(json))
+            write_json(found, accused, Path(json))
         if fix is not None:
             kept = found.write_manifest(Path(fix))
             say(f"{fix}: {kept} images, {len(found.bad)} left out. Train on it: --data.root {fix}")
         return found.clean
+
+    def _suspects(self, model: ImageClassifier, data: ImageDataModule, found: Audit, top: int) -> list[Suspect]:
+        source = data.source
+        assert source is not None  # examine() has refused it
+        source.require()
+        samples = [s for split in source.splits.values() for s in split if not found.facts[s.name].error]
+        cache = next((each for each in self.callbacks if isinstance(each, FeatureCache)), None) or FeatureCache()
+        rows = cache.rows_of(self, model, data, samples)
+        clusters = alike([found.facts[sample.name] for sample in samples])
+        families = [clusters.find(at) for at in range(len(samples))]
+        return find_suspects(rows, samples, families, source.classes, top)

@@ -20,6 +20,7 @@ from project.machine import cache_folder
 from project.terminal import counting, say
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
+    from project.data.samples import Sample
     from project.features.engines import Engines, Option
     from project.features.extract import Image
     from project.features.ranks import Ranks
@@ -112,11 +113,9 @@ class FeatureCache(pl.Callback):
 
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
-        from project.features.engines import Engines
-        from project.features.extract import digest_all, load_image, views_of
+        from project.features.extract import digest_all, views_of
         from project.features.ranks import Ranks
         from project.features.rows import Rows
-        from project.features.supply import supply
 
         source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
         assert source is not None
@@ -133,17 +132,7 @@ class FeatureCache(pl.Callback):
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {data.augment}{without}")
         images = list({image.key: image for view in [*views, *plain] for image in view}.values())
 
-        def calibration() -> torch.Tensor:
-            return torch.stack([load_image(source, image) for image in views[0][:: -(-len(train) // CALIBRATION)]])
-
-        task = " ".join([source.name, *source.classes])
-        layout = "channels_last" if module.hparams["channels_last"] else "contiguous"
-        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration, layout)
-        options = self._options(engines, str(trainer.precision), ranks)
-        with _progress(len(images), ranks) as progress:
-            supplied = supply(
-                images, source, options, module.backbone, device, self._root, self._budget, ranks, progress
-            )
+        supplied, engines = self._supply(module, source, images, views[0], device, str(trainer.precision), ranks)
         self._tell(trainer, supplied, len(images))
         rows = Rows(supplied.found, _memory(device) // ranks.size, device)
         place = {image.key: index for index, image in enumerate(images)}
@@ -167,6 +156,67 @@ class FeatureCache(pl.Callback):
                     source,
                 )
             )
+
+    def _supply(
+        self,
+        module: ImageClassifier,
+        source: Source,
+        images: Sequence[Image],
+        typical: Sequence[Image],
+        device: torch.device,
+        precision: str,
+        ranks: Ranks,
+    ) -> tuple[Supplied, Engines]:
+        """Have rows of images; int8 is calibrated on the typical ones."""
+        from project.features.engines import Engines
+        from project.features.extract import load_image
+        from project.features.supply import supply
+
+        def calibration() -> torch.Tensor:
+            return torch.stack([load_image(source, image) for image in typical[:: -(-len(typical) // CALIBRATION)]])
+
+        task = " ".join([source.name, *source.classes])
+        layout = "channels_last" if module.hparams["channels_last"] else "contiguous"
+        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration, layout)
+        options = self._options(engines, precision, ranks)
+        with _progress(len(images), ranks) as progress:
+            supplied = supply(
+                images, source, options, module.backbone, device, self._root, self._budget, ranks, progress
+            )
+        return supplied, engines
+
+    def rows_of(
+        self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, samples: Sequence[Sample]
+    ) -> torch.Tensor:
+        """What the frozen prefix makes of images, without augmentation; what is stored is not computed again.
+
+        Args:
+            trainer: Whose device and precision are used.
+            module: Whose prefix.
+            data: Reads the images.
+            samples: N samples.
+
+        Returns:
+            Rows ``(N, ...)``, float32, on the CPU.
+        """
+        from project.features.extract import digest_all, views_of
+        from project.features.ranks import Ranks
+        from project.features.rows import Rows
+
+        source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
+        assert source is not None  # there would be no samples
+        data.preprocessing = module.backbone.preprocessing
+        digests = digest_all(source, samples, ranks)
+        (view,) = views_of(source, samples, digests, data.evaluation_transform(), [""])
+        images = list({image.key: image for image in view}.values())
+        supplied, _ = self._supply(module, source, images, images, device, str(trainer.precision), ranks)
+        self._tell(trainer, supplied, len(images))
+        place = {image.key: index for index, image in enumerate(images)}
+        rows = Rows(supplied.found, _memory(torch.device("cpu")), torch.device("cpu"))
+        try:
+            return rows[torch.tensor([place[image.key] for image in view])].float()
+        finally:
+            rows.close()
 
     def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
         precision = None if self._precision == "auto" else self._precision

@@ -31,6 +31,7 @@ class Audit:
         findings: All of them: what cannot be trained on, problems, notes.
         bad: Images that are better left out, each with the reason.
         rows: All images: path, class, split and group.
+        facts: What is known of each, by its path.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Audit:
     findings: tuple[Finding, ...]
     bad: Mapping[str, str]
     rows: tuple[tuple[str, str, str, str], ...]
+    facts: Mapping[str, Facts]
 
     @property
     def clean(self) -> bool:
@@ -118,7 +120,7 @@ def audit(source: Source, facts: Mapping[str, Facts]) -> Audit:
     counts: dict[str, Counter[str]] = {name: Counter() for name in source.classes}
     for _, label, split, _ in rows:
         counts[label][split] += 1
-    return Audit(source.name, counts, tuple(findings), bad, tuple(rows))
+    return Audit(source.name, counts, tuple(findings), bad, tuple(rows), facts)
 
 
 Row = tuple[str, str, str, str]

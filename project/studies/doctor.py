@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.table import Table
 from project.data.audit import Audit, audit
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
+from project.studies.suspects import Suspect
 from project.terminal import say
 
 SHOWN = 3  # names a finding
@@ -66,13 +68,35 @@ def _many(count: int, what: str) -> str:
 LEVELS = ("refused", "problem", "note")
 
 
-def write_json(found: Audit, path: Path) -> None:
+def show_suspects(suspects: Sequence[Suspect]) -> None:
+    """Print the images whose labels look wrong."""
+    if not suspects:
+        say("No suspect labels: every image looks most like its own class.")
+        return
+    table = Table(title="Suspect labels, the most suspect first", title_justify="left")
+    for column in ("labelled", "looks like", "margin"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("image, and the one of that class that is most like it", overflow="fold")
+    for suspect in suspects:
+        table.add_row(suspect.label, suspect.looks_like, f"{suspect.score:.2f}", f"{suspect.name}\n{suspect.neighbour}")
+    say(table)
+
+
+def write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> None:
     """Write everything that was found, names of all images included.
+
+    Args:
+        found: By the audit.
+        suspects: Images whose labels look wrong; ``None`` if they were not looked for.
+        path: Where to.
 
     Raises:
         ConfigError: It cannot be written.
     """
     try:
-        path.write_text(json.dumps(found.as_dict(), indent=1, ensure_ascii=False), "utf-8")
+        everything = found.as_dict()
+        if suspects is not None:
+            everything["suspects"] = [suspect._asdict() for suspect in suspects]
+        path.write_text(json.dumps(everything, indent=1, ensure_ascii=False), "utf-8")
     except OSError as error:
         raise ConfigError(f"--json: {path} cannot be written: {error.strerror}.") from error

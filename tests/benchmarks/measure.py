@@ -45,12 +45,13 @@ class Told:
     engine: str
 
 
-def process(*arguments: object, cache: Path | None = None) -> Ran:
+def process(*arguments: object, cache: Path | None = None, expected: Sequence[int] = (0,)) -> Ran:
     """Run ``python -m ARGUMENTS`` in the repository, and wait for its end.
 
     Args:
         arguments: Module and flags.
         cache: Folder of what torch.compile keeps. By default a new one, so that no earlier run has compiled for this.
+        expected: Exit codes that are no failure.
 
     Raises:
         RuntimeError: It failed; the message has what it printed.
@@ -65,7 +66,7 @@ def process(*arguments: object, cache: Path | None = None) -> Ran:
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         output = out.read().decode(errors="replace")
-    if child.returncode:
+    if child.returncode not in expected:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{output[-4000:]}")
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return Ran(seconds, kilobytes * 1024 / 1e6, output)
