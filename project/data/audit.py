@@ -133,7 +133,7 @@ def _unreadable(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]
             kinds[facts.kind].append((name, facts.error))
             bad[name] = facts.kind
     for kind, found in kinds.items():
-        text = f"{len(found)} files: {found[0][0]} {found[0][1]}" if len(found) > 1 else " ".join(found[0])
+        text = " ".join(found[0]) if len(found) == 1 else f"{len(found)} files, such as {' '.join(found[0])}"
         yield Finding("problem", kind, text, tuple(name for name, _ in found))
 
 
@@ -176,11 +176,12 @@ def _copies(how: str, sets: Iterable[Sequence[int]], rows: Sequence[Row], bad: d
     for kind, found in kinds.items():
         named = [[f"{rows[at][0]} ({rows[at][2]}, {rows[at][1]})" for at in members] for members in found]
         text = {
-            "two labels": f"{len(found)} images, {how}, are under two labels",
-            "two splits": f"{len(found)} images, {how}, are in two splits, so what is measured was trained on",
-            "copies": f"{len(found)} images of one class and split have copies that are {how}",
+            "two labels": "Images that are {} are under two labels, {}",
+            "two splits": "Images that are {} are in two splits, so what is measured was trained on, {}",
+            "copies": "Images of one class and split are {}, {}",
         }[kind]
-        text += f": {' and '.join(named[0][:3])}"
+        times = "once" if len(found) == 1 else f"{len(found)} times"
+        text = f"{text.format(how, times)}: {' and '.join(named[0][:3])}"
         level: Any = "note" if kind == "copies" else "problem"
         yield Finding(level, f"{how}: {kind}", text, tuple(rows[at][0] for members in found for at in members))
 
@@ -209,7 +210,7 @@ def _traits(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
     for trait, what in handled.items():
         names = [name for (name, *_), facts in zip(rows, known, strict=True) if trait in facts.traits]
         if names:
-            yield Finding("note", trait, f"{len(names)} images {what}.", tuple(names))
+            yield Finding("note", trait, f"Images that {what}: {len(names)}.", tuple(names))
 
 
 def _sizes_of_images(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:

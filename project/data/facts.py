@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from project.errors import DataError
 from project.machine import cores
 
 SIDE = 16  # of the thumbnail
-VERSION = f"1 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
+FILE = "images-2.sqlite"  # another number for other columns
+VERSION = f"2 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
 
 
 class Facts(NamedTuple):
@@ -36,6 +38,7 @@ class Facts(NamedTuple):
         traits: What is out of the ordinary, and taken care of when it is decoded.
         phash: Its perceptual hash, 64 bits; 0 if it cannot be decoded.
         thumbnail: ``SIDE * SIDE`` grey values.
+        colour: Mean of red, green and blue.
     """
 
     digest: bytes
@@ -46,6 +49,7 @@ class Facts(NamedTuple):
     traits: tuple[str, ...] = ()
     phash: int = 0
     thumbnail: bytes = b""
+    colour: bytes = b""
 
 
 def examine(source: Source, sample: Sample) -> Facts:
@@ -67,15 +71,14 @@ def examine(source: Source, sample: Sample) -> Facts:
     except DataError as error:
         if not content:
             kind = "empty"
-        elif isinstance(error.__cause__, Image.DecompressionBombError):
+        elif isinstance(error.__cause__, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             kind = "too large"
         elif "truncated" in str(error):
             kind = "truncated"
         return Facts(digest, _without(str(error), sample), kind, width, height, found)
     if not width:  # a source that decodes in a way of its own
         width, height = image.size
-    grey = image.convert("L")
-    return Facts(digest, "", "", width, height, found, *_looks(grey))
+    return Facts(digest, "", "", width, height, found, *looks(image))
 
 
 def _without(message: str, sample: Sample) -> str:
@@ -91,15 +94,23 @@ def _cosines(size: int, most: int) -> np.ndarray:
 COSINES = _cosines(32, 8)
 
 
-def _looks(grey: Image.Image) -> tuple[int, bytes]:
-    """The perceptual hash of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010).
+def looks(image: Image.Image) -> tuple[int, bytes, bytes]:
+    """What an image looks like.
 
-    The signs, about their median, of the 64 lowest frequencies of the image at 32 x 32 pixels.
+    The perceptual hash is that of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010):
+    the signs, about their median, of the 64 lowest frequencies of the grey image at 32 x 32 pixels.
+
+    Args:
+        image: In RGB.
+
+    Returns:
+        The hash, a grey thumbnail, and the mean colour.
     """
-    small = grey.resize((32, 32), Image.Resampling.BOX)
+    tiny = image.resize((32, 32), Image.Resampling.BOX)
+    small = tiny.convert("L")
     frequencies = (COSINES @ np.asarray(small, np.float32) @ COSINES.T).ravel()
     bits = frequencies > np.median(frequencies[1:])
-    return int.from_bytes(np.packbits(bits).tobytes(), "big"), small.reduce(2).tobytes()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big"), small.reduce(2).tobytes(), tiny.reduce(32).tobytes()
 
 
 class Index:
@@ -113,7 +124,7 @@ class Index:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._path = folder / "images.sqlite" if folder else None
+        self._path = folder / FILE if folder else None
         if folder is not None:
             with contextlib.suppress(OSError):  # then it cannot be opened either
                 folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +186,7 @@ def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[
 
 
 CHUNK = 256  # images between two writes
-COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail"
+COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
 BY_FILE = (
     f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
 )
@@ -194,27 +205,27 @@ def _prepared(path: str) -> sqlite3.Connection:
 
 
 def _from(row: Sequence[Any]) -> Facts:
-    digest, error, kind, width, height, found, phash, thumbnail = row
+    digest, error, kind, width, height, found, phash, *looks = row
     return Facts(
-        digest, error, kind, width, height, tuple(found.split(";") if found else ()), int.from_bytes(phash), thumbnail
+        digest, error, kind, width, height, tuple(found.split(";") if found else ()), int.from_bytes(phash), *looks
     )
 
 
 def _save(database: sqlite3.Connection, found: Sequence[tuple[str, str | None, bytes, Facts]]) -> None:
     images = [
-        (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail)
+        (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)
         for _, _, decoder, facts in found
         if facts.digest
     ]
     files = [(path, stamp, decoder, facts.digest) for path, stamp, decoder, facts in found if stamp and facts.digest]
     # Read-only or full: everything is known all the same, and will be read again next time.
     with contextlib.suppress(sqlite3.OperationalError), database:
-        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
+        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
         database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
 
 
 def _path(sample: Sample) -> str:
-    return str(Path(sample.name).absolute())
+    return os.path.realpath(sample.name)
 
 
 def _digest(source: Source, sample: Sample) -> bytes:

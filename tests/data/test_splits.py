@@ -79,7 +79,9 @@ def test_images_with_the_same_bytes_or_looks_are_on_one_side() -> None:
     samples = [Sample(f"{i}.jpg", i % 2) for i in range(300)]
     thumbnail = bytes(range(256))
     facts = [
-        Facts((i % 100).to_bytes(32)) if i < 200 else Facts(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail)
+        Facts((i % 100).to_bytes(32))
+        if i < 200
+        else Facts(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail, colour=bytes(3))
         for i in range(300)
     ]
     kept, held = hold_out(place(samples, facts, 0), 0.0, 0.4)
