@@ -13,14 +13,9 @@ Write = Callable[[Path], None]
 
 
 def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
-    """A picture unlike any of another seed: a few broad waves."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width] / 60
-    waves = [
-        sum(np.sin(random.uniform(0, 6) * x + random.uniform(0, 6) * y + random.uniform(0, 6)) for _ in range(4))
-        for _ in range(3)
-    ]
-    return Image.fromarray((128 + 30 * np.stack(waves, -1)).clip(0, 255).astype("uint8"))
+    """A picture unlike any of another seed: soft blotches."""
+    blotches = np.random.default_rng(seed).integers(0, 255, (9, 12, 3), dtype="uint8")
+    return Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:

@@ -1,0 +1,187 @@
+"""``check``: one run names everything that is wrong."""
+
+import csv
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from project.cli import main
+from project.data.facts import FILE
+from tests.data.corpus import UNREADABLE, UNUSUAL, encoded, picture
+
+
+def folder(root: Path, counts: dict[str, int], first: int = 100) -> int:
+    """Write pictures, each unlike all others; the next number is given back."""
+    for place, count in counts.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for number in range(first, first + count):
+            (root / place / f"{number}.jpg").write_bytes(encoded(picture(number), quality=95))
+        first += count
+    return first
+
+
+@pytest.fixture
+def clean(here: Path) -> Path:
+    folder(here / "photos", {f"{split}/{name}": 3 for split in ("train", "val") for name in ("cat", "dog")})
+    return here / "photos"
+
+
+def check(*flags: str) -> tuple[int, dict[str, Any]]:
+    code = main(["check", "--json", "report.json", *flags])
+    return code, json.loads(Path("report.json").read_text())
+
+
+def kinds(report: dict[str, Any], *levels: str) -> dict[str, list[str]]:
+    return {f["kind"]: f["names"] for f in report["findings"] if f["level"] in levels or not levels}
+
+
+def test_clean_data_exits_0_and_needs_neither_weights_nor_a_model(
+    clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report = check("--data.root", "photos", "--model.weights", "nowhere.pth")
+    assert code == 0 and report["clean"] and report["images"] == 12
+    assert report["classes"] == {name: {"train": 3, "val": 3} for name in ("cat", "dog")}
+    assert set(kinds(report)) == {"tiny class"}, "a note"
+    assert "12 images (6 train, 6 val) of 2 classes" in capsys.readouterr().out
+    assert [path.name for path in Path().iterdir() if path.name not in ("photos", "report.json")] == []
+
+
+def test_every_bad_image_is_named_in_one_run(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (_, write) in {**UNREADABLE, **UNUSUAL}.items():
+        write(clean / "train" / "cat" / name)
+    code, report = check("--data.root", "photos")
+    assert code == 1
+    named = {Path(name).name: kind for kind, names in kinds(report, "problem").items() for name in names}
+    assert named == {name: kind for name, (kind, _) in UNREADABLE.items()}
+    notes = kinds(report, "note")
+    for name, (trait, _) in UNUSUAL.items():
+        assert [name] == [Path(path).name for path in notes[trait] if Path(path).name in (name,)]
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(kind.replace(" ", "") in shown for kind, _ in {**UNREADABLE, **UNUSUAL}.values())
+    assert {Path(name).name for name in report["bad"]} == set(UNREADABLE)
+
+
+def test_copies_in_two_splits_or_under_two_labels_are_problems(clean: Path) -> None:
+    shutil.copy(clean / "train/cat/100.jpg", clean / "val/cat/same.jpg")
+    shutil.copy(clean / "train/cat/101.jpg", clean / "train/dog/other.jpg")
+    shutil.copy(clean / "train/cat/102.jpg", clean / "train/cat/again.jpg")
+    (clean / "val/dog/alike.jpg").write_bytes(encoded(picture(103).resize((160, 120)), quality=40))
+    code, report = check("--data.root", "photos", "--fix", "fixed.csv")
+    assert code == 1
+    found = {kind: {Path(name).name for name in names} for kind, names in kinds(report).items() if ":" in kind}
+    assert found == {
+        "the same: two splits": {"100.jpg", "same.jpg"},
+        "the same: two labels": {"101.jpg", "other.jpg"},
+        "the same: copies": {"102.jpg", "again.jpg"},
+        "alike to the eye: two splits": {"103.jpg", "alike.jpg"},
+    }
+    bad = {Path(name).name for name in report["bad"]}
+    assert bad == {"100.jpg", "101.jpg", "other.jpg", "again.jpg", "103.jpg"}, "what is measured with is kept"
+    before = {path: path.read_bytes() for path in clean.rglob("*.jpg")}
+    code, report = check("--data.root", "fixed.csv")
+    assert code == 0 and report["images"] == 16 - 5
+    assert before == {path: path.read_bytes() for path in clean.rglob("*.jpg")}, "no image is touched"
+
+
+def test_folders_are_examined(clean: Path) -> None:
+    folder(clean, {"train/Dog": 1, "val/Dog": 1, "train/big": 40}, 200)
+    (clean / "train/empty").mkdir()
+    (clean / "train/cat/.hidden.jpg").write_bytes(b"")
+    (clean / "train/cat/.ipynb_checkpoints").mkdir()
+    (clean / "train/cat/notes.txt").write_text("")
+    (clean / "train/cat/loop").symlink_to(clean / "train")
+    folder(clean, {"val/bird": 1}, 300)
+    code, report = check("--data.root", "photos")
+    assert code == 1
+    refused, problems, notes = (kinds(report, level) for level in ("refused", "problem", "note"))
+    assert refused.keys() == {"empty class", "class in one split"}
+    assert problems.keys() == {"similar names", "symlink loop", "class in one split"}
+    assert {"hidden files", "other files", "imbalance", "tiny class"} <= notes.keys()
+    assert {Path(name).name for name in notes["hidden files"]} == {".hidden.jpg", ".ipynb_checkpoints"}
+    assert report["images"] == 12 + 43, "the loop does not list images twice, or those of other classes"
+
+
+def test_sizes_that_differ_much_are_noted(clean: Path) -> None:
+    picture(7, 700, 700).save(clean / "train/cat/large.jpg")
+    assert "image sizes" in kinds(check("--data.root", "photos")[1])
+
+
+def test_a_second_run_reads_only_what_is_new(
+    clean: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (clean / "train/cat/bad.jpg").write_bytes(b"no")
+    read: list[str] = []
+    from project.data import sources
+
+    real = sources.read_bytes
+    monkeypatch.setattr(sources, "read_bytes", lambda path: (read.append(Path(path).name), real(path))[1])
+    first = check("--data.root", "photos")
+    assert len(set(read)) == 13
+    read.clear()
+    assert check("--data.root", "photos") == first and not read
+    (clean / "train/cat/bad.jpg").write_bytes(encoded(picture(1)))
+    shutil.move(clean / "train/dog/103.jpg", clean / "train/dog/moved.jpg")
+    os.utime(clean / "train/cat/100.jpg", ns=(time.time_ns(), time.time_ns()))
+    assert check("--data.root", "photos")[0] == 0
+    assert set(read) == {"bad.jpg", "moved.jpg", "100.jpg"}
+    for damage in (b"", b"no database" * 1000):
+        (cache / "frozen-backbone" / FILE).write_bytes(damage)
+        assert check("--data.root", "photos")[0] == 0
+
+
+def test_a_cache_folder_that_cannot_be_made_is_done_without(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", "file/cache")
+    assert check("--data.root", "photos")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data.root", "nowhere"], "there is no folder nowhere"),
+        ([], "data.root"),
+        (["--data.root", "photos", "--json", "no/such/a.json"], "--json: no/such/a.json cannot be written"),
+        (["--data.root", "photos", "--fix", "no/such/a.csv"], "--fix: no/such/a.csv cannot be written"),
+        (["--data.root", "photos", "--fix", "a.txt"], "has to end in .csv"),
+        (["--data.source", "project.data.sources.Digits", "--fix", "a.csv"], "are not files"),
+        (["--data.root", "photos", "--suspects", "--model.weights", "no.pth"], "no.pth"),
+    ],
+)
+def test_what_cannot_be_done_exits_2(
+    flags: list[str], said: str, clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_suspects_are_named_with_what_they_look_like(here: Path, photos: Path, weights: Path) -> None:
+    shutil.copytree(photos / "train", here / "mixed")
+    shutil.move(here / "mixed/red/3.png", here / "mixed/blue/wrong.png")
+    flags = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
+    code, report = check("--data.root", "mixed", "--suspects", "--top", "3", *flags, "--model.trainable", "layer4")
+    assert code == 0, "suspects are no problems"
+    first = report["suspects"][0]
+    assert first["name"].endswith("blue/wrong.png")
+    assert (first["label"], first["looks_like"]) == ("blue", "red") and first["score"] < 0
+    assert "/red/" in first["neighbour"]
+
+
+def test_a_manifest_is_checked_row_by_row(clean: Path) -> None:
+    with Path("table.tsv").open("w") as file:
+        rows = [("path", "label", "split", "group"), ("photos/train/cat/100.jpg", "cat", "train", "a")]
+        rows += [("photos/train/dog/103.jpg", "dog", "train", "a"), ("photos/train/dog/103.jpg", "cat", "train", "a")]
+        rows += [("gone.jpg", "dog", "holdout", ""), ("also gone.jpg", "dog", "", ""), ("", "cat", "", "")]
+        csv.writer(file, delimiter="\t").writerows(rows)
+    code, report = check("--data.root", "table.tsv")
+    assert code == 1 and report["images"] == 3
+    refused = " ".join(finding["text"] for finding in report["findings"] if finding["level"] == "refused")
+    assert all(row in refused for row in ("row 4", "row 5", "row 7")) and "holdout" in refused
+    assert "also gone.jpg" in str(kinds(report)["unreadable"])
