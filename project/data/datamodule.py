@@ -48,7 +48,8 @@ class ImageDataModule(pl.LightningDataModule):
             the data are put together for it.
         split_seed: Seed of the hold-out and of the folds.
         augment: What is done to training images at random: none, flip, standard (random crop, flip, colour), trivial
-            or rand (the crop, the flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2.
+            or rand (the crop, the flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2,
+            each with its class_path and init_args.
         mixup: Mix pairs of training images: parameter of MixUp's Beta distribution, such as 0.2; 0 for none.
         cutmix: Put a part of one training image into another: parameter of CutMix's Beta distribution, such as 1.0; 0
             for none. With both, each batch gets one of the two.
@@ -69,7 +70,7 @@ class ImageDataModule(pl.LightningDataModule):
         test_fraction: float = 0.0,
         fold: str | None = None,
         split_seed: int = 0,
-        augment: Augment | list[nn.Module] = "none",
+        augment: Augment | list[dict[str, Any] | nn.Module] = "none",
         mixup: float = 0.0,
         cutmix: float = 0.0,
         balance: Literal["none", "sampler", "loss"] = "none",

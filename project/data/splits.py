@@ -57,16 +57,17 @@ def place(samples: Sequence[Sample], facts: Sequence[Facts], seed: int) -> Place
     ]
 
 
-def hold_out(placed: Placed, begin: float, end: float) -> tuple[Placed, Placed]:
+def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) -> tuple[Placed, Placed]:
     """Hold out what lies in a part of [0, 1).
 
-    Places are hashes, so it is about the same share of each class. A class of one family is kept; of every other at
-    least one family is held out and one kept, though its place, the nearest one, be on the other side.
+    Places are hashes, so it is about the same share of each class.
 
     Args:
         placed: What to split.
         begin: Where the part begins.
         end: Where it ends; an empty part holds nothing.
+        both_sides: Keep a class of one family, and of every other hold out one family at least and keep one, though its
+            place, the nearest one, be on the other side.
 
     Returns:
         Those kept and those held out, each in their former order.
@@ -77,10 +78,10 @@ def hold_out(placed: Placed, begin: float, end: float) -> tuple[Placed, Placed]:
     classes: dict[int, dict[int, float]] = defaultdict(dict)
     for sample, where in placed:
         classes[sample.label][where.family] = min(abs(where.at - begin), abs(where.at - end))
-    for distances in classes.values():
+    for distances in classes.values() if both_sides else ():
         if len(distances) == 1:
             held[next(iter(distances))] = False
-    for distances in classes.values():
+    for distances in classes.values() if both_sides else ():
         sides = {held[family] for family in distances}
         if len(distances) > 1 and len(sides) == 1:
             held[min(distances, key=lambda family: (distances[family], family))] = False in sides
@@ -119,7 +120,8 @@ def split(
     if hold_val or tested:
         placed = place(train, facts(train), seed)
         placed, to_test = hold_out(placed, 0.0, tested)
-        placed, to_val = hold_out(placed, begin, end if hold_val else begin)
+        # Each image is validated in one fold, even if a class is too small for all of them.
+        placed, to_val = hold_out(placed, begin, end if hold_val else begin, both_sides=fold is None)
         train = [sample for sample, _ in placed]
         test = test or [sample for sample, _ in to_test]
         val = val or [sample for sample, _ in to_val]

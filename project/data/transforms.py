@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
+from project.components import Spec, construct
 from project.errors import ConfigError
 from project.preprocessing import Preprocessing
 
@@ -67,7 +69,7 @@ def evaluation(preprocessing: Preprocessing) -> Transform:
 MARGIN = 2
 
 
-def training(preprocessing: Preprocessing, augment: Augment | Sequence[Callable[..., Any]]) -> Transform:
+def training(preprocessing: Preprocessing, augment: Augment | Sequence[Spec | Callable[..., Any]]) -> Transform:
     """The evaluation transform, augmented.
 
     Args:
@@ -75,8 +77,8 @@ def training(preprocessing: Preprocessing, augment: Augment | Sequence[Callable[
         augment: ``none``; ``flip``: left and right swapped half of the time; ``standard``: a random crop of 35 to
             100 % of the area, the flip, and brightness, contrast and saturation changed by up to a fifth; ``trivial``:
             the crop, the flip, and TrivialAugmentWide (Mueller and Hutter, 2021); ``rand``: the crop, the flip, and
-            RandAugment (Cubuk and others, 2019). Or transforms of torchvision's v2, which come before the evaluation
-            transform.
+            RandAugment (Cubuk and others, 2019). Or transforms of torchvision's v2, themselves or by ``class_path`` and
+            ``init_args``, which come before the evaluation transform.
 
     Raises:
         ConfigError: Another name; transforms that cannot be told from others.
@@ -101,8 +103,9 @@ def training(preprocessing: Preprocessing, augment: Augment | Sequence[Callable[
     return _chain(enough, crop, flip, colour[augment], v2.PILToTensor())
 
 
-def _own(preprocessing: Preprocessing, transforms: Sequence[Callable[..., Any]]) -> Transform:
-    steps = [*transforms, *_evaluation_steps(preprocessing)]
+def _own(preprocessing: Preprocessing, transforms: Sequence[Spec | Callable[..., Any]]) -> Transform:
+    made = [construct("data.augment", one, nn.Module) if isinstance(one, Mapping) else one for one in transforms]
+    steps = [*made, *_evaluation_steps(preprocessing)]
     try:  # a transform's repr need not have all that it does
         described = hashlib.sha256(pickle.dumps(steps)).hexdigest()
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -1,13 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
 from project.data.sources import Digits, Folder
-from project.data.transforms import evaluation, training
-from project.errors import ConfigError
+from project.data.transforms import Mix, evaluation, training
+from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
 from tests.conftest import draw
 
@@ -83,3 +86,104 @@ def test_augmentation_is_random_and_of_the_right_shape(augment: str) -> None:
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(ConfigError, match="none, flip, standard, trivial, rand"):
         training(PREPROCESSING, "wild")  # type: ignore[arg-type]
+
+
+def loader_of(data: ImageDataModule) -> Any:
+    data.preprocessing = PREPROCESSING
+    return data.train_dataloader()
+
+
+@pytest.mark.parametrize("augment", ["standard", "trivial", "rand"])
+def test_augmentation_is_that_of_the_seed_and_the_epoch_with_any_number_of_workers(photos: Path, augment: Any) -> None:
+    seen = []
+    for workers in (0, 1, 2):
+        loader = loader_of(ImageDataModule(root=str(photos), batch_size=6, num_workers=workers, augment=augment))
+        epochs = []
+        for epoch in (0, 1, 0):
+            loader.sampler.set_epoch(epoch)
+            batches = list(loader)
+            epochs.append((torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
+        assert not torch.equal(epochs[0][0], epochs[1][0]) and torch.equal(epochs[0][0], epochs[2][0])
+        seen.append(epochs[1])
+    assert all(torch.equal(images, seen[0][0]) and torch.equal(labels, seen[0][1]) for images, labels in seen)
+
+
+def test_transforms_of_torchvision_come_before_the_evaluation_transform(photos: Path) -> None:
+    own = [v2.RandomVerticalFlip(1.0), v2.RandomRotation(0)]
+    data = ImageDataModule(root=str(photos), augment=own, num_workers=0)
+    data.preprocessing = PREPROCESSING
+    image = Image.open(data.splits["train"][0].name).convert("RGB")
+    assert torch.equal(
+        data.training_transform()(image), evaluation(PREPROCESSING)(image.transpose(Image.FLIP_TOP_BOTTOM))
+    )
+    other = training(PREPROCESSING, [v2.RandomVerticalFlip(0.9), v2.RandomRotation(0)])
+    assert repr(other) != repr(data.training_transform()) == repr(training(PREPROCESSING, own)), (
+        "the store tells them apart"
+    )
+
+
+def test_a_transform_that_cannot_be_told_from_others_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.augment"):
+        training(PREPROCESSING, [v2.Lambda(lambda image: image)])
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> Path:
+    """Thirty images of one class, three of another."""
+    for name, count in (("many", 30), ("few", 3)):
+        for number in range(count):
+            draw(tmp_path / "train" / name / f"{number}.png", (number * 8, 100, 50), 1000 * len(name) + number)
+            draw(tmp_path / "val" / name / f"{number}.png", (number * 8, 50, 100), 2000 * len(name) + number)
+    return tmp_path
+
+
+def test_a_sampler_draws_each_class_equally_often(unequal: Path) -> None:
+    data = ImageDataModule(root=str(unequal), balance="sampler", num_workers=0)
+    order = data.order("train")
+    drawn = torch.cat([torch.tensor([data.splits["train"][i].label for i in order(e).tolist()]) for e in range(30)])
+    assert len(drawn) == 30 * 33 and drawn.float().mean() == pytest.approx(0.5, abs=0.06)
+    assert order(0).tolist() != order(1).tolist()
+    assert data.order("val")(0).tolist() == list(range(33)), "what is measured with is left as it is"
+
+
+def test_loss_weights_make_up_for_the_sizes_of_classes(unequal: Path) -> None:
+    data = ImageDataModule(root=str(unequal), balance="loss", num_workers=0)
+    assert data.classes == ("few", "many")
+    assert data.class_weights == pytest.approx([33 / 6, 33 / 60])
+    assert ImageDataModule(root=str(unequal), num_workers=0).class_weights is None
+
+
+def test_bad_images_are_skipped_in_all_splits_and_named(unequal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        (unequal / split / "many" / "bad.png").write_bytes(b"no")
+    data = ImageDataModule(root=str(unequal), on_bad_image="skip", num_workers=0)
+    assert {name: len(samples) for name, samples in data.splits.items()} == {"train": 33, "val": 33, "test": 0}
+    out = capsys.readouterr().out
+    assert "1 of 34 images of train cannot be read, and are left out" in out and "bad.png" in out
+    stopping = loader_of(ImageDataModule(root=str(unequal), num_workers=0))
+    with pytest.raises(DataError, match=r"bad\.png"):
+        list(stopping)
+
+
+def test_a_fold_is_one_flag(unequal: Path) -> None:
+    held = [
+        {sample.name for sample in ImageDataModule(root=str(unequal), fold=f"{number}/3", num_workers=0).splits["val"]}
+        for number in (1, 2, 3)
+    ]
+    assert sum(map(len, held)) == len(set().union(*held)) == 66
+
+
+@pytest.mark.parametrize("arguments", [{"mixup": -1.0}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}])
+def test_arguments_out_of_range_are_refused(photos: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"data\."):
+        ImageDataModule(root=str(photos), **arguments)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixed_images_have_shares_of_classes(mixup: float, cutmix: float) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 3
+    mixed, shares = Mix(3, mixup, cutmix)(images, labels)
+    assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.min() >= 0 and mixed.max() <= 1
+    assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8))
+    assert ((shares > 0) & (shares < 1)).any(), "some are mixed"

@@ -1,0 +1,91 @@
+"""What is done to data on its way into a fit, by the command line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from project.cli import main
+from tests.conftest import draw, scalars
+
+Fit = Callable[..., int]
+
+
+def test_a_manifest_is_trained_on(fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(photos, "album")
+    assert main(["check", "--data.root", "album", "--fix", "table.csv"]) == 1, "the tests' photos have copies"
+    Path("table.csv").rename("album/table.csv")
+    text = Path("album/table.csv").read_text().replace(",album/", ",")
+    Path("album/table.csv").write_text(text.replace("\nalbum/", "\n"))
+    assert fit("--data.root", "album/table.csv") == 0
+    assert "runs/table/version_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--data.mixup", "0.3"], ["--data.mixup", "0.3", "--data.cutmix", "1.0"]])
+def test_mixed_images_are_trained_on_live(fit: Fit, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*flags, "--trainer.max_epochs", "2") == 0
+    assert "computed in every epoch, because data.mixup and data.cutmix mix" in capsys.readouterr().out
+    values = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("train/loss")]
+    assert len(values) == 2 and all(0 < value < 5 for value in values)
+
+
+def test_mixing_with_stored_features_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--data.mixup", "0.3", "--features.cache", "on") == 2
+    assert "data.mixup" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("balance", ["sampler", "loss"])
+def test_classes_are_balanced_with_stored_features_and_live(fit: Fit, balance: str, cache: str) -> None:
+    assert fit("--data.balance", balance, "--features.cache", cache) == 0
+
+
+def test_two_sets_of_class_weights_are_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--data.balance", "loss", "--model.class_weights", "[1, 1, 2]") == 2
+    assert "keep one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_bad_images_stop_a_fit_or_are_skipped(
+    cache: str, fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, "album")
+    Path("album/train/red/bad.png").write_bytes(b"no image")
+    flags = ["--data.root", "album", "--features.cache", cache]
+    assert fit(*flags) == 2
+    error = capsys.readouterr().err
+    assert "album/train/red/bad.png" in error and "Traceback" not in error
+    assert fit(*flags, "--data.on_bad_image", "skip") == 0
+    assert "1 of 25 images of train cannot be read" in capsys.readouterr().out
+
+
+def test_bad_images_of_a_prediction_are_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("some/a.png"), (200, 0, 0), 1)
+    Path("some/b.png").write_bytes(b"no image")
+    flags = ["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--data.predict", "some"]
+    assert main(flags) == 2
+    assert "some/b.png" in capsys.readouterr().err
+    assert main([*flags, "--data.on_bad_image", "skip"]) == 0
+    assert "some/b.png" in capsys.readouterr().out
+    assert [line.split(",")[0] for line in Path("predictions.csv").read_text().splitlines()[1:]] == ["some/a.png"]
+
+
+def test_folds_are_made_by_one_flag(fit: Fit) -> None:
+    for number in (1, 2):
+        assert fit("--data.fold", f"{number}/2", "--name", f"fold{number}") == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["fold1", "fold2"]
+
+
+def test_transforms_of_torchvision_are_named_in_a_config(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.yaml").write_text(
+        "data:\n  augment:\n  - class_path: torchvision.transforms.v2.RandomRotation\n    init_args: {degrees: 30}\n"
+        "  - class_path: torchvision.transforms.v2.GaussianBlur\n    init_args: {kernel_size: 3}\n"
+    )
+    assert fit("-c", "own.yaml", "--trainer.max_epochs", "2") == 0
+    assert "views an image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("augment", ["trivial", "rand"])
+def test_augmentation_by_name(fit: Fit, augment: str) -> None:
+    assert fit("--data.augment", augment, "--features.cache", "off", "--data.num_workers", "1") == 0
