@@ -117,7 +117,9 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
         with Image.open(io.BytesIO(content)) as image:
             if enough:
                 image.draft(None, (enough, enough))  # JPEG alone; of another format it does nothing
-            return _rgb(ImageOps.exif_transpose(image), name)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image, name)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -128,7 +130,7 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
 
 def _rgb(image: Image.Image, name: str | Path) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image if image.__class__ is Image.Image else image.copy()
+        return image
     if image.mode.startswith(("I", "F")):
         return _eight_bit(image, name).convert("RGB")
     if image.has_transparency_data:
