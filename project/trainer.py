@@ -91,7 +91,7 @@ class Trainer(pl.Trainer):
         source.require()
         samples = [s for split in source.splits.values() for s in split if not found.facts[s.name].error]
         cache = next((each for each in self.callbacks if isinstance(each, FeatureCache)), None) or FeatureCache()
-        rows = cache.rows_of(self, model, data, samples)
+        rows = cache.supply.rows_of(self, model, data, samples)
         clusters = alike([found.facts[sample.name] for sample in samples])
         families = [clusters.find(at) for at in range(len(samples))]
         return find_suspects(rows, samples, families, source.classes, top)

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 
+from project.callbacks.row_supply import EngineName, PrecisionName, RowSupply, memory
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.samples import Source
 from project.errors import ConfigError
 from project.machine import cache_folder
-from project.terminal import counting, say
+from project.terminal import say
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
-    from project.data.samples import Sample
-    from project.features.engines import Engines, Option
     from project.features.extract import Image
-    from project.features.ranks import Ranks
     from project.features.rows import RowLoader, Rows
-    from project.features.supply import Progress, Supplied
 
 #: Views of an image where the data is augmented and ``views`` says nothing.
 VIEWS = 4
-CALIBRATION = 128  # train images that int8 is calibrated on
 
 
 class FeatureCache(pl.Callback):
@@ -54,22 +47,19 @@ class FeatureCache(pl.Callback):
         self,
         cache: Literal["auto", "on", "off"] | bool = "auto",
         views: int | None = None,
-        engine: Literal["auto", "torch", "compile", "onnxruntime"] = "auto",
-        precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
+        engine: EngineName = "auto",
+        precision: PrecisionName = "auto",
         budget: float = 20.0,
         folder: str | None = None,
     ) -> None:
         if views is not None and views < 1:
             raise ConfigError(f"features.views has to be at least 1, not {views}.")
-        if not 0 < budget < math.inf:
-            raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget:g}.")
         # YAML reads a bare on or off as true or false
         self._cache = ("on" if cache else "off") if isinstance(cache, bool) else cache
         self._views = views
-        self._engine = engine
-        self._precision = precision
-        self._budget = round(budget * 1e9)
-        self._root = Path(folder).expanduser() if folder else cache_folder()
+        self._asked = (engine, precision) != ("auto", "auto")
+        #: Has rows of images, for this fit and for others.
+        self.supply = RowSupply(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
         self._in_use: tuple[ImageDataModule, Rows] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,7 +76,7 @@ class FeatureCache(pl.Callback):
                 return
             except OverBudgetError as error:
                 why_not = str(error)
-        asked = self._cache == "on" or (self._views or 1) > 1 or (self._engine, self._precision) != ("auto", "auto")
+        asked = self._cache == "on" or (self._views or 1) > 1 or self._asked
         if asked and not getattr(trainer, "fast_dev_run", False):
             raise ConfigError(
                 f"Features cannot be stored: {why_not}. Change that, or leave out the flags that ask for stored ones: "
@@ -121,6 +111,9 @@ class FeatureCache(pl.Callback):
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
         digests = digest_all(source, [*train, *val], ranks)
+        both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
+        if both:
+            say(f"Data: images that are in train and in val: {both}; python -m project check names them")
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
         count = self._views or min(VIEWS, epochs)
         names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
@@ -129,12 +122,12 @@ class FeatureCache(pl.Callback):
         plain = views_of(source, val, digests[len(train) :], data.evaluation_transform(), [""])
         if data.augment != "none":
             without = "" if names else ", so nothing is augmented: raise features.views"
-            say(f"Features: {len(views)} views an image, {len(names)} with data.augment {data.augment}{without}")
+            augment = data.augment if isinstance(data.augment, str) else "of transforms"
+            say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
         images = list({image.key: image for view in [*views, *plain] for image in view}.values())
 
-        supplied, engines = self._supply(module, source, images, views[0], device, str(trainer.precision), ranks)
-        self._tell(trainer, supplied, len(images))
-        rows = Rows(supplied.found, _memory(device) // ranks.size, device)
+        supplied, engines = self.supply.have(trainer, module, source, images, views[0])
+        rows = Rows(supplied.found, memory(device) // ranks.size, device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {
             "train": _loader(trainer, rows, views, place, data, "train"),
@@ -157,93 +150,6 @@ class FeatureCache(pl.Callback):
                 )
             )
 
-    def _supply(
-        self,
-        module: ImageClassifier,
-        source: Source,
-        images: Sequence[Image],
-        typical: Sequence[Image],
-        device: torch.device,
-        precision: str,
-        ranks: Ranks,
-    ) -> tuple[Supplied, Engines]:
-        """Have rows of images; int8 is calibrated on the typical ones."""
-        from project.features.engines import Engines
-        from project.features.extract import load_image
-        from project.features.supply import supply
-
-        def calibration() -> torch.Tensor:
-            return torch.stack([load_image(source, image) for image in typical[:: -(-len(typical) // CALIBRATION)]])
-
-        task = " ".join([source.name, *source.classes])
-        layout = "channels_last" if module.hparams["channels_last"] else "contiguous"
-        engines = Engines(self._root, module.backbone, module.encode, device, task, calibration, layout)
-        options = self._options(engines, precision, ranks)
-        with _progress(len(images), ranks) as progress:
-            supplied = supply(
-                images, source, options, module.backbone, device, self._root, self._budget, ranks, progress
-            )
-        return supplied, engines
-
-    def rows_of(
-        self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, samples: Sequence[Sample]
-    ) -> torch.Tensor:
-        """What the frozen prefix makes of images, without augmentation; what is stored is not computed again.
-
-        Args:
-            trainer: Whose device and precision are used.
-            module: Whose prefix.
-            data: Reads the images.
-            samples: N samples.
-
-        Returns:
-            Rows ``(N, ...)``, float32, on the CPU.
-        """
-        from project.features.extract import digest_all, views_of
-        from project.features.ranks import Ranks
-        from project.features.rows import Rows
-
-        source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
-        assert source is not None  # there would be no samples
-        data.preprocessing = module.backbone.preprocessing
-        digests = digest_all(source, samples, ranks)
-        (view,) = views_of(source, samples, digests, data.evaluation_transform(), [""])
-        images = list({image.key: image for image in view}.values())
-        supplied, _ = self._supply(module, source, images, images, device, str(trainer.precision), ranks)
-        self._tell(trainer, supplied, len(images))
-        place = {image.key: index for index, image in enumerate(images)}
-        rows = Rows(supplied.found, _memory(torch.device("cpu")), torch.device("cpu"))
-        try:
-            return rows[torch.tensor([place[image.key] for image in view])].float()
-        finally:
-            rows.close()
-
-    def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
-        precision = None if self._precision == "auto" else self._precision
-        options: list[Option] = []
-        for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
-            with ranks.together():
-                if (ranks.rank == 0) == (turn == 0):
-                    options = engines.options(self._engine, precision, trainer_precision)
-        return options
-
-    def _tell(self, trainer: pl.Trainer, supplied: Supplied, count: int) -> None:
-        if supplied.damaged:
-            say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
-        reused, how = count - supplied.computed, ""
-        if supplied.computed:
-            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s"
-            how += f", {supplied.prepared:.1f} s to choose and build the engine before)"
-        option = supplied.option
-        text = f"{reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}"
-        say(f"Features: {text}")
-        values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text("features", f"{text} ({supplied.reason}) in {option.space.path}", trainer.global_step)
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()
 
@@ -256,30 +162,6 @@ class FeatureCache(pl.Callback):
             data.instead = {}
             rows.close()
             self._in_use = None
-
-
-@contextmanager
-def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
-    """A bar on a terminal, lines elsewhere; from the first process."""
-    from project.features.supply import Progress
-
-    done, total = 0, 0
-    with counting("Features", ranks.rank == 0) as show:
-
-        def begins(option: Option, reason: str, computed: int, mine: int) -> None:
-            nonlocal total
-            total = mine
-            show(0, total)
-            say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
-
-        def advance(more: int) -> None:
-            nonlocal done
-            done += more
-            show(done, total)
-
-        yield Progress(
-            begins, advance, lambda: say("Features: another process is computing these rows; waiting for it")
-        )
 
 
 def _loader(
@@ -304,10 +186,3 @@ def _loader(
         epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
         evaluates=name != "train" and not (isinstance(limit, int) and limit > 0),
     )
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
