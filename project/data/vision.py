@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 from PIL import Image
 from torchvision.datasets import VisionDataset
@@ -56,7 +55,7 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
         factory = functools.partial(factory, root=str(Path(given["root"]).expanduser()))
     name = getattr(kind, "__name__", str(kind))
     parameters = _parameters(kind)
-    can_download = "download" in parameters and not given.get("download")
+    download = bool(given.get("download")) if "download" in parameters else None
 
     def opened(**which: Any) -> VisionDataset | None:
         try:
@@ -65,9 +64,9 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
             # "Unknown value 'val' for argument split": there is no such split.
             if type(error) is ValueError and "split" in which and repr(which["split"]) in str(error):
                 return None
-            raise DataError(f"data.source: {name} {_why(error, can_download)}") from error
-        if not isinstance(found, VisionDataset):
-            raise DataError(f"data.source: {name} makes a {type(found).__name__}, which is no VisionDataset.")
+            raise DataError(f"data.source: {name} {_why(error, download)}") from error
+        if not isinstance(found, VisionDataset) or type(found) is VisionDataset:
+            raise DataError(f"data.source: {name} is no data set. Name one, such as torchvision.datasets.CIFAR10.")
         return found
 
     key = next((key for key in ("train", "split") if key in parameters), "")
@@ -98,16 +97,17 @@ def _parameters(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _why(error: Exception, can_download: bool) -> str:
+def _why(error: Exception, download: bool | None) -> str:
+    """What is wrong, and how to mend it; ``download`` is whether it was asked for, ``None`` where there is none."""
     what = " ".join(str(error).replace("You can use download=True to download it", "").split()).rstrip(".")
     what = what or type(error).__name__
     if isinstance(error, ImportError):
         return f"needs a package that is not there: {what}. Install it: pip install {error.name}"
-    if isinstance(error, (URLError, ConnectionError, TimeoutError)):
+    if download is None or not isinstance(error, (RuntimeError, OSError)):
+        return f"cannot be opened: {what}. Check its arguments, and its files."
+    if download:
         return f"cannot be downloaded: {what}. Check the network, or put its files under root yourself."
-    if can_download and isinstance(error, (RuntimeError, OSError)):
-        return f"cannot be opened: {what}. Add download: true to fetch it, or say with root where it is."
-    return f"cannot be opened: {what}. Check its arguments, and its files."
+    return f"cannot be opened: {what}. Add download: true to fetch it, or say with root where it is."
 
 
 def what_is_kept(dataset: VisionDataset, where: str) -> tuple[list[int | None], list[str] | None]:
