@@ -135,7 +135,7 @@ class HuggingFace(Published):
             text = f"{some(left_out)} are no names of a split that is known, and are left out."
             self.findings = (Finding("note", "other splits", text, tuple(left_out)),)
         features = tables["train"].features
-        image = _column(image, "image", features, datasets.Image)
+        self._column = image = _column(image, "image", features, datasets.Image)
         label = _column(label, "label", features, datasets.ClassLabel)
         known: list[str] | None = getattr(features[label], "names", None)
         self._images: dict[str, Any] = {}
@@ -143,8 +143,7 @@ class HuggingFace(Published):
         for split, table in tables.items():
             try:
                 plain = table.with_format(None)
-                self._images[split] = plain.select_columns(image).rename_column(image, "image")
-                self._images[split] = self._images[split].cast_column("image", datasets.Image(decode=False))
+                self._images[split] = plain.select_columns(image).cast_column(image, datasets.Image(decode=False))
                 labels = plain.select_columns(label)[:][label]
             except Exception as error:  # those of pyarrow and of datasets have no base of their own
                 raise DataError(f"data.source: {split} of {path} has not the columns of train: {error}") from error
@@ -163,7 +162,7 @@ class HuggingFace(Published):
             DataError: There are none.
         """
         _, split, number = sample.name.rsplit("/", 2)
-        held = self._images[split][int(number)]["image"] or {}
+        held = self._images[split][int(number)][self._column] or {}
         if held.get("bytes"):
             return bytes(held["bytes"])
         if held.get("path"):

@@ -298,10 +298,10 @@ def test_flags_alone_are_enough(here: Path, weights: Path, monkeypatch: pytest.M
     assert (here / "runs" / "cifar10" / "version_0" / "checkpoints" / "best.ckpt").exists()
 
 
-def table(folder: Path, count: int, **columns: Any) -> datasets.Dataset:
+def table(folder: Path, count: int, kept_as: Any = datasets.Image(), **columns: Any) -> datasets.Dataset:  # noqa: B008
     files = [str(draw(folder / f"{number}.png", (9, 9, 200), number)) for number in range(count)]
     found = datasets.Dataset.from_dict({"picture": files, "number": list(range(count)), **columns})
-    return found.cast_column("picture", datasets.Image())
+    return found.cast_column("picture", kept_as)
 
 
 def kinds(found: datasets.Dataset) -> datasets.Dataset:
@@ -331,13 +331,20 @@ def test_tables_with_splits_and_bytes(tmp_path: Path) -> None:
 
 
 def test_a_table_with_words_for_labels_and_paths_for_images(tmp_path: Path) -> None:
-    words = table(tmp_path / "a", 4, kind=["wasp", "ant", "", "wasp"]).cast_column("picture", datasets.Value("string"))
+    words = table(tmp_path / "a", 4, datasets.Value("string"), kind=["wasp", "ant", "", "wasp"])
     words.save_to_disk(str(tmp_path / "words"))
     source = HuggingFace(str(tmp_path / "words"), image="picture", label="kind")
     assert source.classes == ("ant", "wasp")
     assert [sample.label for sample in source.splits["train"]] == [1, 0, 1]
     last = source.splits["train"][-1]
     assert source.content(last) == (tmp_path / "a" / "3.png").read_bytes(), "rows without a label shift none"
+
+
+def test_columns_of_any_name_will_do(tmp_path: Path) -> None:
+    found = kinds(table(tmp_path / "a", 2, kind=[0, 1])).rename_columns({"number": "n", "picture": "image"})
+    found.rename_column("kind", "label").save_to_disk(str(tmp_path / "set"))
+    source = HuggingFace(str(tmp_path / "set"))
+    assert source.content(source.splits["train"][1]) == (tmp_path / "a" / "1.png").read_bytes()
 
 
 def test_a_split_alone_is_train_whatever_its_name(tmp_path: Path) -> None:
@@ -397,7 +404,7 @@ def test_the_hub_is_asked_for_no_code_and_its_failures_are_told(here: Path, monk
         raise ConnectionError("Couldn't reach 'org/beans' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="org/beans cannot be loaded: Couldn't reach.*check the network"):
+    with pytest.raises(DataError, match=r"org/beans cannot be loaded: Couldn't reach.*check the network"):
         HuggingFace("org/beans", "small", revision="v1")
     assert asked == [(("org/beans", "small"), {"revision": "v1", "trust_remote_code": False})]
 
@@ -419,7 +426,7 @@ def test_a_package_that_torchvision_lacks_is_named() -> None:
     def needs() -> vision.VisionDataset:
         raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
 
-    with pytest.raises(DataError, match="needs a package.*pip install h5py"):
+    with pytest.raises(DataError, match=r"needs a package.*pip install h5py"):
         Torchvision(needs)
 
 
