@@ -146,7 +146,11 @@ class HuggingFace(Published):
                 self._images[split] = plain.select_columns(image).cast_column(image, datasets.Image(decode=False))
                 labels = plain.select_columns(label)[:][label]
             except Exception as error:  # those of pyarrow and of datasets have no base of their own
-                raise DataError(f"data.source: {split} of {path} has not the columns of train: {error}") from error
+                what = " ".join(str(error).split()).rstrip(".")
+                raise DataError(
+                    f"data.source: {split} of {path}: {image!r} and {label!r} cannot be taken for images and labels: "
+                    f"{what}. Name other columns with data.source.image and data.source.label."
+                ) from error
             if table.features[label] != features[label]:
                 raise DataError(
                     f"data.source: {split} of {path} numbers the classes in {label!r} otherwise than train."

@@ -369,6 +369,7 @@ def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
         ({"label": "knd"}, "no column 'knd'. Did you mean 'kind'"),
         ({"image": "pic"}, "no column 'pic'"),
         ({"label": "weight"}, "words or whole numbers"),
+        ({"image": "number", "label": "kind"}, "'number' and 'kind' cannot be taken for images and labels"),
         ({}, "no column could be the label"),
     ],
 )
