@@ -25,8 +25,12 @@ PLAINER = (
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r".*Multiple subclasses with name (\w+).*", r"several classes are called \1: give the whole path of one"),
     (r".*the following arguments are required: (.*)", r"it needs \1"),
+    (r"Import path (\S+ )?does not correspond to a subclass of (Source|VisionDataset)$", ""),  # either will do
+    (r"Problem with given class_path '\S+':$", ""),
+    (r"Expected '(\S+)' to be a subclass of ([\w |]+).*", r"\1 is no \2."),
     (r"Expected a path but (\S+) either not accessible or invalid.*", r"there is no class \1."),
     (r"\.? ?Got value: (Namespace|None).*", "."),
+    (r"(Got value: \S+)\.$", r"\1"),
     (r"Expected a dot import path string: .*", ""),
     (r"Expected an? ", "expected "),
     (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
@@ -71,8 +75,9 @@ def _plain(message: str) -> str:
             line = re.sub(pattern, plainer, line).strip()
         if line:
             lines.append(line)
-    if any(line.startswith("several classes") for line in lines):
-        lines = [line for line in lines if not line.startswith("there is no class")]
+    others = [line for line in lines if not line.startswith("there is no class")]
+    if any(line.startswith("several classes") or " is no " in line for line in others):
+        lines = others
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
     before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
     return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

@@ -5,28 +5,35 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.datasets import VisionDataset
 
 from project.data.dataset import Images, NamedImages
 from project.data.facts import Facts, Index
 from project.data.images import list_images
 from project.data.manifest import TABLES, Manifest
 from project.data.order import EpochSampler, Order
+from project.data.published import Torchvision
 from project.data.samples import Sample, Source, some
 from project.data.sources import Files, Folder
 from project.data.splits import parse_fold, split
 from project.data.transforms import Augment, Mix, Transform, evaluation, training
+from project.data.vision import kind_of
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
 from project.preprocessing import Preprocessing
 from project.terminal import counting, say
+
+#: What the parser makes of a class named as ``source`` is a factory, the first of these: an error of a class that it
+#: made itself would come with those of all the other types.
+Given: TypeAlias = Callable[[], Source | VisionDataset] | Source | VisionDataset
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -38,7 +45,8 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``; or a table of them, CSV, TSV or
             Parquet, with columns path, label and, if you like, split and group.
-        source: Another source of labelled images, such as ``project.data.sources.Digits``; in place of ``root``.
+        source: Another source of labelled images, in place of ``root``: ``project.data.sources.Digits``, a data set of
+            torchvision such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
         predict: An image, or a folder of images at any depth, to predict.
         batch_size: Images a batch.
         num_workers: Processes that read images; by default one fewer than there are cores, one at least, eight at most.
@@ -62,7 +70,7 @@ class ImageDataModule(pl.LightningDataModule):
     def __init__(
         self,
         root: str | None = None,
-        source: Source | None = None,
+        source: Given | None = None,
         predict: str | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
@@ -88,7 +96,7 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.num_workers has to be at least 0, not {num_workers}.")
         if min(mixup, cutmix) < 0:
             raise ConfigError("data.mixup and data.cutmix have to be at least 0.")
-        self.source = _opened(root) if root is not None else source
+        self.source = _opened(root if root is not None else source)
         self.name = self.source.name if self.source else "data"
         self.predict_path = predict
         self.batch_size = batch_size
@@ -273,6 +281,11 @@ def _run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def _opened(root: str) -> Source:
-    table = Path(root).suffix.lower() in TABLES and not Path(root).is_dir()
-    return Manifest(root) if table else Folder(root)
+def _opened(given: str | Given | None) -> Source | None:
+    if given is None or isinstance(given, Source):
+        return given
+    if not isinstance(given, str):
+        kind = None if isinstance(given, VisionDataset) else kind_of(given)
+        return given() if isinstance(kind, type) and issubclass(kind, Source) else Torchvision(given)
+    table = Path(given).suffix.lower() in TABLES and not Path(given).is_dir()
+    return Manifest(given) if table else Folder(given)
