@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -131,7 +132,9 @@ class FeatureCache(pl.Callback):
         if data.augment != "none":
             without = "" if names else ", so nothing is augmented: raise features.views"
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {data.augment}{without}")
-        images = list({image.key: image for view in [*views, *plain] for image in view}.values())
+        # All views of an image come together, so that what it is read from is passed over once.
+        ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
+        images = list({image.key: image for image in ordered}.values())
 
         def calibration() -> torch.Tensor:
             return torch.stack([load_image(source, image) for image in views[0][:: -(-len(train) // CALIBRATION)]])

@@ -83,6 +83,10 @@ class Source(ABC):
         """What changes whenever :meth:`content` does, told without reading it; ``None`` where nothing does."""
         return None
 
+    def digest(self, sample: Sample) -> bytes | None:
+        """SHA-256 of :meth:`content`, where it is known without reading it."""
+        return None
+
     def read(self, sample: Sample, enough: int = 0) -> Image.Image:
         """Read the image of a sample, in RGB: :meth:`content`, then :meth:`decode`."""
         return self.decode(self.content(sample), sample, enough)
