@@ -144,6 +144,19 @@ class TransferCLI(LightningCLI):
         defaults = hyper_parameters(self._checkpoint, path)
         self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in defaults.items()})
 
+    def instantiate_classes(self) -> None:
+        """Bring out a mistake that a source of data has found, which the parser takes for one of its own.
+
+        Raises:
+            ProjectError: What the source has said.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, ProjectError):
+                raise error.__cause__ from None
+            raise
+
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.
 

@@ -13,7 +13,7 @@ import numpy as np
 from project.data.remote import Windows, expand
 from project.data.samples import Finding, Sample, some
 from project.data.sources import Files, class_findings, similar_names
-from project.data.tars import Contents, Indexer
+from project.data.tars import ROW, Contents, Indexer
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
 from project.terminal import counting, say
@@ -43,7 +43,7 @@ class Shards(Files):
 
     Raises:
         ConfigError: A pattern is wrong.
-        DataError: A shard is missing, damaged, cut off or compressed, or a package is missing.
+        DataError: A package is missing, or nothing matches a pattern.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Shards(Files):
         self._windows = Windows()
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
         indexer = Indexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
-        contents = _contents(indexer, self._urls)
+        contents, bad = _contents(indexer, self._urls)
         self._starts = np.cumsum([0, *(len(one.rows) for one in contents)])
         self._rows = np.concatenate([one.rows for one in contents])
         self.classes = tuple(classes or _classes({label for one in contents for label in one.labels}))
-        self._fill(urls, contents)
+        self._fill(urls, contents, bad)
 
-    def _fill(self, urls: dict[str, list[str]], contents: Sequence[Contents]) -> None:
+    def _fill(self, urls: dict[str, list[str]], contents: Sequence[Contents], bad: Iterable[Finding]) -> None:
         """Make the samples and the findings."""
         index = {name: number for number, name in enumerate(self.classes)}
         left_out: dict[str, list[str]] = defaultdict(list)
@@ -101,6 +101,7 @@ class Shards(Files):
                     number += 1
         self.splits = splits
         self.findings = (
+            *bad,
             *_findings(left_out, unknown, self.classes),
             *class_findings("data.source", self.classes, splits),
             *similar_names(self.classes),
@@ -128,8 +129,11 @@ class Shards(Files):
         return int(sample.name.rpartition("#")[2])
 
 
-def _contents(indexer: Indexer, urls: Sequence[str]) -> list[Contents]:
-    """What is in all shards: of those that are known, what is kept; the others are read, each once."""
+NOTHING = Contents(np.zeros(0, ROW), [], [], {})
+
+
+def _contents(indexer: Indexer, urls: Sequence[str]) -> tuple[list[Contents], list[Finding]]:
+    """What is in each shard: what is kept, if it is known; or else it is read, once. And which cannot be."""
     with ThreadPoolExecutor(ASKED) as pool:
         known = dict(zip(urls, pool.map(indexer.kept, urls), strict=True))
     lacking = [url for url in urls if known[url] is None]
@@ -137,28 +141,29 @@ def _contents(indexer: Indexer, urls: Sequence[str]) -> list[Contents]:
         say(f"Shards: {len(lacking)} of {len(urls)} are read once, to find what is in them")
     # Processes that torchrun or a cluster has started begin at shards of their own, and find what others have kept.
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    at = len(lacking) * rank // max(size, 1)
+    at = len(lacking) * rank // size
+    findings: dict[str, Finding] = {}
     refusals: list[OSError] = []
 
     def read(url: str) -> Contents:
-        found = indexer.kept(url) if size > 1 else None
-        if found is None:
-            found, refusal = indexer.read(url)
-            refusals.extend([refusal] if refusal else [])
-        return found
+        try:
+            found = indexer.kept(url) if size > 1 else None
+            if found is None:
+                found, refusal = indexer.read(url)
+                refusals.extend([refusal] if refusal else [])
+            return found
+        except DataError as error:
+            findings[url] = Finding("refused", "bad shard", str(error), (url,))
+            return NOTHING
 
     with counting("Shards") as show, ThreadPoolExecutor(cores()) as pool:
         turn = lacking[at:] + lacking[:at]
-        try:
-            for done, (url, found) in enumerate(zip(turn, pool.map(read, turn), strict=True), 1):
-                known[url] = found
-                show(done, len(turn))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first bad shard is told at once
-            raise
+        for done, (url, found) in enumerate(zip(turn, pool.map(read, turn), strict=True), 1):
+            known[url] = found
+            show(done, len(turn))
     if refusals:
         say(f"Shards: what was found is not kept, and has to be found again in each run: {refusals[0]}")
-    return [found for found in (known[url] for url in urls) if found is not None]
+    return [known[url] or NOTHING for url in urls], [findings[url] for url in urls if url in findings]
 
 
 def _classes(labels: Iterable[str]) -> list[str]:

@@ -80,17 +80,13 @@ class Indexer:
     folder: Path
 
     def kept(self, url: str) -> Contents | None:
-        """What is known of a shard as it is now.
-
-        Raises:
-            DataError: There is no such shard.
-        """
-        mark = stamp(url)
-        if mark is None:  # it may have changed
-            return None
+        """What is known of a shard as it is now; nothing of one that cannot be asked for, which reading it will tell."""
         try:
+            mark = stamp(url)
+            if mark is None:  # it may have changed
+                return None
             return Contents.unpack(self._file(url).read_bytes(), self._mark(mark))
-        except OSError:  # mostly there is none yet; any other reason will come back when one is written
+        except (DataError, OSError):  # OSError: mostly none is kept yet; another reason comes back when one is written
             return None
 
     def read(self, url: str) -> tuple[Contents, OSError | None]:
