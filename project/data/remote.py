@@ -7,14 +7,17 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from project.errors import ConfigError, DataError, ProjectError
+from project.machine import cores
 
 WINDOW = 8 * 2**20  # bytes that are read ahead at a time
-HELD = 8  # windows
+HELD = max(8, cores())  # windows: each thread may be in one of its own
+GAP = 2**16  # bytes and an image's own size: most that lies between two images that follow one another
+AT_ONCE = 32  # requests for what is expected
 RECENT = 64  # reads that are remembered, so that those of several threads are still seen to be in order
 
 #: What tells in fsspec's information on a file that it has changed, in the words of one store or another.
@@ -110,20 +113,32 @@ def stamp(url: str) -> str | None:
     return " ".join([f"size={told.get('size')}", *marks]) if marks else None
 
 
-class Windows:
-    """Parts of files; where they are asked for in order, they are read ahead in large pieces.
+Part = tuple[str, int, int]
+"""Bytes of a file: its URL, where they begin, and where they end."""
 
-    A request to an object store takes as long for one image as for many. Where reads jump about, each is of what is
-    asked for alone. Local files are left to the page cache. Safe to call from several threads.
+
+class Parts:
+    """Parts of files, from stores where a request takes as long for one image as for many.
+
+    What is asked for in order is read ahead, in large pieces. Where reads jump about, each is of what is asked for
+    alone, and those that are expected are under way all at once. Local files are left to the page cache. Safe to call
+    from several threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._recent: deque[tuple[str, int]] = deque(maxlen=RECENT)
+        self._expected: dict[Part, Future[bytes]] = {}
 
-    def __reduce__(self) -> tuple[type[Windows], tuple[()]]:
-        return Windows, ()  # in another process it begins with none
+    def __reduce__(self) -> tuple[type[Parts], tuple[()]]:
+        return Parts, ()  # in another process it begins with none
+
+    def expect(self, parts: Iterable[Part]) -> None:
+        """Begin to read what is asked for next; what was expected before is forgotten."""
+        pool = ThreadPoolExecutor(AT_ONCE)
+        self._expected = {part: pool.submit(_fetch, *part) for part in parts if not _is_local(part[0])}
+        pool.shutdown(wait=False)
 
     def read(self, url: str, begin: int, end: int) -> bytes:
         """The bytes of a file from ``begin`` to before ``end``; fewer where it ends sooner.
@@ -131,17 +146,19 @@ class Windows:
         Raises:
             DataError: It cannot be read.
         """
+        expected = self._expected.get((url, begin, end))
         with reading(url):
-            files, path = located(url)
-            if "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
-                return bytes(files.cat_file(path, begin, end))
+            if expected is not None:
+                return expected.result()
+            if _is_local(url):
+                return _fetch(url, begin, end)
             numbers = range(begin // WINDOW, -(-end // WINDOW))
             with self._lock:
-                ordered = any(other == url and 0 <= begin - at <= WINDOW for other, at in self._recent)
+                ordered = any(other == url and 0 <= begin - at <= GAP + end - begin for other, at in self._recent)
                 ordered = ordered or all((url, number) in self._held for number in numbers)
                 self._recent.append((url, end))
             if not ordered:
-                return bytes(files.cat_file(path, begin, end))
+                return _fetch(url, begin, end)
             whole = b"".join(self._window(url, number) for number in numbers)
             first = numbers.start * WINDOW
             return whole[begin - first : end - first]
@@ -157,10 +174,19 @@ class Windows:
                 self._held.popitem(last=False)
         if mine:
             try:
-                files, path = located(url)
-                future.set_result(bytes(files.cat_file(path, number * WINDOW, (number + 1) * WINDOW)))
+                future.set_result(_fetch(url, number * WINDOW, (number + 1) * WINDOW))
             except BaseException as error:
                 with self._lock:
                     self._held.pop(key, None)  # who asks again tries again
                 future.set_exception(error)
         return future.result()
+
+
+def _fetch(url: str, begin: int, end: int) -> bytes:
+    files, path = located(url)
+    return bytes(files.cat_file(path, begin, end))
+
+
+def _is_local(url: str) -> bool:
+    protocol = located(url)[0].protocol
+    return "file" in (protocol if isinstance(protocol, tuple) else (protocol,))

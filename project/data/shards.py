@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from project.data.remote import Windows, expand
+from project.data.remote import Part, Parts, expand
 from project.data.samples import Finding, Sample, some
 from project.data.sources import Files, class_findings, similar_names
 from project.data.tars import ROW, Contents, Indexer
@@ -69,7 +69,7 @@ class Shards(Files):
         if twice:
             raise ConfigError(f"data.source: {some(twice)} are named twice. A shard is of one split.")
         self.name = PurePosixPath(self._urls[0].rpartition("::")[2]).parent.name or "shards"
-        self._windows = Windows()
+        self._parts = Parts()
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
         indexer = Indexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
         contents, bad = _contents(indexer, self._urls)
@@ -109,13 +109,15 @@ class Shards(Files):
 
     def content(self, sample: Sample) -> bytes:
         """Read an image's bytes out of its shard; a :class:`~project.errors.DataError` names one that cannot be."""
-        row = self._row(sample)
-        url = self._urls[int(np.searchsorted(self._starts, row, side="right")) - 1]
-        begin, size = int(self._rows["offset"][row]), int(self._rows["size"][row])
-        content = self._windows.read(url, begin, begin + size)
-        if len(content) != size:
+        url, begin, end = self._part(sample)
+        content = self._parts.read(url, begin, end)
+        if len(content) != end - begin:
             raise DataError(f"{sample.name} ends too soon: its shard was changed since it was indexed. Run again.")
         return content
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Begin to read images that are not on this machine, all at once."""
+        self._parts.expect(map(self._part, samples))
 
     def digest(self, sample: Sample) -> bytes:
         """What the index has."""
@@ -123,6 +125,12 @@ class Shards(Files):
 
     def stamp(self, sample: Sample) -> None:
         """None is needed, as the digest is known."""
+
+    def _part(self, sample: Sample) -> Part:
+        row = self._row(sample)
+        url = self._urls[int(np.searchsorted(self._starts, row, side="right")) - 1]
+        begin = int(self._rows["offset"][row])
+        return url, begin, begin + int(self._rows["size"][row])
 
     @staticmethod
     def _row(sample: Sample) -> int:

@@ -80,7 +80,7 @@ class Indexer:
     folder: Path
 
     def kept(self, url: str) -> Contents | None:
-        """What is known of a shard as it is now; nothing of one that cannot be asked for, which reading it will tell."""
+        """What is known of a shard as it is now; nothing of one that cannot be had, as reading it will tell."""
         try:
             mark = stamp(url)
             if mark is None:  # it may have changed

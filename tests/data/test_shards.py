@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import tarfile
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from project.data import remote
+from project.data.datamodule import ImageDataModule
 from project.data.samples import Source
 from project.data.shards import Shards
 from project.data.sources import Files, Folder
+from project.data.tars import Indexer
 from project.errors import ConfigError, DataError
 from project.features.extract import digest_all, views_of
 from project.features.ranks import Ranks
 from project.machine import cache_folder
+from project.preprocessing import Preprocessing
 
 Members = Sequence[tuple[str, bytes]]
 
@@ -212,6 +216,28 @@ def test_a_changed_shard_alone_is_read_again(shards: str, opened: Counter[str]) 
     Path("shards/1.tar").write_bytes(tar(samples(20, 24)))
     check(Shards(shards), "train", [0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11])
     assert opened == {"0.tar": 1, "1.tar": 2, "2.tar": 1}
+
+
+def test_processes_begin_at_shards_of_their_own_and_find_what_others_have_kept(
+    shards: str, opened: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    real = Indexer.read
+
+    def read(self: Indexer, url: str) -> Any:
+        order.append(Path(url).name)
+        if len(order) == 1:  # meanwhile, the other process
+            monkeypatch.setenv("RANK", "0")
+            Shards("shards/0.tar")
+        return real(self, url)
+
+    monkeypatch.setattr(Indexer, "read", read)
+    monkeypatch.setattr("project.data.shards.cores", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(Shards(shards), "train", range(12))
+    assert order == ["1.tar", "0.tar", "2.tar"]
+    assert opened.total() == 3
 
 
 def test_another_label_is_read_anew(shards: str, opened: Counter[str]) -> None:
@@ -426,31 +452,62 @@ def test_an_image_takes_few_bytes_of_memory(here: Path) -> None:
     assert held / count < 300
 
 
-class Remote:
-    """Counts what is asked of a file system in memory."""
+@pytest.fixture
+def asked(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Which bytes of files in memory are asked for; windows are small."""
+    parts: list[tuple[int, int]] = []
+    real = MemoryFileSystem.cat_file
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[tuple[int, int]] = []
-        real = MemoryFileSystem.cat_file
+    def cat_file(files: Any, path: str, start: int, end: int) -> bytes:
+        parts.append((start, end))
+        return bytes(real(files, path, start, end))
 
-        def cat_file(files: Any, path: str, start: int, end: int) -> bytes:
-            self.asked.append((start, end))
-            return bytes(real(files, path, start, end))
-
-        monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-        monkeypatch.setattr(remote, "WINDOW", 4096)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(remote, "WINDOW", 4096)
+    monkeypatch.setattr(remote, "GAP", 2048)
+    return parts
 
 
-def test_what_is_read_in_order_is_read_ahead(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_in_order_is_read_ahead(memory: MemoryFileSystem, asked: list[tuple[int, int]]) -> None:
     whole = tar(samples(0, 100))
     memory.pipe("/b/a.tar", whole)
     source = Shards("memory://b/a.tar")
-    asked = Remote(monkeypatch).asked
-    with ThreadPoolExecutor(4) as pool:
-        contents = list(pool.map(source.content, source.splits["train"]))
-    assert contents == [png(n) for n in range(100)]
-    assert len(asked) <= len(whole) // 4096 + 8, "a request for a window, not for an image"
     asked.clear()
-    jumping = source.splits["train"][::-17]
-    assert [source.content(sample) for sample in jumping] == [png(n) for n in range(99, -1, -17)]
-    assert max(end - start for start, end in asked) == max(len(png(n)) for n in range(99, -1, -17)) or len(asked) <= 6
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.content, source.splits["train"])) == [png(n) for n in range(100)]
+    assert len(asked) <= len(whole) // 4096 + 8, "a request a window, not an image"
+    asked.clear()
+    source = pickle.loads(pickle.dumps(source))
+    assert [source.content(sample) for sample in source.splits["train"][::-17]] == [png(n) for n in range(99, -1, -17)]
+    assert [end - begin for begin, end in asked] == [len(png(n)) for n in range(99, -1, -17)], "what jumps is not"
+
+
+def test_a_window_that_cannot_be_read_is_asked_for_again(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/b/a.tar", tar(samples(0, 4)))
+    source = Shards("memory://b/a.tar")
+    first, second, *_ = source.splits["train"]
+    source.content(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cat_file", lambda *arguments: 1 / 0)
+        with pytest.raises(DataError, match=r"memory://b/a.tar cannot be read: division by zero"):
+            source.content(second)
+    assert source.content(second) == png(1)
+
+
+def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe("/b/a.tar", tar(samples(0, 8)))
+    data = ImageDataModule(source=Shards("memory://b/a.tar"), batch_size=8, num_workers=0, val_fraction=0)
+    data.preprocessing = Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    together = threading.Barrier(8)
+    real = MemoryFileSystem.cat_file
+
+    def cat_file(files: Any, path: str, start: int, end: int) -> bytes:
+        together.wait(10)  # breaks unless all eight come
+        return bytes(real(files, path, start, end))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    ((images, labels),) = data.train_dataloader()
+    assert images.shape == (8, 3, 16, 16)
+    assert sorted(labels.tolist()) == [0] * 4 + [1] * 4

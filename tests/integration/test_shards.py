@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 
@@ -140,11 +141,12 @@ def test_a_truncated_shard_ends_a_fit_with_its_name(config: Path, packed: Path, 
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [("none/*.tar", "nothing matches none/*.tar"), ("gs://a/b.tar", "gs://a/b.tar needs another package. Please inst")],
+    [("none/*.tar", "nothing matches none/*.tar"), ("absent://a.tar", "absent://a.tar needs another package. Get it.")],
 )
 def test_shards_that_cannot_be_had_are_a_mistake(
     pattern: str, said: str, here: Path, refused: Callable[[int], str]
 ) -> None:
+    fsspec.register_implementation("absent", "no_such_package.Files", clobber=True, errtxt="Get it")
     source = ["--data.source", "project.data.shards.Shards", "--data.source.train", pattern]
     assert said in refused(main(["fit", *SMALL, *source]))
 
