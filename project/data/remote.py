@@ -113,6 +113,19 @@ def stamp(url: str) -> str | None:
     return " ".join([f"size={told.get('size')}", *marks]) if marks else None
 
 
+def fetch(url: str, begin: int, end: int) -> bytes:
+    """The bytes of a file from ``begin`` to before ``end``; fewer where it ends sooner.
+
+    Raises:
+        DataError: Its store gives whole files only. Whatever else goes wrong is raised as the store's client has it.
+    """
+    files, path = located(url)
+    content = bytes(files.cat_file(path, begin, end))
+    if len(content) > end - begin:
+        raise DataError(f"data.source: the server of {url} gives no parts of files. Copy the shards to one that does.")
+    return content
+
+
 Part = tuple[str, int, int]
 """Bytes of a file: its URL, where they begin, and where they end."""
 
@@ -137,7 +150,7 @@ class Parts:
     def expect(self, parts: Iterable[Part]) -> None:
         """Begin to read what is asked for next; what was expected before is forgotten."""
         pool = ThreadPoolExecutor(AT_ONCE)
-        self._expected = {part: pool.submit(_fetch, *part) for part in parts if not _is_local(part[0])}
+        self._expected = {part: pool.submit(fetch, *part) for part in parts if not _is_local(part[0])}
         pool.shutdown(wait=False)
 
     def read(self, url: str, begin: int, end: int) -> bytes:
@@ -151,14 +164,14 @@ class Parts:
             if expected is not None:
                 return expected.result()
             if _is_local(url):
-                return _fetch(url, begin, end)
+                return fetch(url, begin, end)
             numbers = range(begin // WINDOW, -(-end // WINDOW))
             with self._lock:
                 ordered = any(other == url and 0 <= begin - at <= GAP + end - begin for other, at in self._recent)
                 ordered = ordered or all((url, number) in self._held for number in numbers)
                 self._recent.append((url, end))
             if not ordered:
-                return _fetch(url, begin, end)
+                return fetch(url, begin, end)
             whole = b"".join(self._window(url, number) for number in numbers)
             first = numbers.start * WINDOW
             return whole[begin - first : end - first]
@@ -174,17 +187,12 @@ class Parts:
                 self._held.popitem(last=False)
         if mine:
             try:
-                future.set_result(_fetch(url, number * WINDOW, (number + 1) * WINDOW))
+                future.set_result(fetch(url, number * WINDOW, (number + 1) * WINDOW))
             except BaseException as error:
                 with self._lock:
                     self._held.pop(key, None)  # who asks again tries again
                 future.set_exception(error)
         return future.result()
-
-
-def _fetch(url: str, begin: int, end: int) -> bytes:
-    files, path = located(url)
-    return bytes(files.cat_file(path, begin, end))
 
 
 def _is_local(url: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from project.data.remote import located, reading, stamp
+from project.data.remote import fetch, located, reading, stamp
 from project.errors import DataError
 
 VERSION = 1  # of what is kept
@@ -192,7 +192,7 @@ class Indexer:
                     yield {"fname": member.name, "data": content, "__url__": url}
                 end = tar.offset
         except tarfile.TarError as error:
-            packing = self._packing(files.cat_file(path, 0, 8))
+            packing = self._packing(fetch(url, 0, 8))
             if packing:
                 raise DataError(
                     f"data.source: {url} is compressed ({packing}), so that no image can be read by its place in it. "
@@ -202,12 +202,12 @@ class Indexer:
                 f"data.source: {url} is damaged or cut off after {last}: {error}. Fetch it anew."
             ) from error
         # Damage behind the first member, and a file that was cut between two, look like the end to tarfile.
-        if bytes(files.cat_file(path, end, end + tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+        if fetch(url, end, end + tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"data.source: {url} is damaged or cut off after {last}: there is no end. Fetch it anew.")
 
     @staticmethod
     def _packing(beginning: bytes) -> str | None:
-        return next((name for magic, name in PACKED.items() if bytes(beginning).startswith(magic)), None)
+        return next((name for magic, name in PACKED.items() if beginning.startswith(magic)), None)
 
 
 def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:

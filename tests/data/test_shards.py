@@ -27,6 +27,7 @@ from project.data.samples import Source
 from project.data.shards import Shards
 from project.data.sources import Files, Folder
 from project.data.tars import Indexer
+from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
 from project.features.extract import digest_all, views_of
 from project.features.ranks import Ranks
@@ -386,13 +387,11 @@ def test_rows_of_a_folder_are_those_of_its_shards(here: Path) -> None:
         (here / f"photos/{n}").mkdir(parents=True)
         (here / f"photos/{n}/a.png").write_bytes(png(n))
     (here / "a.tar").write_bytes(tar(samples(0, 2)))
-    keys = [
-        [
-            image.key
-            for image in views_of(source, source.splits["train"], all_digests(source), lambda image: image, [""])[0]
-        ]
-        for source in (Folder("photos"), Shards("a.tar"))
-    ]
+    transform = evaluation(Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    keys = []
+    for source in (Folder("photos"), Shards("a.tar")):
+        (images,) = views_of(source, source.splits["train"], all_digests(source), transform, [""])
+        keys.append([image.key for image in images])
     assert keys[0] == keys[1]
 
 
@@ -494,6 +493,15 @@ def test_a_window_that_cannot_be_read_is_asked_for_again(
         with pytest.raises(DataError, match=r"memory://b/a.tar cannot be read: division by zero"):
             source.content(second)
     assert source.content(second) == png(1)
+
+
+def test_a_server_that_gives_whole_files_only_is_told(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/b/a.tar", tar(samples(0, 4)))
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda files, path, *part: files.store[path].getvalue())
+    with pytest.raises(DataError, match=r"the server of memory://b/a.tar gives no parts of files"):
+        Shards("memory://b/a.tar").require()
 
 
 def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
