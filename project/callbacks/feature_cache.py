@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,7 +125,9 @@ class FeatureCache(pl.Callback):
             without = "" if names else ", so nothing is augmented: raise features.views"
             augment = data.augment if isinstance(data.augment, str) else "of transforms"
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
-        images = list({image.key: image for view in [*views, *plain] for image in view}.values())
+        # All views of an image come together, so that what it is read from is passed over once.
+        ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
+        images = list({image.key: image for image in ordered}.values())
 
         supplied, engines = self.supply.have(trainer, module, source, images, views[0])
         rows = Rows(supplied.found, memory(device) // ranks.size, device)

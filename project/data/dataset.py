@@ -42,6 +42,11 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         with Drawn(int.from_bytes(drawn[:8], "little", signed=True)):
             return self._transform(image), sample.label
 
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """The items of a batch."""
+        self._source.expect([self.samples[number % len(self)] for number in numbers])
+        return [self[number] for number in numbers]
+
 
 class NamedImages(Images):
     """Items are an image, uint8 ``(3, H, W)``, and its name."""

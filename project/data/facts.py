@@ -230,6 +230,6 @@ def _path(sample: Sample) -> str:
 
 def _digest(source: Source, sample: Sample) -> bytes:
     try:
-        return hashlib.sha256(source.content(sample)).digest()
+        return source.digest(sample) or hashlib.sha256(source.content(sample)).digest()
     except DataError:
         return b""  # examine() will say why

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from project.data.samples import SPLITS, Finding, Sample, some
-from project.data.sources import Files, similar_names
+from project.data.sources import Files, class_findings, similar_names
 from project.errors import DataError
 
 
@@ -58,24 +58,8 @@ class Manifest(Files):
         for name, label, split, group in entries:
             splits.setdefault(split, []).append(Sample(name, index[label], group))
         self.splits = splits
-        self.findings = (*findings, *self._class_findings(file), *similar_names(self.classes))
-
-    def _class_findings(self, file: Path) -> Iterator[Finding]:
-        here = {split: {sample.label for sample in samples} for split, samples in self.splits.items()}
-        if not self.splits["train"]:
-            yield Finding("refused", "no train", f"data.root: {file} has no row for train.")
-            return
-        if len(self.classes) < 2:
-            yield Finding("refused", "one class", f"data.root: {file} has one label only, {self.classes[0]!r}.")
-        strange = [name for number, name in enumerate(self.classes) if number not in here["train"]]
-        if strange:
-            text = f"data.root: {file}: no row of train has the label {some(strange)}, so nothing could learn it."
-            yield Finding("refused", "class in one split", text)
-        for split in here.keys() - {"train"}:
-            lacking = [name for number, name in enumerate(self.classes) if number not in here[split]]
-            if lacking:
-                text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
-                yield Finding("problem", "class in one split", text)
+        listed = class_findings(f"data.root: {file}", self.classes, splits)
+        self.findings = (*findings, *listed, *similar_names(self.classes))
 
 
 COLUMNS = ("path", "label", "split", "group")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from PIL import Image
@@ -82,6 +82,13 @@ class Source(ABC):
     def stamp(self, sample: Sample) -> str | None:
         """What changes whenever :meth:`content` does, told without reading it; ``None`` where nothing does."""
         return None
+
+    def digest(self, sample: Sample) -> bytes | None:
+        """SHA-256 of :meth:`content`, where it is known without reading it."""
+        return None
+
+    def expect(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources have nothing to do
+        """Be told which samples are read next, for a source whose reads are better under way all at once."""
 
     def read(self, sample: Sample, enough: int = 0) -> Image.Image:
         """Read the image of a sample, in RGB: :meth:`content`, then :meth:`decode`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -123,6 +123,35 @@ def _file_findings(top: Path, listings: Mapping[str, Mapping[str, Listing]]) -> 
         text = f"{len(others)} files have no name of an image that can be read, and are left out: "
         text += ", ".join(f"{count} {kind}" for kind, count in kinds)
         yield Finding("note", "other files", text, tuple(map(str, others)))
+
+
+def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
+    """Classes that cannot be learnt, or not be measured, of data that lists its labels.
+
+    Args:
+        where: What names the data, for the message.
+        classes: All of them.
+        splits: Samples by split, ``train`` among them.
+    """
+    here = {split: {sample.label for sample in samples} for split, samples in splits.items()}
+    if not splits["train"]:
+        yield Finding("refused", "no train", f"{where} has no image for train.")
+        return
+    if len(classes) < 2:
+        yield Finding("refused", "one class", f"{where} has one label only, {classes[0]!r}.")
+    everywhere = set().union(*here.values())
+    unlearnt = [classes[number] for number in sorted(everywhere - here["train"])]
+    if unlearnt:
+        text = f"{where}: no image of train has the label {some(unlearnt)}, so nothing could learn it."
+        yield Finding("refused", "class in one split", text)
+    unseen = [name for number, name in enumerate(classes) if number not in everywhere]
+    if unseen:
+        yield Finding("problem", "empty class", f"{where}: no image has the label {some(unseen)}.")
+    for split in here.keys() - {"train"}:
+        lacking = [name for number, name in enumerate(classes) if number not in here[split]]
+        if lacking:
+            text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
+            yield Finding("problem", "class in one split", text)
 
 
 def similar_names(classes: Iterable[str]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,19 +46,23 @@ class Image:
 
 
 def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> list[bytes]:
-    """SHA-256 of the bytes that each sample's image is made from, each read by one process.
+    """SHA-256 of the bytes that each sample's image is made from; those that the source does not know are read.
+
+    Each is read by one process, in order.
 
     Raises:
         DataError: A file cannot be read.
     """
+    digests = [source.digest(sample) or b"" for sample in samples]
+    unknown = [at for at, digest in enumerate(digests) if not digest]
     mine: list[bytes] = []
     with ranks.together(), ThreadPoolExecutor(cores()) as pool:
-        part = samples[ranks.rank :: ranks.size]
+        part = [samples[at] for at in unknown[ranks.part(len(unknown))]]
         for at in range(0, len(part), 4096):  # a pool holds all that it is given at once
             mine += pool.map(lambda sample: hashlib.sha256(source.content(sample)).digest(), part[at : at + 4096])
-    digests = [b""] * len(samples)
-    for rank, part_of in enumerate(ranks.gather(mine)):
-        digests[rank :: ranks.size] = part_of
+    read = itertools.chain.from_iterable(ranks.gather(mine))
+    for at, digest in zip(unknown, read, strict=True):
+        digests[at] = digest
     return digests
 
 

@@ -26,6 +26,10 @@ class Ranks:
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
 
+    def part(self, count: int) -> slice:
+        """This process's part of so many items: what lies together is read by one process."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes; each waits for the others here."""
         if self.size == 1:

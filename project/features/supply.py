@@ -120,7 +120,7 @@ def supply(
             ranks.gather(None)  # nobody writes before all have looked
             computed = len(missing)
             with ranks.together():
-                mine = [images[i] for i in missing[ranks.rank :: ranks.size]]
+                mine = [images[i] for i in missing[ranks.part(len(missing))]]
                 progress.begins(option, reason, computed, len(mine))
                 if mine:
                     first = torch.stack([load_image(source, mine[0])])

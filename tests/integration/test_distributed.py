@@ -68,13 +68,13 @@ def test_each_image_is_computed_once_and_both_processes_train(ddp: Ddp, album: P
 
 
 @pytest.mark.parametrize(
-    ("engine", "number"),
-    [("torch", 1), ("auto", 0)],
+    ("engine", "image"),
+    [("torch", "val/red/3"), ("auto", "train/blue/0")],  # the last, and the first
     ids=["met by process 1", "met while engines are measured"],
 )
-def test_an_unreadable_image_ends_all_processes_with_its_name(engine: str, number: int, ddp: Ddp, album: Path) -> None:
-    bad = album / f"train/blue/{number}.png"
+def test_an_unreadable_image_ends_all_processes_with_its_name(engine: str, image: str, ddp: Ddp, album: Path) -> None:
+    bad = album / f"{image}.png"
     bad.write_bytes(bad.read_bytes()[:1000])
     code, said = ddp("--data.root", "album", "--features.engine", engine)
     assert code != 0
-    assert f"album/train/blue/{number}.png" in said
+    assert f"album/{image}.png" in said
