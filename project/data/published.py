@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchvision.datasets import VisionDataset
 
 from project.data.images import decode_image, read_bytes, stamp
 from project.data.samples import SPLITS, Finding, Sample, Source, some
-from project.data.sources import similar_names
+from project.data.sources import class_findings, similar_names
 from project.data.vision import class_name, open_splits, read_item, what_is_kept
 from project.errors import DataError, nearest
 
@@ -39,28 +39,13 @@ class Published(Source):
         }
         bare = {split: len(found) - len(splits[split]) for split, found in rows.items()}
         self.splits = {split: samples for split, samples in splits.items() if samples or split == "train"}
-        self.findings = (*self.findings, *self._class_findings(bare), *similar_names(self.classes))
-
-    def _class_findings(self, bare: Mapping[str, int]) -> Iterator[Finding]:
-        for split, count in bare.items():
-            if count:
-                yield Finding("note", "no label", f"{count} images of {split} have no label, and are left out.")
-        here = {split: {sample.label for sample in samples} for split, samples in self.splits.items()}
-        if not here["train"]:
-            yield Finding("refused", "no train", f"data.source: {self.name} has no labelled images to train on.")
-            return
-        if len(self.classes) == 1:
-            text = f"data.source: {self.name} has one class only, {self.classes[0]!r}; two are needed."
-            yield Finding("refused", "one class", text)
-        for split, found in here.items():
-            strange = [self.classes[label] for label in sorted(found - here["train"])]
-            if strange:
-                text = f"data.source: {self.name} has {some(strange)} in {split} only, so nothing could learn them."
-                yield Finding("refused", "class in one split", text)
-            lacking = [self.classes[label] for label in sorted(here["train"] - found)]
-            if lacking:
-                text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
-                yield Finding("problem", "class in one split", text)
+        unlabelled = [
+            Finding("note", "no label", f"{count} images of {split} have no label, and are left out.")
+            for split, count in bare.items()
+            if count
+        ]
+        listed = class_findings(f"data.source: {self.name}", self.classes, self.splits)
+        self.findings = (*self.findings, *unlabelled, *listed, *similar_names(self.classes))
 
 
 class Torchvision(Published):

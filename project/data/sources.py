@@ -147,7 +147,7 @@ def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequ
     unseen = [name for number, name in enumerate(classes) if number not in everywhere]
     if unseen:
         yield Finding("problem", "empty class", f"{where}: no image has the label {some(unseen)}.")
-    for split in here.keys() - {"train"}:
+    for split in [split for split in here if split != "train"]:
         lacking = [name for number, name in enumerate(classes) if number not in here[split]]
         if lacking:
             text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."

@@ -226,7 +226,7 @@ def test_what_is_no_classification_set_is_refused(dataset: Any, message: str, he
 
 
 def test_one_class_alone_is_refused() -> None:
-    with pytest.raises(DataError, match="one class only, 'odd'"):
+    with pytest.raises(DataError, match="one label only, 'odd'"):
         Torchvision(functools.partial(Drawn, label=0)).require()
 
 
