@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -273,6 +274,8 @@ def main(args: Sequence[str]) -> int:
     Returns:
         Exit code: 0; 1 where ``check`` found problems; 2 after a mistake of the user's, which is told in a line or two.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from project.data.duplicates import Clusters, alike, same
+from project.data.duplicates import alike, same
 from project.data.facts import Facts
 from project.data.samples import Finding, Source, some
 from project.errors import ConfigError, DataError
@@ -73,23 +73,29 @@ class Audit:
         if path.suffix.lower() != ".csv":
             raise ConfigError(f"--fix: {path} has to end in .csv, for data.root to know it as a manifest.")
         kept = [row for row in self.rows if row[0] not in self.bad]
+        if not kept:
+            raise DataError("--fix: no image is left that could be in a manifest.")
         strangers = [name for name, *_ in kept if not Path(name).is_file()]
         if strangers:
             raise DataError(f"--fix: the images of {self.source} are not files, as a manifest needs ({strangers[0]}).")
         split = {name for _, _, name, _ in kept} != {"train"}
         columns = ["path", "label", *(["split"] if split else []), *(["group"] if any(row[3] for row in kept) else [])]
+        # A table's first spaces are skipped when it is read, unless they are quoted.
+        spaced = any(value[:1] == " " for row in kept for value in row)
+        folder = path.parent.resolve()
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
+                writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
                 writer.writerow(columns)
                 for name, label, place, group in kept:
-                    values = {"path": os.path.relpath(name, path.parent), "label": label, "split": place}
+                    values = {"path": os.path.relpath(Path(name).absolute(), folder), "label": label, "split": place}
                     writer.writerow([({**values, "group": group})[column] for column in columns])
             temporary.replace(path)
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:
             temporary.unlink(missing_ok=True)
-            raise ConfigError(f"--fix: {path} cannot be written: {error.strerror}.") from error
+            why = error.strerror if isinstance(error, OSError) else f"{error.object!r} is no UTF-8 name"
+            raise ConfigError(f"--fix: {path} cannot be written: {why}.") from error
         return len(kept)
 
 
@@ -138,15 +144,11 @@ def _unreadable(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]
 
 
 def _duplicates(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]) -> Iterator[Finding]:
-    exact, all_of = same(known), alike(known)
+    exact = same(known)
     yield from _copies("the same", exact.sets(), rows, bad)
-    representatives = _apart(exact, all_of)
-    yield from _copies("alike to the eye", representatives, rows, bad)
-
-
-def _apart(exact: Clusters, all_of: Clusters) -> list[list[int]]:
-    """Of each set of images that are alike, one of each set of those that are the same."""
-    return [[at for at in members if exact.find(at) == at] for members in all_of.sets()]
+    # Also of those that are the same to the byte, as another that is alike may be in another split.
+    seen = [members for members in alike(known).sets() if len({exact.find(at) for at in members}) > 1]
+    yield from _copies("alike to the eye", seen, rows, bad)
 
 
 #: Which copy is the better one to keep: what is trained on is left out rather than what is measured with.

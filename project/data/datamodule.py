@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -94,8 +95,9 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
         if num_workers is not None and num_workers < 0:
             raise ConfigError(f"data.num_workers has to be at least 0, not {num_workers}.")
-        if min(mixup, cutmix) < 0:
-            raise ConfigError("data.mixup and data.cutmix have to be at least 0.")
+        if any(parameter != 0 and not 0.01 <= parameter <= 100 for parameter in (mixup, cutmix)):
+            raise ConfigError("data.mixup and data.cutmix have to be 0, or from 0.01 to 100.")
+        self.root = root
         self.source = _opened(root if root is not None else source)
         self.name = self.source.name if self.source else "data"
         self.predict_path = predict
@@ -130,7 +132,15 @@ class ImageDataModule(pl.LightningDataModule):
             return {}
         self.source.require()
         found = split(self.source.splits, self.facts, *self._fractions, self._fold, self._split_seed)
-        return {name: self._readable(samples, name) for name, samples in found.items()} if self._skip else found
+        if self._skip:
+            found = {name: self._readable(samples, name) for name, samples in found.items()}
+        for number, name in enumerate(self.source.classes):
+            if all(sample.label != number for sample in found["train"]):
+                raise DataError(
+                    f"No image of class {name!r} is left to train on: all are held out, or cannot be read. "
+                    "Add images of it, or remove it."
+                )
+        return found
 
     def facts(self, samples: Sequence[Sample], source: Source | None = None) -> list[Facts]:
         """What is known of images; those not known yet are read.
@@ -171,8 +181,10 @@ class ImageDataModule(pl.LightningDataModule):
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         for name in needed:
             if not self.splits[name]:
+                if self._fold and name == "val":
+                    raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
                 raise DataError(
-                    f"The {name} split has no images. Add a folder {name}/ beside train/, "
+                    f"The {name} split has no images that can be read. Add a folder {name}/ beside train/, "
                     f"or hold images out of train with --data.{name}_fraction 0.1"
                 )
 
@@ -250,7 +262,11 @@ class ImageDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""
         if self.mixes and self.trainer is not None and self.trainer.training:
-            return Mix(len(self.classes or ()), *self._mix)(*batch)
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            place = f"{_run_seed()} {self.trainer.current_epoch} {progress} {self.trainer.global_rank}"
+            seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little", signed=True)
+            images, labels = batch
+            return Mix(len(self.classes or ()), *self._mix)(images, labels, seed)
         return batch
 
     def _known(self) -> Preprocessing:

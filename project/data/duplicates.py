@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -67,40 +67,39 @@ def alike(facts: Sequence[Facts]) -> Clusters:
         facts: Of each image; what could not be decoded is like its own bytes alone.
     """
     clusters = same(facts)
-    distinct: dict[int, list[int]] = {}
+    buckets: dict[int, list[int]] = {}
     for at, one in enumerate(facts):
         if one.thumbnail and clusters.find(at) == at:
-            distinct.setdefault(one.phash, []).append(at)
-    hashes = np.array(list(distinct), np.uint64)
-    members = list(distinct.values())
-    for ones in members:
-        _join(clusters, facts, ((ones[0], other) for other in ones[1:]))
-    for left, right in near(hashes, BITS):
-        _join(clusters, facts, ((one, other) for one in members[left] for other in members[right]))
+            buckets.setdefault(one.phash, []).append(at)
+    members = list(buckets.values())
+    for bucket in members:
+        if len(bucket) > 1:
+            _join(clusters, facts, bucket, bucket)
+    for left, right in near(np.array(list(buckets), np.uint64), BITS):
+        _join(clusters, facts, members[left], members[right])
     return clusters
 
 
-def _join(clusters: Clusters, facts: Sequence[Facts], pairs: Iterable[tuple[int, int]]) -> None:
-    for one, other in pairs:
-        if _one_picture(facts[one], facts[other]):
-            clusters.join(one, other)
+def _join(clusters: Clusters, facts: Sequence[Facts], ones: Sequence[int], others: Sequence[int]) -> None:
+    """Join each two of which one is here and one there, if they show one picture."""
+    thumbnails, tints = _looks(facts, others)
+    for begin in range(0, len(ones), 1024):  # not all pairs at once
+        part = ones[begin : begin + 1024]
+        thumbnail, tint = _looks(facts, part)
+        alike = thumbnail @ thumbnails.T >= ALIKE
+        for channel in range(3):
+            alike &= abs(tint[:, None, channel] - tints[None, :, channel]) <= TINT
+        for row, column in zip(*np.nonzero(alike), strict=True):
+            clusters.join(part[row], others[column])
 
 
-def _standardised(facts: Facts) -> np.ndarray:
-    values = np.frombuffer(facts.thumbnail, np.uint8).astype(np.float32)
-    values = values - values.mean()
-    standardised: np.ndarray = values / (np.linalg.norm(values) or 1)
-    return standardised
-
-
-def _one_picture(one: Facts, other: Facts) -> bool:
-    tint = max(abs(a - b) for a, b in zip(one.colour, other.colour, strict=True))
-    return tint <= TINT and correlation(one, other) >= ALIKE
-
-
-def correlation(one: Facts, other: Facts) -> float:
-    """Pearson's correlation of two thumbnails; of images of one colour, 0."""
-    return float(_standardised(one) @ _standardised(other))
+def _looks(facts: Sequence[Facts], which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Thumbnails with a mean of 0 and a length of 1, of images of one colour 0, and mean colours."""
+    values = np.frombuffer(b"".join(facts[at].thumbnail for at in which), np.uint8).reshape(len(which), -1)
+    centred = values - values.mean(1, keepdims=True, dtype=np.float32)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    colours = np.frombuffer(b"".join(facts[at].colour for at in which), np.uint8).reshape(len(which), 3)
+    return centred / np.where(lengths > 0, lengths, 1), colours.astype(np.int16)
 
 
 def near(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int]]:

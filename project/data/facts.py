@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -16,14 +15,14 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from project.data.images import traits
+from project.data.images import open_image, traits
 from project.data.samples import Sample, Source
 from project.errors import DataError
 from project.machine import cores
 
 SIDE = 16  # of the thumbnail
-FILE = "images-2.sqlite"  # another number for other columns
-VERSION = f"2 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
+FILE = "images-3.sqlite"  # another number for other columns
+VERSION = f"3 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
 
 
 class Facts(NamedTuple):
@@ -63,7 +62,7 @@ def examine(source: Source, sample: Sample) -> Facts:
     found: tuple[str, ...] = ()
     kind = "not an image"
     try:
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as header:
+        with contextlib.suppress(Exception), open_image(content) as header:
             kind = "damaged"
             width, height = header.size
             found = tuple(traits(header))
@@ -159,15 +158,16 @@ MEMORY = ":memory:"
 
 
 def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[Facts]:
-    decoder = f"{VERSION} {type(source).__module__}.{type(source).__qualname__}".encode()
-    stamps = [source.stamp(sample) for sample in samples]
+    decode = type(source).decode  # sources that share it share what is known
+    decoder = f"{VERSION} {decode.__module__}.{decode.__qualname__}".encode()
+    files = [_file(source, sample) for sample in samples]
     known: dict[int, Facts] = {}
+    saves = True
     with contextlib.closing(_prepared(path)) as database:
-        for at, (sample, stamp) in enumerate(zip(samples, stamps, strict=True)):
-            if stamp is not None:
-                row = database.execute(BY_FILE, (_path(sample), stamp, decoder)).fetchone()
-                if row:
-                    known[at] = _from(row)
+        for at, file in enumerate(files):
+            row = file and database.execute(BY_FILE, (*file, decoder)).fetchone()
+            if row:
+                known[at] = _from(row)
         lacking = [at for at in range(len(samples)) if at not in known]
         done(len(known), len(samples))
         with ThreadPoolExecutor(cores()) as pool:
@@ -180,11 +180,12 @@ def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[
                         known[at] = _from(row)
                 new = [at for at in part if at not in known]
                 known.update(zip(new, pool.map(lambda at: examine(source, samples[at]), new), strict=True))
-                _save(database, [(_path(samples[at]), stamps[at], decoder, known[at]) for at in part])
+                saves = saves and _save(database, [(files[at], decoder, known[at]) for at in part])
                 done(len(known), len(samples))
     return [known[at] for at in range(len(samples))]
 
 
+File = tuple[bytes, str]  # a path, and the file's stamp
 CHUNK = 256  # images between two writes
 COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
 BY_FILE = (
@@ -194,10 +195,10 @@ BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
 
 
 def _prepared(path: str) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=30)
+    database = sqlite3.connect(path, timeout=5)
     try:
         database.execute(f"CREATE TABLE IF NOT EXISTS images (decoder, {COLUMNS}, PRIMARY KEY (digest, decoder))")
-        database.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, stamp, decoder, digest)")
+        database.execute("CREATE TABLE IF NOT EXISTS files (path, stamp, decoder, digest, PRIMARY KEY (path, decoder))")
     except sqlite3.Error:
         database.close()
         raise
@@ -211,21 +212,28 @@ def _from(row: Sequence[Any]) -> Facts:
     )
 
 
-def _save(database: sqlite3.Connection, found: Sequence[tuple[str, str | None, bytes, Facts]]) -> None:
+def _save(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, Facts]]) -> bool:
+    """Keep facts; says whether that can be done."""
     images = [
         (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)
-        for _, _, decoder, facts in found
+        for _, decoder, facts in found
         if facts.digest
     ]
-    files = [(path, stamp, decoder, facts.digest) for path, stamp, decoder, facts in found if stamp and facts.digest]
-    # Read-only or full: everything is known all the same, and will be read again next time.
-    with contextlib.suppress(sqlite3.OperationalError), database:
-        database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
-        database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
+    files = [(*file, decoder, facts.digest) for file, decoder, facts in found if file and facts.digest]
+    try:
+        with database:
+            database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
+            database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
+    except (
+        sqlite3.OperationalError
+    ):  # read-only, full or busy: everything is known all the same, and read again next time
+        return False
+    return True
 
 
-def _path(sample: Sample) -> str:
-    return os.path.realpath(sample.name)
+def _file(source: Source, sample: Sample) -> File | None:
+    stamp = source.stamp(sample)
+    return None if stamp is None else (os.fsencode(os.path.realpath(sample.name)), stamp)
 
 
 def _digest(source: Source, sample: Sample) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -34,12 +35,14 @@ class Listing:
         hidden: Files and folders that are left out, because their names begin with a dot.
         others: Files that are left out, because no image that can be read has such a name.
         loops: Links to a folder that holds them.
+        closed: Folders that cannot be listed, and links to folders that are gone.
     """
 
     images: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     loops: list[Path] = field(default_factory=list)
+    closed: list[Path] = field(default_factory=list)
 
 
 def list_images(folder: Path) -> Listing:
@@ -52,7 +55,11 @@ def list_images(folder: Path) -> Listing:
     """
     found = Listing()
     seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+
+    def unlisted(error: OSError) -> None:
+        found.closed.append(Path(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         here, real = Path(parent), os.path.realpath(parent)
         loop = here.is_symlink() and here != folder and Path(os.path.realpath(here.parent)).is_relative_to(real)
         if loop:  # followed, it would list the images of other classes too
@@ -64,8 +71,15 @@ def list_images(folder: Path) -> Listing:
         found.hidden += [here / name for name in (*folders, *files) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith("."):
-                (found.images if Path(name).suffix.lower() in SUFFIXES else found.others).append(here / name)
+            if name.startswith("."):
+                continue
+            path = here / name
+            if path.suffix.lower() in SUFFIXES:
+                found.images.append(path)
+            elif path.is_symlink() and not path.exists():
+                found.closed.append(path)
+            else:
+                found.others.append(path)
     found.images.sort()
     return found
 
@@ -87,12 +101,23 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def stamp(path: str | Path) -> str | None:
-    """Size, time of the last change, and inode of a file; ``None`` if there is none."""
+    """Size, times of the last change of content and of state, and inode of a file; ``None`` if there is none."""
     try:
         status = Path(path).stat()
     except (OSError, ValueError):
         return None
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]  # it is a program, which Ghostscript would run
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open an image of any format that can be read without another program; nothing is decoded yet."""
+    return Image.open(io.BytesIO(content), formats=_formats())
 
 
 def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Image:
@@ -114,18 +139,18 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
     if not content:
         raise DataError(f"{name} is empty: it has 0 bytes. Mend or remove it.")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             if enough:
                 image.draft(None, (enough, enough))  # JPEG alone; of another format it does nothing
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image, name)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not an image that can be read. Mend or remove it.") from error
     except Exception as error:  # Pillow's readers of a format raise whatever comes of damaged bytes
-        raise DataError(f"{name} cannot be read: {error or type(error).__name__}. Mend or remove it.") from error
+        raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}. Mend or remove it.") from error
 
 
 def _rgb(image: Image.Image, name: str | Path) -> Image.Image:
@@ -143,9 +168,11 @@ def _eight_bit(image: Image.Image, name: str | Path) -> Image.Image:
     """Rescale 16-bit and float pixels, which Pillow would cut off: white, and black."""
     pixels = np.asarray(image)
     low, high = float(pixels.min()), float(pixels.max())
-    tops = (65535.0,) if image.mode.startswith("I") else (1.0, 255.0, 65535.0)  # floats: the usual range they are in
+    # By the largest pixel: below a sixteenth of a range, it would be nearly black, and is more likely of another one.
+    tops = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
     scale = next((top for top in tops if high <= top), 0.0)
-    if not (low >= 0 and scale):
+    strange = image.mode == "F" and 1 < high < 16
+    if strange or not (low >= 0 and scale):
         raise DataError(
             f"{name} has pixels of {image.mode} from {low:g} to {high:g}, of unknown meaning. Convert or remove it."
         )
@@ -174,7 +201,7 @@ def traits(image: Image.Image) -> Iterator[str]:
         yield "palette"
     if image.has_transparency_data:
         yield "transparent"
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second one behind it
         yield "animated"
-    if image.getexif().get(0x0112, 1) != 1:
+    if image.getexif().get(0x0112) in range(2, 9):
         yield "turned by EXIF"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Manifest(Files):
         entries: list[tuple[str, str, str, str]] = []
         for number, row in rows:
             where, label = f"row {number}", row["label"]
-            split = SPLITS.get(row["split"].lower() or "train")
+            split = SPLITS.get(row["split"].strip().lower() or "train")
             name = str(file.parent / row["path"])
             if not row["path"] or not label:
                 bad["has no path or no label"].append(where)
@@ -59,7 +59,20 @@ class Manifest(Files):
             splits.setdefault(split, []).append(Sample(name, index[label], group))
         self.splits = splits
         listed = class_findings(f"data.root: {file}", self.classes, splits)
-        self.findings = (*findings, *listed, *similar_names(self.classes))
+        self.findings = (*findings, *listed, *similar_names(self.classes), *_parted_groups(splits))
+
+
+def _parted_groups(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
+    where: dict[str, set[str]] = defaultdict(set)
+    for split, samples in splits.items():
+        for sample in samples:
+            if sample.group:
+                where[sample.group].add(split)
+    parted = [group for group, parts in where.items() if len(parts) > 1]
+    if parted:
+        text = f"{len(parted)} groups are in two splits, so what is measured was trained on: {some(parted)}."
+        names = tuple(sample.name for part in splits.values() for sample in part if sample.group in set(parted))
+        yield Finding("problem", "group in two splits", text, names)
 
 
 COLUMNS = ("path", "label", "split", "group")
@@ -77,6 +90,9 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
     columns = {name.strip().lower(): index for index, name in enumerate(names)}
+    twice = [name for name in COLUMNS if sum(other.strip().lower() == name for other in names) > 1]
+    if twice:
+        raise DataError(f"data.root: {file} has two columns {twice[0]}. Keep one.")
     lacking = [name for name in ("path", "label") if name not in columns]
     if lacking:
         raise DataError(
@@ -84,18 +100,30 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             "The first row names the columns: path,label, and if you like split and group."
         )
     for number, values in enumerate(rows, 2):
+        if len(values) > len(names):
+            raise DataError(
+                f"data.root: {file}: row {number} has {len(values)} fields, and the first row {len(names)}. "
+                "Quote what has a comma in it."
+            )
         if any(values):
             yield (
                 number,
                 {
-                    name: values[columns[name]].strip() if name in columns and columns[name] < len(values) else ""
+                    name: values[columns[name]] if name in columns and columns[name] < len(values) else ""
                     for name in COLUMNS
                 },
             )
 
 
 def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
-    rows = list(csv.reader(io.StringIO(file.read_text("utf-8-sig"), newline=""), delimiter=separator, strict=True))
+    rows = list(
+        csv.reader(
+            io.StringIO(file.read_text("utf-8-sig"), newline=""),
+            delimiter=separator,
+            skipinitialspace=True,
+            strict=True,
+        )
+    )
     return (rows[0], rows[1:]) if rows else ([], [])
 
 
@@ -108,5 +136,11 @@ def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
         table: Any = parquet.read_table(file)
     except ArrowException as error:
         raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
-    columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
+    columns = [[_text(value) for value in column.to_pylist()] for column in table.columns]
     return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN, as pandas writes what is missing
+        return ""
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -45,7 +45,7 @@ def reading(url: str) -> Iterator[None]:
     except ImportError as error:
         raise DataError(f"data.source: {url} needs another package. {error}.") from error
     except Exception as error:  # each store's client has errors of its own
-        raise DataError(f"data.source: {url} cannot be read: {error or type(error).__name__}.") from error
+        raise DataError(f"data.source: {url} cannot be read: {str(error) or type(error).__name__}.") from error
 
 
 def expand(patterns: str | Iterable[str]) -> list[str]:

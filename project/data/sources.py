@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from project.data.images import Listing, decode_image, list_images, read_bytes, stamp
+from project.data.images import SUFFIXES, Listing, decode_image, list_images, read_bytes, stamp
 from project.data.samples import SPLITS, Finding, Sample, Source, some
 from project.errors import DataError, nearest
 
@@ -73,7 +73,12 @@ class Folder(Files):
         }
         if "train" in places:
             findings += _class_findings(places, listings)
-        self.findings = (*findings, *similar_names(self.classes), *_file_findings(top, listings))
+        self.findings = (
+            *findings,
+            *similar_names(self.classes),
+            *_file_findings(top, listings),
+            *_left_out(top, list(places.values())),
+        )
 
 
 def _class_findings(places: Mapping[str, Path], listings: Mapping[str, Mapping[str, Listing]]) -> Iterator[Finding]:
@@ -113,6 +118,9 @@ def _file_findings(top: Path, listings: Mapping[str, Mapping[str, Listing]]) -> 
     found = [one for listing in listings.values() for one in listing.values()]
     for loop in (path for one in found for path in one.loops):
         yield Finding("problem", "symlink loop", f"{loop} links to a folder above it. Remove the link.", (str(loop),))
+    for path in (path for one in found for path in one.closed):
+        text = f"{path} cannot be opened: it is a link to a folder that is gone, or a folder that may not be listed."
+        yield Finding("problem", "closed folder", text, (str(path),))
     hidden = [str(path) for one in found for path in one.hidden]
     hidden += [str(child) for child in top.iterdir() if child.is_dir() and child.name.startswith((".", "__"))]
     if hidden:
@@ -123,6 +131,30 @@ def _file_findings(top: Path, listings: Mapping[str, Mapping[str, Listing]]) -> 
         text = f"{len(others)} files have no name of an image that can be read, and are left out: "
         text += ", ".join(f"{count} {kind}" for kind, count in kinds)
         yield Finding("note", "other files", text, tuple(map(str, others)))
+
+
+def _left_out(top: Path, places: Sequence[Path]) -> Iterator[Finding]:
+    """What is beside the folders that are read."""
+    beside: list[Path] = []
+    for place in [top, *(place for place in places if place != top)]:
+        for child in sorted(place.iterdir()):
+            if child.is_symlink() and not child.exists():
+                yield Finding(
+                    "problem", "dangling link", f"{child} links to {child.readlink()}, which is gone.", (str(child),)
+                )
+            elif child.is_dir():
+                if (
+                    top not in places
+                    and place == top
+                    and child not in places
+                    and not child.name.startswith((".", "__"))
+                ):
+                    beside.append(child)
+            elif child.suffix.lower() in SUFFIXES:
+                beside.append(child)
+    if beside:
+        text = f"{len(beside)} folders or images are beside the splits or the classes, and are left out."
+        yield Finding("note", "left out", text, tuple(map(str, beside)))
 
 
 def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:

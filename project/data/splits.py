@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def place(samples: Sequence[Sample], facts: Sequence[Facts], seed: int) -> Place
             clusters.join(first.setdefault(sample.group, at), at)
     places: dict[int, float] = {}
     for at, (sample, one) in enumerate(zip(samples, facts, strict=True)):
-        what = f"group {sample.group}".encode() if sample.group else one.digest or sample.name.encode()
+        what = f"group {sample.group}".encode() if sample.group else one.digest or os.fsencode(sample.name)
         here = int.from_bytes(hashlib.sha256(b"%d %b" % (seed, what)).digest()[:8]) / 2**64
         family = clusters.find(at)
         places[family] = min(places.get(family, 1.0), here)
@@ -66,8 +67,8 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
         placed: What to split.
         begin: Where the part begins.
         end: Where it ends; an empty part holds nothing.
-        both_sides: Keep a class of one family, and of every other hold out one family at least and keep one, though its
-            place, the nearest one, be on the other side.
+        both_sides: Of each class of two families or more hold out one at least and keep one, though its place, the
+            nearest one, be on the other side. A class of one family is kept in any case.
 
     Returns:
         Those kept and those held out, each in their former order.
@@ -78,7 +79,7 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
     classes: dict[int, dict[int, float]] = defaultdict(dict)
     for sample, where in placed:
         classes[sample.label][where.family] = min(abs(where.at - begin), abs(where.at - end))
-    for distances in classes.values() if both_sides else ():
+    for distances in classes.values():
         if len(distances) == 1:
             held[next(iter(distances))] = False
     for distances in classes.values() if both_sides else ():
@@ -120,7 +121,7 @@ def split(
     if hold_val or tested:
         placed = place(train, facts(train), seed)
         placed, to_test = hold_out(placed, 0.0, tested)
-        # Each image is validated in one fold, even if a class is too small for all of them.
+        # Each image is validated in one fold, though a class may be too small for all of them.
         placed, to_val = hold_out(placed, begin, end if hold_val else begin, both_sides=fold is None)
         train = [sample for sample, _ in placed]
         test = test or [sample for sample, _ in to_test]

@@ -39,8 +39,17 @@ class Transform:
     described: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Transform an image."""
-        return self.steps(image)
+        """Transform an image.
+
+        Raises:
+            ConfigError: A transform of the user's cannot.
+        """
+        try:
+            return self.steps(image)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"data.augment cannot transform an image of {image.width}x{image.height} pixels: {error}"
+            ) from error
 
     def __repr__(self) -> str:
         return f"{self.described}, decoded at {self.enough}"
@@ -163,11 +172,12 @@ class Mix:
             ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
         self._mix = v2.RandomChoice(ways)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix images ``(B, 3, H, W)``, uint8, with labels ``(B,)``.
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix images ``(B, 3, H, W)``, uint8, with labels ``(B,)``, as the seed says.
 
         Returns:
             Images, float in [0, 1], and the share of each class, float ``(B, C)``.
         """
-        mixed, shares = self._mix(images.float() / 255, labels)
+        with Drawn(seed):
+            mixed, shares = self._mix(images.float() / 255, labels)
         return mixed, shares

@@ -196,7 +196,7 @@ def _item(dataset: VisionDataset, number: int, where: str) -> Any:
                 item[0].load()  # some are given as they were opened
             return item
     except Exception as error:  # whatever comes of damaged files
-        raise DataError(f"{where} cannot be read: {error or type(error).__name__}. Mend or remove it.") from error
+        raise DataError(f"{where} cannot be read: {str(error) or type(error).__name__}. Mend or remove it.") from error
 
 
 def _pair(item: Any, where: str) -> tuple[Image.Image, int | None]:

@@ -97,6 +97,7 @@ def write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> 
         everything = found.as_dict()
         if suspects is not None:
             everything["suspects"] = [suspect._asdict() for suspect in suspects]
-        path.write_text(json.dumps(everything, indent=1, ensure_ascii=False), "utf-8")
+        # A file's name need not be text: what is not is escaped, as JSON has it.
+        path.write_text(json.dumps(everything, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
     except OSError as error:
         raise ConfigError(f"--json: {path} cannot be written: {error.strerror}.") from error

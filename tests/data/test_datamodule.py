@@ -173,7 +173,9 @@ def test_a_fold_is_one_flag(unequal: Path) -> None:
     assert sum(map(len, held)) == len(set().union(*held)) == 66
 
 
-@pytest.mark.parametrize("arguments", [{"mixup": -1.0}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"mixup": -1.0}, {"mixup": 1e-300}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}]
+)
 def test_arguments_out_of_range_are_refused(photos: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\."):
         ImageDataModule(root=str(photos), **arguments)
@@ -183,7 +185,33 @@ def test_arguments_out_of_range_are_refused(photos: Path, arguments: dict[str, A
 def test_mixed_images_have_shares_of_classes(mixup: float, cutmix: float) -> None:
     torch.manual_seed(0)
     images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 3
-    mixed, shares = Mix(3, mixup, cutmix)(images, labels)
+    mixed, shares = Mix(3, mixup, cutmix)(images, labels, 1)
+    torch.rand(5)
+    again, other = Mix(3, mixup, cutmix)(images, labels, 1), Mix(3, mixup, cutmix)(images, labels, 2)
+    assert torch.equal(mixed, again[0]) and not torch.equal(mixed, other[0]), "it is the seed's alone"
     assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.min() >= 0 and mixed.max() <= 1
     assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8))
     assert ((shares > 0) & (shares < 1)).any(), "some are mixed"
+
+
+def test_a_class_that_nothing_is_left_of_is_refused(unequal: Path) -> None:
+    for number in range(3):
+        (unequal / "train/few" / f"{number}.png").write_bytes(b"no")
+    with pytest.raises(DataError, match="'few' is left to train on"):
+        _ = ImageDataModule(root=str(unequal), on_bad_image="skip", num_workers=0).splits
+
+
+def test_a_class_of_one_image_is_trained_on_in_each_fold(tmp_path: Path) -> None:
+    for number in range(20):
+        draw(tmp_path / "many" / f"{number}.png", (number * 8, 100, 50), number)
+    draw(tmp_path / "one" / "0.png", (0, 0, 0), 99)
+    for number in range(1, 4):
+        splits = ImageDataModule(root=str(tmp_path), fold=f"{number}/3", num_workers=0).splits
+        assert 1 in {sample.label for sample in splits["train"]}
+
+
+@pytest.mark.parametrize("transform", [v2.RandomCrop(400), v2.Normalize([0.5], [0.5]), torch.nn.ReLU()])
+def test_a_transform_that_fails_is_told(transform: Any) -> None:
+    image = Image.new("RGB", (50, 40))
+    with pytest.raises(ConfigError, match=r"data\.augment cannot transform an image of 50x40"):
+        training(PREPROCESSING, [transform])(image)

@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from project.cli import main
 from project.data.facts import FILE
@@ -185,3 +187,137 @@ def test_a_manifest_is_checked_row_by_row(clean: Path) -> None:
     refused = " ".join(finding["text"] for finding in report["findings"] if finding["level"] == "refused")
     assert all(row in refused for row in ("row 4", "row 5", "row 7")) and "holdout" in refused
     assert "also gone.jpg" in str(kinds(report)["unreadable"])
+
+
+def test_a_copy_of_a_copy_is_seen(clean: Path) -> None:
+    """The same bytes in another split, and something alike in the first: both leak."""
+    shutil.copy(clean / "train/cat/100.jpg", clean / "val/cat/same.jpg")
+    (clean / "train/dog/alike.jpg").write_bytes(encoded(picture(100).resize((160, 120)), quality=40))
+    code, report = check("--data.root", "photos", "--fix", "fixed.csv")
+    found = {kind: {Path(name).name for name in names} for kind, names in kinds(report, "problem").items()}
+    three = {"100.jpg", "same.jpg", "alike.jpg"}
+    assert code == 1 and found == {
+        "the same: two splits": {"100.jpg", "same.jpg"},
+        "alike to the eye: two labels": three,
+        "alike to the eye: two splits": three,
+    }
+    assert {Path(name).name for name in report["bad"]} == three
+    assert check("--data.root", "fixed.csv")[0] == 0
+
+
+def test_one_picture_in_two_tints_is_compared_with_all_of_its_hash(clean: Path) -> None:
+    grey = picture(200).convert("L")
+    grey.save(clean / "train/cat/grey.png")
+    red = Image.merge("RGB", [grey.point(lambda value, shift=shift: value + shift) for shift in (50, -25, 0)])
+    red.save(clean / "train/dog/red.png")
+    red.save(clean / "val/dog/red.bmp")
+    found = kinds(check("--data.root", "photos")[1], "problem")
+    assert {Path(name).name for name in found["alike to the eye: two splits"]} == {"red.png", "red.bmp"}
+
+
+def test_names_that_are_no_text_are_told(clean: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = os.fsencode(clean / "train/cat") + b"/caf\xe9.jpg"
+    Path(os.fsdecode(name)).write_bytes(b"no image")
+    code, report = check("--data.root", "photos")
+    assert code == 1 and [os.fsencode(path) for path in kinds(report)["not an image"]] == [
+        b"photos/train/cat/caf\xe9.jpg"
+    ]
+    Path(os.fsdecode(name)).write_bytes(encoded(picture(5)))
+    assert main(["check", "--data.root", "photos", "--fix", "a.csv"]) == 2
+    assert "no UTF-8 name" in capfd.readouterr().err and not Path("a.csv").exists()
+
+
+def test_what_is_beside_the_classes_is_noted_and_dangling_links_are_problems(clean: Path) -> None:
+    (clean / "evaluation").mkdir()
+    (clean / "loose.jpg").write_bytes(encoded(picture(5)))
+    (clean / "train/bird").symlink_to("/nowhere/bird")
+    (clean / "train/cat/more").symlink_to("/nowhere/more")
+    code, report = check("--data.root", "photos")
+    assert code == 1
+    assert {Path(name).name for name in kinds(report, "note")["left out"]} == {"evaluation", "loose.jpg"}
+    assert {Path(name).name for names in kinds(report, "problem").values() for name in names} == {"bird", "more"}
+
+
+def test_a_group_in_two_splits_is_a_problem(clean: Path) -> None:
+    rows = [f"{path},{path.parent.name},{path.parent.parent.name},{path.stem[-1]}" for path in clean.rglob("*.jpg")]
+    Path("a.csv").write_text("\n".join(["path,label,split,group", *rows[:-1], rows[-1].rpartition(",")[0] + ",x"]))
+    Path("a.csv").write_text(Path("a.csv").read_text().replace(f",{rows[0][-1]}\n", ",same\n"))
+    report = check("--data.root", "a.csv")[1]
+    shared = {row.split(",")[3] for row in rows if ",train," in row} & {
+        row.split(",")[3] for row in rows if ",val," in row
+    }
+    assert ("group in two splits" in kinds(report, "problem")) == bool(shared)
+
+
+def test_a_manifest_keeps_names_as_they_are(here: Path) -> None:
+    folder(here / "photos", dict.fromkeys(("b", "b ", " c"), 3))
+    assert check("--data.root", "photos", "--fix", "a.csv")[0] == 1, "names that differ by a space"
+    assert check("--data.root", "a.csv")[1]["classes"].keys() == {"b", "b ", " c"}
+
+
+def test_a_manifest_is_written_into_a_linked_folder(clean: Path) -> None:
+    Path("deep/er").mkdir(parents=True)
+    Path("link").symlink_to("deep/er")
+    assert check("--data.root", "photos", "--fix", "link/a.csv")[0] == 0
+    assert check("--data.root", "link/a.csv")[0] == 0
+    assert main(["check", "--data.root", "link/a.csv", "--fix", "deep/er/a.csv"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("path,label\na,b.jpg,cat\n", "row 2 has 3 fields"),
+        ("path,label,Label\na.jpg,cat,dog\n", "two columns label"),
+        ("path\na.jpg\n", "no column label"),
+        ("", "no column path and no label"),
+    ],
+)
+def test_a_table_that_is_not_one_is_refused(
+    table: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.csv").write_text(table)
+    assert main(["check", "--data.root", "a.csv"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_null_byte_in_a_path_is_one_bad_image(clean: Path) -> None:
+    Path("a.csv").write_bytes(b"path,label\nphotos/train/cat/100.jpg,cat\na\0b.jpg,dog\n")
+    code, report = check("--data.root", "a.csv")
+    assert code == 1 and len(kinds(report, "problem")["unreadable"]) == 1
+
+
+def test_an_overwritten_file_is_read_again_though_its_time_is_put_back(clean: Path) -> None:
+    path = clean / "train/cat/100.jpg"
+    assert check("--data.root", "photos")[0] == 0
+    before = path.stat()
+    path.write_bytes(b"0" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert check("--data.root", "photos")[0] == 1
+
+
+def test_a_busy_cache_is_done_without(
+    clean: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("busy")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert check("--data.root", "photos")[0] == 0
+    database = sqlite3.connect(cache / "frozen-backbone" / FILE)
+    try:
+        database.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        assert check("--data.root", "photos")[0] == 0
+        assert time.monotonic() - began < 30
+    finally:
+        database.close()
+
+
+def test_suspects_of_data_that_is_refused_leave_the_report(
+    clean: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["check", "--data.root", "photos", "--suspects", "--model.backbone", "resnet18"]
+    flags += ["--model.weights", str(weights)]
+    assert main([*flags, "--top", "-3"]) == 2
+    assert "--top has to be at least 1" in capsys.readouterr().err
+    folder(clean, {"val/bird": 1}, 300)
+    assert main([*flags, "--json", "report.json"]) == 2
+    assert json.loads(Path("report.json").read_text())["images"] == 13

@@ -89,3 +89,12 @@ def test_transforms_of_torchvision_are_named_in_a_config(fit: Fit, capsys: pytes
 @pytest.mark.parametrize("augment", ["trivial", "rand"])
 def test_augmentation_by_name(fit: Fit, augment: str) -> None:
     assert fit("--data.augment", augment, "--features.cache", "off", "--data.num_workers", "1") == 0
+
+
+def test_mixing_is_the_same_with_any_number_of_workers(fit: Fit) -> None:
+    losses = []
+    for workers in (0, 2):
+        flags = ["--data.mixup", "0.4", "--data.cutmix", "1.0", "--data.num_workers", str(workers)]
+        assert fit(*flags, "--trainer.max_epochs", "2", "--name", f"by{workers}") == 0
+        losses.append([event.value for event in scalars(Path(f"runs/by{workers}/version_0")).Scalars("train/loss")])
+    assert losses[0] == losses[1]
