@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 
 from rich.table import Table
@@ -18,27 +19,40 @@ from project.terminal import say
 SHOWN = 3  # names a finding
 
 
-def examine(data: ImageDataModule) -> Audit:
+def examine(data: ImageDataModule, json: str | None = None, fix: str | None = None) -> Audit:
     """Read all images of the data, and print what there is to know of them.
 
     Args:
         data: The data; it need not be fit to be trained on.
+        json: File for all of it.
+        fix: CSV file for a manifest without the bad images.
 
     Raises:
-        ConfigError: No data was named.
+        ConfigError: No data was named, or a file cannot be written.
+        DataError: No manifest can be made of the data.
     """
     source = data.source
     if source is None:
         raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
+    for flag, target in (("--json", json), ("--fix", fix)):  # rather than after all images have been read
+        if target is not None and not os.access(Path(target).absolute().parent, os.W_OK):
+            raise ConfigError(f"{flag}: {target} cannot be written: there is no folder for it that can be written to.")
+    if fix is not None and data.root is not None and Path(fix).resolve() == Path(data.root).resolve():
+        raise ConfigError(f"--fix: {fix} is data.root itself. Name another file.")
     began = time.perf_counter()
     samples = [sample for split in source.splits.values() for sample in split]
     facts = {sample.name: one for sample, one in zip(samples, data.facts(samples), strict=True)}
     found = audit(source, facts)
-    show(found, time.perf_counter() - began)
+    _show(found, time.perf_counter() - began)
+    if json is not None:
+        _write_json(found, None, Path(json))
+    if fix is not None:
+        kept = found.write_manifest(Path(fix))
+        say(f"{fix}: {kept} images, {len(found.bad)} left out. Train on it: --data.root {fix}")
     return found
 
 
-def show(found: Audit, seconds: float) -> None:
+def _show(found: Audit, seconds: float) -> None:
     """Print a table of the findings, and a line that sums them up."""
     counts = {level: sum(finding.level == level for finding in found.findings) for level in LEVELS}
     if found.findings:
@@ -68,8 +82,19 @@ def _many(count: int, what: str) -> str:
 LEVELS = ("refused", "problem", "note")
 
 
-def show_suspects(suspects: Sequence[Suspect]) -> None:
-    """Print the images whose labels look wrong."""
+def report(found: Audit, suspects: Sequence[Suspect], json: str | None = None) -> None:
+    """Print the images whose labels look wrong.
+
+    Args:
+        found: By the audit.
+        suspects: The images.
+        json: File for everything, them included.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    if json is not None:
+        _write_json(found, suspects, Path(json))
     if not suspects:
         say("No suspect labels: every image looks most like its own class.")
         return
@@ -82,7 +107,7 @@ def show_suspects(suspects: Sequence[Suspect]) -> None:
     say(table)
 
 
-def write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> None:
+def _write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> None:
     """Write everything that was found, names of all images included.
 
     Args:
@@ -98,6 +123,6 @@ def write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> 
         if suspects is not None:
             everything["suspects"] = [suspect._asdict() for suspect in suspects]
         # A file's name need not be text: what is not is escaped, as JSON has it.
-        path.write_text(json.dumps(everything, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
+        path.write_text(dumps(everything, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
     except OSError as error:
         raise ConfigError(f"--json: {path} cannot be written: {error.strerror}.") from error

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from torch.nn import functional
 
+from project.callbacks.row_supply import RowSupply
+from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
+from project.data.facts import Facts
 from project.data.samples import Sample
+from project.data.splits import place
+from project.errors import ConfigError, DataError
 
 NEIGHBOURS = 10
 FOLDS = 5
@@ -33,8 +40,42 @@ class Suspect(NamedTuple):
     neighbour: str
 
 
+def suspects_of(
+    trainer: pl.Trainer,
+    model: ImageClassifier,
+    data: ImageDataModule,
+    facts: Mapping[str, Facts],
+    supply: RowSupply,
+    most: int,
+) -> list[Suspect]:
+    """Find the labels of some data that look wrong: see :func:`find_suspects`.
+
+    Args:
+        trainer: Whose device and precision are used.
+        model: Whose frozen backbone tells what images are like.
+        data: The data, all splits of it.
+        facts: What is known of each image, by its name; those that cannot be read are left out.
+        supply: Has their features.
+        most: How many to return.
+
+    Raises:
+        ConfigError: None is to be returned.
+        DataError: The data cannot be trained on, or no image can be read.
+    """
+    if most < 1:
+        raise ConfigError(f"--top has to be at least 1, not {most}.")
+    source = data.source
+    assert source is not None  # there would be no facts
+    source.require()
+    samples = [sample for split in source.splits.values() for sample in split if not facts[sample.name].error]
+    if not samples:
+        raise DataError("--suspects: no image can be read.")
+    families = [where.family for _, where in place(samples, [facts[sample.name] for sample in samples], 0)]
+    return find_suspects(supply.rows_of(trainer, model, data, samples), samples, families, source.classes, most)
+
+
 def find_suspects(
-    features: torch.Tensor, samples: Sequence[Sample], families: Sequence[int], classes: Sequence[str], most: int = 20
+    features: torch.Tensor, samples: Sequence[Sample], families: Sequence[int], classes: Sequence[str], most: int
 ) -> list[Suspect]:
     """Find the labels that other images contradict most.
 
