@@ -76,7 +76,7 @@ def _plain(message: str) -> str:
         if line:
             lines.append(line)
     others = [line for line in lines if not line.startswith("there is no class")]
-    if any(line.startswith("several classes") or " is no " in line for line in others):
+    if any(line.startswith(("several classes", "expected '")) or " is no " in line for line in others):
         lines = others
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
     before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
