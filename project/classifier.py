@@ -286,7 +286,8 @@ class ImageClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
-        checkpoint["transfer"] = self.identity()
+        split = getattr(getattr(self.trainer, "datamodule", None), "split_settings", {})
+        checkpoint["transfer"] = {**self.identity(), "split": dict(split)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import hyper_parameters, read_checkpoint
+from project.artifacts.checkpoint import hyper_parameters, read_checkpoint, split_settings
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.report import Report
@@ -150,8 +150,10 @@ class TransferCLI(LightningCLI):
 
     def _take_defaults(self, verb: str, path: str) -> None:
         self._checkpoint = read_checkpoint(path)
-        defaults = hyper_parameters(self._checkpoint, path)
-        self._subcommand_parsers[verb].set_defaults({f"model.{key}": value for key, value in defaults.items()})
+        defaults = {f"model.{key}": value for key, value in hyper_parameters(self._checkpoint, path).items()}
+        # As well as how images were held out: or what is validated, or trained on from here, would be others.
+        defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
+        self._subcommand_parsers[verb].set_defaults(defaults)
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.

@@ -51,6 +51,31 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+#: How a fit has held images out, and of what type each setting is.
+SPLIT: dict[str, tuple[type, ...]] = {
+    "val_fraction": (float, int),
+    "test_fraction": (float, int),
+    "fold": (str, type(None)),
+    "split_seed": (int,),
+}
+
+
+def split_settings(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """How images were held out of what the checkpoint's model was trained on; empty if it does not say.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` has read.
+        path: Where from, for the message.
+
+    Raises:
+        CheckpointError: What it says makes no sense.
+    """
+    values = checkpoint["transfer"].get("split") or {}
+    if not isinstance(values, dict) or any(not isinstance(values.get(key), SPLIT.get(key, ())) for key in values):
+        raise CheckpointError(f"{path} does not say in a way that makes sense how images were held out: {values}.")
+    return values
+
+
 def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """The arguments that a checkpoint's model was made with, in plain types.
 

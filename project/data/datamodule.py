@@ -88,7 +88,9 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if root is not None and source is not None:
-            raise ConfigError("data.root and data.source are both given: keep one.")
+            raise ConfigError(
+                "data.root and data.source are both given: keep one; --data.source null drops a config's."
+            )
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
         if batch_size < 1:
@@ -112,6 +114,13 @@ class ImageDataModule(pl.LightningDataModule):
         self.instead: dict[str, Iterable[Any]] = {}
         self._fractions = val_fraction, test_fraction
         self._fold = parse_fold(fold) if fold is not None else None
+        #: How images are held out, in plain types: a checkpoint keeps it, lest another fit train on what this one held.
+        self.split_settings = {
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "fold": fold,
+            "split_seed": split_seed,
+        }
         self._split_seed = split_seed
         self._mix = mixup, cutmix
         self._skip = on_bad_image == "skip"

@@ -103,6 +103,7 @@ class Shards(Files):
         self.findings = (
             *bad,
             *_findings(left_out, unknown, self.classes),
+            *_mixed(self.classes),
             *class_findings("data.source", self.classes, splits),
             *similar_names(self.classes),
         )
@@ -181,14 +182,29 @@ def _classes(labels: Iterable[str]) -> list[str]:
 
 
 def _is_number(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
+    return len(label) < 10 and label.removeprefix("-").isdecimal()
 
 
 def _number(label: str, index: dict[str, int]) -> int | None:
     """The class that a label is of: the one of that name, or else of that number."""
     if label in index:
         return index[label]
-    return int(label) if label.isdecimal() and int(label) < len(index) else None
+    return int(label) if _is_number(label) and 0 <= int(label) < len(index) else None
+
+
+def _mixed(classes: Sequence[str]) -> Iterator[Finding]:
+    """Labels that can hardly all be meant as classes."""
+    numbers = [name for name in classes if _is_number(name)]
+    if 0 < len(numbers) < len(classes):
+        words = [name for name in classes if not _is_number(name)]
+        text = f"Labels are partly numbers, {some(numbers)}, and partly words, {some(words)}. Are these classes twice?"
+        yield Finding("problem", "mixed labels", text)
+    if len({int(name) for name in numbers}) < len(numbers):
+        yield Finding("problem", "mixed labels", f"Of the labels {some(numbers)} some are the same number.")
+    if any(int(name) < 0 for name in numbers):
+        yield Finding(
+            "problem", "negative label", f"A label below 0 is a class here: {some(numbers)}. Is it for no label?"
+        )
 
 
 def _findings(

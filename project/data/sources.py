@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ def similar_names(classes: Iterable[str]) -> Iterator[Finding]:
     """Classes whose names differ by case, spaces, hyphens or underscores alone."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        alike["".join(name.casefold().replace("_", " ").replace("-", " ").split())].append(name)
+        alike["".join(re.sub(r"(?<=\w)[-_]", " ", name.casefold()).split())].append(name)
     for names in alike.values():
         if len(names) > 1:
             text = f"Classes {some(names)} differ by case or space alone. Give them one name, if they are one class."

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
-from project.data.sources import Digits, Folder
+from project.data.sources import Digits, Folder, similar_names
 from project.data.transforms import Mix, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
@@ -215,3 +215,11 @@ def test_a_transform_that_fails_is_told(transform: Any) -> None:
     image = Image.new("RGB", (50, 40))
     with pytest.raises(ConfigError, match=r"data\.augment cannot transform an image of 50x40"):
         training(PREPROCESSING, [transform])(image)
+
+
+@pytest.mark.parametrize(
+    ("names", "alike"),
+    [(("Cat", "cat "), True), (("big cat", "big_cat"), True), (("big-cat", "bigcat"), True), (("-1", "1"), False)],
+)
+def test_names_that_differ_by_case_or_space_are_told(names: tuple[str, str], alike: bool) -> None:
+    assert bool([*similar_names(names)]) == alike

@@ -519,3 +519,19 @@ def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monke
     ((images, labels),) = data.train_dataloader()
     assert images.shape == (8, 3, 16, 16)
     assert sorted(labels.tolist()) == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["0", "1", "two"], "partly numbers, '0', '1', and partly words, 'two'"),
+        (["0", "1", "01"], "some are the same number"),
+        (["0", "1", "-1"], "A label below 0 is a class here"),
+        (["0", "1", "9" * 5000], "partly numbers"),
+    ],
+)
+def test_labels_that_can_hardly_all_be_classes_are_problems(labels: list[str], said: str, here: Path) -> None:
+    Path("a.tar").write_bytes(tar(samples(0, 9, lambda n: labels[n % 3])))
+    found = Shards("a.tar").findings
+    assert any(said in finding.text for finding in found if finding.level == "problem")
+    assert not any(finding.kind == "similar names" for finding in found)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from project.cli import main
 from tests.conftest import draw, scalars
@@ -98,3 +100,36 @@ def test_mixing_is_the_same_with_any_number_of_workers(fit: Fit) -> None:
         assert fit(*flags, "--trainer.max_epochs", "2", "--name", f"by{workers}") == 0
         losses.append([event.value for event in scalars(Path(f"runs/by{workers}/version_0")).Scalars("train/loss")])
     assert losses[0] == losses[1]
+
+
+def test_what_was_held_out_of_a_fit_is_what_its_checkpoint_is_validated_on(
+    fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data.root", str(photos / "train"), "--data.fold", "2/3", "--data.split_seed", "5"]
+    assert fit(*flags, "--name", "fold") == 0
+    checkpoints = Path("runs/fold/version_0/checkpoints")
+    best = max(event.value for event in scalars(checkpoints.parent).Scalars("val/accuracy"))
+    saved = torch.load(checkpoints / "last.ckpt", weights_only=True)["transfer"]["split"]
+    assert saved == {"val_fraction": 0.2, "test_fraction": 0.0, "fold": "2/3", "split_seed": 5}
+    capsys.readouterr()
+    resume = ["fit", "--ckpt_path", str(checkpoints / "last.ckpt"), "--data.root", str(photos / "train")]
+    resume += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    assert main(resume) == 0
+    config = yaml.safe_load(next(Path("runs/train").glob("version_*/config.yaml")).read_text())["data"]
+    assert (config["fold"], config["split_seed"]) == ("2/3", 5)
+    assert main([*resume, "--data.fold", "1/3", "--trainer.max_epochs", "3", "--name", "other"]) == 0
+    config = yaml.safe_load(Path("runs/other/version_0/config.yaml").read_text())["data"]
+    assert config["fold"] == "1/3", "a flag beats the checkpoint"
+    assert 0 <= best <= 1
+
+
+def test_a_checkpoint_that_says_nonsense_of_its_split_is_refused(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints" / "last.ckpt"
+    for nonsense in ({"fold": 5}, {"other": 1}, [1], {"val_fraction": "0.2"}):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["transfer"]["split"] = nonsense
+        torch.save(checkpoint, "odd.ckpt")
+        assert main(["validate", "--ckpt_path", "odd.ckpt", "--data.root", str(photos)]) == 2
+        assert "odd.ckpt does not say" in capsys.readouterr().err
