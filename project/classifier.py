@@ -286,7 +286,8 @@ class ImageClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
-        split = getattr(getattr(self.trainer, "datamodule", None), "split_settings", {})
+        data: Any = getattr(self.trainer, "datamodule", None)
+        split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         checkpoint["transfer"] = {**self.identity(), "split": dict(split)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

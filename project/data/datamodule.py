@@ -6,35 +6,28 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import VisionDataset
 
 from project.data.dataset import Images, NamedImages
 from project.data.facts import Facts, Index
 from project.data.images import list_images
-from project.data.manifest import TABLES, Manifest
+from project.data.opening import Given, open_source
 from project.data.order import EpochSampler, Order
-from project.data.published import Torchvision
 from project.data.samples import Sample, Source, some
-from project.data.sources import Files, Folder
-from project.data.splits import parse_fold, split
+from project.data.sources import Files
+from project.data.splits import HoldOut, split
 from project.data.transforms import Augment, Mix, Transform, evaluation, training
-from project.data.vision import kind_of
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
 from project.preprocessing import Preprocessing
 from project.terminal import counting, say
-
-#: What the parser makes of a class named as ``source`` is a factory, the first of these: an error of a class that it
-#: made itself would come with those of all the other types.
-Given: TypeAlias = Callable[[], Source | VisionDataset] | Source | VisionDataset
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -91,8 +84,6 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError(
                 "data.root and data.source are both given: keep one; --data.source null drops a config's."
             )
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
         if batch_size < 1:
             raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
         if num_workers is not None and num_workers < 0:
@@ -100,7 +91,7 @@ class ImageDataModule(pl.LightningDataModule):
         if any(parameter != 0 and not 0.01 <= parameter <= 100 for parameter in (mixup, cutmix)):
             raise ConfigError("data.mixup and data.cutmix have to be 0, or from 0.01 to 100.")
         self.root = root
-        self.source = _opened(root if root is not None else source)
+        self.source = open_source(root if root is not None else source)
         self.name = self.source.name if self.source else "data"
         self.predict_path = predict
         self.batch_size = batch_size
@@ -112,16 +103,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.preprocessing: Preprocessing | None = None
         #: Batches of something else than images, by split, that take the place of those read here.
         self.instead: dict[str, Iterable[Any]] = {}
-        self._fractions = val_fraction, test_fraction
-        self._fold = parse_fold(fold) if fold is not None else None
-        #: How images are held out, in plain types: a checkpoint keeps it, lest another fit train on what this one held.
-        self.split_settings = {
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-            "fold": fold,
-            "split_seed": split_seed,
-        }
-        self._split_seed = split_seed
+        #: How images are held out: a checkpoint keeps it, lest another fit train on what this one held.
+        self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed)
         self._mix = mixup, cutmix
         self._skip = on_bad_image == "skip"
 
@@ -140,7 +123,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.source is None:
             return {}
         self.source.require()
-        found = split(self.source.splits, self.facts, *self._fractions, self._fold, self._split_seed)
+        found = split(self.source.splits, self.facts, self.hold_out)
         if self._skip:
             found = {name: self._readable(samples, name) for name, samples in found.items()}
         for number, name in enumerate(self.source.classes):
@@ -190,7 +173,7 @@ class ImageDataModule(pl.LightningDataModule):
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         for name in needed:
             if not self.splits[name]:
-                if self._fold and name == "val":
+                if self.hold_out.fold and name == "val":
                     raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
                 raise DataError(
                     f"The {name} split has no images that can be read. Add a folder {name}/ beside train/, "
@@ -304,13 +287,3 @@ class ImageDataModule(pl.LightningDataModule):
 
 def _run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-
-def _opened(given: str | Given | None) -> Source | None:
-    if given is None or isinstance(given, Source):
-        return given
-    if not isinstance(given, str):
-        kind = None if isinstance(given, VisionDataset) else kind_of(given)
-        return given() if isinstance(kind, type) and issubclass(kind, Source) else Torchvision(given)
-    table = Path(given).suffix.lower() in TABLES and not Path(given).is_dir()
-    return Manifest(given) if table else Folder(given)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,13 +52,26 @@ class Facts(NamedTuple):
     colour: bytes = b""
 
 
-def examine(source: Source, sample: Sample) -> Facts:
-    """Read an image whole."""
+def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None] = lambda digest: None) -> Facts:
+    """Read an image whole, unless its content is known.
+
+    Args:
+        source: Reads it.
+        sample: Whose image.
+        kept: Gives what is kept of content with a SHA-256.
+    """
+    digest = source.digest(sample)
+    known = kept(digest) if digest else None
+    if known is not None:
+        return known
     try:
         content = source.content(sample)
     except DataError as error:
         return Facts(b"", _without(str(error), sample), "unreadable")
     digest = hashlib.sha256(content).digest()
+    known = kept(digest)
+    if known is not None:
+        return known
     width = height = 0
     found: tuple[str, ...] = ()
     kind = "not an image"
@@ -168,18 +182,19 @@ def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[
             row = file and database.execute(BY_FILE, (*file, decoder)).fetchone()
             if row:
                 known[at] = _from(row)
+        lock = threading.Lock()
+
+        def kept(digest: bytes) -> Facts | None:
+            with lock:
+                row = database.execute(BY_CONTENT, (digest, decoder)).fetchone()
+            return _from(row) if row else None
+
         lacking = [at for at in range(len(samples)) if at not in known]
         done(len(known), len(samples))
         with ThreadPoolExecutor(cores()) as pool:
             for begin in range(0, len(lacking), CHUNK):  # a pool holds all that it is given at once
                 part = lacking[begin : begin + CHUNK]
-                digests = pool.map(lambda at: _digest(source, samples[at]), part)
-                for at, digest in zip(part, digests, strict=True):
-                    row = digest and database.execute(BY_CONTENT, (digest, decoder)).fetchone()
-                    if row:
-                        known[at] = _from(row)
-                new = [at for at in part if at not in known]
-                known.update(zip(new, pool.map(lambda at: examine(source, samples[at]), new), strict=True))
+                known.update(zip(part, pool.map(lambda at: examine(source, samples[at], kept), part), strict=True))
                 saves = saves and _save(database, [(files[at], decoder, known[at]) for at in part])
                 done(len(known), len(samples))
     return [known[at] for at in range(len(samples))]
@@ -195,7 +210,7 @@ BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
 
 
 def _prepared(path: str) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=5)
+    database = sqlite3.connect(path, timeout=5, check_same_thread=False)  # a lock has one thread at a time use it
     try:
         database.execute(f"CREATE TABLE IF NOT EXISTS images (decoder, {COLUMNS}, PRIMARY KEY (digest, decoder))")
         database.execute("CREATE TABLE IF NOT EXISTS files (path, stamp, decoder, digest, PRIMARY KEY (path, decoder))")
@@ -234,10 +249,3 @@ def _save(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes
 def _file(source: Source, sample: Sample) -> File | None:
     stamp = source.stamp(sample)
     return None if stamp is None else (os.fsencode(os.path.realpath(sample.name)), stamp)
-
-
-def _digest(source: Source, sample: Sample) -> bytes:
-    try:
-        return source.digest(sample) or hashlib.sha256(source.content(sample)).digest()
-    except DataError:
-        return b""  # examine() will say why

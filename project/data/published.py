@@ -9,22 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision.datasets import VisionDataset
 
-from project.data.images import decode_image, read_bytes, stamp
-from project.data.samples import SPLITS, Finding, Sample, Source, some
-from project.data.sources import class_findings, similar_names
+from project.data.images import read_bytes, stamp
+from project.data.samples import SPLITS, Finding, Sample, some
+from project.data.sources import Encoded, class_findings, similar_names
 from project.data.vision import class_name, open_splits, read_item, what_is_kept
 from project.errors import DataError, nearest
 
 
-class Published(Source):
-    """Labelled images that come as image files; what :meth:`content` gives is one."""
-
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
-        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
-        return decode_image(content, sample.name, enough)
+class Published(Encoded):
+    """Labelled images of a set that others have made."""
 
     def _take(self, rows: Mapping[str, Sequence[tuple[str, Any]]], word: Callable[[Any], str]) -> None:
         """Take names and labels by split, ``None`` for no label. Classes are the labels that occur, in their order."""

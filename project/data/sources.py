@@ -14,16 +14,20 @@ from project.data.samples import SPLITS, Finding, Sample, Source, some
 from project.errors import DataError, nearest
 
 
-class Files(Source):
+class Encoded(Source):
+    """Images whose content is that of an image file, wherever it comes from."""
+
+    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
+        return decode_image(content, sample.name, enough)
+
+
+class Files(Encoded):
     """Images that are files; a sample's name is the path of its own."""
 
     def content(self, sample: Sample) -> bytes:
         """Read a file; a :class:`~project.errors.DataError` names one that cannot be read."""
         return read_bytes(sample.name)
-
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
-        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
-        return decode_image(content, sample.name, enough)
 
     def stamp(self, sample: Sample) -> str | None:
         """Size, time of the last change, and inode of the file."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from project.data.duplicates import alike
@@ -89,37 +90,56 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
     return [p for p in placed if not held[p[1].family]], [p for p in placed if held[p[1].family]]
 
 
+@dataclass(frozen=True)
+class HoldOut:
+    """How images are held out of train, where the data has no split of its own; in plain types.
+
+    Attributes:
+        val_fraction: Share of the whole for validation.
+        test_fraction: Share for the test.
+        fold: ``2/5`` for the second fold of five, for which train and val are put together; ``None`` for no folds.
+        split_seed: Another seed holds out other images.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    val_fraction: float = 0.2
+    test_fraction: float = 0.0
+    fold: str | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.val_fraction, self.test_fraction) < 0 or self.val_fraction + self.test_fraction >= 1:
+            raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
+        if self.fold is not None:
+            parse_fold(self.fold)
+
+
 def split(
-    given: Mapping[str, list[Sample]],
-    facts: Callable[[Sequence[Sample]], Sequence[Facts]],
-    val_fraction: float,
-    test_fraction: float,
-    fold: tuple[int, int] | None,
-    seed: int,
+    given: Mapping[str, list[Sample]], facts: Callable[[Sequence[Sample]], Sequence[Facts]], how: HoldOut
 ) -> dict[str, list[Sample]]:
     """Complete the splits that a source has: what it lacks is held out of train.
 
     Args:
         given: Samples by ``train`` and, where the source has them, ``val`` and ``test``.
         facts: Tells what is known of samples; asked if something is to be held out.
-        val_fraction: Share of the whole for validation, where there is none.
-        test_fraction: Share for the test, where there is none.
-        fold: Number of the fold that is validated, from 1, and of how many; train and val are put together for them.
-        seed: Seed of the hold-out.
+        how: Which shares, or which fold.
 
     Returns:
         Samples by ``train``, ``val`` and ``test``; test may be empty.
     """
+    fold = parse_fold(how.fold) if how.fold is not None else None
     train, val, test = (list(given.get(name, ())) for name in ("train", "val", "test"))
     if fold:
         train, val = train + val, []
-    tested = 0.0 if test else test_fraction
-    width = (1 - tested) / fold[1] if fold else val_fraction
+    tested = 0.0 if test else how.test_fraction
+    width = (1 - tested) / fold[1] if fold else how.val_fraction
     begin = tested + (width * (fold[0] - 1) if fold else 0)
     end = begin + width if fold is None or fold[0] < fold[1] else 1.0
     hold_val = not val and width > 0
     if hold_val or tested:
-        placed = place(train, facts(train), seed)
+        placed = place(train, facts(train), how.split_seed)
         placed, to_test = hold_out(placed, 0.0, tested)
         # Each image is validated in one fold, though a class may be too small for all of them.
         placed, to_val = hold_out(placed, begin, end if hold_val else begin, both_sides=fold is None)

@@ -207,7 +207,8 @@ def test_a_class_of_one_image_is_trained_on_in_each_fold(tmp_path: Path) -> None
     draw(tmp_path / "one" / "0.png", (0, 0, 0), 99)
     for number in range(1, 4):
         splits = ImageDataModule(root=str(tmp_path), fold=f"{number}/3", num_workers=0).splits
-        assert 1 in {sample.label for sample in splits["train"]}
+        assert [sample.name for sample in splits["train"] if sample.label == 1] == [str(tmp_path / "one" / "0.png")]
+        assert all(sample.label == 0 for sample in splits["val"]) and splits["val"]
 
 
 @pytest.mark.parametrize("transform", [v2.RandomCrop(400), v2.Normalize([0.5], [0.5]), torch.nn.ReLU()])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from project.data.facts import Facts
 from project.data.samples import Sample
-from project.data.splits import hold_out, parse_fold, place, split
+from project.data.splits import HoldOut, hold_out, parse_fold, place, split
 from project.errors import ConfigError
 
 labelled = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(
@@ -92,12 +92,12 @@ def test_images_with_the_same_bytes_or_looks_are_on_one_side() -> None:
 
 def test_splits_that_the_data_has_are_kept_and_nothing_is_read_for_them() -> None:
     given_splits = {name: [Sample(f"{name}{i}", 0) for i in range(10)] for name in ("train", "val", "test")}
-    assert split(given_splits, lambda _: pytest.fail("read"), 0.5, 0.5, None, 0) == given_splits
+    assert split(given_splits, lambda _: pytest.fail("read"), HoldOut(0.4, 0.5)) == given_splits
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.2, 0.0), (0.2, 0.2), (0.1, 0.4)])
 def test_fractions_are_shares_of_the_whole(val: float, test: float) -> None:
-    parts = split({"train": [Sample(f"{i}.jpg", i % 2) for i in range(2000)]}, known, val, test, None, 0)
+    parts = split({"train": [Sample(f"{i}.jpg", i % 2) for i in range(2000)]}, known, HoldOut(val, test))
     assert len(parts["val"]) == pytest.approx(2000 * val, rel=0.12)
     assert len(parts["test"]) == pytest.approx(2000 * test, rel=0.12)
     assert len({s.name for part in parts.values() for s in part}) == 2000
@@ -108,12 +108,12 @@ def test_each_image_is_validated_in_one_fold() -> None:
         "train": [Sample(f"{i}.jpg", i % 2) for i in range(90)],
         "val": [Sample(f"v{i}.jpg", i % 2) for i in range(9)],
     }
-    folds = [split(data, known, 0.2, 0.0, (number, 5), 0) for number in range(1, 6)]
+    folds = [split(data, known, HoldOut(fold=f"{number}/5")) for number in range(1, 6)]
     assert sorted(s.name for fold in folds for s in fold["val"]) == sorted(
         s.name for part in data.values() for s in part
     )
     assert all(len(fold["train"]) + len(fold["val"]) == 99 for fold in folds)
-    tested = [split(data, known, 0.2, 0.2, (number, 3), 0) for number in range(1, 4)]
+    tested = [split(data, known, HoldOut(test_fraction=0.2, fold=f"{number}/3")) for number in range(1, 4)]
     assert tested[0]["test"] == tested[1]["test"] == tested[2]["test"] != []
 
 
