@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
-from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors
+from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
 from project.errors import ConfigError, DataError, FrozenError
 from project.features.rows import RowBatch
@@ -26,12 +25,6 @@ from project.models.heads import LinearHead
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    # Milliseconds for each: a checkpoint is written in every epoch, and one over stored rows takes some tens of them.
-    return {name: version(name) for name in ("torch", "torchvision", "lightning")}
 
 
 #: The article's recipe.
@@ -277,7 +270,7 @@ class ImageClassifier(pl.LightningModule):
                 "sha256": self.backbone.sha256,
             },
             "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.backbone.frozen_sha256},
-            "versions": dict(_versions()),
+            "versions": dict(versions()),
         }
 
     def _is_frozen(self, key: str) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from project.errors import CheckpointError
 
 FORMAT = 1  # of what a checkpoint holds under "transfer"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a checkpoint depends on."""
+    # Milliseconds for each: a checkpoint is written in every epoch, and one over stored rows takes some tens of them.
+    return {name: version(name) for name in ("torch", "torchvision", "lightning")}
 
 
 def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
