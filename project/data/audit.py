@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from project.atomic import replacing
 from project.data.duplicates import alike, same
 from project.data.facts import Facts
 from project.data.samples import Finding, Source, some
@@ -83,17 +84,14 @@ class Audit:
         # A table's first spaces are skipped when it is read, unless they are quoted.
         spaced = any(value[:1] == " " for row in kept for value in row)
         folder = path.parent.resolve()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
+            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
                 writer.writerow(columns)
                 for name, label, place, group in kept:
                     values = {"path": os.path.relpath(Path(name).absolute(), folder), "label": label, "split": place}
                     writer.writerow([({**values, "group": group})[column] for column in columns])
-            temporary.replace(path)
         except (OSError, UnicodeEncodeError) as error:
-            temporary.unlink(missing_ok=True)
             why = error.strerror if isinstance(error, OSError) else f"{error.object!r} is no UTF-8 name"
             raise ConfigError(f"--fix: {path} cannot be written: {why}.") from error
         return len(kept)

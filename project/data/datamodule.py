@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from project.chance import run_seed, seed_at
 from project.data.dataset import Images, NamedImages
 from project.data.facts import Facts, Index
 from project.data.images import list_images
@@ -208,7 +207,7 @@ class ImageDataModule(pl.LightningDataModule):
         return Order(
             len(self.splits[split_name]),
             trains,
-            _run_seed(),
+            run_seed(),
             self.training_weights() if trains else None,
             getattr(self.trainer, "global_rank", 0),
             getattr(self.trainer, "world_size", 1),
@@ -255,8 +254,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Mix the images of a training batch, on the device."""
         if self.mixes and self.trainer is not None and self.trainer.training:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            place = f"{_run_seed()} {self.trainer.current_epoch} {progress} {self.trainer.global_rank}"
-            seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little", signed=True)
+            seed = seed_at(run_seed(), self.trainer.current_epoch, progress, self.trainer.global_rank)
             images, labels = batch
             return Mix(len(self.classes or ()), *self._mix)(images, labels, seed)
         return batch
@@ -268,7 +266,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _split_loader(self, name: str, transform: Transform) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
-        dataset = Images(self.splits[name], self.source, transform, _run_seed())
+        dataset = Images(self.splits[name], self.source, transform, run_seed())
         return self._loader(dataset, EpochSampler(self.order(name)), name == "train")
 
     def _loader(self, dataset: Images, sampler: EpochSampler | None = None, trains: bool = False) -> DataLoader[Any]:
@@ -283,7 +281,3 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
         )
-
-
-def _run_seed() -> int:
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
 
+from project.chance import seed_at
 from project.data.samples import Sample, Source
 from project.data.transforms import Drawn, Transform
 
@@ -37,9 +37,8 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         epoch, index = divmod(number, len(self))
         sample = self.samples[index]
-        drawn = hashlib.sha256(f"{self._seed} {epoch} {index}".encode()).digest()
         image = self._source.read(sample, self._transform.enough)
-        with Drawn(int.from_bytes(drawn[:8], "little", signed=True)):
+        with Drawn(seed_at(self._seed, epoch, index)):
             return self._transform(image), sample.label
 
     def __getitems__(self, numbers: Sequence[int]) -> list[tuple[torch.Tensor, int]]:

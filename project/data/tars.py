@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tarfile
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from project.atomic import replacing
 from project.data.remote import fetch, located, reading, stamp
 from project.errors import DataError
 
@@ -106,7 +105,8 @@ class Indexer:
         if stamp(url) != mark:
             raise DataError(f"data.source: {url} was changed while it was read. Run again when it is written.")
         try:
-            _write(self._file(url), found.pack(self._mark(mark)))
+            with replacing(self._file(url)) as temporary:
+                temporary.write_bytes(found.pack(self._mark(mark)))
         except OSError as error:
             return found, error
         return found, None
@@ -213,18 +213,3 @@ class Indexer:
 def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     """A regular member, which has content, for reading."""
     return tar.extractfile(member)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from project.atomic import replacing
 from project.errors import DataError, StoreError
 from project.models.accelerate import DTYPES, Engine, EngineName, Precision
 from project.models.backbone import Backbone
@@ -234,14 +234,9 @@ class Rates:
             return
         known = self._read()
         known.setdefault(self._key, {})[engine] = round(rate, 2)
-        temporary = self._path.with_name(f".rates-{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        # It is no more than a note; the rows that follow say what is wrong with the folder.
+        with contextlib.suppress(OSError), replacing(self._path) as temporary:
             temporary.write_text(json.dumps(known, indent=1))
-            temporary.replace(self._path)
-        except OSError:  # it is no more than a note; the rows that follow say what is wrong with the folder
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if self._path is None or not self._path.is_file():

@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from project.atomic import TEMPORARY, appearing, replacing
 from project.errors import StoreError
 
 Keys = np.ndarray
 """Keys of rows, uint64 ``(N, 2)``: 128 bits each."""
 
 SUFFIX = ".safetensors"
-TEMPORARY = ".writing-"
 #: Bytes of a shard, about: a run that is killed loses at most as much.
 SHARD = 64 * 2**20
 
@@ -156,9 +155,9 @@ class Space:
             self.path.mkdir(parents=True, exist_ok=True)
             about = self.path / "space.json"
             if not about.exists():
-                with _appearing(self.path, lambda _: about) as temporary:
+                with replacing(about) as temporary:
                     temporary.write_text(self._text)
-            with _appearing(self.path, lambda written: self.path / f"{_sha256(written)}{SUFFIX}") as temporary:
+            with appearing(self.path, lambda written: f"{_sha256(written)}{SUFFIX}") as temporary:
                 save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
             raise unwritable(self.path, error) from error
@@ -233,22 +232,6 @@ def evict(root: Path, budget: int, keep: Collection[Path]) -> int:
     return freed
 
 
-@contextmanager
-def _appearing(folder: Path, name: Callable[[Path], Path]) -> Iterator[Path]:
-    """A temporary file, which takes its name once it is whole and on the disk."""
-    handle, path = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
-    os.close(handle)
-    temporary = Path(path)
-    temporary.chmod(0o644)  # a store may be shared
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(name(temporary))
-        _sync(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _open(path: Path) -> tuple[Shard, Keys] | None:
     """A shard and its keys; ``None`` where the file is damaged so far that it cannot be opened."""
     try:
@@ -267,14 +250,6 @@ def _open(path: Path) -> tuple[Shard, Keys] | None:
 
 
 DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

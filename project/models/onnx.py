@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from project.atomic import replacing
 from project.models.accelerate import Prefix, quiet
 
 
@@ -33,7 +31,7 @@ def export(prefix: Prefix, size: int, target: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    with _appearing(target) as temporary:
+    with replacing(target) as temporary:
         program.save(temporary)
 
 
@@ -58,7 +56,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self._batches, None)
 
-    with quiet(), _appearing(target) as temporary, tempfile.TemporaryDirectory() as folder:
+    with quiet(), replacing(target) as temporary, tempfile.TemporaryDirectory() as folder:
         import onnx
 
         simplified = Path(folder) / "simplified.onnx"
@@ -85,19 +83,3 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             activation_type=quantization.QuantType.QUInt8,
             extra_options={"CalibMovingAverage": True},  # one outlier does not stretch the range of all
         )
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target, which takes its name once it is whole and on the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".onnx", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

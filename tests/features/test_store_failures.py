@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from project.atomic import TEMPORARY
 from project.errors import StoreError
-from project.features.store import TEMPORARY, Space, as_keys, row_key
+from project.features.store import Space, as_keys, row_key
 from tests.conftest import SMALL, STORED, told
 
 Fit = Callable[..., int]
@@ -55,7 +56,7 @@ def keys_of(word: str, count: int = 64) -> np.ndarray:
 
 
 def temporaries(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*") if path.name.startswith((TEMPORARY, ".rates"))]
+    return [path for path in root.rglob("*") if path.name.startswith(TEMPORARY)]
 
 
 def test_whatever_moment_a_writer_is_killed_at_what_has_a_name_is_whole(tmp_path: Path) -> None:
