@@ -9,15 +9,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
+from project.data.order import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
 from project.features.rows import RowBatch
+from project.loss import MeanLoss, Weight, cross_entropy, processes, shared
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
@@ -88,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
-        self._losses: dict[str, list[tuple[torch.Tensor, int]]] = {"train": [], "val": [], "test": []}
+        self._forget_losses()
         if classes is not None:
             self._name_classes(classes)
 
@@ -166,28 +167,30 @@ class ImageClassifier(pl.LightningModule):
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, metrics: MetricCollection) -> torch.Tensor:
+    def _forget_losses(self) -> None:
+        self._losses = {"train": MeanLoss(), "val": MeanLoss(), "test": MeanLoss()}
+
+    def _step(
+        self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, metrics: MetricCollection
+    ) -> tuple[torch.Tensor, Weight]:
         inputs, labels = batch
         stored = isinstance(batch, RowBatch)
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
-        smoothing = self.hparams["label_smoothing"]
-        loss = functional.cross_entropy(logits, labels, self.loss_weights, label_smoothing=smoothing)
+        if processes() > 1:  # without padding; not even a process that has nothing else may leave the others alone
+            counts = labels != IGNORED if labels.dim() == 1 else labels.any(1)
+            logits, labels = logits[counts], labels[counts]
         # Of mixed images, labels are the share of each class: the largest counts as theirs.
         metrics.update(logits.detach().softmax(1), labels if labels.dim() == 1 else labels.argmax(1))
-        self._losses[stage].append((loss.detach(), len(labels)))
+        loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
+        self._losses[stage].add(*loss)
         return loss
 
     def _epoch_end(self, stage: str, metrics: MetricCollection) -> None:
         # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
         # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
         # and the progress bar looks in the first process alone, which then waits for the others for ever.
-        losses, self._losses[stage] = self._losses[stage], []
-        mean = MeanMetric().to(self.device)
-        if losses:
-            each, counts = zip(*losses, strict=True)
-            mean.update(torch.stack(each), torch.tensor(counts, device=self.device))
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = {f"{stage}/loss": mean.compute(), **metrics.compute()}
+        values = {f"{stage}/loss": self._losses[stage].take(self.device), **metrics.compute()}
         metrics.reset()
         shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
         self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
@@ -195,7 +198,7 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
-        return self._step(batch, "train", self.train_metrics)
+        return shared(*self._step(batch, "train", self.train_metrics))
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Loss and metrics of a batch."""
@@ -238,7 +241,7 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             FrozenError: It has changed.
         """
-        self._losses = {"train": [], "val": [], "test": []}  # an epoch that was broken off left its own
+        self._forget_losses()  # an epoch that was broken off left its own
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:

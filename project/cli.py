@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 import warnings
@@ -238,7 +239,8 @@ def reserve_version(folder: Path) -> int | None:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    # Of Lightning's own launcher on several nodes, no process knows its rank yet, only that of its node.
+    if getattr(rank_zero_only, "rank", 0) != 0 or os.environ.get("NODE_RANK", "0") != "0":
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,5 +291,6 @@ def main(args: Sequence[str]) -> int:
     except (ProjectError, MisconfigurationException) as error:
         if "--debug" in args:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,12 @@ class ProjectError(Exception):
 
     Args:
         message: What, where, and how to mend it.
+
+    Attributes:
+        told: Whether another process of a distributed run says it, so that this one need not.
     """
+
+    told = False
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker raises again in the main process, with the worker's whole traceback as the message:

@@ -56,6 +56,8 @@ class Trainer(pl.Trainer):
     ) -> bool:
         """Examine the data: read every image whole, and say what would spoil a result.
 
+        Of several processes that somebody else has started, the first one does it.
+
         Args:
             model: Whose frozen backbone looks for suspects.
             datamodule: The data.
@@ -67,6 +69,8 @@ class Trainer(pl.Trainer):
         Returns:
             Whether there was no problem.
         """
+        if self.global_rank > 0:
+            return True
         data = datamodule or ImageDataModule()
         found = examine(data, json, fix)
         if suspects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,20 @@ import lightning.pytorch as pl
 import torch
 
 from project.classifier import ImageClassifier
-from project.errors import ConfigError
+from project.errors import ConfigError, ProjectError
+from project.features.ranks import Ranks
+from project.terminal import say
 
+Rows = list[list[str]] | str | None
 COLUMNS = ("path", "predicted", "probability", "top2", "top2_probability", "top3", "top3_probability")
 
 
 class PredictionWriter(pl.Callback):
     """Writes a row an image: its path, the predicted class with its probability, and the next two.
 
-    Rows go to a temporary file beside the target, which takes the target's name once all are written.
+    Rows go to a temporary file beside the target, which takes the target's name once all are written. Of several
+    processes, which have every so many-th image each, the first one writes; it gets the others' rows batch by batch,
+    so that nobody holds them all, and no file has to be seen by more than one node.
 
     Args:
         output: The CSV file.
@@ -32,10 +38,16 @@ class PredictionWriter(pl.Callback):
         self._target = Path(output).expanduser()
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}")
         self._file: TextIO | None = None
+        self._parted = True  # whether no process waits for this one
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise ConfigError("predict writes one file from one process: use --trainer.devices 1.")
+        self._ranks = Ranks()
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                self._open()
+        self._parted = False
+
+    def _open(self) -> None:
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("w", newline="", encoding="utf-8")
@@ -56,23 +68,50 @@ class PredictionWriter(pl.Callback):
         assert isinstance(pl_module, ImageClassifier)
         paths, probabilities = outputs
         best = probabilities.topk(min(3, probabilities.shape[1]))
+        rows = []
         for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
             row: list[str] = [path]
             for value, index in zip(values, indices, strict=True):
                 row += [pl_module.classes[index], f"{value:.6f}"]
-            self._rows.writerow(row + [""] * (len(COLUMNS) - len(row)))
+            rows.append(row + [""] * (len(COLUMNS) - len(row)))
+        self._write(rows)
+
+    def _write(self, rows: Rows) -> bool:
+        """Write the rows of all processes, in the images' order; says whether there may be more of them.
+
+        Args:
+            rows: This process's; ``None`` once it has no more, or why it fails.
+        """
+        parts = self._ranks.gather(rows)
+        failures = [part if isinstance(part, str) else None for part in parts]
+        self._parted = any(failure is not None for failure in failures)  # nobody waits where all fail
+        self._ranks.fail(failures)
+        if self._file is not None:
+            ordered = itertools.zip_longest(*[part for part in parts if isinstance(part, list)])
+            # Padding has no path, and a process with fewer rows than others none at all.
+            self._rows.writerows(row for each in ordered for row in each if row and row[0])
+        return any(part is not None for part in parts)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._temporary.replace(self._target)
-        print(f"Predictions: {self._target}")
+        while self._write(None):  # others may have a batch more, if the loaders are the user's
+            pass
+        self._parted = True
+        if self._file is not None:
+            self._file.close()
+            self._temporary.replace(self._target)
+        say(f"Predictions: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._discard()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._discard()
+        if isinstance(exception, ProjectError) and not self._parted:
+            self._parted = True
+            try:
+                self._write(str(exception))
+            except ProjectError as error:
+                exception.told = error.told
 
     def _discard(self) -> None:
         if self._file is not None:

@@ -204,14 +204,12 @@ class ImageDataModule(pl.LightningDataModule):
         The seed is that of the run, if Lightning's ``seed_everything`` was called.
         """
         trains = split_name == "train" and not getattr(self.trainer, "overfit_batches", 0)
-        return Order(
-            len(self.splits[split_name]),
-            trains,
-            run_seed(),
-            self.training_weights() if trains else None,
-            getattr(self.trainer, "global_rank", 0),
-            getattr(self.trainer, "world_size", 1),
-        )
+        weights = self.training_weights() if trains else None
+        return self._order(len(self.splits[split_name]), trains, weights)
+
+    def _order(self, count: int, trains: bool = False, weights: torch.Tensor | None = None) -> Order:
+        rank, world_size = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+        return Order(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
 
     def training_transform(self) -> Transform:
         """What is done to an image of the train split."""
@@ -248,7 +246,7 @@ class ImageDataModule(pl.LightningDataModule):
             samples = self._readable(samples, str(path), source)
         if not samples:
             raise DataError(f"data.predict: there are no images in {self.predict_path}.")
-        return self._loader(NamedImages(samples, source, self.evaluation_transform()))
+        return self._loader(NamedImages(samples, source, self.evaluation_transform()), self._order(len(samples)))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""
@@ -267,16 +265,13 @@ class ImageDataModule(pl.LightningDataModule):
     def _split_loader(self, name: str, transform: Transform) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
         dataset = Images(self.splits[name], self.source, transform, run_seed())
-        return self._loader(dataset, EpochSampler(self.order(name)), name == "train")
+        return self._loader(dataset, self.order(name))
 
-    def _loader(self, dataset: Images, sampler: EpochSampler | None = None, trains: bool = False) -> DataLoader[Any]:
-        count = len(dataset) if sampler is None else len(sampler)
-        alone = trains and 1 < self.batch_size < count and count % self.batch_size == 1
+    def _loader(self, dataset: Images, order: Order) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=alone,  # BatchNorm cannot train on one image, and another one is left out in each epoch
+            sampler=EpochSampler(order),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from project.chance import seed_at
+from project.data.order import IGNORED, PADDING
 from project.data.samples import Sample, Source
 from project.data.transforms import Drawn, Transform
 
@@ -16,7 +17,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
     """Items are an image, uint8 ``(3, H, W)``, and the index of its class.
 
     Item ``e * n + i`` of n is image i in epoch e: what is random in the transform is drawn from the seed, the epoch and
-    i, so it is the same with any number of workers.
+    i, so it is the same with any number of workers. Padding is the last image, and labelled as ignored.
 
     Args:
         samples: What to read.
@@ -39,7 +40,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         sample = self.samples[index]
         image = self._source.read(sample, self._transform.enough)
         with Drawn(seed_at(self._seed, epoch, index)):
-            return self._transform(image), sample.label
+            return self._transform(image), IGNORED if number == PADDING else sample.label
 
     def __getitems__(self, numbers: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """The items of a batch."""
@@ -48,7 +49,8 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 
 
 class NamedImages(Images):
-    """Items are an image, uint8 ``(3, H, W)``, and its name."""
+    """Items are an image, uint8 ``(3, H, W)``, and its name, which padding has none of."""
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:  # type: ignore[override]
-        return super().__getitem__(number)[0], self.samples[number].name
+        name = "" if number == PADDING else self.samples[number % len(self)].name
+        return super().__getitem__(number)[0], name

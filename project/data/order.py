@@ -6,19 +6,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.data import DistributedSampler
+
+#: In the place of an image, where a process has none: it stands for the last one, without its label.
+PADDING = -1
+IGNORED = -100  # the label of what counts for nothing
 
 
 class Order:
     """Indices of an epoch.
 
+    Process r of W takes images r, r + W, r + 2 W, … of the order, so the b images that each takes next are together the
+    b * W that one process would take. What is lacking to shares of equal length is padding, which counts for nothing.
+
     Args:
         count: Images.
-        shuffle: Whether the order is another one in each epoch.
+        shuffle: Whether the order is another one in each epoch, for training.
         seed: Of the order.
         weights: How often each image is to come, relative to the others, float ``(N,)``: it is drawn with replacement.
         rank: Of this process; each takes its share of the images.
         world_size: Number of processes.
+        batch_size: Images a batch of one process. BatchNorm cannot train on one image: where one would be left for the
+            last batch of all processes, it is left out, another one in each epoch.
     """
 
     def __init__(
@@ -29,6 +39,7 @@ class Order:
         weights: torch.Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
+        batch_size: int = 1,
     ) -> None:
         self.count = count
         self.shuffle = shuffle
@@ -36,12 +47,18 @@ class Order:
         self._weights = weights
         self._rank = rank
         self._world = world_size
+        together = batch_size * world_size
+        alone = shuffle and 1 < together < count and count % together == 1
+        self._taken = count - alone
+        self._share = -(-self._taken // world_size)
+        if shuffle and batch_size > 1 and self._share % batch_size == 1 and world_size > 1:
+            self._share += 1  # nor can it where each process has one image of the last batch
 
     def __len__(self) -> int:
-        return len(self._mine(torch.arange(self.count)))
+        return self._share
 
     def __call__(self, epoch: int) -> torch.Tensor:
-        """Indices of this process's images, int64."""
+        """Indices of this process's images, int64, with padding at their end."""
         order = torch.arange(self.count)
         if self.shuffle:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
@@ -49,19 +66,12 @@ class Order:
                 order = torch.multinomial(self._weights, self.count, replacement=True, generator=generator)
             else:
                 order = torch.randperm(self.count, generator=generator)
-        return self._mine(order)
-
-    def _mine(self, order: torch.Tensor) -> torch.Tensor:
-        """This process's share: of equal length for all while training, each image once otherwise."""
-        if self.shuffle and self._world > 1:
-            lacking = -len(order) % self._world
-            order = torch.cat([order, order.repeat(-(-lacking // len(order)))[:lacking]])
-        mine = order[self._rank :: self._world]
-        return mine if len(mine) else order[:1]  # more processes than images: Lightning takes no empty loader
+        mine = order[: self._taken][self._rank :: self._world]
+        return functional.pad(mine, (0, self._share - len(mine)), value=PADDING)
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``.
+    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``; padding stays what it is.
 
     So what a worker makes of an image can be drawn from the epoch. Lightning sets the epoch, and as this is a
     DistributedSampler already, it puts none of its own in its place, which would pad with duplicates.
@@ -82,4 +92,5 @@ class EpochSampler(DistributedSampler[Any]):
         return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        yield from (self._order(self.epoch) + self.epoch * self._order.count).tolist()
+        order = self._order(self.epoch)
+        yield from torch.where(order == PADDING, order, order + self.epoch * self._order.count).tolist()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
 from project.components import Spec, construct
+from project.data.order import IGNORED
 from project.errors import ConfigError
 from project.preprocessing import Preprocessing
 
@@ -165,6 +166,7 @@ class Mix:
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float) -> None:
+        self._classes = classes
         ways: list[Callable[..., Any]] = []
         if mixup:
             ways.append(v2.MixUp(alpha=mixup, num_classes=classes))
@@ -176,8 +178,11 @@ class Mix:
         """Mix images ``(B, 3, H, W)``, uint8, with labels ``(B,)``, as the seed says.
 
         Returns:
-            Images, float in [0, 1], and the share of each class, float ``(B, C)``.
+            Images, float in [0, 1], and the share of each class, float ``(B, C)``; of what is to be ignored, none.
         """
-        with Drawn(seed):
-            mixed, shares = self._mix(images.float() / 255, labels)
+        mixed, shares = images.float() / 255, torch.zeros(len(labels), self._classes, device=labels.device)
+        counts = labels != IGNORED
+        if counts.any():
+            with Drawn(seed):
+                mixed[counts], shares[counts] = self._mix(mixed[counts], labels[counts])
         return mixed, shares

@@ -8,7 +8,7 @@ import inspect
 import operator
 import reprlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,28 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
         ways = {split: [{key: word} for word, means in SPLITS.items() if means == split] for split in SPLITS.values()}
         if default is not inspect.Parameter.empty:
             ways["train"].append({key: default})
-    tried = {
-        split: next((one for way in those if (one := opened(**way)) is not None), None) for split, those in ways.items()
-    }
+    with _alone(given.get("root")) if download else contextlib.nullcontext():
+        tried = {
+            split: next((one for way in those if (one := opened(**way)) is not None), None)
+            for split, those in ways.items()
+        }
     if tried["train"] is None:
         raise DataError(f"data.source: {name} has no split of a usual name to train on. Name one with split.")
     return {split: one for split, one in tried.items() if one is not None}
+
+
+@contextlib.contextmanager
+def _alone(root: str | Path | None) -> Iterator[None]:
+    """One process at a time downloads into a folder; torchvision has no lock, and unpacks half of another's file."""
+    from filelock import FileLock
+
+    with contextlib.ExitStack() as held:
+        # A folder that cannot be written, or has no locks: whether that matters is for the download to say.
+        with contextlib.suppress(OSError, NotImplementedError, TypeError):
+            folder = Path(root).expanduser()  # type: ignore[arg-type]
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder / ".downloading.lock"))
+        yield
 
 
 def _parameters(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:

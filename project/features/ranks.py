@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -42,13 +42,30 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Do something that can fail: where one process fails, all do, so that none waits for it."""
         failure: Exception | None = None
+        message: str | None = None
         try:
             yield
+        except ProjectError as error:
+            failure, message = error, str(error)
         except Exception as error:
-            failure = error
-        told = self.gather(failure and str(failure))
-        if failure:
-            raise failure
-        for rank, message in enumerate(told):
-            if message:
-                raise ProjectError(f"Process {rank} failed: {message}")
+            failure, message = error, f"Process {self.rank} failed: {type(error).__name__}: {error}"
+        self.fail(self.gather(message), failure)
+
+    def fail(self, told: Sequence[str | None], failure: Exception | None = None) -> None:
+        """Fail where some process has failed. The first process says it, others what they alone have to say.
+
+        Args:
+            told: What went wrong in each process; ``None`` where all is well.
+            failure: What went wrong in this one.
+
+        Raises:
+            ProjectError: Another process has failed, or this one.
+        """
+        failed = [rank for rank, message in enumerate(told) if message is not None]
+        if not failed:
+            return
+        said = told[failed[0]] or ""
+        error = failure or ProjectError(said)
+        if isinstance(error, ProjectError):
+            error.told = self.rank > 0 and told[self.rank] in (None, said)
+        raise error

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from project.data.order import Order
+from project.data.order import IGNORED, PADDING, Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
 
@@ -107,7 +107,7 @@ class RowLoader:
         views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
         labels: int64 ``(N,)``.
         batch_size: Images a batch.
-        order: In which order they come. Where it shuffles, a last batch of one image is left out.
+        order: In which order they come.
         epoch: Says which epoch it is.
         evaluates: Nothing is learnt, so that batches may be larger.
     """
@@ -130,12 +130,10 @@ class RowLoader:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        count = len(self._order)
-        alone = self._order.shuffle and 1 < self.batch_size < count and count % self.batch_size == 1
-        return -(-count // self.batch_size) - alone
+        return -(-len(self._order) // self.batch_size)
 
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()
         view = self._views[epoch % len(self._views)]
-        for batch in torch.split(self._order(epoch), self.batch_size)[: len(self)]:
-            yield RowBatch(self._rows[view[batch]], self._labels[batch])
+        for batch in torch.split(self._order(epoch), self.batch_size):
+            yield RowBatch(self._rows[view[batch]], self._labels[batch].masked_fill(batch == PADDING, IGNORED))

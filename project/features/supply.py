@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from project.features.choose import Candidate, Choice, Rates, choose, cost
 from project.features.engines import Option
 from project.features.extract import Image, extract, keys_of, load_image
 from project.features.ranks import Ranks
-from project.features.store import SHARD, Found, evict
+from project.features.store import SHARD, Found, evict, unwritable
 from project.models.accelerate import DTYPES, Engine
 from project.models.backbone import Backbone
 
@@ -115,6 +116,7 @@ def supply(
             with ranks.together():
                 if ranks.rank == 0:
                     held.enter_context(option.space.building(progress.waits))
+            _refuse_unshared(option, ranks)
             stored = option.space.find(keys, verify=False)
             missing = stored.missing
             ranks.gather(None)  # nobody writes before all have looked
@@ -134,11 +136,29 @@ def supply(
             found = option.space.find(keys)
             ranks.gather(None)
         if len(found.missing):
-            raise StoreError(
-                f"{len(found.missing)} rows are not in {option.space.path} although they were computed. "
-                "The folder has to be one that all processes share: name it with --features.folder PATH"
-            )
+            raise StoreError(f"{len(found.missing)} rows are not in {option.space.path} although they were computed.")
     return Supplied(found, option, computed, damaged, time.perf_counter() - began, began - start, reason)
+
+
+def _refuse_unshared(option: Option, ranks: Ranks) -> None:
+    """See that all processes see the same folder, before hours are spent on rows that some would not find."""
+    sign = option.space.path / f".seen-{ranks.gather(uuid.uuid4().hex)[0]}"
+    with ranks.together():
+        if ranks.rank == 0 and ranks.size > 1:
+            try:
+                sign.touch()
+            except OSError as error:
+                raise unwritable(option.space.path, error) from error
+    try:
+        with ranks.together():
+            if ranks.size > 1 and not sign.exists():
+                raise StoreError(
+                    f"{option.space.path} of process {ranks.rank} is not that of process 0, on another node. Features "
+                    "have to be in a folder that all nodes share: name one with --features.folder PATH"
+                )
+    finally:
+        if ranks.rank == 0:
+            sign.unlink(missing_ok=True)
 
 
 def _refuse_too_much(
