@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
 from project.data.order import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
 from project.features.rows import RowBatch
-from project.loss import MeanLoss, Weight, cross_entropy, processes, shared
+from project.loss import Weight, cross_entropy, processes, shared
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
+from project.tally import Tally
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -89,7 +89,6 @@ class ImageClassifier(pl.LightningModule):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
-        self._forget_losses()
         if classes is not None:
             self._name_classes(classes)
 
@@ -109,9 +108,9 @@ class ImageClassifier(pl.LightningModule):
             raise ConfigError(f"model.class_weights have to be at least 0, not {min(weights)}.")
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
-        self.train_metrics = training_metrics(len(classes))
-        self.val_metrics = evaluation_metrics(classes, "val")
-        self.test_metrics = evaluation_metrics(classes, "test")
+        for stage in ("train", "val", "test"):
+            metrics = training_metrics(len(classes)) if stage == "train" else evaluation_metrics(classes, stage)
+            self.add_module(f"{stage}_tally", Tally(stage, metrics))
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data, and tell the data what the weights ask of an image.
@@ -167,46 +166,43 @@ class ImageClassifier(pl.LightningModule):
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
 
-    def _forget_losses(self) -> None:
-        self._losses = {"train": MeanLoss(), "val": MeanLoss(), "test": MeanLoss()}
-
-    def _step(
-        self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, metrics: MetricCollection
-    ) -> tuple[torch.Tensor, Weight]:
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> tuple[torch.Tensor, Weight]:
         inputs, labels = batch
         stored = isinstance(batch, RowBatch)
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
         if processes() > 1:  # without padding; not even a process that has nothing else may leave the others alone
             counts = labels != IGNORED if labels.dim() == 1 else labels.any(1)
             logits, labels = logits[counts], labels[counts]
-        # Of mixed images, labels are the share of each class: the largest counts as theirs.
-        metrics.update(logits.detach().softmax(1), labels if labels.dim() == 1 else labels.argmax(1))
         loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
-        self._losses[stage].add(*loss)
+        # Of mixed images, labels are the share of each class: the largest counts as theirs.
+        largest = labels if labels.dim() == 1 else labels.argmax(1)
+        self.tally(stage).add(loss, logits.detach().softmax(1), largest)
         return loss
 
-    def _epoch_end(self, stage: str, metrics: MetricCollection) -> None:
+    def tally(self, stage: str) -> Tally:
+        """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
+        return cast(Tally, self.get_submodule(f"{stage}_tally"))
+
+    def _epoch_end(self, stage: str) -> None:
         # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
         # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
         # and the progress bar looks in the first process alone, which then waits for the others for ever.
-        # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = {f"{stage}/loss": self._losses[stage].take(self.device), **metrics.compute()}
-        metrics.reset()
+        values = self.tally(stage).take(self.device)
         shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
         self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
         self.log_dict(values)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
-        return shared(*self._step(batch, "train", self.train_metrics))
+        return shared(*self._step(batch, "train"))
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Loss and metrics of a batch."""
-        self._step(batch, "val", self.val_metrics)
+        self._step(batch, "val")
 
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Loss and metrics of a batch."""
-        self._step(batch, "test", self.test_metrics)
+        self._step(batch, "test")
 
     def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
         """Paths and probabilities ``(B, C)``, float32, of a batch of images and their paths."""
@@ -215,15 +211,15 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end("train", self.train_metrics)
+        self._epoch_end("train")
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end("val", self.val_metrics)
+        self._epoch_end("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the test."""
-        self._epoch_end("test", self.test_metrics)
+        self._epoch_end("test")
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
@@ -241,7 +237,8 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             FrozenError: It has changed.
         """
-        self._forget_losses()  # an epoch that was broken off left its own
+        for stage in ("train", "val", "test"):
+            self.tally(stage).reset()  # an epoch that was broken off left its own
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:

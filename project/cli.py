@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import re
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError, ArgumentParser
@@ -15,26 +14,30 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import hyper_parameters, read_checkpoint, split_settings
+from project.artifacts.checkpoint import epochs_of, hyper_parameters, read_checkpoint, seed_of, split_settings
+from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
+from project.callbacks.interruption import Interruption
 from project.callbacks.report import Report
 from project.classifier import SGD, ImageClassifier
 from project.components import describe
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.explain import explain
+from project.runs import RUNS, WORDS, newest, reserve_version
+from project.signals import Interrupted, Signals
+from project.terminal import say
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
-RUNS = "runs"
 
 
 class TransferCLI(LightningCLI):
@@ -42,8 +45,9 @@ class TransferCLI(LightningCLI):
 
     trainer: Trainer
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], signals: Signals) -> None:
         self._args = list(args)
+        self._signals = signals
         self._checkpoint: dict[str, Any] | None = None
         self.exit_code = 0
         super().__init__(
@@ -86,10 +90,8 @@ class TransferCLI(LightningCLI):
             ConfigError: A flag or key is unknown, or its value is not of its kind.
         """
         verb = next((word for word in args if word in self._subcommand_parsers), None)
-        flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        flag.add_argument("--ckpt_path", nargs="?")
-        path = flag.parse_known_args(args)[0].ckpt_path
-        if verb and path and self._checkpoint is None and "--help" not in args:
+        path, _ = _without_checkpoint(args)
+        if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
             self.config = parser.parse_args(args)
@@ -139,21 +141,54 @@ class TransferCLI(LightningCLI):
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
+        if path in WORDS:
+            path = self._find(verb, path)
         if not path:
+            self.config[verb].ckpt_path = None
             return
-        if self._checkpoint is None:  # a config file names it
+        if self._checkpoint is None:  # a word or a config file names it
             self._take_defaults(verb, path)
             self.parse_arguments(self.parser, self._args)
+        self.config[verb].ckpt_path = str(path)
         assert self._checkpoint is not None
-        epochs, most = self._checkpoint["epoch"] + 1, self.config[verb].trainer.max_epochs
+        epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
         if verb == "fit" and most is not None and -1 < most <= epochs:
             raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
+
+    def _find(self, verb: str, word: str) -> str | None:
+        """The checkpoint that a word stands for, of the runs on this data."""
+        config = self.config[verb]
+        if config.trainer.logger not in (None, True, False):
+            raise ConfigError(f"--ckpt_path {word} is looked for under {RUNS}/; with another logger, name the file.")
+        if not config.name and config.data.root is None and config.data.source is None:
+            raise ConfigError(
+                f"--ckpt_path {word} of which run? Name it with --name NAME, or the data with --data.root."
+            )
+        name = config.name or self._name_of_data(verb)
+        folder = Path(config.trainer.default_root_dir or RUNS) / name
+        found = newest(folder, word)
+        if found is None and verb != "fit":
+            raise ConfigError(f"There is no {word}.ckpt under {folder}: name a checkpoint with --ckpt_path FILE.")
+        say(f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit")
+        return str(found) if found else None
+
+    def _name_of_data(self, verb: str) -> str:
+        parser = LightningArgumentParser()  # of its own: the verb's would make the model and the trainer as well
+        parser.add_lightning_class_args(ImageDataModule, "data")
+        only = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
+        return str(parser.instantiate_classes(only).data.name)
+
+    def _command(self) -> str:
+        """This command line, but for the checkpoint."""
+        return shlex.join([*PROGRAM.split(), *_without_checkpoint(self._args)[1]])
 
     def _take_defaults(self, verb: str, path: str) -> None:
         self._checkpoint = read_checkpoint(path)
         defaults = {f"model.{key}": value for key, value in hyper_parameters(self._checkpoint, path).items()}
         # As well as how images were held out: or what is validated, or trained on from here, would be others.
         defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
+        if verb == "fit":  # goes on with the same chance
+            defaults["seed_everything"] = seed_of(self._checkpoint)
         self._subcommand_parsers[verb].set_defaults(defaults)
 
     def before_instantiate_classes(self) -> None:
@@ -195,7 +230,7 @@ class TransferCLI(LightningCLI):
             return super().instantiate_trainer(**silent, **kwargs)
         dashboard = Dashboard()
         self._report = Report(dashboard)
-        callbacks: list[pl.Callback] = [dashboard, self._report]
+        callbacks: list[pl.Callback] = [Interruption(self._signals, self._command()), dashboard, self._report]
         if not given["fast_dev_run"]:
             if not given["logger"]:  # a logger of the user's has a folder of its own
                 runs = Path(given["default_root_dir"] or RUNS)
@@ -208,11 +243,7 @@ class TransferCLI(LightningCLI):
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:
-                # Two callbacks: save_last=True would write last.ckpt only in epochs that are also the best so far.
-                always: dict[str, Any] = {"enable_version_counter": False}
-                if given["limit_val_batches"] != 0:
-                    callbacks.append(ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **always))
-                callbacks.append(ModelCheckpoint(filename="last", **always))
+                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last()]
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -227,33 +258,12 @@ class TransferCLI(LightningCLI):
         self._report.show(self.trainer, self.model)
 
 
-def reserve_version(folder: Path) -> int | None:
-    """Make the next ``version_N`` folder of a run, which no other process can have made.
-
-    Args:
-        folder: ``runs/NAME``.
-
-    Returns:
-        N; ``None`` in the other processes of a distributed run, which write nothing.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
-    # Of Lightning's own launcher on several nodes, no process knows its rank yet, only that of its node.
-    if getattr(rank_zero_only, "rank", 0) != 0 or os.environ.get("NODE_RANK", "0") != "0":
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(m[1]) for m in (re.fullmatch(r"version_(\d+)", entry.name) for entry in folder.iterdir()) if m]
-        number = max(taken, default=-1) + 1
-        while True:
-            try:
-                (folder / f"version_{number}").mkdir()
-                return number
-            except FileExistsError:  # another fit began at the same moment
-                number += 1
-    except OSError as error:
-        raise ConfigError(f"The run's folder {folder} cannot be written: {error.strerror}.") from error
+def _without_checkpoint(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``--ckpt_path`` says on a command line, and the rest of it."""
+    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument("--ckpt_path", nargs="?")
+    known, rest = flag.parse_known_args(args)
+    return known.ckpt_path, rest
 
 
 #: What Lightning warns of that is as it should be here.
@@ -276,7 +286,8 @@ def main(args: Sequence[str]) -> int:
         args: Command line, without the program's name.
 
     Returns:
-        Exit code: 0; 1 where ``check`` found problems; 2 after a mistake of the user's, which is told in a line or two.
+        Exit code: 0; 1 where ``check`` found problems; 2 after a mistake of the user's, which is told in a line or two;
+            143 and 130 after SIGTERM and SIGINT.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
@@ -286,8 +297,14 @@ def main(args: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda r: "try installing" not in r.getMessage()
     )
+    signals = Signals()
+    signals.install()
     try:
-        return TransferCLI(args).exit_code
+        code = TransferCLI(args, signals).exit_code
+        return 128 + signals.received if signals.received else code
+    except Interrupted as stop:
+        print(stop.told, file=sys.stderr)
+        return stop.exit_code
     except (ProjectError, MisconfigurationException) as error:
         if "--debug" in args:
             raise

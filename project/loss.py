@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional
@@ -71,3 +73,17 @@ class MeanLoss:
         if processes() > 1:
             dist.all_reduce(sums)
         return sums[0] / sums[1]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was added since it was last taken."""
+        summed, weights = zip(*self._parts, strict=True) if self._parts else ((), ())
+        return {
+            "sums": torch.stack(summed) if summed else torch.zeros(0),
+            "weights": torch.tensor(weights) if not weights or isinstance(weights[0], int) else torch.stack(weights),
+        }
+
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Add what another one was given, before its own."""
+        weights = state["weights"]
+        before = weights.unbind() if weights.is_floating_point() else weights.tolist()
+        self._parts = [*zip(state["sums"].unbind(), before, strict=True), *self._parts]

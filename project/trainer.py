@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from project.artifacts.checkpoint_io import AtomicCheckpointIO
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.predictions import PredictionWriter
+from project.callbacks.resume import ExactResume
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.studies.doctor import examine, report
@@ -18,6 +21,12 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer; ``predict`` writes a CSV file, and ``check`` examines the data."""
 
     callbacks: list[pl.Callback]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not where one was asked for
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.callbacks.insert(0, ExactResume())
 
     def predict(  # type: ignore[override]
         self,

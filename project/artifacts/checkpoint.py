@@ -94,3 +94,15 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[st
             except ConfigError as error:
                 raise CheckpointError(f"{path}: model.{part}: {error}") from error
     return values
+
+
+def epochs_of(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a checkpoint's fit has been through, to their end."""
+    done: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return done
+
+
+def seed_of(checkpoint: Mapping[str, Any]) -> int:
+    """The seed of a checkpoint's fit."""
+    seed: int = checkpoint["resume"]["seed"]
+    return seed

@@ -188,4 +188,5 @@ def _loader(
         # Over-fitting on some batches is over the same ones in each epoch, in one view.
         epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
         evaluates=name != "train" and not (isinstance(limit, int) and limit > 0),
+        behind=lambda: data.behind(name),
     )

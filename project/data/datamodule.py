@@ -211,6 +211,12 @@ class ImageDataModule(pl.LightningDataModule):
         rank, world_size = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         return Order(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
 
+    def behind(self, split_name: str) -> int:
+        """How many batches of the present epoch a fit that was resumed within it has behind it."""
+        loop: Any = getattr(self.trainer, "fit_loop", None)
+        resumes = split_name == "train" and loop is not None and loop.restarting
+        return int(loop.epoch_loop.batch_progress.current.processed) if resumes else 0
+
     def training_transform(self) -> Transform:
         """What is done to an image of the train split."""
         return training(self._known(), self.augment)
@@ -246,13 +252,15 @@ class ImageDataModule(pl.LightningDataModule):
             samples = self._readable(samples, str(path), source)
         if not samples:
             raise DataError(f"data.predict: there are no images in {self.predict_path}.")
-        return self._loader(NamedImages(samples, source, self.evaluation_transform()), self._order(len(samples)))
+        return self._loader(
+            NamedImages(samples, source, self.evaluation_transform()), EpochSampler(self._order(len(samples)))
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""
         if self.mixes and self.trainer is not None and self.trainer.training:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            seed = seed_at(run_seed(), self.trainer.current_epoch, progress, self.trainer.global_rank)
+            batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            seed = seed_at(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
             images, labels = batch
             return Mix(len(self.classes or ()), *self._mix)(images, labels, seed)
         return batch
@@ -265,13 +273,17 @@ class ImageDataModule(pl.LightningDataModule):
     def _split_loader(self, name: str, transform: Transform) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
         dataset = Images(self.splits[name], self.source, transform, run_seed())
-        return self._loader(dataset, self.order(name))
+        sampler = EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size)
+        loop: Any = getattr(self.trainer, "fit_loop", None)
+        if loop is not None:  # Lightning says it when workers have begun already on the epoch of a fit that is resumed
+            sampler.set_epoch(loop.epoch_progress.current.processed)
+        return self._loader(dataset, sampler)
 
-    def _loader(self, dataset: Images, order: Order) -> DataLoader[Any]:
+    def _loader(self, dataset: Images, sampler: EpochSampler) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(order),
+            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,10 +78,12 @@ class EpochSampler(DistributedSampler[Any]):
 
     Args:
         order: The order.
+        behind: How many images of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
     """
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, behind: Callable[[], int] = lambda: 0) -> None:
         self._order = order
+        self._behind = behind
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,5 +94,5 @@ class EpochSampler(DistributedSampler[Any]):
         return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        order = self._order(self.epoch)
+        order = self._order(self.epoch)[self._behind() :]
         yield from torch.where(order == PADDING, order, order + self.epoch * self._order.count).tolist()

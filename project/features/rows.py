@@ -110,6 +110,7 @@ class RowLoader:
         order: In which order they come.
         epoch: Says which epoch it is.
         evaluates: Nothing is learnt, so that batches may be larger.
+        behind: How many batches of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class RowLoader:
         order: Order,
         epoch: Callable[[], int],
         evaluates: bool = False,
+        behind: Callable[[], int] = lambda: 0,
     ) -> None:
         self._rows = rows
         self._views = views
@@ -128,6 +130,7 @@ class RowLoader:
         self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
         self._order = order
         self._epoch = epoch
+        self._behind = behind
 
     def __len__(self) -> int:
         return -(-len(self._order) // self.batch_size)
@@ -135,5 +138,5 @@ class RowLoader:
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()
         view = self._views[epoch % len(self._views)]
-        for batch in torch.split(self._order(epoch), self.batch_size):
+        for batch in torch.split(self._order(epoch), self.batch_size)[self._behind() :]:
             yield RowBatch(self._rows[view[batch]], self._labels[batch].masked_fill(batch == PADDING, IGNORED))

@@ -1,0 +1,72 @@
+"""SIGTERM and SIGINT in a fit: saved at the next batch, in all processes, and told how to go on."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from project.callbacks.checkpoints import Last
+from project.signals import Interrupted, Signals
+
+
+class Interruption(pl.Callback):
+    """Ends a fit between two batches, of training or of validation, with ``last.ckpt`` written.
+
+    Args:
+        signals: What has been received.
+        command: The command line that goes on with the fit, but for the checkpoint.
+    """
+
+    def __init__(self, signals: Signals, command: str) -> None:
+        self._signals = signals
+        self._command = command
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning's own, put there a moment ago, waits for the other processes wherever it is called.
+        self._signals.install()
+        self._signals.awaited = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # gradients are not saved
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._signals.awaited:  # not while Lightning tries a batch or two before it begins
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.awaited = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._signals.awaited = False
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        number = self._signals.received
+        if trainer.world_size > 1:  # whichever process it was that received it
+            asked = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if not number:
+            return
+        name = signal.Signals(number).name
+        last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
+        if last is None:
+            raise Interrupted(number, f"Stopped by {name}. Nothing was saved, as this fit keeps no last.ckpt.")
+        trainer.save_checkpoint(last)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        raise Interrupted(
+            number,
+            f"Stopped by {name} after batch {done} of epoch {trainer.current_epoch}, which is saved. Go on with:\n"
+            f"{self._command} --ckpt_path {last}",
+        )

@@ -1,0 +1,151 @@
+"""A fit that is resumed goes on as if it had never stopped, to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from project.chance import reseed, run_seed
+from project.classifier import ImageClassifier
+from project.errors import CheckpointError
+
+KEY = "resume"
+
+
+class ExactResume(Callback):
+    """Puts into a checkpoint what Lightning leaves out, and takes it up again.
+
+    That is: the state of what draws random numbers; the metrics of an epoch that is not over; and what a scheduler
+    that watches a metric has yet to see, as Lightning saves before it steps it. What is drawn within a step comes from
+    the run's seed, the epoch and the batch, in each process, so nothing that was drawn before it matters.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Mapping[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop = trainer.fit_loop
+        progress: Any = loop.epoch_progress.current
+        within = progress.processed < progress.ready
+        mine: dict[str, Any] = {"chance": _chance()}
+        if within and isinstance(pl_module, ImageClassifier):
+            mine["train"] = pl_module.tally("train").state()
+        checkpoint[KEY] = {
+            "seed": run_seed(),
+            "batches_of": _batches_of(trainer),
+            "within": within,
+            "watched": None if within else _watched(trainer),
+            "processes": _of_all(trainer, mine),
+        }
+        if within:
+            _as_lightning_resumes(checkpoint["loops"]["fit_loop"], trainer.validating, loop._should_accumulate())
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        kept = checkpoint.get(KEY)
+        if not isinstance(kept, dict) or trainer.state.fn != "fit":
+            return
+        then, now = kept["batches_of"], _batches_of(trainer)
+        if kept["within"] and then != now:
+            raise CheckpointError(
+                "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
+                f"{_told(then)}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end, as best.ckpt is."
+            )
+        self._kept = kept
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return
+        mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
+        if kept["within"]:
+            _count_anew(trainer)
+            if isinstance(pl_module, ImageClassifier):
+                pl_module.tally("train").merge(mine["train"])
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and kept["watched"]:
+                config.scheduler.step(kept["watched"][str(config.monitor)])
+        _take_up(mine["chance"])
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        reseed(run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Or else Lightning, in an epoch that was resumed within, leaves out the schedulers that watch a metric.
+        trainer.fit_loop._restarting = False
+
+
+def _as_lightning_resumes(loops: dict[str, Any], validating: bool, accumulates: bool) -> None:
+    """Say of an epoch that is not over what makes Lightning go on exactly where it was."""
+    if validating:  # all over again: what has been counted of it is lost
+        once = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loops["epoch_loop.val_loop.batch_progress"].update(total=dict(once), current=dict(once), is_last_batch=False)
+    elif not accumulates:
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it adds one when it resumes
+
+
+def _count_anew(trainer: pl.Trainer) -> None:
+    """Let no batch count twice of which only the beginning was counted: the next resume would misread the sums."""
+    loop = trainer.fit_loop.epoch_loop
+    total: Any = loop.batch_progress.total
+    total.ready = total.started = total.processed
+    loop.val_loop.batch_progress.total.reset_on_restart()
+
+
+def _batches_of(trainer: pl.Trainer) -> dict[str, int]:
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
+    return {"images": size, "processes": trainer.world_size, "accumulated": trainer.accumulate_grad_batches}
+
+
+def _told(batches: Mapping[str, int]) -> str:
+    return (
+        f"batches of {batches['images']} in {batches['processes']} processes (data.batch_size, trainer.devices), "
+        f"{batches['accumulated']} accumulated"
+    )
+
+
+def _watched(trainer: pl.Trainer) -> dict[str, float]:
+    names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+
+
+def _of_all(trainer: pl.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process has, in the order of their ranks."""
+    if trainer.world_size == 1:
+        return [mine]
+    found: list[dict[str, Any]] = [{} for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def _chance() -> dict[str, Any]:
+    """The state of what draws random numbers in this process, in plain types."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+
+
+def _take_up(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    version, words, gauss = state["random"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,62 @@
+"""What an epoch adds up to, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+
+from project.loss import MeanLoss, Weight
+
+
+class Tally(nn.Module):
+    """The mean loss of an epoch and its metrics, over all processes.
+
+    Args:
+        stage: ``train``, ``val`` or ``test``.
+        metrics: Of probabilities ``(B, C)`` and labels ``(B,)``.
+    """
+
+    def __init__(self, stage: str, metrics: MetricCollection) -> None:
+        super().__init__()
+        self.metrics = metrics
+        self._loss_name = f"{stage}/loss"
+        self._loss = MeanLoss()
+
+    def add(self, loss: tuple[torch.Tensor, Weight], probabilities: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Its sum over the batch, and the weight to divide that by.
+            probabilities: ``(B, C)``.
+            labels: int64 ``(B,)``.
+        """
+        self._loss.add(*loss)
+        self.metrics.update(probabilities, labels)
+
+    def take(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The loss and the metrics by name, and begin anew; all processes take them together."""
+        # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
+        values = {self._loss_name: self._loss.take(device), **self.metrics.compute()}
+        self.metrics.reset()
+        return values
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        self._loss = MeanLoss()
+        self.metrics.reset()
+
+    def state(self) -> dict[str, Any]:
+        """What this process has added since the epoch began, as tensors."""
+        metrics = {name: dict(metric.metric_state) for name, metric in self.metrics.items(keep_base=True)}
+        return {"loss": self._loss.state(), "metrics": metrics}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of another one."""
+        device = next((m.device for m in self.metrics.values()), torch.device("cpu"))
+        self._loss.merge({name: value.to(device) for name, value in state["loss"].items()})
+        for name, values in state["metrics"].items():
+            self.metrics[name].merge_state({key: value.to(device) for key, value in values.items()})
