@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -19,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 import project
 from project.artifacts.checkpoint import epochs_of, hyper_parameters, read_checkpoint, seed_of, split_settings
@@ -224,13 +226,15 @@ class TransferCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
         given = self._get(self.config_init, "trainer")
+        interruption = Interruption(self._signals, self._command())
         if self.subcommand != "fit":
             self.save_config_callback = None
             silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
+            self.trainer_defaults["callbacks"] = [interruption]
             return super().instantiate_trainer(**silent, **kwargs)
         dashboard = Dashboard()
         self._report = Report(dashboard)
-        callbacks: list[pl.Callback] = [Interruption(self._signals, self._command()), dashboard, self._report]
+        callbacks: list[pl.Callback] = [interruption, dashboard, self._report]
         if not given["fast_dev_run"]:
             if not given["logger"]:  # a logger of the user's has a folder of its own
                 runs = Path(given["default_root_dir"] or RUNS)
@@ -297,13 +301,16 @@ def main(args: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda r: "try installing" not in r.getMessage()
     )
-    signals = Signals()
+    # Lightning starts the other processes of a machine from the first one, which ends them.
+    started = os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ}
+    signals = Signals(os.getppid() if started else None)
     signals.install()
     try:
         code = TransferCLI(args, signals).exit_code
         return 128 + signals.received if signals.received else code
     except Interrupted as stop:
-        print(stop.told, file=sys.stderr)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(stop.told, file=sys.stderr)
         return stop.exit_code
     except (ProjectError, MisconfigurationException) as error:
         if "--debug" in args:

@@ -33,17 +33,18 @@ class Interrupted(BaseException):
 class Signals:
     """SIGTERM and SIGINT raise :class:`Interrupted` at once, or, while somebody looks out for them, are kept for him.
 
+    Args:
+        parent: Process that a signal is passed on to, in place of being raised: it has started this one, and ends it.
+
     Attributes:
-        received: The signal that was received and not yet raised; 0 for none.
+        received: The first signal that was received; 0 for none.
         awaited: Whether somebody looks at ``received`` from time to time, so that nothing has to be raised.
-        parent: Process that a signal is passed on to, in place of being raised: the one that has started this one, and
-            ends it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int | None = None) -> None:
         self.received = 0
         self.awaited = False
-        self.parent: int | None = None
+        self._parent = parent
         self._at = 0.0
 
     def install(self) -> None:
@@ -61,7 +62,26 @@ class Signals:
         self.received, self._at = number, now
         if self.awaited:
             os.write(2, f"\n{signal.Signals(number).name}: saving after this batch. Ctrl-C: stop at once.\n".encode())
-        elif self.parent is not None:
-            os.kill(self.parent, number)
+        elif self._parent is not None:
+            os.kill(self._parent, number)
         else:
             raise Interrupted(number)
+
+
+def leave_to_the_parent(worker: int) -> None:
+    """Have a process that loads images leave it to its parent when to stop; a DataLoader's ``worker_init_fn``.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM go to all processes, and the parent needs the batch that it is at.
+
+    Args:
+        worker: Number of the process among the loader's.
+    """
+    told: list[int] = []
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        if told:  # by the loader, whose processes do not end as they should
+            os._exit(128 + number)
+        told.append(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminated)

@@ -1,5 +1,6 @@
 """The command line in processes of their own, which have what it imports already and begin at once."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,11 +12,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["project.cli", "tests.processes"])
+import torch
 
-#: What is called with each batch, before it is trained on: with the number of the step, and whether it is validation.
-Hook = Callable[[int, bool], None]
+from project.classifier import ImageClassifier
+from project.cli import main
+from project.data.sources import Files
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.processes"])
 
 
 @dataclass
@@ -55,7 +59,8 @@ def start(folder: Path, arguments: Sequence[str], at: dict[str, Any] | None = No
     Args:
         folder: Its working directory; what it prints goes to ``log.txt`` there.
         arguments: After ``python -m project``.
-        at: ``step`` and, for a batch of validation, ``validates``: where it sends itself the signal ``number``.
+        at: Where it sends itself the signal ``number``: in the ``step`` of that number, or, if it ``validates``, in the
+            validation after so many; or when it ``reads`` the image of that number.
     """
     log = folder / "log.txt"
     log.write_text("")
@@ -73,25 +78,33 @@ def _child(folder: str, log: str, cache: str, arguments: list[str], at: dict[str
     os.dup2(handle, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    import torch
-
-    from project.classifier import ImageClassifier
-    from project.cli import main
-
     torch.set_num_threads(1)
     if at is not None:
-        _signal_itself(ImageClassifier, **at)
+        _signal_itself(**at)
     sys.exit(main(arguments))
 
 
-def _signal_itself(kind: Any, step: int, number: int = signal.SIGKILL, validates: bool = False) -> None:
-    """In the middle of the work on a batch: of training, or the first of validation after that many steps."""
-    name = "validation_step" if validates else "training_step"
+def _signal_itself(
+    step: int | None = None, number: int = signal.SIGKILL, validates: bool = False, reads: int | None = None
+) -> None:
+    """In the middle of the work on a batch, of training or the first of validation after it; or on an image."""
+    if reads is not None:
+        left = itertools.count(reads, -1)
+        _before(Files, "content", lambda *_: next(left) == 0, number)
+    else:
+
+        def now(model: Any, *_: Any) -> bool:
+            return bool(model.trainer.global_step == step and not model.trainer.sanity_checking)
+
+        _before(ImageClassifier, "validation_step" if validates else "training_step", now, number)
+
+
+def _before(kind: type, name: str, now: Callable[..., bool], number: int) -> None:
     original = getattr(kind, name)
 
-    def interrupted(self: Any, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step == step and not self.trainer.sanity_checking:
+    def interrupted(*arguments: Any) -> Any:
+        if now(*arguments):
             os.kill(os.getpid(), number)
-        return original(self, batch, batch_idx)
+        return original(*arguments)
 
     setattr(kind, name, interrupted)

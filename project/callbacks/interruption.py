@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,9 @@ from project.signals import Interrupted, Signals
 class Interruption(pl.Callback):
     """Ends a fit between two batches, of training or of validation, with ``last.ckpt`` written.
 
+    Handlers are put in place whenever a loop begins: Lightning has just put its own there, and its handler of SIGTERM
+    waits for the other processes wherever they are, which may be for ever.
+
     Args:
         signals: What has been received.
         command: The command line that goes on with the fit, but for the checkpoint.
@@ -25,9 +29,17 @@ class Interruption(pl.Callback):
         self._command = command
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning's own, put there a moment ago, waits for the other processes wherever it is called.
         self._signals.install()
         self._signals.awaited = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.install()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.install()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.install()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -51,6 +63,9 @@ class Interruption(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._signals.awaited = False
+        if isinstance(exception, Interrupted):  # the processes that wait for this one, wherever they are
+            for process in _released(trainer):
+                process.kill()
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         number = self._signals.received
@@ -63,6 +78,7 @@ class Interruption(pl.Callback):
         last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
         if last is None:
             raise Interrupted(number, f"Stopped by {name}. Nothing was saved, as this fit keeps no last.ckpt.")
+        _released(trainer)  # they leave by themselves
         trainer.save_checkpoint(last)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         raise Interrupted(
@@ -70,3 +86,14 @@ class Interruption(pl.Callback):
             f"Stopped by {name} after batch {done} of epoch {trainer.current_epoch}, which is saved. Go on with:\n"
             f"{self._command} --ckpt_path {last}",
         )
+
+
+def _released(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning has started beside this one.
+
+    It looks after them no longer: or it would kill this one, in the middle of its work, once one of them has ended.
+    """
+    processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    found = list(processes)
+    processes.clear()
+    return found

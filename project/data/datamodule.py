@@ -26,6 +26,7 @@ from project.data.transforms import Augment, Mix, Transform, evaluation, trainin
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
 from project.preprocessing import Preprocessing
+from project.signals import leave_to_the_parent
 from project.terminal import counting, say
 
 
@@ -286,5 +287,6 @@ class ImageDataModule(pl.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_to_the_parent,
             pin_memory=self.pin_memory,
         )
