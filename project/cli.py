@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -35,7 +34,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.explain import explain
 from project.runs import RUNS, WORDS, newest, reserve_version
-from project.signals import Interrupted, Signals
+from project.signals import Interrupted, Signals, launcher
 from project.terminal import say
 from project.trainer import Trainer
 
@@ -301,13 +300,12 @@ def main(args: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda r: "try installing" not in r.getMessage()
     )
-    # Lightning starts the other processes of a machine from the first one, which ends them.
-    started = os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ}
-    signals = Signals(os.getppid() if started else None)
-    signals.install()
     try:
-        code = TransferCLI(args, signals).exit_code
-        return 128 + signals.received if signals.received else code
+        with Signals(launcher()) as signals:
+            code = TransferCLI(args, signals).exit_code
+            if signals.received:
+                raise Interrupted(signals.received, "It was done already, and everything is saved.")
+            return code
     except Interrupted as stop:
         if getattr(rank_zero_only, "rank", 0) == 0:
             print(stop.told, file=sys.stderr)

@@ -47,6 +47,15 @@ class Signals:
         self._parent = parent
         self._at = 0.0
 
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def install(self) -> None:
         """Take the place of the handlers that are there."""
         signal.signal(signal.SIGTERM, self._handle)
@@ -66,6 +75,13 @@ class Signals:
             os.kill(self._parent, number)
         else:
             raise Interrupted(number)
+
+
+def launcher() -> int | None:
+    """The process of the same fit that has started this one, and ends it: Lightning's first one on a machine."""
+    started = os.environ.get("LOCAL_RANK", "0") != "0"
+    by_another = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ}
+    return os.getppid() if started and not by_another else None
 
 
 def leave_to_the_parent(worker: int) -> None:
