@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from project.data.order import IGNORED, PADDING
 from project.data.samples import Sample, Source
 from project.data.transforms import Drawn, Transform
+from project.padding import IGNORED, PADDING
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
