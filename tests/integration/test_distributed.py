@@ -68,6 +68,13 @@ def test_an_unreadable_image_ends_all_processes_with_its_name(engine: str, image
     assert said.count(f"error: album/{image}.png") == 1, said
 
 
+def test_an_unreadable_image_met_in_training_is_what_is_said(ddp: Ddp, album: Path) -> None:
+    (album / "train/red/7.png").write_bytes(b"no")
+    code, said = ddp("--data.root", "album", "--features.cache", "off", "--data.batch_size", "3")
+    assert code != 0
+    assert said.count("error: album/train/red/7.png") == 1 and "Traceback" not in said, said
+
+
 #: predict, whose second process dies at its second batch.
 DYING = """
 import os, signal, sys
