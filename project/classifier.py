@@ -14,13 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
-from project.data.order import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
 from project.features.rows import RowBatch
 from project.loss import Weight, cross_entropy, processes, shared
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
+from project.padding import IGNORED
 from project.tally import Tally
 
 HeadCallable = Callable[[int, int], nn.Module]
@@ -170,13 +170,13 @@ class ImageClassifier(pl.LightningModule):
         inputs, labels = batch
         stored = isinstance(batch, RowBatch)
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
-        if processes() > 1:  # without padding; not even a process that has nothing else may leave the others alone
-            counts = labels != IGNORED if labels.dim() == 1 else labels.any(1)
-            logits, labels = logits[counts], labels[counts]
+        # Of mixed images, labels are the share of each class: the largest counts as theirs. Padding has none.
+        largest = labels if labels.dim() == 1 else labels.argmax(1).where(labels.any(1), IGNORED)
+        probabilities = logits.detach().softmax(1)
+        if processes() > 1:  # one that has nothing but padding takes part with a loss of 0: the others wait for it
+            logits, labels = logits[largest != IGNORED], labels[largest != IGNORED]
         loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
-        # Of mixed images, labels are the share of each class: the largest counts as theirs.
-        largest = labels if labels.dim() == 1 else labels.argmax(1)
-        self.tally(stage).add(loss, logits.detach().softmax(1), largest)
+        self.tally(stage).add(loss, probabilities, largest)
         return loss
 
     def tally(self, stage: str) -> Tally:

@@ -33,6 +33,7 @@ from project.components import describe
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.explain import explain
+from project.features.ranks import lost
 from project.runs import RUNS, WORDS, newest, reserve_version
 from project.signals import Interrupted, Signals, launcher
 from project.terminal import say
@@ -289,8 +290,8 @@ def main(args: Sequence[str]) -> int:
         args: Command line, without the program's name.
 
     Returns:
-        Exit code: 0; 1 where ``check`` found problems; 2 after a mistake of the user's, which is told in a line or two;
-            143 and 130 after SIGTERM and SIGINT.
+        Exit code: 0; 1 where ``check`` found problems, or another process has failed; 2 after a mistake of the user's,
+            which is told in a line or two; 143 and 130 after SIGTERM and SIGINT.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
@@ -316,3 +317,8 @@ def main(args: Sequence[str]) -> int:
         if not getattr(error, "told", False):
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "--debug" in args or not lost(error):
+            raise
+        print("error: another process of this run has ended, and said why; so this one ends too.", file=sys.stderr)
+        return 1

@@ -130,7 +130,7 @@ class FeatureCache(pl.Callback):
         images = list({image.key: image for image in ordered}.values())
 
         supplied, engines = self.supply.have(trainer, module, source, images, views[0])
-        rows = Rows(supplied.found, memory(device) // ranks.size, device)
+        rows = Rows(supplied.found, memory(device, trainer.num_devices), device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {
             "train": _loader(trainer, rows, views, place, data, "train"),

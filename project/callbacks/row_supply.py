@@ -175,8 +175,13 @@ def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
         )
 
 
-def memory(device: torch.device) -> int:
-    """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU."""
+def memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU.
+
+    Args:
+        device: Where they are held.
+        processes: Of this run on this machine. They share its memory, while each has a GPU of its own.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // processes

@@ -42,7 +42,7 @@ class ImageDataModule(pl.LightningDataModule):
         source: Another source of labelled images, in place of ``root``: ``project.data.sources.Digits``, a data set of
             torchvision such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
         predict: An image, or a folder of images at any depth, to predict.
-        batch_size: Images a batch.
+        batch_size: Images a batch, of each process.
         num_workers: Processes that read images; by default one fewer than there are cores, one at least, eight at most.
         val_fraction: Share of each class that is held out for validation, where the data has no split of its own.
         test_fraction: The same for the test.

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import Dataset
 
 from project.chance import seed_at
-from project.data.order import IGNORED, PADDING
 from project.data.samples import Sample, Source
 from project.data.transforms import Drawn, Transform
+from project.padding import IGNORED, PADDING
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

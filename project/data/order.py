@@ -9,9 +9,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DistributedSampler
 
-#: In the place of an image, where a process has none: it stands for the last one, without its label.
-PADDING = -1
-IGNORED = -100  # the label of what counts for nothing
+from project.padding import PADDING
 
 
 class Order:

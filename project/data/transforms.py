@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
 from project.components import Spec, construct
-from project.data.order import IGNORED
 from project.errors import ConfigError
+from project.padding import IGNORED
 from project.preprocessing import Preprocessing
 
 Augment = Literal["none", "flip", "standard", "trivial", "rand"]

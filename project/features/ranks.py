@@ -13,6 +13,11 @@ from project.errors import ProjectError
 T = TypeVar("T")
 
 
+def lost(error: Exception) -> bool:
+    """Whether an error says no more than that another process has ended."""
+    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "gloo" in str(error)
+
+
 class Ranks:
     """All processes of ``torch.distributed``, or this one alone.
 

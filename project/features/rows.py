@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from project.data.order import IGNORED, PADDING, Order
+from project.data.order import Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
+from project.padding import IGNORED, PADDING
 
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20

@@ -11,6 +11,7 @@ from project.data.datamodule import ImageDataModule
 from project.data.sources import Digits, Folder, similar_names
 from project.data.transforms import Mix, evaluation, training
 from project.errors import ConfigError, DataError
+from project.padding import IGNORED
 from project.preprocessing import Preprocessing
 from tests.conftest import draw
 
@@ -138,7 +139,7 @@ def unequal(tmp_path: Path) -> Path:
 
 
 def test_a_sampler_draws_each_class_equally_often(unequal: Path) -> None:
-    data = ImageDataModule(root=str(unequal), balance="sampler", num_workers=0)
+    data = ImageDataModule(root=str(unequal), balance="sampler", batch_size=10, num_workers=0)
     order = data.order("train")
     drawn = torch.cat([torch.tensor([data.splits["train"][i].label for i in order(e).tolist()]) for e in range(30)])
     assert len(drawn) == 30 * 33 and drawn.float().mean() == pytest.approx(0.5, abs=0.06)
@@ -192,6 +193,12 @@ def test_mixed_images_have_shares_of_classes(mixup: float, cutmix: float) -> Non
     assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.min() >= 0 and mixed.max() <= 1
     assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8))
     assert ((shares > 0) & (shares < 1)).any(), "some are mixed"
+    padded = torch.cat([labels[:6], torch.tensor([IGNORED, IGNORED])])
+    alone, parts = Mix(3, mixup, cutmix)(images[:6], labels[:6], 1), Mix(3, mixup, cutmix)(images, padded, 1)
+    assert all(torch.equal(part[:6], whole) for part, whole in zip(parts, alone, strict=True)), (
+        "none is mixed with padding"
+    )
+    assert not Mix(3, mixup, cutmix)(images[:2], padded[6:], 1)[1].any(), "which is of no class"
 
 
 def test_a_class_that_nothing_is_left_of_is_refused(unequal: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from project.cli import main
 from project.data.datamodule import ImageDataModule
 from project.data.published import HuggingFace, Torchvision
 from project.data.sources import Digits
+from project.data.vision import open_splits
 from project.errors import DataError
 from tests.conftest import draw
 from tests.data import published_sets
@@ -437,3 +439,21 @@ def test_a_fit_on_a_table_of_hugging_face(here: Path, weights: Path) -> None:
     small = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
     assert main(["fit", *flags, *small, "--trainer.max_epochs", "1", "--data.num_workers", "0"]) == 0
     assert (here / "runs" / "insects" / "version_0" / "checkpoints" / "best.ckpt").exists()
+
+
+def test_one_at_a_time_downloads_into_a_folder(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    class Slow(FakeData):
+        def __init__(self, root: str, download: bool = False) -> None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+            super().__init__(2, (3, 8, 8), 2)
+
+    opened = functools.partial(Slow, root=str(tmp_path / "new"), download=True)
+    with ThreadPoolExecutor(4) as pool:
+        assert all("train" in splits for splits in pool.map(lambda _: open_splits(opened), range(4)))
+    assert most == 1

@@ -1,5 +1,6 @@
 """Batches of stored rows: each row once an epoch, in an order that the seed and the epoch give."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from project.data.order import Order
 from project.features.rows import RowBatch, RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
+from project.padding import IGNORED
 
 CPU = torch.device("cpu")
 Loader = Callable[..., RowLoader]
@@ -40,16 +42,24 @@ def loader(
     place = torch.arange(count)[None]
     held = Numbers() if rows is None else rows
     labels = 100 + torch.arange(count)
-    return RowLoader(held, place, labels, batch_size, Order(count, shuffle, **more), lambda: epoch)  # type: ignore[arg-type]
+    taken = Order(count, shuffle, batch_size=batch_size, **more)
+    return RowLoader(held, place, labels, batch_size, taken, lambda: epoch)  # type: ignore[arg-type]
+
+
+def parts(batches: RowLoader) -> list[list[int]]:
+    """The rows of each batch that are no padding."""
+    found = list(batches)
+    assert len(found) == len(batches)
+    for batch in found:
+        assert isinstance(batch, RowBatch)
+        real = batch.labels != IGNORED
+        assert torch.equal(batch.rows[real, 0].long() + 100, batch.labels[real]), "each row has its label"
+        assert len(batch.rows) == len(batch.labels)
+    return [[label - 100 for label in batch.labels.tolist() if label != IGNORED] for batch in found]
 
 
 def order(batches: RowLoader) -> list[int]:
-    parts = list(batches)
-    assert len(parts) == len(batches)
-    for batch in parts:
-        assert isinstance(batch, RowBatch)
-        assert torch.equal(batch.rows[:, 0].long() + 100, batch.labels), "each row has its label"
-    return [int(row) for batch in parts for row in batch.rows[:, 0]]
+    return [row for part in parts(batches) for row in part]
 
 
 def test_training_shuffles_each_epoch_otherwise_and_the_same_way_again() -> None:
@@ -76,27 +86,32 @@ def test_a_last_batch_of_one_is_left_out_of_training_alone(
 
 
 @given(
-    count=st.integers(3, 60),
+    count=st.integers(1, 60),
     batch_size=st.integers(1, 20),
-    world=st.sampled_from([1, 2, 3]),
+    world=st.sampled_from([1, 2, 3, 5]),
+    shuffle=st.booleans(),
     epoch=st.integers(0, 5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_shares_of_processes(count: int, batch_size: int, world: int, epoch: int, seed: int) -> None:
-    more = {"seed": seed, "world_size": world}
-    val = [order(loader(count, batch_size, False, epoch, rank=rank, **more)) for rank in range(world)]
-    assert sorted(number for share in val for number in share) == list(range(count)), "each image once"
-    loaders = [loader(count, batch_size, True, epoch, rank=rank, **more) for rank in range(world)]
-    train = [order(batches) for batches in loaders]
-    assert len({len(batches) for batches in loaders}) == len({len(share) for share in train}) == 1, "none waits"
-    left_out = world * (-(-count // world) - len(train[0]))
-    seen = [number for share in train for number in share]
-    assert count - len(set(seen)) <= left_out <= world
-    assert len(seen) - len(set(seen)) < world, "only what fills up the shares comes twice"
+def test_processes_share_the_batches_that_one_would_have(
+    count: int, batch_size: int, world: int, shuffle: bool, epoch: int, seed: int
+) -> None:
+    one = parts(loader(count, batch_size * world, shuffle, epoch, seed=seed))
+    loaders = [
+        loader(count, batch_size, shuffle, epoch, seed=seed, world_size=world, rank=rank) for rank in range(world)
+    ]
+    assert len({len(batch.rows) for part in zip(*loaders, strict=True) for batch in part}) <= 2, "whole, or the last"
+    shares = [parts(batches) for batches in loaders]
+    assert [sorted(itertools.chain(*each)) for each in zip(*shares, strict=True)] == [sorted(batch) for batch in one]
+    if not shuffle:
+        assert sorted(row for share in shares for part in share for row in part) == list(range(count)), "each once"
 
 
-def test_even_more_processes_than_images_have_shares_of_one_length() -> None:
-    assert len({len(order(loader(2, 4, True, rank=rank, world_size=5))) for rank in range(5)}) == 1
+@given(count=st.integers(3, 60), batch_size=st.integers(2, 20), world=st.sampled_from([2, 3, 5]))
+def test_no_process_trains_on_a_batch_of_one(count: int, batch_size: int, world: int) -> None:
+    for rank in range(world):
+        batches = list(loader(count, batch_size, True, world_size=world, rank=rank))
+        assert all(len(batch.rows) > 1 for batch in batches), "BatchNorm could not; padding comes along"
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -1,11 +1,6 @@
 """Two real processes that train together share the rows: each is computed once, by one of them."""
 
-import contextlib
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +8,7 @@ import pytest
 
 from project import load
 from tests.conftest import SMALL, told
+from tests.integration.processes import TORCHRUN, free_port, run_all
 
 Ddp = Callable[..., tuple[int, str]]
 
@@ -36,18 +32,10 @@ def ddp(here: Path, weights: Path) -> Ddp:
     """Runs a fit in two processes; gives its exit code and all that it said."""
     (here / "count.py").write_text(COUNTING)  # Lightning starts the second process with this file, too
     flags = [*SMALL, *DDP, "--model.weights", str(weights), "--trainer.max_epochs", "1", "--features.folder", "store"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
     def run(*more: str) -> tuple[int, str]:
-        command = [sys.executable, "count.py", "fit", *flags, *more]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        first = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
-        try:
-            said, _ = first.communicate(timeout=60)  # ends when both processes have
-        finally:  # of both processes, should they wait for each other for ever
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(first.pid, signal.SIGKILL)
-        return first.returncode, said
+        ((code, said),) = run_all([["count.py", "fit", *flags, *more]])  # ends when both processes have
+        return code, said
 
     return run
 
@@ -77,4 +65,103 @@ def test_an_unreadable_image_ends_all_processes_with_its_name(engine: str, image
     bad.write_bytes(bad.read_bytes()[:1000])
     code, said = ddp("--data.root", "album", "--features.engine", engine)
     assert code != 0
-    assert f"album/{image}.png" in said
+    assert said.count(f"error: album/{image}.png") == 1, said
+
+
+def test_an_unreadable_image_met_in_training_is_what_is_said(ddp: Ddp, album: Path) -> None:
+    (album / "train/red/7.png").write_bytes(b"no")
+    code, said = ddp("--data.root", "album", "--features.cache", "off", "--data.batch_size", "3")
+    assert code != 0
+    assert said.count("error: album/train/red/7.png") == 1 and "Traceback" not in said, said
+
+
+#: predict, whose second process dies at its second batch.
+DYING = """
+import os, signal, sys
+from project import ImageClassifier
+from project.cli import main
+
+step = ImageClassifier.predict_step
+
+def die(self, batch, index):
+    if self.global_rank == 1 and index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, index)
+
+ImageClassifier.predict_step = die
+sys.exit(main(sys.argv[1:]))
+"""
+PREDICT = [
+    *("predict", "--ckpt_path", "runs/photos/version_0/checkpoints/last.ckpt", "--output", "kept.csv"),
+    *("--data.predict", "album/train", "--data.batch_size", "4", *DDP),
+]
+
+
+def test_a_bad_image_of_any_process_ends_predict_and_the_earlier_file_is_kept(run: Path, album: Path) -> None:
+    Path("kept.csv").write_text("earlier")
+    (album / "train/red/6.png").write_bytes(b"no")  # the last but one of 24: the first process's, in its last batch
+    (album / "train/red/7.png").write_bytes(b"no")  # and one of the second's
+    ((code, said),) = run_all([["-m", "project", *PREDICT]])
+    assert code == 2 and "Traceback" not in said, said
+    assert said.count("error: album/train/red/6.png") == 1, "each process says what it alone has met"
+    assert Path("kept.csv").read_text() == "earlier" and not list(Path().glob(".kept.csv*"))
+
+
+def test_a_killed_process_ends_predict_and_the_earlier_file_is_kept(run: Path, album: Path) -> None:
+    Path("kept.csv").write_text("earlier")
+    Path("die.py").write_text(DYING)
+    ((code, said),) = run_all([["die.py", *PREDICT]])
+    assert code != 0, said
+    assert Path("kept.csv").read_text() == "earlier"  # Lightning kills the first process with the second
+
+
+def two_nodes(*flags: str) -> list[list[str]]:
+    """Two agents of torchrun, as on two machines, with a process each."""
+    port = free_port()
+    nodes = [*TORCHRUN, "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
+    fit = ["-m", "project", "fit", *flags, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    return [[*nodes, node, *fit] for node in ("0", "1")]
+
+
+@pytest.fixture
+def flags(here: Path, photos: Path, weights: Path) -> list[str]:
+    """Of a small fit of several processes."""
+    small = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "1"]
+    return [*small, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--features.engine", "torch"]
+
+
+def runs() -> set[str]:
+    return {path.relative_to("runs/photos").as_posix().partition(".out.")[0] for path in Path("runs").rglob("*.*")}
+
+
+FILES = {"config.yaml", "hparams.yaml", "events", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+
+
+def test_two_nodes_of_torchrun_make_one_run(flags: list[str]) -> None:
+    (code, said), (other, quiet) = run_all(two_nodes(*flags, "--features.folder", "store"))
+    assert (code, other) == (0, 0), said + quiet
+    assert told(said) == [(0, 36)] and not told(quiet)
+    assert runs() == {f"version_0/{name}" for name in FILES}
+
+
+def test_features_on_a_disk_of_each_node_are_refused_before_any_is_computed(flags: list[str], here: Path) -> None:
+    apart = [{"XDG_CACHE_HOME": str(here / f"node{number}")} for number in range(2)]
+    (code, said), (other, quiet) = run_all(two_nodes(*flags), apart)
+    assert code != 0 and other != 0
+    assert (said + quiet).count("error: ") == 1
+    assert "features have to be in a folder that all nodes share" in said.lower() and "--features.folder" in said
+    assert "rows to compute" not in said
+
+
+def test_the_tasks_of_slurm_make_one_run(flags: list[str]) -> None:
+    job = {
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"},
+        **{"SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": free_port()},
+    }
+    tasks = [{**job, "SLURM_PROCID": node, "SLURM_NODEID": node, "SLURM_LOCALID": "0"} for node in ("0", "1")]
+    command = ["-m", "project", "fit", *flags, "--features.folder", "store"]
+    command += ["--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    (code, said), (other, quiet) = run_all([command, command], tasks)
+    assert (code, other) == (0, 0), said + quiet
+    assert told(said) == [(0, 36)] and not told(quiet)
+    assert runs() == {f"version_0/{name}" for name in FILES}

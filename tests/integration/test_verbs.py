@@ -123,6 +123,11 @@ def test_two_fits_at_once_never_get_one_folder(tmp_path: Path) -> None:
     assert [reserve_version(tmp_path) for _ in range(3)] == [8, 9, 10]
 
 
+def test_the_second_node_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")  # of Lightning's own launcher, before it knows the ranks
+    assert reserve_version(tmp_path / "photos") is None and not [*tmp_path.iterdir()]
+
+
 def test_name_of_the_run_can_be_given(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--name", "my [bold] one", "--trainer.default_root_dir", "elsewhere") == 0
     assert Path("elsewhere/my [bold] one/version_0/checkpoints/best.ckpt").exists()
