@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,11 +17,12 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
-from project.errors import ConfigError, DataError, FrozenError
+from project.errors import CheckpointError, ConfigError, DataError, FrozenError, ProjectError, WeightsError
 from project.features.rows import RowBatch
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
+from project.reading import hyper_parameters, read_checkpoint
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -29,6 +31,8 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
+#: Arguments that name a class, and of what kind it has to be.
+PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
 
 
 class ImageClassifier(pl.LightningModule):
@@ -91,6 +95,33 @@ class ImageClassifier(pl.LightningModule):
         self._losses: dict[str, list[tuple[torch.Tensor, int]]] = {"train": [], "val": [], "test": []}
         if classes is not None:
             self._name_classes(classes)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: str | torch.device | None = None, **changes: Any
+    ) -> ImageClassifier:
+        """Load a trained model, safely; Lightning's own would parse classes that a checkpoint's arguments name.
+
+        Args:
+            checkpoint_path: A checkpoint of a fit.
+            map_location: Device that the model is moved to; by default the CPU.
+            changes: Arguments other than the checkpoint's.
+
+        Raises:
+            CheckpointError: It is missing, damaged, unsafe, or does not fit its backbone.
+            WeightsError: The backbone's weights are not to be had on this machine.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        arguments = hyper_parameters(checkpoint, checkpoint_path, cls, **PARTS)
+        try:
+            model = cls(**arguments | changes)
+            model.on_load_checkpoint(checkpoint)
+        except WeightsError as error:
+            raise WeightsError(f"{checkpoint_path}: {error}") from error
+        except ProjectError as error:
+            raise CheckpointError(f"{checkpoint_path}: {error}") from error
+        model.load_state_dict(checkpoint["state_dict"])
+        return model if map_location is None else model.to(map_location)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -291,6 +322,6 @@ class ImageClassifier(pl.LightningModule):
         """
         refuse_another(checkpoint.get("transfer"), self.identity())
         state = self.state_dict()
-        refuse_tensors({key for key in state if not self._is_frozen(key)}, checkpoint["state_dict"])
+        refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
         let_flags_win(checkpoint, self.hparams)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

@@ -21,15 +21,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import hyper_parameters, read_checkpoint, split_settings
+from project.artifacts.checkpoint import split_settings
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.report import Report
-from project.classifier import SGD, ImageClassifier
+from project.classifier import PARTS, SGD, ImageClassifier
 from project.components import describe
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError
+from project.errors import CheckpointError, ConfigError, ProjectError
 from project.explain import explain
+from project.imports import imports_limited
+from project.reading import hyper_parameters, read_checkpoint
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
@@ -59,7 +61,8 @@ class TransferCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
-        usage = f"{PROGRAM} VERB [-c config.yaml] [flags]"  # the flags are many, and follow with what each does
+        # The flags are many, and follow with what each does.
+        usage = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
         return super().init_parser(usage=usage, exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -94,6 +97,8 @@ class TransferCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise explain(error, self._parser(verb)) from error
+        except RecursionError as error:
+            raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -150,7 +155,8 @@ class TransferCLI(LightningCLI):
 
     def _take_defaults(self, verb: str, path: str) -> None:
         self._checkpoint = read_checkpoint(path)
-        defaults = {f"model.{key}": value for key, value in hyper_parameters(self._checkpoint, path).items()}
+        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
+        defaults = {f"model.{key}": value for key, value in arguments.items()}
         # As well as how images were held out: or what is validated, or trained on from here, would be others.
         defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
         self._subcommand_parsers[verb].set_defaults(defaults)
@@ -221,6 +227,25 @@ class TransferCLI(LightningCLI):
             return super()._prepare_subcommand_kwargs(subcommand)
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; say so where a checkpoint's states are such that Lightning cannot take them.
+
+        Raises:
+            CheckpointError: They are damaged.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except ProjectError:
+            raise
+        except Exception as error:
+            # What is loaded is let go of once all of it has been restored: an error after that is of something else.
+            if not self.trainer._checkpoint_connector._loaded_checkpoint:
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise CheckpointError(
+                f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
+            ) from error
+
     def after_fit(self) -> None:
         """Print the result."""
         self._report.show(self.trainer, self.model)
@@ -254,6 +279,29 @@ def reserve_version(folder: Path) -> int | None:
         raise ConfigError(f"The run's folder {folder} cannot be written: {error.strerror}.") from error
 
 
+def take_allowed_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--allow_imports`` from a command line.
+
+    The parser does not know this flag, so no config file can set it.
+
+    Args:
+        args: Command line, without the program's name.
+
+    Returns:
+        The names that may be imported besides the usual ones, and the other arguments.
+
+    Raises:
+        ConfigError: It is said without a value.
+    """
+    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument("--allow_imports", action="append", default=[])
+    try:
+        found, rest = flag.parse_known_args(args)
+    except ArgumentError as error:
+        raise ConfigError("--allow_imports needs the name of a package, such as mypackage.") from error
+    return [name for given in found.allow_imports for name in given.split(",")], rest
+
+
 #: What Lightning warns of that is as it should be here.
 EXPECTED = (
     ".*does not have many workers.*",  # data.num_workers knows the machine
@@ -285,7 +333,9 @@ def main(args: Sequence[str]) -> int:
         lambda r: "try installing" not in r.getMessage()
     )
     try:
-        return TransferCLI(args).exit_code
+        more, rest = take_allowed_imports(args)
+        with imports_limited(more):
+            return TransferCLI(rest).exit_code
     except (ProjectError, MisconfigurationException) as error:
         if "--debug" in args:
             raise
