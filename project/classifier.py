@@ -22,7 +22,8 @@ from project.features.rows import RowBatch
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
-from project.reading import hyper_parameters, read_checkpoint
+from project.reading import hyper_parameters, read_checkpoint, refuse_malformed
+from project.resumption import refuse_progress, refuse_states
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -255,13 +256,16 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = construct("model.optimizer", self.hparams["optimizer"], Optimizer, parameters)
-        if self.hparams["scheduler"] is None:
+        optimizer, scheduler = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if scheduler is None:
             return optimizer
-        scheduler = construct("model.scheduler", self.hparams["scheduler"], LRScheduler, optimizer)
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler | None]:
+        optimizer = construct("model.optimizer", self.hparams["optimizer"], Optimizer, parameters)
+        given = self.hparams["scheduler"]
+        return optimizer, None if given is None else construct("model.scheduler", given, LRScheduler, optimizer)
 
     def on_fit_start(self) -> None:
         """Check that what is frozen is what was loaded.
@@ -320,8 +324,13 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             CheckpointError: Another backbone, preprocessing or classes; missing or unexpected tensors.
         """
-        refuse_another(checkpoint.get("transfer"), self.identity())
+        refuse_malformed(checkpoint)
+        refuse_another(checkpoint["transfer"], self.identity())
         state = self.state_dict()
         refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
-        let_flags_win(checkpoint, self.hparams)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            let_flags_win(checkpoint, self.hparams)
+            refuse_states(checkpoint, (p for p in self.parameters() if p.requires_grad), self._make_optimizer)
+            loops = checkpoint.get("loops") or {}
+            refuse_progress(loops.get("fit_loop"), self.trainer.fit_loop.state_dict(), "loops.fit_loop")
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         with file.open("rb") as opened:
             if opened.read(len(MAGIC)) != MAGIC:
                 raise ValueError("no zip file")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise nearly anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise CheckpointError(
@@ -72,10 +75,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a checkpoint that fit wrote. Take one of runs/NAME/version_N/checkpoints."
         )
+    try:
+        refuse_malformed(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return checkpoint
+
+
+def refuse_malformed(checkpoint: Any) -> None:
+    """Refuse what lacks a part that every checkpoint has, or has one of another type.
+
+    Raises:
+        CheckpointError: It names the part.
+    """
     wrong = _wrong(checkpoint, FORM)
     if wrong:
-        raise CheckpointError(f"{path} is damaged, or of another version: {wrong}.")
-    return checkpoint
+        raise CheckpointError(f"The checkpoint is damaged, or of another version: {wrong}.")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type == "meta":
+            raise CheckpointError(f"The checkpoint is damaged: {name!r} in its state_dict is no dense tensor.")
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, **parts: type) -> dict[str, Any]:
