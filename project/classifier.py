@@ -23,7 +23,7 @@ from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
 from project.reading import hyper_parameters, read_checkpoint, refuse_malformed
-from project.resumption import refuse_progress, refuse_states
+from project.resumption import refuse_states
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -330,7 +330,6 @@ class ImageClassifier(pl.LightningModule):
         refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             let_flags_win(checkpoint, self.hparams)
-            refuse_states(checkpoint, (p for p in self.parameters() if p.requires_grad), self._make_optimizer)
-            loops = checkpoint.get("loops") or {}
-            refuse_progress(loops.get("fit_loop"), self.trainer.fit_loop.state_dict(), "loops.fit_loop")
+            trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            refuse_states(checkpoint, trains, self._make_optimizer, self.trainer.fit_loop.state_dict())
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

@@ -30,7 +30,7 @@ from project.components import describe
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, ProjectError
 from project.explain import explain
-from project.imports import imports_limited
+from project.imports import allowed_imports, imports_limited
 from project.reading import hyper_parameters, read_checkpoint
 from project.trainer import Trainer
 
@@ -279,29 +279,6 @@ def reserve_version(folder: Path) -> int | None:
         raise ConfigError(f"The run's folder {folder} cannot be written: {error.strerror}.") from error
 
 
-def take_allowed_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--allow_imports`` from a command line.
-
-    The parser does not know this flag, so no config file can set it.
-
-    Args:
-        args: Command line, without the program's name.
-
-    Returns:
-        The names that may be imported besides the usual ones, and the other arguments.
-
-    Raises:
-        ConfigError: It is said without a value.
-    """
-    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flag.add_argument("--allow_imports", action="append", default=[])
-    try:
-        found, rest = flag.parse_known_args(args)
-    except ArgumentError as error:
-        raise ConfigError("--allow_imports needs the name of a package, such as mypackage.") from error
-    return [name for given in found.allow_imports for name in given.split(",")], rest
-
-
 #: What Lightning warns of that is as it should be here.
 EXPECTED = (
     ".*does not have many workers.*",  # data.num_workers knows the machine
@@ -333,7 +310,7 @@ def main(args: Sequence[str]) -> int:
         lambda r: "try installing" not in r.getMessage()
     )
     try:
-        more, rest = take_allowed_imports(args)
+        more, rest = allowed_imports(args)
         with imports_limited(more):
             return TransferCLI(rest).exit_code
     except (ProjectError, MisconfigurationException) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +35,29 @@ KNOWN = "project, torch.nn, torch.optim, and the parts of torchvision, torchmetr
 _more: ContextVar[tuple[str, ...] | None] = ContextVar("_more", default=None)
 
 
+def allowed_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--allow_imports`` from a command line.
+
+    The parser does not know this flag, so no config file can set it.
+
+    Args:
+        args: Command line, without the program's name.
+
+    Returns:
+        The names that may be imported besides the usual ones, and the other arguments.
+
+    Raises:
+        ConfigError: It is said without a value.
+    """
+    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument("--allow_imports", action="append", default=[])
+    try:
+        found, rest = flag.parse_known_args(args)
+    except ArgumentError as error:
+        raise ConfigError("--allow_imports needs the name of a package, such as mypackage.") from error
+    return [name for given in found.allow_imports for name in given.split(",")], rest
+
+
 @contextmanager
 def imports_limited(more: Sequence[str] = ()) -> Iterator[None]:
     """Let names import what is listed and nothing else, and the parser read configs from files alone.
@@ -63,6 +87,7 @@ def imports_limited(more: Sequence[str] = ()) -> Iterator[None]:
         yield
     finally:
         _more.reset(token)
+        # The parser's list can be added to, not put back: what the flag allowed is denied again.
         set_parsing_settings(import_path_denylist=[entry for entry in more if entry not in IMPORTABLE])
 
 
