@@ -23,7 +23,7 @@ from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
 from project.reading import hyper_parameters, read_checkpoint, refuse_malformed
-from project.resumption import refuse_states
+from project.resumption import refuse_progress, refuse_states
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -328,8 +328,11 @@ class ImageClassifier(pl.LightningModule):
         refuse_another(checkpoint["transfer"], self.identity())
         state = self.state_dict()
         refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        verb = self.trainer.state.fn if self._trainer is not None else None
+        if verb is not None:
+            loop = f"{verb.value}_loop"
+            refuse_progress(checkpoint.get("loops"), {loop: getattr(self.trainer, loop).state_dict()}, "loops")
+        if verb == "fit":
             let_flags_win(checkpoint, self.hparams)
-            trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            refuse_states(checkpoint, trains, self._make_optimizer, self.trainer.fit_loop.state_dict())
+            refuse_states(checkpoint, [p for p in self.parameters() if p.requires_grad], self._make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

@@ -20,10 +20,8 @@ Make = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
 PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
 
 
-def refuse_states(
-    checkpoint: Mapping[str, Any], parameters: Iterable[nn.Parameter], make: Make, progress: Mapping[str, Any]
-) -> None:
-    """Refuse counts that are none, callbacks that name other files, an optimizer and a scheduler that cannot go on.
+def refuse_states(checkpoint: Mapping[str, Any], parameters: Iterable[nn.Parameter], make: Make) -> None:
+    """Refuse callbacks that name other files, and an optimizer and a scheduler that cannot go on.
 
     Torch and Lightning take these over as they are: what is wrong with them shows a step later, or an epoch.
 
@@ -31,13 +29,11 @@ def refuse_states(
         checkpoint: As read, plain types and tensors.
         parameters: What trains.
         make: Makes their optimizer and scheduler.
-        progress: What a fit that has just begun would save of its loop.
 
     Raises:
         CheckpointError: The states are damaged, or not to be trusted.
     """
     _refuse_paths(checkpoint.get("callbacks"))
-    _refuse_progress((checkpoint.get("loops") or {}).get("fit_loop"), progress, "loops.fit_loop")
     states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
     if not states and not schedules:
         return
@@ -50,13 +46,23 @@ def refuse_states(
         )
 
 
-def _refuse_progress(found: Any, fresh: Any, place: str) -> None:
+def refuse_progress(found: Any, fresh: Any, place: str) -> None:
+    """Refuse counts of loops that are none.
+
+    Args:
+        found: What a checkpoint holds of the loops, or of a part of them.
+        fresh: What would be saved of them before a run.
+        place: Where in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: One is missing, or of another type.
+    """
     if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
         raise CheckpointError(f"The checkpoint is damaged: {place} cannot be {found!r:.40}.")
     for key, value in fresh.items() if isinstance(fresh, dict) else ():
         if key not in found:
             raise CheckpointError(f"The checkpoint is damaged: {place}.{key} is missing.")
-        _refuse_progress(found[key], value, f"{place}.{key}")
+        refuse_progress(found[key], value, f"{place}.{key}")
 
 
 def _refuse_paths(callbacks: Any) -> None:

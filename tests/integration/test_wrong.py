@@ -184,6 +184,26 @@ def test_a_wrong_state_of_the_training_is_refused_by_a_resume(
     assert load(path).classes_ == ["blue", "green", "red"], "the model itself is whole"
 
 
+def test_classes_in_another_order_than_the_datas(
+    damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
+) -> None:
+    def turn(checkpoint: Checkpoint) -> None:
+        checkpoint["hyper_parameters"]["classes"].reverse()
+        checkpoint["transfer"]["classes"].reverse()
+
+    path = damaged(turn)
+    for verb in (["fit", "--trainer.max_epochs", "9"], ["validate"]):
+        said = refused(main([*verb, "--data.root", str(photos), "--ckpt_path", path]))
+        assert "(blue, green, red) are not the model's (red, green, blue)" in said
+
+
+def test_progress_of_another_verb_than_fit(
+    damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
+) -> None:
+    path = damaged(put("loops/validate_loop/batch_progress/total/ready", "a"))
+    assert "validate_loop" in refused(main(["validate", "--data.root", str(photos), "--ckpt_path", path]))
+
+
 @pytest.mark.parametrize("value", ["a", "memory://bucket/a.ckpt", None], ids=["climbing", "remote", "of the best"])
 def test_a_resume_removes_no_file_that_a_checkpoint_names(
     value: str, damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
