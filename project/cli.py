@@ -22,18 +22,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import epochs_of, hyper_parameters, read_checkpoint, seed_of, split_settings
+from project.artifacts.checkpoint import epochs_of, seed_of, split_settings
 from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.interruption import Interruption
 from project.callbacks.report import Report
-from project.classifier import SGD, ImageClassifier
+from project.classifier import PARTS, SGD, ImageClassifier
 from project.components import describe
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError
+from project.errors import CheckpointError, ConfigError, ProjectError
 from project.explain import explain
 from project.features.ranks import lost
+from project.imports import allowed_imports, imports_limited
+from project.reading import hyper_parameters, read_checkpoint
 from project.runs import RUNS, WORDS, newest, reserve_version
 from project.signals import Interrupted, Signals, launcher
 from project.terminal import say
@@ -43,13 +45,20 @@ PROGRAM = "python -m project"
 
 
 class TransferCLI(LightningCLI):
-    """``python -m project VERB``."""
+    """``python -m project VERB``.
+
+    Args:
+        args: Command line, without the program's name and ``--allow_imports``.
+        signals: What this process is told.
+        command: All of the command line but for the checkpoint, to be told to a user.
+    """
 
     trainer: Trainer
 
-    def __init__(self, args: Sequence[str], signals: Signals) -> None:
+    def __init__(self, args: Sequence[str], signals: Signals, command: str) -> None:
         self._args = list(args)
         self._signals = signals
+        self._command = command
         self._checkpoint: dict[str, Any] | None = None
         self.exit_code = 0
         super().__init__(
@@ -66,7 +75,8 @@ class TransferCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
-        usage = f"{PROGRAM} VERB [-c config.yaml] [flags]"  # the flags are many, and follow with what each does
+        # The flags are many, and follow with what each does.
+        usage = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
         return super().init_parser(usage=usage, exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -99,6 +109,8 @@ class TransferCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise explain(error, self._parser(verb)) from error
+        except RecursionError as error:
+            raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -180,16 +192,13 @@ class TransferCLI(LightningCLI):
         only = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
         return str(parser.instantiate_classes(only).data.name)
 
-    def _command(self) -> str:
-        """This command line, but for the checkpoint."""
-        return shlex.join([*PROGRAM.split(), *_without_checkpoint(self._args)[1]])
-
     def _take_defaults(self, verb: str, path: str) -> None:
         self._checkpoint = read_checkpoint(path)
-        defaults = {f"model.{key}": value for key, value in hyper_parameters(self._checkpoint, path).items()}
+        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
+        defaults = {f"model.{key}": value for key, value in arguments.items()}
         # As well as how images were held out: or what is validated, or trained on from here, would be others.
         defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
-        if verb == "fit":  # goes on with the same chance
+        if verb == "fit" and seed_of(self._checkpoint) is not None:  # it goes on with the same chance
             defaults["seed_everything"] = seed_of(self._checkpoint)
         self._subcommand_parsers[verb].set_defaults(defaults)
 
@@ -226,7 +235,7 @@ class TransferCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
         given = self._get(self.config_init, "trainer")
-        interruption = Interruption(self._signals, self._command())
+        interruption = Interruption(self._signals, f"{PROGRAM} {self._command}")
         if self.subcommand != "fit":
             self.save_config_callback = None
             silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
@@ -256,6 +265,25 @@ class TransferCLI(LightningCLI):
         if subcommand == "check":
             return super()._prepare_subcommand_kwargs(subcommand)
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; say so where a checkpoint's states are such that Lightning cannot take them.
+
+        Raises:
+            CheckpointError: They are damaged.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except ProjectError:
+            raise
+        except Exception as error:
+            # What is loaded is let go of once all of it has been restored: an error after that is of something else.
+            if not self.trainer._checkpoint_connector._loaded_checkpoint:
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise CheckpointError(
+                f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
+            ) from error
 
     def after_fit(self) -> None:
         """Print the result."""
@@ -302,8 +330,9 @@ def main(args: Sequence[str]) -> int:
         lambda r: "try installing" not in r.getMessage()
     )
     try:
-        with Signals(launcher()) as signals:
-            code = TransferCLI(args, signals).exit_code
+        more, rest = allowed_imports(args)
+        with Signals(launcher()) as signals, imports_limited(more):
+            code = TransferCLI(rest, signals, shlex.join(_without_checkpoint(args)[1])).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")
             return code

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from project.errors import CheckpointError
 
@@ -54,18 +56,24 @@ def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_tensors(expected: Collection[str], found: Collection[str]) -> None:
-    """Compare the names of the tensors that a checkpoint should hold with those that it holds.
+def refuse_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """Compare the tensors that a checkpoint should hold with those that it holds.
 
     Raises:
-        CheckpointError: One is missing or unexpected.
+        CheckpointError: One is missing, unexpected, or of another shape or type.
     """
+    mend = "it was trained with another model.head or model.trainable. Leave these flags out, and its own are taken."
     for kind, names in (("lacks", set(expected) - set(found)), ("has an unexpected", set(found) - set(expected))):
         if names:
-            raise CheckpointError(
-                f"The checkpoint {kind} tensor {min(names)!r}: it was trained with another model.head or "
-                "model.trainable. Leave these flags out, and the checkpoint's own are taken."
-            )
+            raise CheckpointError(f"The checkpoint {kind} tensor {min(names, key=str)!r}: {mend}")
+    for name, tensor in expected.items():
+        value = found[name]
+        if value.shape != tensor.shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(tensor.shape)}"
+            raise CheckpointError(f"The checkpoint's tensor {name!r} is of shape {shapes}: {mend}")
+        # Floats of another width are what trainer.precision bf16-true leaves.
+        if value.dtype != tensor.dtype and not (value.is_floating_point() and tensor.is_floating_point()):
+            raise CheckpointError(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
 
 
 def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any]) -> None:

@@ -8,10 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from project.errors import ConfigError
-
-#: Packages that a name in a config or checkpoint may import. Anything else has to be imported by the caller first.
-IMPORTABLE = ("project", "torch", "torchvision", "torchmetrics", "lightning", "timm")
+from project.errors import ConfigError, ProjectError
+from project.imports import is_importable, refused, takes_what_is_imported
 
 Spec = Mapping[str, Any]
 
@@ -41,8 +39,9 @@ def describe(factory: Callable[..., Any] | Spec) -> dict[str, Any]:
 def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
     """Find the class that a description names, and bind its arguments.
 
-    Only the packages in :data:`IMPORTABLE` are imported; a class of another package is accepted once its module has
-    been imported by the caller. So a checkpoint from a stranger cannot make this process import or call what it likes.
+    Only what :mod:`project.imports` lists is imported. From Python, a class of another package is accepted once its
+    module has been imported by the caller; from the command line, where nobody has, it is not. So a checkpoint from a
+    stranger cannot make this process import or call what it likes.
 
     Args:
         spec: ``{"class_path": ..., "init_args": {...}}``.
@@ -54,24 +53,30 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
     Raises:
         ConfigError: The class is not there, not allowed, or not of that kind.
     """
-    path = str(spec.get("class_path", ""))
+    path, arguments = spec.get("class_path", ""), spec.get("init_args") or {}
+    if (
+        not isinstance(path, str)
+        or not isinstance(arguments, Mapping)
+        or not all(isinstance(k, str) for k in arguments)
+    ):
+        raise ConfigError(f"no class_path with init_args, but {spec!r:.80}.")
     module_name, _, name = path.rpartition(".")
-    if module_name.split(".")[0] in IMPORTABLE:
+    if is_importable(path):
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise ConfigError(f"class_path {path!r} cannot be imported: {error}.") from error
-    elif module_name in sys.modules:
+    elif takes_what_is_imported() and module_name in sys.modules:
         module = sys.modules[module_name]
     else:
-        raise ConfigError(
-            f"class_path {path!r} is outside {', '.join(IMPORTABLE)}: import its module first, if you trust it."
-        )
+        raise ConfigError(refused(path))
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         kinds = base if isinstance(base, tuple) else (base,)
         raise ConfigError(f"class_path {path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}.")
-    return functools.partial(found, **(spec.get("init_args") or {}))
+    if not takes_what_is_imported() and not is_importable(f"{found.__module__}.{found.__qualname__}"):
+        raise ConfigError(refused(f"{found.__module__}.{found.__qualname__}"))
+    return functools.partial(found, **arguments)
 
 
 def construct(key: str, spec: Spec, base: type | tuple[type, ...], *inputs: Any) -> Any:
@@ -88,5 +93,8 @@ def construct(key: str, spec: Spec, base: type | tuple[type, ...], *inputs: Any)
     """
     try:
         return resolve(spec, base)(*inputs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {spec['class_path']} does not take these arguments: {error}.") from error
+    except ProjectError:
+        raise
+    except Exception as error:  # what a class makes of arguments that are not for it can be anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{key}: {spec['class_path']} does not take these arguments: {reason}.") from error

@@ -8,12 +8,19 @@ from argparse import ArgumentError, ArgumentParser
 
 from project.components import resolve
 from project.errors import ConfigError, nearest
+from project.imports import refused
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
     r"|(?:Group '(?P<group>[\w.]+)'|Parser|Subcommand '\w+') does not accept option '(?P<key>[\w.]+)'"
     r"|Parser key \"(?P<part>[\w.]+)\".*?Option '(?P<argument>[\w.]+)' is not accepted.*?class_path='(?P<path>[\w.]+)'",
     re.DOTALL,
+)
+#: What the parser says of a name that may not be imported. Of a union's kinds, others may have had other objections.
+DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
+#: A config, or a part of one, by its address.
+ELSEWHERE = re.compile(
+    r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<place>\w[\w.+:]*://[^\s'\"]*)"
 )
 #: How the parser names types, and how people do.
 PLAINER = (
@@ -45,6 +52,14 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
         parser: The verb's parser, whose keys are known.
     """
     message = str(error)
+    denied = DENIED.search(message)
+    if denied:
+        return ConfigError(refused(denied["path"]))
+    elsewhere = ELSEWHERE.search(message)
+    if elsewhere:
+        return ConfigError(
+            f"{elsewhere['place']} is no file here, and nothing is fetched. Download it, read it, and give its path."
+        )
     found = UNKNOWN.search(message)
     return _unknown(found, parser) if found else ConfigError(_plain(message))
 

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as image_functions
 
-from project.artifacts.checkpoint import hyper_parameters, read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.images import read_image
 from project.data.transforms import evaluation
-from project.errors import CheckpointError, WeightsError
+from project.errors import WeightsError
 
 Images = Sequence[str | Path | Image.Image] | torch.Tensor
 
@@ -80,18 +79,11 @@ def load(path: str | Path, weights: str | None = None) -> Classifier:
         CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit its backbone.
         WeightsError: The backbone's weights are not to be had on this machine.
     """
-    checkpoint = read_checkpoint(path)
-    arguments = hyper_parameters(checkpoint, path) | {"compile": False}
-    if weights is not None:
-        arguments["weights"] = weights
+    changes = {"compile": False} if weights is None else {"compile": False, "weights": weights}
     try:
-        model = ImageClassifier(**arguments)
-        model.on_load_checkpoint(checkpoint)
+        model = ImageClassifier.load_from_checkpoint(path, **changes)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error} Say where they are now: load(path, weights=...).") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    model.load_state_dict(checkpoint["state_dict"])
+        raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
     return Classifier(model)
 
 

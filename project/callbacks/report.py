@@ -56,7 +56,9 @@ class Report(pl.Callback):
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         saved, reload = trainer.checkpoint_callback, None
-        if isinstance(saved, ModelCheckpoint) and saved.best_model_path:
+        if (
+            isinstance(saved, ModelCheckpoint) and Path(saved.best_model_path).is_file()
+        ):  # a resume knows an older run's
             path = Path(saved.best_model_path)
             path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
             if saved.best_model_score is not None:

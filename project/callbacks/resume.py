@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -52,13 +53,14 @@ class ExactResume(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         kept = checkpoint.get(KEY)
-        if not isinstance(kept, dict) or trainer.state.fn != "fit":
+        if kept is None or trainer.state.fn != "fit":
             return
-        then, now = kept["batches_of"], _batches_of(trainer)
+        with _refusing_damage():
+            then, now, told = kept["batches_of"], _batches_of(trainer), _told(kept["batches_of"])
         if kept["within"] and then != now:
             raise CheckpointError(
                 "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
-                f"{_told(then)}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end, as best.ckpt is."
+                f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end, as best.ckpt is."
             )
         self._kept = kept
 
@@ -66,15 +68,16 @@ class ExactResume(Callback):
         kept, self._kept = self._kept, None
         if kept is None:
             return
-        mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
-        if kept["within"]:
-            _count_anew(trainer)
-            if isinstance(pl_module, ImageClassifier):
-                pl_module.tally("train").merge(mine["train"])
-        for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and kept["watched"]:
-                config.scheduler.step(kept["watched"][str(config.monitor)])
-        _take_up(mine["chance"])
+        with _refusing_damage():
+            mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
+            if kept["within"]:
+                _count_anew(trainer)
+                if isinstance(pl_module, ImageClassifier):
+                    pl_module.tally("train").merge(mine["train"])
+            for config in trainer.lr_scheduler_configs:
+                if config.reduce_on_plateau and kept["watched"]:
+                    config.scheduler.step(kept["watched"][str(config.monitor)])
+            _take_up(mine["chance"])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -84,6 +87,16 @@ class ExactResume(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Or else Lightning, in an epoch that was resumed within, leaves out the schedulers that watch a metric.
         trainer.fit_loop._restarting = False
+
+
+@contextmanager
+def _refusing_damage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever is wrong with it: it may come from anywhere
+        raise CheckpointError(
+            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({error!r:.80})."
+        ) from error
 
 
 def _as_lightning_resumes(loops: dict[str, Any], validating: bool, accumulates: bool) -> None:

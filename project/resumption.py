@@ -1,0 +1,104 @@
+"""Whether a run can go on from a checkpoint: what it holds besides the model is tried before anything relies on it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from project.errors import CheckpointError
+
+#: Makes the optimizer and the scheduler of what trains.
+Make = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
+#: Where a state of ModelCheckpoint has the path of a file that it may remove later.
+PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
+
+
+def refuse_states(checkpoint: Mapping[str, Any], parameters: Iterable[nn.Parameter], make: Make) -> None:
+    """Refuse callbacks that name other files, and an optimizer and a scheduler that cannot go on.
+
+    Torch and Lightning take these over as they are: what is wrong with them shows a step later, or an epoch.
+
+    Args:
+        checkpoint: As read, plain types and tensors.
+        parameters: What trains.
+        make: Makes their optimizer and scheduler.
+
+    Raises:
+        CheckpointError: The states are damaged, or not to be trusted.
+    """
+    _refuse_paths(checkpoint.get("callbacks"))
+    states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
+    if not states and not schedules:
+        return
+    shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
+    failed = _rehearse(make, shapes, states, schedules)
+    if failed and not _rehearse(make, shapes, None, None):  # else this optimizer cannot be tried in this way
+        raise CheckpointError(
+            "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
+            f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
+        )
+
+
+def refuse_progress(found: Any, fresh: Any, place: str) -> None:
+    """Refuse counts of loops that are none.
+
+    Args:
+        found: What a checkpoint holds of the loops, or of a part of them.
+        fresh: What would be saved of them before a run.
+        place: Where in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: One is missing, or of another type.
+    """
+    if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
+        raise CheckpointError(f"The checkpoint is damaged: {place} cannot be {found!r:.40}.")
+    for key, value in fresh.items() if isinstance(fresh, dict) else ():
+        if key not in found:
+            raise CheckpointError(f"The checkpoint is damaged: {place}.{key} is missing.")
+        refuse_progress(found[key], value, f"{place}.{key}")
+
+
+def _refuse_paths(callbacks: Any) -> None:
+    """ModelCheckpoint removes the best file so far for a better one, wherever a checkpoint says that it is.
+
+    It does look whether it lies in its own folder, but ``OWN/../../else`` does by that look, and so does any URL.
+    """
+    if callbacks is not None and not (
+        isinstance(callbacks, dict) and all(isinstance(v, dict) for v in callbacks.values())
+    ):
+        raise CheckpointError("The checkpoint is damaged: the states of its callbacks are none.")
+    for name, state in (callbacks or {}).items():
+        for key in PATHS:
+            value = state.get(key) or ""
+            for path in value if isinstance(value, dict) else [value]:
+                if path and not (isinstance(path, str) and path == os.path.normpath(path)):
+                    raise CheckpointError(f"The checkpoint's {name!s:.40} has a {key} that is no plain path: {path!r}.")
+
+
+def _rehearse(make: Make, parameters: list[nn.Parameter], states: Any, schedules: Any) -> Exception | None:
+    """Take a step without memory or arithmetic; gives what it raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer, scheduler = make(parameters)
+            if states:
+                optimizer.load_state_dict(states[0])
+            if schedules and scheduler is not None:
+                scheduler.load_state_dict(dict(schedules[0]))
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(0.0)
+            elif scheduler is not None:
+                scheduler.step()
+    except Exception as error:  # anything, of any optimizer
+        return error
+    return None

@@ -1,0 +1,94 @@
+"""Whatever happens to a checkpoint, ``load`` refuses it or gives a classifier that works: nothing else."""
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from project import load
+from project.errors import ProjectError
+
+PLAIN = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(
+        ["resnet18", "head", "layer4", "pkg:numpy", "/", "evil.Head", "torch.nn.Linear", "torch.optim.SGD"]
+    ),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.just({"class_path": "torch.nn.ReLU", "init_args": {}}),
+    st.sampled_from(
+        [torch.zeros(3), torch.zeros(3, 512), torch.zeros((), dtype=torch.int8), torch.ones(2, device="meta")]
+    ),
+)
+#: A module's fixture is the same in all examples, and so is a folder whose one file is written anew in each.
+SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def is_refused(path: Path) -> bool:
+    """Whether a checkpoint is refused as it should be; a classifier that it gives instead has to work."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # weights that are null are random, which is told
+            classifier = load(path)
+    except ProjectError as error:
+        assert len(str(error).splitlines()) <= 3
+        return True
+    (row,) = classifier.predict_proba([Image.new("RGB", (40, 40))])
+    assert len(row) == len(classifier.classes_) == 3
+    finite = all(tensor.isfinite().all() for tensor in classifier.model.state_dict().values())
+    assert math.isclose(row.sum(), 1, abs_tol=1e-5) or not finite
+    return False
+
+
+@pytest.fixture(scope="module")
+def good(trained: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    return checkpoint
+
+
+@SETTINGS
+@given(data=st.data())
+def test_a_value_removed_or_replaced_anywhere(data: st.DataObject, good: dict[str, Any], tmp_path: Path) -> None:
+    inner: Any = copy.deepcopy(good)
+    checkpoint = inner
+    while True:
+        key = data.draw(st.sampled_from(sorted(inner, key=str) if isinstance(inner, dict) else range(len(inner))))
+        if not isinstance(inner[key], (dict, list)) or not inner[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        del inner[key]
+    else:
+        inner[key] = data.draw(PLAIN)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    is_refused(tmp_path / "a.ckpt")
+
+
+@SETTINGS
+@given(data=st.data())
+def test_bytes_changed_anywhere(data: st.DataObject, trained: Path, tmp_path: Path) -> None:
+    whole = bytearray((trained / "checkpoints/last.ckpt").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole))))
+    (tmp_path / "a.ckpt").write_bytes(whole[:cut])
+    is_refused(tmp_path / "a.ckpt")
+
+
+def test_whole_it_is_taken_and_half_of_it_is_refused(trained: Path, tmp_path: Path) -> None:
+    whole = (trained / "checkpoints/last.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(whole)
+    assert not is_refused(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert is_refused(tmp_path / "a.ckpt")
