@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from project.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
 from project.components import construct, describe
-from project.errors import CheckpointError, ConfigError, DataError, FrozenError, ProjectError, WeightsError
+from project.errors import ConfigError, DataError, FrozenError
 from project.features.rows import RowBatch
+from project.kept import Kept
 from project.loss import Weight, cross_entropy, processes, shared
 from project.metrics import evaluation_metrics, training_metrics
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
 from project.padding import IGNORED
-from project.reading import hyper_parameters, read_checkpoint, refuse_malformed
-from project.resumption import refuse_progress, refuse_states
 from project.tally import Tally
 
 HeadCallable = Callable[[int, int], nn.Module]
@@ -33,11 +29,9 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
-#: Arguments that name a class, and of what kind it has to be.
-PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(Kept):
     """A pretrained backbone and a new head; what is frozen stays bit for bit what it was.
 
     ``encode`` and ``classify`` are its two halves: images to rows at the cut, rows to logits.
@@ -96,38 +90,6 @@ class ImageClassifier(pl.LightningModule):
         self.head: nn.Module = nn.Identity()
         if classes is not None:
             self._name_classes(classes)
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: str | torch.device | None = None, **changes: Any
-    ) -> ImageClassifier:
-        """Load a trained model, safely; Lightning's own would parse classes that a checkpoint's arguments name.
-
-        Args:
-            checkpoint_path: A checkpoint of a fit.
-            map_location: Device that the model is moved to; by default the CPU.
-            changes: Arguments other than the checkpoint's.
-
-        Raises:
-            CheckpointError: It is missing, damaged, unsafe, or does not fit its backbone.
-            WeightsError: The backbone's weights are not to be had on this machine.
-        """
-        checkpoint = read_checkpoint(checkpoint_path)
-        arguments = hyper_parameters(checkpoint, checkpoint_path, cls, **PARTS)
-        try:
-            model = cls(**arguments | changes)
-            model.on_load_checkpoint(checkpoint)
-        except WeightsError as error:
-            raise WeightsError(f"{checkpoint_path}: {error}") from error
-        except ProjectError as error:
-            raise CheckpointError(f"{checkpoint_path}: {error}") from error
-        model.load_state_dict(checkpoint["state_dict"])
-        return model if map_location is None else model.to(map_location)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the logits; empty until the data or a checkpoint has named them."""
-        return tuple(self.hparams["classes"] or ())
 
     def _name_classes(self, classes: Sequence[str]) -> None:
         """Make the parts whose size is the number of classes: head, loss weights, metrics."""
@@ -255,16 +217,11 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
-        optimizer, scheduler = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer, scheduler = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if scheduler is None:
             return optimizer
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler | None]:
-        optimizer = construct("model.optimizer", self.hparams["optimizer"], Optimizer, parameters)
-        given = self.hparams["scheduler"]
-        return optimizer, None if given is None else construct("model.scheduler", given, LRScheduler, optimizer)
 
     def on_fit_start(self) -> None:
         """Check that what is frozen is what was loaded.
@@ -291,48 +248,3 @@ class ImageClassifier(pl.LightningModule):
                 f"The frozen part of {self.backbone.name} has changed {when}: SHA-256 {loaded} as loaded, now {now}."
                 "\nSome callback or code writes to it; do not use the checkpoints of this run."
             )
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the model besides its tensors, in plain types."""
-        return {
-            "format": FORMAT,
-            "classes": list(self.classes),
-            "preprocessing": self.backbone.preprocessing.as_dict(),
-            "backbone": {
-                "name": self.backbone.name,
-                "weights": self.origin.weights,
-                "source": self.origin.source,
-                "sha256": self.backbone.sha256,
-            },
-            "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.backbone.frozen_sha256},
-            "versions": dict(versions()),
-        }
-
-    def _is_frozen(self, key: str) -> bool:
-        return key.startswith(tuple(f"backbone.stages.{name}." for name in self.backbone.frozen_names))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
-        data: Any = getattr(self.trainer, "datamodule", None)
-        split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
-        checkpoint["transfer"] = {**self.identity(), "split": dict(split)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.
-
-        Raises:
-            CheckpointError: Another backbone, preprocessing or classes; missing or unexpected tensors.
-        """
-        refuse_malformed(checkpoint)
-        refuse_another(checkpoint["transfer"], self.identity())
-        state = self.state_dict()
-        refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
-        verb = self.trainer.state.fn if self._trainer is not None else None
-        if verb is not None:
-            loop = f"{verb.value}_loop"
-            refuse_progress(checkpoint.get("loops"), {loop: getattr(self.trainer, loop).state_dict()}, "loops")
-        if verb == "fit":
-            let_flags_win(checkpoint, self.hparams)
-            refuse_states(checkpoint, [p for p in self.parameters() if p.requires_grad], self._make_optimizer)
-        checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

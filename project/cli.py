@@ -7,14 +7,12 @@ import logging
 import shlex
 import sys
 import warnings
-from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,29 +20,26 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
-from project.artifacts.checkpoint import epochs_of, seed_of, split_settings
 from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.interruption import Interruption
 from project.callbacks.report import Report
-from project.classifier import PARTS, SGD, ImageClassifier
+from project.checkpoint_cli import CheckpointCLI, without_checkpoint
+from project.classifier import SGD, ImageClassifier
 from project.components import describe
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError, ProjectError
-from project.explain import explain
+from project.errors import ConfigError, ProjectError
 from project.features.ranks import lost
 from project.imports import allowed_imports, imports_limited
-from project.reading import hyper_parameters, read_checkpoint
-from project.runs import RUNS, WORDS, newest, reserve_version
+from project.runs import RUNS, reserve_version
 from project.signals import Interrupted, Signals, launcher
-from project.terminal import say
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 
 
-class TransferCLI(LightningCLI):
+class TransferCLI(CheckpointCLI):
     """``python -m project VERB``.
 
     Args:
@@ -56,21 +51,17 @@ class TransferCLI(LightningCLI):
     trainer: Trainer
 
     def __init__(self, args: Sequence[str], signals: Signals, command: str) -> None:
-        self._args = list(args)
         self._signals = signals
         self._command = command
-        self._checkpoint: dict[str, Any] | None = None
         self.exit_code = 0
         super().__init__(
-            ImageClassifier,
-            ImageDataModule,
+            args,
             trainer_class=Trainer,
             # The report says what trains and what is frozen shorter than the model summary would.
             trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": PROGRAM, "description": project.__doc__},
-            args=self._args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -94,23 +85,6 @@ class TransferCLI(LightningCLI):
             "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and put a mistake into words.
-
-        Raises:
-            ConfigError: A flag or key is unknown, or its value is not of its kind.
-        """
-        verb = next((word for word in args if word in self._subcommand_parsers), None)
-        path, _ = _without_checkpoint(args)
-        if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
-            self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise explain(error, self._parser(verb)) from error
-        except RecursionError as error:
-            raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -143,64 +117,6 @@ class TransferCLI(LightningCLI):
         """Examine the data; the exit code says whether it is clean."""
         suspects = self.config.check.suspects
         self.exit_code = 0 if self.trainer.check(**arguments, suspects=suspects) else 1
-
-    def _parse_ckpt_path(self) -> None:
-        """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
-
-        Lightning's own puts them over the flags (issue 21455).
-
-        Raises:
-            CheckpointError: It is missing, damaged, unsafe, or not one of this project's.
-            ConfigError: There is nothing left to train.
-        """
-        verb = self.config.subcommand
-        path = self.config[verb].get("ckpt_path")
-        if path in WORDS:
-            path = self._find(verb, path)
-        if not path:
-            self.config[verb].ckpt_path = None
-            return
-        if self._checkpoint is None:  # a word or a config file names it
-            self._take_defaults(verb, path)
-            self.parse_arguments(self.parser, self._args)
-        self.config[verb].ckpt_path = str(path)
-        assert self._checkpoint is not None
-        epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
-        if verb == "fit" and most is not None and -1 < most <= epochs:
-            raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
-
-    def _find(self, verb: str, word: str) -> str | None:
-        """The checkpoint that a word stands for, of the runs on this data."""
-        config = self.config[verb]
-        if config.trainer.logger not in (None, True, False):
-            raise ConfigError(f"--ckpt_path {word} is looked for under {RUNS}/; with another logger, name the file.")
-        if not config.name and config.data.root is None and config.data.source is None:
-            raise ConfigError(
-                f"--ckpt_path {word} of which run? Name it with --name NAME, or the data with --data.root."
-            )
-        name = config.name or self._name_of_data(verb)
-        folder = Path(config.trainer.default_root_dir or RUNS) / name
-        found = newest(folder, word)
-        if found is None and verb != "fit":
-            raise ConfigError(f"There is no {word}.ckpt under {folder}: name a checkpoint with --ckpt_path FILE.")
-        say(f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit")
-        return str(found) if found else None
-
-    def _name_of_data(self, verb: str) -> str:
-        parser = LightningArgumentParser()  # of its own: the verb's would make the model and the trainer as well
-        parser.add_lightning_class_args(ImageDataModule, "data")
-        only = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
-        return str(parser.instantiate_classes(only).data.name)
-
-    def _take_defaults(self, verb: str, path: str) -> None:
-        self._checkpoint = read_checkpoint(path)
-        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
-        defaults = {f"model.{key}": value for key, value in arguments.items()}
-        # As well as how images were held out: or what is validated, or trained on from here, would be others.
-        defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
-        if verb == "fit" and seed_of(self._checkpoint) is not None:  # it goes on with the same chance
-            defaults["seed_everything"] = seed_of(self._checkpoint)
-        self._subcommand_parsers[verb].set_defaults(defaults)
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.
@@ -266,36 +182,9 @@ class TransferCLI(LightningCLI):
             return super()._prepare_subcommand_kwargs(subcommand)
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb; say so where a checkpoint's states are such that Lightning cannot take them.
-
-        Raises:
-            CheckpointError: They are damaged.
-        """
-        try:
-            super()._run_subcommand(subcommand)
-        except ProjectError:
-            raise
-        except Exception as error:
-            # What is loaded is let go of once all of it has been restored: an error after that is of something else.
-            if not self.trainer._checkpoint_connector._loaded_checkpoint:
-                raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise CheckpointError(
-                f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
-            ) from error
-
     def after_fit(self) -> None:
         """Print the result."""
         self._report.show(self.trainer, self.model)
-
-
-def _without_checkpoint(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What ``--ckpt_path`` says on a command line, and the rest of it."""
-    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flag.add_argument("--ckpt_path", nargs="?")
-    known, rest = flag.parse_known_args(args)
-    return known.ckpt_path, rest
 
 
 #: What Lightning warns of that is as it should be here.
@@ -332,7 +221,7 @@ def main(args: Sequence[str]) -> int:
     try:
         more, rest = allowed_imports(args)
         with Signals(launcher()) as signals, imports_limited(more):
-            code = TransferCLI(rest, signals, shlex.join(_without_checkpoint(args)[1])).exit_code
+            code = TransferCLI(rest, signals, shlex.join(without_checkpoint(args)[1])).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")
             return code
