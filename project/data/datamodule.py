@@ -156,6 +156,8 @@ class ImageDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Read what has to be read before images are split: in one process, so that the others find it known."""
         _ = self.splits
+        if self._skip and self.predict_path is not None:
+            _ = self.predicted
 
     def setup(self, stage: str) -> None:
         """Check that there are images for what is about to be done.
@@ -238,8 +240,9 @@ class ImageDataModule(pl.LightningDataModule):
         """Batches of the test split."""
         return self._split_loader("test", self.evaluation_transform())
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of images, uint8 ``(B, 3, H, W)``, and their paths.
+    @functools.cached_property
+    def predicted(self) -> list[Sample]:
+        """The images to predict.
 
         Raises:
             DataError: There are none.
@@ -247,15 +250,17 @@ class ImageDataModule(pl.LightningDataModule):
         path = Path(str(self.predict_path)).expanduser()
         if not path.exists():
             raise DataError(f"data.predict: there is no file or folder {self.predict_path}.")
-        files = list_images(path).images if path.is_dir() else [path]
-        source, samples = Files(), [Sample(str(file), 0) for file in files]
+        samples = [Sample(str(file), 0) for file in (list_images(path).images if path.is_dir() else [path])]
         if self._skip:
-            samples = self._readable(samples, str(path), source)
+            samples = self._readable(samples, str(path), Files())
         if not samples:
             raise DataError(f"data.predict: there are no images in {self.predict_path}.")
-        return self._loader(
-            NamedImages(samples, source, self.evaluation_transform()), EpochSampler(self._order(len(samples)))
-        )
+        return samples
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of images, uint8 ``(B, 3, H, W)``, and their paths."""
+        dataset = NamedImages(self.predicted, Files(), self.evaluation_transform())
+        return self._loader(dataset, EpochSampler(self._order(len(dataset))))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""

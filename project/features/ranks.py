@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,7 +17,17 @@ T = TypeVar("T")
 
 def lost(error: Exception) -> bool:
     """Whether an error says no more than that another process has ended."""
-    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "gloo" in str(error)
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
+
+
+@functools.lru_cache(1)
+def _patient(together: Any) -> Any:
+    """The same processes, who wait for each other as long as it takes.
+
+    One may be computing rows for hours that another has done with; torch's own groups give up after 10 or 30 minutes.
+    Whoever waits for a process that has ended is told at once all the same.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 class Ranks:
@@ -30,6 +42,7 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
+        self._group = _patient(dist.group.WORLD) if together else None
 
     def part(self, count: int) -> slice:
         """This process's part of so many items: what lies together is read by one process."""
@@ -40,7 +53,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._group)
         return values
 
     @contextmanager

@@ -8,7 +8,7 @@ import pytest
 
 from project import load
 from tests.conftest import SMALL, told
-from tests.integration.processes import TORCHRUN, free_port, run_all
+from tests.integration.launched import TORCHRUN, free_port, run_all
 
 Ddp = Callable[..., tuple[int, str]]
 

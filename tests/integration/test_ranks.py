@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, draw, scalars
-from tests.integration.processes import TORCHRUN, run_all
+from tests.integration.launched import TORCHRUN, run_all
 
 #: Command lines one after another, as starting a process takes longer than a fit; and the last metrics of each.
 RUNS = """

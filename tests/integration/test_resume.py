@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, scalars
-from tests.processes import start
+from tests.forked import start
 
 EPOCHS = 4
 STEPS = 3  # an epoch: 24 images in batches of 8

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.conftest import SMALL
+from tests.forked import Run, start
 from tests.integration.test_distributed import DDP
-from tests.processes import Run, start
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS = 10  # within which it has to be gone

@@ -19,7 +19,7 @@ from project.cli import main
 from project.data.sources import Files
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.processes"])
+CONTEXT.set_forkserver_preload(["tests.forked"])
 
 
 @dataclass

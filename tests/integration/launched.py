@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 
 
-def run_all(commands: Sequence[Sequence[str]], more: Sequence[Mapping[str, str]] = (), timeout: float = 90):
+def run_all(
+    commands: Sequence[Sequence[str]], more: Sequence[Mapping[str, str]] = (), timeout: float = 180
+) -> list[tuple[int, str]]:
     """Run Python at once with each of the arguments.
 
     Args:
@@ -37,6 +39,10 @@ def run_all(commands: Sequence[Sequence[str]], more: Sequence[Mapping[str, str]]
         said = [process.communicate(timeout=max(until - time.monotonic(), 1))[0] for process in started]
     finally:
         for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.poll() is None:  # torchrun's workers are in groups of their own: it has to end them itself
+                    process.terminate()
+                    process.wait(40)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
