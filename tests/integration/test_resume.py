@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,18 @@ def command(photos: Path, weights: Path, *more: str) -> list[str]:
     return ["fit", *flags, "--seed_everything", "3", "--trainer.accelerator", "cpu", *more]
 
 
-def left(version: Path) -> tuple[dict[str, Any], dict[str, list[tuple[int, float]]]]:
-    """The last checkpoint of a run, and its curves."""
-    checkpoint = torch.load(version / "checkpoints/last.ckpt", weights_only=True)
+def left(version: Path) -> tuple[dict[str, Any], dict[str, list[tuple[int, float]]], dict[str, Any]]:
+    """The last checkpoint of a run, its curves, and its best checkpoint."""
+    checkpoint, best = (
+        torch.load(version / f"checkpoints/{word}.ckpt", weights_only=True) for word in ("last", "best")
+    )
     events = scalars(version)
     curves = {
         name: [(each.step, each.value) for each in events.Scalars(name)]
         for name in events.Tags()["scalars"]
         if not name.startswith(("features/", "parameters/")) and "images_per_second" not in name
     }
-    return checkpoint, curves
+    return checkpoint, curves, best
 
 
 def same(one: Any, other: Any, where: str) -> None:
@@ -74,59 +76,112 @@ def same(one: Any, other: Any, where: str) -> None:
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Iterator[Any]:
     """What a fit that was left alone has left, of each way."""
-    found: dict[str, Any] = {}
+    found: dict[tuple[str, int], Any] = {}
 
-    def run(way: str) -> Any:
-        if way not in found:
+    def run(way: str, epochs: int = EPOCHS) -> Any:
+        if (way, epochs) not in found:
             folder = tmp_path_factory.mktemp("whole")
-            whole = start(folder, command(photos, weights, *WAYS[way]))
+            whole = start(folder, [*command(photos, weights, *WAYS[way]), "--trainer.max_epochs", str(epochs)])
             assert whole.wait() == 0, whole.said
-            found[way] = left(folder / "runs/photos/version_0")
-        return found[way]
+            found[way, epochs] = left(folder / "runs/photos/version_0")
+        return found[way, epochs]
 
     yield run
 
 
 def check_resumed(
-    way: str, folder: Path, photos: Path, weights: Path, at: dict[str, Any], whole: Any, code: int
+    way: str,
+    folder: Path,
+    photos: Path,
+    weights: Path,
+    at: dict[str, Any],
+    whole: Any,
+    code: int,
+    epochs: int = EPOCHS,
 ) -> None:
-    flags = command(photos, weights, *WAYS[way])
+    flags = [*command(photos, weights, *WAYS[way]), "--trainer.max_epochs", str(epochs)]
     stopped = start(folder, flags, at)
     assert stopped.wait() == code, stopped.said
     resumed = start(folder, [*flags, "--ckpt_path", "last"])
     assert resumed.wait() == 0, resumed.said
-    checkpoint, curves = left(folder / "runs/photos/version_1")
-    expected, all_curves = whole
+    checkpoint, curves, best = left(folder / "runs/photos/version_1")
+    expected, all_curves, _ = whole
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         same(checkpoint[part], expected[part], part)
     assert checkpoint["global_step"] == expected["global_step"]
     same(checkpoint["resume"], expected["resume"], "resume")
+    same(checkpoint["loops"], expected["loops"], "loops")
+    same(best["state_dict"], whole[2]["state_dict"], "best")
     # Each curve goes on where it was: what there is of it, to its end, is equal.
     for name, points in all_curves.items():
         assert name in curves, name
         assert curves[name] == points[len(points) - len(curves[name]) :], name
-    first, second = (
-        torch.load(v / "checkpoints/best.ckpt", weights_only=True)
-        for v in (folder / "runs/photos/version_1", folder / "runs/photos/version_1")
-    )
-    same(first["state_dict"], second["state_dict"], "best")
 
 
+def steps_of(way: str, epochs: int = EPOCHS) -> int:
+    return epochs * (2 if "accumulated" in way else STEPS)
+
+
+#: Ways for a fit to end early: at which step, in validation or not, by which signal, with which exit code.
+ENDS: dict[str, Callable[[str], tuple[dict[str, Any], int]]] = {
+    "killed": lambda way: ({"step": random.Random(way).randrange(steps_of(way))}, -signal.SIGKILL),
+    "told in a step": lambda way: ({"step": steps_of(way) // 2 - 1, "number": signal.SIGTERM}, 143),
+    "told in validation": lambda way: (
+        {"step": steps_of(way) // 2, "number": signal.SIGTERM, "validates": True},
+        143,
+    ),
+}
+#: Each way with one of the ends, in turn; the others are in the long tests.
+PAIRS = [
+    pytest.param(way, end, marks=[] if (number - index) % len(ENDS) == 0 else [pytest.mark.long])
+    for number, way in enumerate(WAYS)
+    for index, end in enumerate(ENDS)
+]
+
+
+@pytest.mark.parametrize(("way", "end"), PAIRS)
+def test_however_it_ended_it_is_the_fit_that_never_stopped(
+    way: str, end: str, never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    at, code = ENDS[end](way)
+    check_resumed(way, tmp_path, photos, weights, at, never_stopped(way), code)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
-def test_after_a_kill_it_is_the_fit_that_never_stopped(
+def test_killed_at_twenty_random_steps(
     way: str, never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
 ) -> None:
-    step = random.Random(way).randrange(STEPS * EPOCHS // (2 if "accumulated" in way else 1))
-    check_resumed(way, tmp_path, photos, weights, {"step": step}, never_stopped(way), -signal.SIGKILL)
+    epochs = 10
+    whole = never_stopped(way, epochs)
+    for step in random.Random(way).sample(range(steps_of(way, epochs)), 20):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        check_resumed(way, folder, photos, weights, {"step": step}, whole, -signal.SIGKILL, epochs)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("validates", [False, True], ids=["in a step", "in validation"])
-def test_after_a_signal_it_is_the_fit_that_never_stopped(
-    way: str, validates: bool, never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
+def test_told_twice_in_one_epoch_and_killed_in_the_next(
+    never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
 ) -> None:
-    steps = STEPS * (2 if validates else 1) + (0 if validates else 1)
-    at = {"step": steps, "number": signal.SIGTERM, "validates": validates}
-    if "accumulated" in way:
-        at["step"] = 4 if validates else 3
-    check_resumed(way, tmp_path, photos, weights, at, never_stopped(way), 143)
+    way = "stored rows"
+    flags = [*command(photos, weights, *WAYS[way]), "--ckpt_path", "last"]
+    for at, code in (
+        ({"step": 4, "number": signal.SIGTERM}, 143),
+        ({"step": 5, "number": signal.SIGINT}, 130),
+        ({"step": 8}, -signal.SIGKILL),
+        (None, 0),
+    ):
+        run = start(tmp_path, flags, at)
+        assert run.wait() == code, run.said
+    checkpoint, _, _ = left(tmp_path / "runs/photos/version_3")
+    for part in ("state_dict", "optimizer_states", "loops"):
+        same(checkpoint[part], never_stopped(way)[0][part], part)
+
+
+def test_another_batch_size_is_refused_within_an_epoch(tmp_path: Path, photos: Path, weights: Path) -> None:
+    flags = command(photos, weights, *WAYS["stored rows"])
+    assert start(tmp_path, flags, {"step": 4, "number": signal.SIGTERM}).wait() == 143
+    refused = start(tmp_path, [*flags, "--ckpt_path", "last", "--data.batch_size", "4"])
+    assert refused.wait() == 2
+    assert "there were batches of 8 in 1 processes" in refused.said and "now batches of 4" in refused.said
+    assert "Traceback" not in refused.said
