@@ -66,9 +66,8 @@ class CheckpointCLI(LightningCLI):
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
         if path in WORDS:
-            path = self._find(verb, path)
+            path = self.config[verb].ckpt_path = self._find(verb, path)
         if not path:
-            self.config[verb].ckpt_path = None
             return
         if self._checkpoint is None:  # a word or a config file names it
             self._take_defaults(verb, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -89,9 +90,9 @@ def _rehearse(make: Make, parameters: list[nn.Parameter], states: Any, schedules
             warnings.simplefilter("ignore")
             optimizer, scheduler = make(parameters)
             if states:
-                optimizer.load_state_dict(states[0])
+                optimizer.load_state_dict(_copied(states[0]))
             if schedules and scheduler is not None:
-                scheduler.load_state_dict(dict(schedules[0]))
+                scheduler.load_state_dict(copy.deepcopy(dict(schedules[0])))
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
@@ -102,3 +103,14 @@ def _rehearse(make: Make, parameters: list[nn.Parameter], states: Any, schedules
     except Exception as error:  # anything, of any optimizer
         return error
     return None
+
+
+def _copied(value: Any) -> Any:
+    """A copy that a step may change: an optimizer takes a state's tensors over as they are, counts of steps too."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.numel() == 1 else torch.empty_like(value, device="meta")
+    return value

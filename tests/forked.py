@@ -32,7 +32,9 @@ class Run:
     def wait(self, seconds: float = 60) -> int:
         """Its exit code; negative after a signal that it did not answer."""
         self.process.join(seconds)
-        assert self.process.exitcode is not None, f"still running after {seconds} s: {self.said}"
+        if self.process.exitcode is None:
+            self.process.kill()  # or the tests would wait for it at their end
+            raise AssertionError(f"still running after {seconds} s: {self.said}")
         return self.process.exitcode
 
     @property
@@ -79,6 +81,7 @@ def _child(folder: str, log: str, cache: str, arguments: list[str], at: dict[str
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of what it starts in its turn, as in any other process
     if at is not None:
         _signal_itself(**at)
     sys.exit(main(arguments))

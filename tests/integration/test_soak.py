@@ -1,31 +1,38 @@
 """Long fits take no more memory, files or threads in their last epochs than in their first."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.soak import LIVE, watched
+from tests.benchmarks.soak import LIVE, WATCH, read
 from tests.conftest import SMALL, STORED
+from tests.forked import start
 
-#: Epochs: in each run of the tests, and in full.
-STORED_EPOCHS = [40, pytest.param(200, marks=pytest.mark.long)]
-LIVE_EPOCHS = [6, pytest.param(20, marks=pytest.mark.long)]
-
-
-def check_flat(noted: list[tuple[float, float, int, int]], megabytes: float) -> None:
-    settled = noted[len(noted) // 3]  # by then, what is made once is made
-    last = noted[-1]
-    assert last[2:] == settled[2:], "files and threads"
-    assert last[1] - settled[1] < megabytes, [round(each[1]) for each in noted]
+Check = Callable[..., None]
 
 
-@pytest.mark.parametrize("epochs", STORED_EPOCHS)
-def test_on_stored_rows(epochs: int, here: Path, photos: Path, weights: Path) -> None:
-    flags = [*SMALL, *STORED, "--model.weights", str(weights), "--data.root", str(photos), "--data.batch_size", "4"]
-    check_flat(watched(epochs, *flags), 10)
+@pytest.fixture
+def check_flat(here: Path, photos: Path, weights: Path) -> Check:
+    """Runs a fit in a process of its own, and compares its end with what it was once all was made that is made once."""
+
+    def check(epochs: int, megabytes: int, *flags: str) -> None:
+        flags = (*SMALL, "--model.weights", str(weights), "--data.root", str(photos), *WATCH, *flags)
+        quiet = ("--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu")
+        run = start(here, ["fit", *flags, *quiet, "--data.batch_size", "4", "--trainer.max_epochs", str(epochs)])
+        assert run.wait(300) == 0, run.said
+        noted = read(run.said)
+        assert len(noted) == epochs
+        settled, last = noted[epochs // 3], noted[-1]
+        assert last[2:] == settled[2:], "files and threads"
+        assert last[1] - settled[1] < megabytes, [each[1] for each in noted]
+
+    return check
 
 
-@pytest.mark.parametrize("epochs", LIVE_EPOCHS)
-def test_on_live_images(epochs: int, here: Path, photos: Path, weights: Path) -> None:
-    flags = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.accelerator", "cpu"]
-    check_flat(watched(epochs, *flags, *LIVE), 20)
+def test_over_200_epochs_on_stored_rows(check_flat: Check) -> None:
+    check_flat(200, 10, *STORED)
+
+
+def test_over_20_epochs_on_live_images(check_flat: Check) -> None:
+    check_flat(20, 20, *LIVE)
