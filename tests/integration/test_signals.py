@@ -15,6 +15,7 @@ import torch
 from tests.conftest import SMALL
 from tests.forked import Run, start
 from tests.integration.test_distributed import DDP
+from tests.integration.test_resume import same
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS = 10  # within which it has to be gone
@@ -198,3 +199,31 @@ def test_two_processes_save_and_leave_whichever_of_them_is_told(number: int, ran
     last = torch.load(here / "runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] >= 4
     assert len(last["resume"]["processes"]) == 2
+
+
+@pytest.mark.long
+def test_two_processes_that_go_on_are_the_fit_that_never_stopped(here: Path, photos: Path, weights: Path) -> None:
+    (here / "slow.py").write_text(SLOW)
+    flags = [*SMALL, *DDP, "--model.weights", str(weights), "--data.root", str(photos), "--data.batch_size", "4"]
+    flags += [
+        "--model.head",
+        "project.models.heads.MLPHead",
+        "--model.head.dropout",
+        "0.5",
+        "--features.folder",
+        "store",
+    ]
+    flags += ["--trainer.max_epochs", "4", "--features.engine", "torch"]
+    with _real(here, flags) as whole:
+        assert whole.wait(90) == 0, whole.said
+    with _real(here, flags) as stopped:
+        stopped.await_text("in step 4.")
+        stopped.signal(signal.SIGTERM)
+        assert stopped.wait() == 143, stopped.said
+    with _real(here, [*flags, "--ckpt_path", "last"]) as resumed:
+        assert resumed.wait(90) == 0, resumed.said
+    first, last = (
+        torch.load(here / f"runs/photos/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (0, 2)
+    )
+    for part in ("state_dict", "optimizer_states", "loops", "resume"):
+        same(last[part], first[part], part)
