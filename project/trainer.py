@@ -18,7 +18,10 @@ from project.studies.suspects import suspects_of
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer; ``predict`` writes a CSV file, and ``check`` examines the data."""
+    """Lightning's Trainer; ``predict`` writes a CSV file, and ``check`` examines the data.
+
+    Its checkpoints are written whole or not at all, and a fit that goes on from one is the fit that never stopped.
+    """
 
     callbacks: list[pl.Callback]
 
