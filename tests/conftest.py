@@ -7,6 +7,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Of the processes that tests start: on tensors this small, a second thread only waits, and spins while others compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +37,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # On tensors this small a second thread only waits, and spins while other processes compute.
     torch.set_num_threads(1)
 
 
