@@ -15,7 +15,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 
 
 def run_all(
-    commands: Sequence[Sequence[str]], more: Sequence[Mapping[str, str]] = (), timeout: float = 180
+    commands: Sequence[Sequence[str]], more: Sequence[Mapping[str, str]] = (), timeout: float = 400
 ) -> list[tuple[int, str]]:
     """Run Python at once with each of the arguments.
 
