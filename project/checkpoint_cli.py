@@ -65,6 +65,8 @@ class CheckpointCLI(LightningCLI):
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
+        if path == "":
+            raise ConfigError("--ckpt_path: '' is no file. Name one, or leave the flag out.")
         if path in WORDS:
             path = self.config[verb].ckpt_path = self._find(verb, path)
         if not path:
@@ -77,6 +79,9 @@ class CheckpointCLI(LightningCLI):
         epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
         if verb == "fit" and most is not None and -1 < most <= epochs:
             raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
+        steps, most = self._checkpoint["global_step"], self.config[verb].trainer.max_steps
+        if verb == "fit" and -1 < most <= steps:
+            raise ConfigError(f"{path} has had {steps} steps: raise --trainer.max_steps, which is {most}, to go on.")
 
     def _find(self, verb: str, word: str) -> str | None:
         """The checkpoint that a word stands for, of the runs on this data."""

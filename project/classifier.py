@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -120,6 +121,9 @@ class ImageClassifier(Kept):
                 if precision != "64-true"
                 else "trainer.precision 64-true would convert the frozen weights. Use 32-true."
             )
+        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
+        if any(isinstance(each, (StochasticWeightAveraging, WeightAveraging)) for each in callbacks):
+            raise ConfigError("trainer.callbacks: weights are averaged from before there is a head. Leave that out.")
         self.backbone.freeze()  # somebody may have called unfreeze() since
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):

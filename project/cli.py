@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import shlex
@@ -33,7 +34,7 @@ from project.errors import ConfigError, ProjectError
 from project.features.ranks import lost
 from project.imports import allowed_imports, imports_limited
 from project.runs import RUNS, reserve_version
-from project.signals import Interrupted, Signals, launcher
+from project.signals import Interrupted, Signals, launched, launcher
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
@@ -45,7 +46,7 @@ class TransferCLI(CheckpointCLI):
     Args:
         args: Command line, without the program's name and ``--allow_imports``.
         signals: What this process is told.
-        command: All of the command line but for the checkpoint, to be told to a user.
+        command: What goes on with it, but for the checkpoint, to be told to a user.
     """
 
     trainer: Trainer
@@ -134,7 +135,7 @@ class TransferCLI(CheckpointCLI):
         if verb == "check":
             model["trainable"] = "head"  # labels are judged by the whole backbone
         name = self._get(self.config, "name")
-        if name and Path(name).name != name:
+        if name and (Path(name).name != name or name == ".."):
             raise ConfigError(
                 f"--name: {name!r} is no name of one folder. For another place: --trainer.default_root_dir"
             )
@@ -151,7 +152,9 @@ class TransferCLI(CheckpointCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
         given = self._get(self.config_init, "trainer")
-        interruption = Interruption(self._signals, f"{PROGRAM} {self._command}")
+        interruption = Interruption(self._signals, self._command)
+        if self.subcommand == "fit":
+            self._signals.meanwhile = "No batch has been trained since it began: give the same command again."
         if self.subcommand != "fit":
             self.save_config_callback = None
             silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
@@ -187,12 +190,20 @@ class TransferCLI(CheckpointCLI):
         self._report.show(self.trainer, self.model)
 
 
+def _again(args: Sequence[str]) -> str:
+    """The command that goes on with a fit, but for the checkpoint."""
+    if launched():
+        return "the command that it was started with, and"
+    return shlex.join([*PROGRAM.split(), *without_checkpoint(args)[1]])
+
+
 #: What Lightning warns of that is as it should be here.
 EXPECTED = (
     ".*does not have many workers.*",  # data.num_workers knows the machine
     ".*module.s. in eval mode at the start of training.*",  # the frozen ones
     ".*smaller than the logging interval.*",  # metrics are logged an epoch
     ".*callbacks used to create the checkpoint need to be provided.*",  # validate, test and predict save none
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # it is: the order is one of the epoch
     ".*sync_dist=True.*when logging on epoch level.*",  # what is logged is the same in all processes
     "The dirpath has changed from.*",  # a resumed fit has a folder of its own
     ".*decompression bomb DOS attack.*",  # a large photograph; of twice that size it would be an error
@@ -221,7 +232,7 @@ def main(args: Sequence[str]) -> int:
     try:
         more, rest = allowed_imports(args)
         with Signals(launcher()) as signals, imports_limited(more):
-            code = TransferCLI(rest, signals, shlex.join(without_checkpoint(args)[1])).exit_code
+            code = TransferCLI(rest, signals, _again(args)).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")
             return code
@@ -234,6 +245,11 @@ def main(args: Sequence[str]) -> int:
             raise
         if not getattr(error, "told", False):
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if "--debug" in args or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error}. What was saved before is whole.", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "--debug" in args or not lost(error):

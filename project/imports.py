@@ -23,6 +23,7 @@ IMPORTABLE = (
     "torchmetrics",
     *(f"lightning.{of}.{parts}" for of in ("pytorch", "fabric") for parts in ("accelerators", "plugins", "strategies")),
     *(f"lightning.pytorch.{parts}" for parts in ("callbacks", "loggers", "profilers")),
+    "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, and which metric it watches
     "timm.layers",
     "timm.optim",
 )

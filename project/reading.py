@@ -25,6 +25,7 @@ NUMBERS = [(int, float)]
 FORM: dict[str, Any] = {
     "epoch": (int,),
     "global_step": (int,),
+    "pytorch-lightning_version": TEXT,
     "state_dict": (dict,),
     "hyper_parameters": {
         "backbone": TEXT,

@@ -21,10 +21,10 @@ class Interrupted(BaseException):
         told: What there is to say to the user.
     """
 
-    def __init__(self, number: int, told: str = "") -> None:
+    def __init__(self, number: int, told: str) -> None:
         super().__init__(told)
         self.number = number
-        self.told = told or f"Stopped by {signal.Signals(number).name}."
+        self.told = told
 
     @property
     def exit_code(self) -> int:
@@ -41,11 +41,13 @@ class Signals:
     Attributes:
         received: The first signal that was received; 0 for none.
         awaited: Whether somebody looks at ``received`` from time to time, so that nothing has to be raised.
+        meanwhile: What there is to say to the user where it is raised.
     """
 
     def __init__(self, parent: int | None = None) -> None:
         self.received = 0
         self.awaited = False
+        self.meanwhile = ""
         self._parent = parent
         self._at = 0.0
 
@@ -76,14 +78,17 @@ class Signals:
         elif self._parent is not None:
             os.kill(self._parent, number)
         else:
-            raise Interrupted(number)
+            raise Interrupted(number, f"Stopped by {signal.Signals(number).name}. {self.meanwhile}".strip())
+
+
+def launched() -> bool:
+    """Whether something else has started all processes of a fit: torchrun, or SLURM."""
+    return bool({"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ})
 
 
 def launcher() -> int | None:
     """The process of the same fit that has started this one, and ends it: Lightning's first one on a machine."""
-    started = os.environ.get("LOCAL_RANK", "0") != "0"
-    by_another = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ}
-    return os.getppid() if started and not by_another else None
+    return os.getppid() if os.environ.get("LOCAL_RANK", "0") != "0" and not launched() else None
 
 
 def leave_to_the_parent(worker: int) -> None:

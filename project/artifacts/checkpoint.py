@@ -49,4 +49,4 @@ def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
     """The seed of a checkpoint's fit; ``None`` where it is not known."""
     kept = checkpoint.get("resume")
     seed = kept.get("seed") if isinstance(kept, dict) else None
-    return seed if type(seed) is int else None
+    return seed if type(seed) is int and 0 <= seed < 2**32 else None

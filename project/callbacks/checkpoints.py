@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.atomic import replacing
+from project.errors import CheckpointError
+from project.reading import read_checkpoint
+from project.terminal import say
 
 
 class Best(ModelCheckpoint):
@@ -16,30 +20,45 @@ class Best(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False)
-        self._before: Path | None = None
+        self._before: tuple[Path, torch.Tensor] | None = None
         self._writes = True
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Look for the best checkpoint so far, of the same fit, beside the one that it goes on from."""
         # Not at the path that the checkpoint names: it may come from anywhere, and name any file.
-        self._before = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
+        path = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
         self._writes = trainer.is_global_zero
+        if not path.is_file() or path.is_symlink():
+            return
+        try:
+            best = read_checkpoint(path)
+            score = best["callbacks"][self.state_key]["best_model_score"]
+            same = best["transfer"] == checkpoint["transfer"]
+        except (CheckpointError, KeyError, TypeError):
+            same = False
+        if same and isinstance(score, torch.Tensor) and score.numel() == 1:
+            self._before = path, score
+        else:
+            say(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best checkpoint so far along into this fit's own folder, and its score."""
-        score = state_dict["best_model_score"]
-        if score is None or self._before is None or not self._before.is_file():
+        if self._before is None:
             return
         assert self.dirpath is not None  # Lightning sets it up before it restores anything
-        here = Path(self.dirpath) / self._before.name
-        if self._writes and not (here.exists() and here.samefile(self._before)):
+        before, score = self._before
+        here = Path(self.dirpath) / before.name
+        if self._writes and not (here.exists() and here.samefile(before)):
             with replacing(here) as temporary:
-                temporary.write_bytes(self._before.read_bytes())
+                temporary.write_bytes(before.read_bytes())
         path = str(here)
         self.best_model_score = self.kth_value = score
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
+        current = state_dict.get("current_score")
+        self.current_score = current if isinstance(current, torch.Tensor) else None
 
 
 class Last(ModelCheckpoint):

@@ -37,6 +37,7 @@ class Dashboard(pl.Callback):
         values = {f"parameters/{kind}": float(count) for kind, count in self.parameters.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+        self.on_train_epoch_start(trainer, pl_module)  # nobody calls it in an epoch that a fit was resumed within
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_images = 0

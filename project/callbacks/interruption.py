@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import signal
 import subprocess
 from typing import Any
@@ -27,6 +29,7 @@ class Interruption(pl.Callback):
     def __init__(self, signals: Signals, command: str) -> None:
         self._signals = signals
         self._command = command
+        self._leaving: list[subprocess.Popen[bytes]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._signals.install()
@@ -58,14 +61,14 @@ class Interruption(pl.Callback):
         if self._signals.awaited:  # not while Lightning tries a batch or two before it begins
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._signals.awaited = False
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._signals.awaited = False
-        if isinstance(exception, Interrupted):  # the processes that wait for this one, wherever they are
-            for process in _released(trainer):
+        if isinstance(exception, Interrupted):
+            for process in _released(trainer):  # that wait for this one, wherever they are
                 process.kill()
+            for process in self._leaving:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(3)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         number = self._signals.received
@@ -78,13 +81,13 @@ class Interruption(pl.Callback):
         last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
         if last is None:
             raise Interrupted(number, f"Stopped by {name}. Nothing was saved, as this fit keeps no last.ckpt.")
-        _released(trainer)  # they leave by themselves
-        trainer.save_checkpoint(last)
+        self._leaving = _released(trainer)
+        trainer.save_checkpoint(last, weights_only=False)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         raise Interrupted(
             number,
             f"Stopped by {name} after batch {done} of epoch {trainer.current_epoch}, which is saved. Go on with:\n"
-            f"{self._command} --ckpt_path {last}",
+            f"{self._command} --ckpt_path {shlex.quote(str(last))}",
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from project.atomic import replacing
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ProjectError
 from project.features.ranks import Ranks
@@ -36,8 +37,7 @@ class PredictionWriter(pl.Callback):
         if not output or Path(output).expanduser().is_dir():
             raise ConfigError(f"--output: {output!r} is no name of a file, such as predictions.csv.")
         self._target = Path(output).expanduser()
-        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}")
-        self._file: TextIO | None = None
+        self._open_files: contextlib.ExitStack | None = None
         self._parted = True  # whether no process waits for this one
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,13 +48,19 @@ class PredictionWriter(pl.Callback):
         self._parted = False
 
     def _open(self) -> None:
+        with self._saying_so():
+            stack = contextlib.ExitStack()
+            temporary = stack.enter_context(replacing(self._target))
+            self._rows = csv.writer(stack.enter_context(temporary.open("w", newline="", encoding="utf-8")))
+            self._rows.writerow(COLUMNS)
+            self._open_files = stack
+
+    @contextlib.contextmanager
+    def _saying_so(self) -> Iterator[None]:
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("w", newline="", encoding="utf-8")
+            yield
         except OSError as error:
             raise ConfigError(f"--output: {self._target} cannot be written: {error.strerror}.") from error
-        self._rows = csv.writer(self._file)
-        self._rows.writerow(COLUMNS)
 
     def on_predict_batch_end(
         self,
@@ -86,19 +92,21 @@ class PredictionWriter(pl.Callback):
         failures = [part if isinstance(part, str) else None for part in parts]
         self._parted = any(failure is not None for failure in failures)  # nobody waits where all fail
         self._ranks.fail(failures)
-        if self._file is not None:
+        if self._open_files is not None:
             ordered = itertools.zip_longest(*[part for part in parts if isinstance(part, list)])
-            # Padding has no path, and a process with fewer rows than others none at all.
-            self._rows.writerows(row for each in ordered for row in each if row and row[0])
+            with self._saying_so():
+                # Padding has no path, and a process with fewer rows than others none at all.
+                self._rows.writerows(row for each in ordered for row in each if row and row[0])
         return any(part is not None for part in parts)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         while self._write(None):  # others may have a batch more, if the loaders are the user's
             pass
         self._parted = True
-        if self._file is not None:
-            self._file.close()
-            self._temporary.replace(self._target)
+        if self._open_files is not None:
+            written, self._open_files = self._open_files, None
+            with self._saying_so():
+                written.close()
         say(f"Predictions: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -114,6 +122,7 @@ class PredictionWriter(pl.Callback):
                 exception.told = error.told
 
     def _discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        if self._open_files is not None:
+            broken_off, self._open_files = self._open_files, None
+            with contextlib.suppress(OSError):  # what is left to be written is of no use
+                broken_off.__exit__(ConfigError, ConfigError("not all was predicted"), None)

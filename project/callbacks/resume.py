@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +12,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError
+from project.terminal import say
 
 KEY = "resume"
 
@@ -29,6 +33,11 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._kept: Mapping[str, Any] | None = None
+        self._data: str | None = None
+        self._accumulated: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._data = _outline(trainer) if stage == "fit" else None  # once: it is saved in every epoch
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -42,6 +51,7 @@ class ExactResume(Callback):
         checkpoint[KEY] = {
             "seed": run_seed(),
             "batches_of": _batches_of(trainer),
+            "data": self._data,
             "within": within,
             "watched": None if within else _watched(trainer),
             "processes": _of_all(trainer, mine),
@@ -57,6 +67,17 @@ class ExactResume(Callback):
             return
         with _refusing_damage():
             then, now, told = kept["batches_of"], _batches_of(trainer), _told(kept["batches_of"])
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
+            self._accumulated = now["accumulated"] = then["accumulated"]  # it says so when an epoch begins alone
+        data, ours = kept.get("data"), self._data
+        if data is not None and ours is not None and data != ours:
+            if kept["within"]:
+                raise CheckpointError(
+                    "The checkpoint was saved within an epoch of other images, or other labels of them.\n"
+                    "Give the data as it was, or a checkpoint of an epoch's end, as best.ckpt is."
+                )
+            say("Checkpoint: the images or their labels are not those that it was trained on; it goes on with these")
         if kept["within"] and then != now:
             raise CheckpointError(
                 "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
@@ -82,6 +103,8 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._accumulated is not None:
+            trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
         reseed(run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,6 +142,15 @@ def _count_anew(trainer: pl.Trainer) -> None:
 def _batches_of(trainer: pl.Trainer) -> dict[str, int]:
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
     return {"images": size, "processes": trainer.world_size, "accumulated": trainer.accumulate_grad_batches}
+
+
+def _outline(trainer: pl.Trainer) -> str | None:
+    """What tells data from other data without reading an image: SHA-256 of which class each image of a split is."""
+    data: Any = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ImageDataModule):
+        return None
+    labels = {name: [sample.label for sample in samples] for name, samples in sorted(data.splits.items())}
+    return hashlib.sha256(json.dumps([data.classes, labels]).encode()).hexdigest()
 
 
 def _told(batches: Mapping[str, int]) -> str:

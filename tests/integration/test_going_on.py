@@ -1,0 +1,129 @@
+"""What a fit takes along when it goes on, and what it does not."""
+
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import SMALL, STORED, draw, scalars
+from tests.forked import start
+
+Fit = Callable[..., int]
+
+
+def checkpoints(version: int) -> Path:
+    return Path(f"runs/photos/version_{version}/checkpoints")
+
+
+def test_the_best_checkpoint_so_far_comes_along(fit: Fit) -> None:
+    fast = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    assert fit(*STORED, *fast, "--trainer.max_epochs", "6") == 0
+    best = (checkpoints(0) / "best.ckpt").read_bytes()
+    worse = ["--ckpt_path", "last", "--trainer.max_epochs", "7", "--model.optimizer.lr", "0"]
+    assert fit(*STORED, *worse) == 0
+    assert (checkpoints(1) / "best.ckpt").read_bytes() == best, "an epoch that is no better does not take its place"
+    state = torch.load(checkpoints(1) / "last.ckpt", weights_only=True)["callbacks"]
+    (kept,) = (each for name, each in state.items() if name.startswith("Best"))
+    assert kept["best_model_path"] == str(checkpoints(1) / "best.ckpt")
+
+
+@pytest.mark.parametrize("what", ["a link", "another fit's", "no checkpoint"])
+def test_what_is_called_best_beside_a_checkpoint_is_looked_at(
+    what: str, fit: Fit, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*STORED, "--trainer.max_epochs", "2") == 0
+    best = checkpoints(0) / "best.ckpt"
+    if what == "a link":
+        secret = here / "secret"
+        secret.write_text("SECRET")
+        best.unlink()
+        best.symlink_to(secret)
+    elif what == "another fit's":
+        assert fit(*STORED, "--name", "another", "--model.trainable", "layer4", "--trainer.max_epochs", "1") == 0
+        shutil.copy("runs/another/version_0/checkpoints/best.ckpt", best)
+    else:
+        best.write_bytes(b"nothing")
+    capsys.readouterr()
+    assert fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "3") == 0
+    taken = torch.load(checkpoints(1) / "best.ckpt", weights_only=True)
+    assert taken["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 3, "of the new epoch"
+    if what != "a link":
+        assert "best.ckpt is not of this fit" in capsys.readouterr().out
+
+
+def test_the_command_can_be_pasted_whatever_the_folders_are_called(tmp_path: Path, photos: Path, weights: Path) -> None:
+    flags = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--name", "my run; $HOME"]
+    flags += ["--trainer.accelerator", "cpu", "--data.batch_size", "8", "--trainer.max_epochs", "2"]
+    stopped = start(tmp_path, ["fit", *flags], {"step": 1, "number": signal.SIGTERM})
+    assert stopped.wait() == 143, stopped.said
+    found = re.search(r"Go on with:\n(.*)\n", stopped.said)
+    assert found
+    resumed = start(tmp_path, shlex.split(found[1])[3:])
+    assert resumed.wait() == 0, resumed.said
+
+
+def test_throughput_of_an_epoch_that_was_resumed_is_of_this_fit(tmp_path: Path, photos: Path, weights: Path) -> None:
+    flags = ["fit", *SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.accelerator", "cpu"]
+    flags += ["--data.batch_size", "8", "--trainer.max_epochs", "1"]
+    assert start(tmp_path, flags, {"step": 1, "number": signal.SIGTERM}).wait() == 143
+    resumed = start(tmp_path, [*flags, "--ckpt_path", "last"])
+    assert resumed.wait() == 0, resumed.said
+    assert "not resumable" not in resumed.said
+    (rate,) = scalars(tmp_path / "runs/photos/version_1").Scalars("train/images_per_second")
+    assert rate.value > 10
+
+
+def test_within_an_epoch_of_other_data_it_is_refused_and_at_its_end_told(
+    tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    flags = ["fit", *SMALL, "--model.weights", str(weights), "--trainer.accelerator", "cpu", "--data.batch_size", "8"]
+    flags += ["--trainer.max_epochs", "3"]
+    album = Path(shutil.copytree(photos, tmp_path / "photos"))
+    stopped = start(tmp_path, [*flags, "--data.root", "photos"], {"step": 4, "number": signal.SIGTERM})
+    assert stopped.wait() == 143, stopped.said
+    draw(album / "train/red/more.png", (200, 40, 40), 999)
+    refused = start(tmp_path, [*flags, "--data.root", "photos", "--ckpt_path", "last"])
+    assert refused.wait() == 2
+    assert "within an epoch of other images" in refused.said
+    told = start(tmp_path, [*flags, "--data.root", "photos", "--ckpt_path", "best"])
+    assert told.wait() == 0, told.said
+    assert "not those that it was trained on" in told.said
+
+
+def test_what_has_had_its_steps_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
+    assert fit(*STORED, "--trainer.max_steps", "2", "--trainer.max_epochs", "5") == 0
+    again = ["--ckpt_path", "last", "--trainer.max_steps", "2", "--trainer.max_epochs", "5"]
+    assert "has had 2 steps: raise --trainer.max_steps" in refused(fit(*STORED, *again))
+
+
+def test_a_schedule_of_accumulation_goes_on_within_an_epoch(tmp_path: Path, photos: Path, weights: Path) -> None:
+    flags = ["fit", *SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.accelerator", "cpu"]
+    flags += [
+        "--data.batch_size",
+        "4",
+        "--trainer.max_epochs",
+        "3",
+        "--trainer.callbacks+=GradientAccumulationScheduler",
+    ]
+    flags += ["--trainer.callbacks.scheduling", "{0: 1, 1: 2}"]
+    stopped = start(tmp_path, flags, {"step": 7, "number": signal.SIGTERM})
+    assert stopped.wait() == 143, stopped.said
+    resumed = start(tmp_path, [*flags, "--ckpt_path", "last"])
+    assert resumed.wait() == 0, resumed.said
+    last = torch.load(tmp_path / "runs/photos/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 6 + 3 + 3
+
+
+def test_averages_of_weights_are_refused(fit: Fit, refused: Callable[[int], str]) -> None:
+    said = refused(fit(*STORED, "--trainer.callbacks+=EMAWeightAveraging"))
+    assert "weights are averaged from before there is a head" in said
+
+
+def test_a_plateau_of_another_metric_can_be_watched(fit: Fit) -> None:
+    watched = ["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "val/f1"]
+    assert fit(*STORED, *watched) == 0
