@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import importlib.util
+import io
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,24 +25,31 @@ from project.terminal import say
 
 HOST = "127.0.0.1"
 NEAREST = 6
-CLASSES = 10  # the likeliest ones that are shown
-STYLE = ".gradio-container {max-width: 1000px !important; margin: auto} footer {display: none !important}"
+CLASSES = 5  # the likeliest ones that are shown
+THUMBNAIL = 240  # pixels of the longer side
+STYLE = """
+.gradio-container {max-width: 1000px !important; margin: auto}
+footer {display: none !important}
+.figures {display: flex; gap: 12px; flex-wrap: wrap; margin: 4px 0 16px}
+.figures figure {margin: 0; text-align: center; overflow-wrap: anywhere}
+.figures img {width: 100%; object-fit: contain; border-radius: 4px}
+.figures.large figure {flex: 1 1 260px; max-width: 360px}
+.figures.small figure {flex: 1 1 120px; max-width: 150px; font-size: 85%}
+.figures.small img {height: 130px}
+"""
 
 
 class Answer(NamedTuple):
     """What is shown of a photograph.
 
     Attributes:
-        text: One or two lines, as HTML.
         probabilities: Of each class, by its name; ``None`` where the file is no image.
-        pictures: What the network got of it, and that with the heat map of the predicted class; each with a caption.
-        nearest: The training images most like it, with captions.
+        shown: The predicted class, what the network gets, that with its heat map, and the training images most like it;
+            or what is wrong. As HTML.
     """
 
-    text: str
-    probabilities: dict[str, float] | None = None
-    pictures: Sequence[tuple[Image.Image, str]] = ()
-    nearest: Sequence[tuple[Image.Image, str]] = ()
+    probabilities: dict[str, float] | None
+    shown: str
 
 
 def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) -> Answer:
@@ -52,31 +61,49 @@ def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) ->
         file: Its path.
     """
     if file is None:
-        return Answer("")
+        return Answer(None, "")
     try:
         picture = read_image(file)
     except DataError as error:
-        return Answer(_text(str(error).replace(file, Path(file).name)))
+        what = str(error).replace(file, Path(file).name).removesuffix(" Mend or remove it.")
+        return Answer(None, _heading(what))
     (row,) = classifier.predict_proba([picture])
     name = classifier.classes_[row.argmax()]
-    pictures = [(classifier.crop([picture])[0], "What the network gets")]
-    text = f"{name}, {row.max():.1%}"
+    (crop,) = classifier.crop([picture])
+    pictures, lacking = [(crop, "What the network gets")], ""
     try:
         (heat,) = classifier.heat_map([picture])
-        pictures.append((overlay(pictures[0][0], heat), f"What speaks for {name}" if heat.any() else "Nothing speaks"))
+        speaks = f"What speaks for {name}" if heat.any() else f"Nothing in particular speaks for {name}"
+        pictures.append((overlay(crop, heat), speaks))
     except ModelError as error:
-        text += f"\n{error}"
-    nearest = []
+        lacking = f"<p>{html.escape(str(error))}</p>"
+    shown = _heading(f"{name}, {row.max():.1%}") + _figures("large", pictures) + lacking
     if gallery is not None:
-        for sample, similarity in gallery.nearest(classifier.features([picture]), NEAREST)[0]:
-            nearest.append((gallery.read(sample), f"{classifier.classes_[sample.label]} {similarity:.2f}"))
-    probabilities = dict(zip(classifier.classes_, row.tolist(), strict=True))
-    return Answer(_text(text), probabilities, pictures, nearest)
+        (near,) = gallery.nearest(classifier.features([picture]), NEAREST)
+        captions = [f"{classifier.classes_[each.sample.label]} {each.similarity:.2f}" for each in near]
+        nearest = [gallery.read(each.sample) for each in near]
+        shown += _heading("Nearest training images, with the cosine of their features", 4)
+        shown += _figures("small", zip(nearest, captions, strict=True))
+    return Answer(dict(zip(classifier.classes_, row.tolist(), strict=True)), shown)
 
 
-def _text(lines: str) -> str:
-    first, *more = html.escape(lines).split("\n")
-    return "".join([f"<h2>{first}</h2>", *(f"<p>{line}</p>" for line in more)])
+def _heading(text: str, level: int = 2) -> str:
+    return f"<h{level}>{html.escape(text)}</h{level}>"
+
+
+def _figures(kind: str, pictures: Iterable[tuple[Image.Image, str]]) -> str:
+    """Pictures, each with its caption, as HTML that holds them."""
+    found = []
+    for picture, caption in pictures:
+        if kind == "small":
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        written = io.BytesIO()
+        picture.save(written, "PNG")
+        data, text = base64.b64encode(written.getvalue()).decode(), html.escape(caption)
+        found.append(
+            f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+        )
+    return f'<div class="figures {kind}">{"".join(found)}</div>'
 
 
 def require(port: int) -> None:
@@ -151,26 +178,17 @@ def _page(classifier: Classifier, gallery: Gallery | None, about: str) -> Any:
 
     # A file rather than gradio's image, which would convert it: predictions are to be those of the file itself.
     with gr.Blocks(title="Frozen backbone", analytics_enabled=False) as page:
-        gr.HTML(_text(about))
+        gr.HTML("".join(f"<p>{html.escape(line)}</p>" for line in about.split("\n")))
         with gr.Row():
-            with gr.Column():
-                file = gr.File(label="Photograph", height=150)
-                text = gr.HTML()
+            file = gr.File(label="Photograph", height=150)
             label = gr.Label(
                 label="Classes", num_top_classes=min(CLASSES, len(classifier.classes_)), show_heading=False
             )
-        pictures = gr.Gallery(label="Where it looks", columns=2, object_fit="contain", interactive=False)
-        nearest = gr.Gallery(
-            label="Nearest training images, with the cosine of their features",
-            columns=NEAREST,
-            object_fit="contain",
-            interactive=False,
-            visible=gallery is not None,
-        )
+        shown = gr.HTML()
         file.change(
-            lambda path: [part or None for part in answer(classifier, gallery, path)],
+            lambda path: answer(classifier, gallery, path),
             file,
-            [text, label, pictures, nearest],
+            [label, shown],
             api_name="look",
             show_progress="minimal",
         )

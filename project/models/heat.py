@@ -40,14 +40,14 @@ def heat_maps(
         return maps[0].clone()  # what follows may write to it in place
 
     with torch.inference_mode(False), torch.enable_grad():
-        images = images.clone()  # those of a caller in inference mode could have no graph
+        images = images.clone()  # what a caller makes in inference mode can be in no graph
         last, channels_last = _last_maps(backbone, images[:1])
         hook = last.register_forward_hook(cut)
         try:
             logits = head(_features(backbone, images)).float()
         finally:
             hook.remove()
-        chosen = logits.argmax(1) if wanted is None else wanted
+        chosen = logits.argmax(1) if wanted is None else wanted.clone()
         (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
     values, slopes = (each.detach().float().movedim(-1 if channels_last else 1, 1) for each in (maps[0], gradient))
     heat = (values * slopes.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
