@@ -145,7 +145,7 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
         show: Whether to open a browser.
     """
     # Nothing is told to anybody, and no proxy is asked for what is on this machine.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     for key in ("no_proxy", "NO_PROXY"):
         os.environ[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
@@ -161,7 +161,6 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
                 quiet=True,
                 ssr_mode=False,
                 footer_links=[],
-                run_history=False,
                 enable_monitoring=False,
                 max_file_size="200mb",
                 css=STYLE,

@@ -127,7 +127,7 @@ def data_of(checkpoint: str | Path) -> ImageDataModule:
         ConfigError: There is no such file beside it, or it names no data.
         DataError: The data is no longer there.
     """
-    file = Path(checkpoint).expanduser().resolve().parents[1] / "config.yaml"
+    file = Path(checkpoint).expanduser().resolve().parent.parent / "config.yaml"
     try:
         settings = yaml.safe_load(file.read_text())["data"]
         root, source = settings["root"], settings["source"]

@@ -78,6 +78,7 @@ def test_of_a_linear_head_it_is_the_class_activation_map(trainable: str) -> None
     backbone, _ = load_backbone("resnet18", None, trainable, 64)
     backbone.eval()
     head, images = LinearHead(512, 3), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    head.weight.data.abs_()  # so that all places, which are not negative, speak for each class
     with torch.no_grad():
         maps = backbone.normalize(images)
         for name, stage in backbone.stages.items():
