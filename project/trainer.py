@@ -123,7 +123,7 @@ class Trainer(pl.Trainer):
         except ProjectError as error:
             if given:
                 raise
-            lacking = f"No training images are shown: {error} Name them with --data.root PATH."
+            lacking = f"No training images are shown: {error} (--data.root PATH shows others)"
             say(f"Demo: {lacking}")
             about += f"\n{lacking}"
         demo.serve(classifier, gallery, about, port, open)

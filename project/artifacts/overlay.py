@@ -12,7 +12,7 @@ MOST = 0.65  # of a pixel that the hottest colour takes
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Lay a heat map over a picture; where it is cold, the picture stays as it is.
+    """Lay a heat map over a picture, in grey, so that its own colours are not taken for heat.
 
     Args:
         picture: ``(S, S)`` pixels.
@@ -21,5 +21,5 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     stops = np.linspace(0, 1, len(COLOURS))
     colours = np.stack([np.interp(heat, stops, channel) for channel in COLOURS.T], axis=-1)
     share = MOST * heat[..., None]
-    pixels = np.asarray(picture.convert("RGB"), np.float32) * (1 - share) + colours * share
+    pixels = np.asarray(picture.convert("L").convert("RGB"), np.float32) * (1 - share) + colours * share
     return Image.fromarray(pixels.round().astype(np.uint8))

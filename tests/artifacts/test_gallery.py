@@ -104,9 +104,9 @@ def test_a_config_can_make_nothing_but_a_source_of_images(run: Path, photos: Pat
     assert not Path("made").exists()
 
 
-def test_a_cold_place_stays_as_it_was_under_a_heat_map() -> None:
+def test_a_cold_place_is_grey_and_a_hot_one_is_not() -> None:
     picture = Image.new("RGB", (4, 4), (10, 200, 30))
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1
     pixels = np.asarray(overlay(picture, heat))
-    assert (pixels.reshape(-1, 3)[1:] == (10, 200, 30)).all() and pixels[0, 0].sum() > 500
+    assert not np.ptp(pixels.reshape(-1, 3)[1:]).any() and np.ptp(pixels[0, 0]) > 50

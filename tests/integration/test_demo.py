@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from project import demo, load
+from project import Classifier, demo, load
 from project.artifacts.gallery import Gallery, data_of
 from project.cli import main
+from project.errors import ModelError
 from tests.conftest import draw
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -105,6 +106,17 @@ def test_without_training_images_there_are_none(trained: Path, pictures: dict[st
     assert demo.answer(load(trained / "checkpoints/best.ckpt"), None, None) == (None, "")
 
 
+def test_a_network_without_heat_maps_says_so(
+    trained: Path, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise ModelError("There is no heat map of it.")
+
+    monkeypatch.setattr(Classifier, "heat_map", none)
+    found = demo.answer(load(trained / "checkpoints/best.ckpt"), None, str(pictures["red"]))
+    assert found.shown.count("<img") == 1 and "<p>There is no heat map of it.</p>" in found.shown
+
+
 def serving(arguments: list[str], folder: Path, log: Path, temporary: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start the page, and wait for its address."""
     command = [sys.executable, "-m", "project", "demo", "--open", "false", "--port", "0", *arguments]
@@ -178,7 +190,7 @@ def test_training_images_that_are_gone_are_told_and_the_page_opens(run: Path, ph
     process, _ = serving(["--ckpt_path", str(run / "checkpoints/best.ckpt")], here, here / "log", here / "temporary")
     process.terminate()
     assert process.wait(20) == 143
-    assert re.search(r"No training images are shown: .*gone.*--data.root PATH", (here / "log").read_text())
+    assert re.search(r"No training images are shown: .*gone.*--data.root PATH shows others", (here / "log").read_text())
 
 
 @pytest.fixture
