@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
+from project import demo
 from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
@@ -92,7 +93,7 @@ class TransferCLI(CheckpointCLI):
         """The verbs, and the arguments of their methods that are not flags."""
         inherited = LightningCLI.subcommands()
         verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
-        return {**verbs, "check": {"model", "datamodule", "suspects"}}
+        return {**verbs, "check": {"model", "datamodule", "suspects"}, "demo": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Let ``--suspects`` be said without a value."""
@@ -134,6 +135,9 @@ class TransferCLI(CheckpointCLI):
             raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
         if verb == "check":
             model["trainable"] = "head"  # labels are judged by the whole backbone
+        if verb == "demo":
+            demo.require(self._get(self.config, "port"))
+            model["compile"] = False  # a page would wait for it longer than for its answers
         name = self._get(self.config, "name")
         if name and (Path(name).name != name or name == ".."):
             raise ConfigError(
@@ -146,7 +150,7 @@ class TransferCLI(CheckpointCLI):
         if verb == "predict":
             if data["predict"] is None:
                 raise ConfigError("Nothing to predict: name an image or a folder with --data.predict PATH")
-        elif data["root"] is None and data["source"] is None:
+        elif verb != "demo" and data["root"] is None and data["source"] is None:
             raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -181,7 +185,7 @@ class TransferCLI(CheckpointCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Never unpickle a checkpoint."""
-        if subcommand == "check":
+        if subcommand in ("check", "demo"):
             return super()._prepare_subcommand_kwargs(subcommand)
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 

@@ -7,18 +7,25 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from project import demo
 from project.artifacts.checkpoint_io import AtomicCheckpointIO
+from project.artifacts.gallery import Gallery, data_of
+from project.artifacts.load import Classifier
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.predictions import PredictionWriter
 from project.callbacks.resume import ExactResume
+from project.callbacks.row_supply import RowSupply
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
+from project.errors import ProjectError
+from project.reading import read_checkpoint
 from project.studies.doctor import examine, report
 from project.studies.suspects import suspects_of
+from project.terminal import say
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer; ``predict`` writes a CSV file, and ``check`` examines the data.
+    """Lightning's Trainer; ``predict`` writes a CSV file, ``check`` examines the data, ``demo`` opens a page.
 
     Its checkpoints are written whole or not at all, and a fit that goes on from one is the fit that never stopped.
     """
@@ -87,6 +94,43 @@ class Trainer(pl.Trainer):
         found = examine(data, json, fix)
         if suspects:
             assert isinstance(model, ImageClassifier)
-            cache = next((each for each in self.callbacks if isinstance(each, FeatureCache)), None) or FeatureCache()
-            report(found, suspects_of(self, model, data, found.facts, cache.supply, top), json)
+            report(found, suspects_of(self, model, data, found.facts, self._supply(), top), json)
         return found.clean
+
+    def demo(
+        self,
+        model: pl.LightningModule | None = None,
+        datamodule: ImageDataModule | None = None,
+        ckpt_path: str | None = None,
+        port: int = 7860,
+        open: bool = True,
+    ) -> None:
+        """Open a page on this machine to try the classifier on photographs: classes, heat map, nearest training images.
+
+        Args:
+            model: The classifier.
+            datamodule: Has the training images; by default those that the config.yaml of the checkpoint's run names.
+            ckpt_path: Checkpoint whose model answers.
+            port: Port of the page on 127.0.0.1; 0 for any that is free.
+            open: Show the page in a browser.
+        """
+        assert isinstance(model, ImageClassifier) and ckpt_path is not None
+        checkpoint = read_checkpoint(ckpt_path)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        classifier, gallery = Classifier(model), None
+        given = datamodule if datamodule is not None and datamodule.source is not None else None
+        about = f"{len(model.classes)} classes on {model.backbone.name}: {ckpt_path}"
+        try:
+            gallery = Gallery(classifier, given or data_of(ckpt_path), "train", self, self._supply())
+        except ProjectError as error:
+            if given:
+                raise
+            lacking = f"No training images are shown: {error} (--data.root PATH shows others)"
+            say(f"Demo: {lacking}")
+            about += f"\n{lacking}"
+        demo.serve(classifier, gallery, about, port, open)
+
+    def _supply(self) -> RowSupply:
+        cache = next((each for each in self.callbacks if isinstance(each, FeatureCache)), None) or FeatureCache()
+        return cache.supply

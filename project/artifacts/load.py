@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as image_functions
 from project.classifier import ImageClassifier
 from project.data.images import read_image
 from project.data.transforms import evaluation
-from project.errors import WeightsError
+from project.errors import DataError, WeightsError
+from project.models.heat import heat_maps
 
 Images = Sequence[str | Path | Image.Image] | torch.Tensor
 
@@ -45,16 +46,47 @@ class Classifier:
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities ``(N, C)``, float32; rows sum to 1."""
-        found = [self.model.classify(rows).float().softmax(1).numpy() for rows in self._rows(images)]
+        found = [self.model(batch).float().softmax(1).numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *found])
 
     def features(self, images: Images) -> np.ndarray:
         """Features ``(N, D)``, float32."""
         backbone = self.model.backbone
-        found = [backbone.refine(rows).float().numpy() for rows in self._rows(images)]
+        found = [backbone.refine(self.model.encode(batch)).float().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
 
-    def _rows(self, images: Images) -> Iterator[torch.Tensor]:
+    def heat_map(self, images: Images, classes: Sequence[str] | None = None) -> np.ndarray:
+        """Where in each image its class is seen: see :func:`project.models.heat.heat_maps`.
+
+        Args:
+            images: N of them.
+            classes: Name of the class to look for in each; by default the predicted one.
+
+        Returns:
+            Float32 ``(N, S, S)`` in [0, 1], pixel by pixel of :meth:`crop`.
+
+        Raises:
+            ModelError: The network pools no maps, as a vision transformer does not.
+            DataError: There is no class of that name.
+        """
+        size, backbone, found = self.model.backbone.preprocessing.crop, self.model.backbone, []
+        wanted = iter(() if classes is None else self._indices(classes))
+        for batch in self._batches(images):
+            chosen = None if classes is None else torch.tensor([*islice(wanted, len(batch))])
+            found.append(heat_maps(backbone, self.model.head, batch, chosen).numpy())
+        return np.concatenate([np.empty((0, size, size), np.float32), *found])
+
+    def crop(self, images: Images) -> list[Image.Image]:
+        """What the network gets of each image: resized and cropped, ``(S, S)`` pixels."""
+        return [image_functions.to_pil_image(image) for batch in self._batches(images) for image in batch]
+
+    def _indices(self, classes: Sequence[str]) -> list[int]:
+        unknown = [name for name in classes if name not in self.classes_]
+        if unknown:
+            raise DataError(f"There is no class {unknown[0]!r} here, but {', '.join(self.classes_)}.")
+        return [self.classes_.index(name) for name in classes]
+
+    def _batches(self, images: Images) -> Iterator[torch.Tensor]:
         if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() != 4):
             raise TypeError("Give several images: a list of paths or PIL images, or a tensor (B, 3, H, W).")
         if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
@@ -62,7 +94,7 @@ class Classifier:
         items = iter(images)
         with torch.inference_mode():
             while batch := [self._transform(_as_pil(image)) for image in islice(items, self.batch_size)]:
-                yield self.model.encode(torch.stack(batch))
+                yield torch.stack(batch)
 
 
 def load(path: str | Path, weights: str | None = None) -> Classifier:

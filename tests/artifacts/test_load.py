@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from project import load
-from project.errors import CheckpointError, WeightsError
+from project.errors import CheckpointError, DataError, WeightsError
 
 
 def test_paths_pil_images_and_tensors_give_the_same(trained: Path, photos: Path) -> None:
@@ -94,3 +94,20 @@ def test_missing_and_unexpected_tensors_are_refused(change: str, trained: Path, 
     torch.save(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="head.bias" if change == "missing" else "head.more"):
         load(tmp_path / "a.ckpt")
+
+
+def test_a_heat_map_is_of_the_pixels_that_the_network_gets(trained: Path, photos: Path) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    paths = sorted((photos / "test").rglob("*.png"))[:5]
+    whole = classifier.heat_map(paths)
+    assert whole.shape == (5, 32, 32) and whole.dtype == np.float32
+    assert [picture.size for picture in classifier.crop(paths)] == [(32, 32)] * 5
+    np.testing.assert_array_equal(whole, classifier.heat_map(paths, classifier.predict(paths)))
+    classifier.batch_size = 2
+    other = classifier.heat_map(paths, ["red"] * 5)
+    np.testing.assert_allclose(
+        other, np.concatenate([classifier.heat_map([path], ["red"]) for path in paths]), atol=1e-4
+    )
+    assert classifier.heat_map([]).shape == (0, 32, 32)
+    with pytest.raises(DataError, match="no class 'pink' here, but blue, green, red"):
+        classifier.heat_map(paths, ["pink"] * 5)
