@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -44,11 +45,11 @@ def parameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, float 
         "weights": module.origin.weights or "random",
         "trainable": module.backbone.trainable,
         "image_size": module.backbone.preprocessing.crop,
-        "head": _said(given["head"]),
-        "optimizer": _said(given["optimizer"]),
+        "head": _said(given["head"], module.head),
+        "optimizer": _said(given["optimizer"], *trainer.optimizers),
         "lr": float(settings.get("lr", 0.0)),
         "weight_decay": float(settings.get("weight_decay", 0.0)),
-        "scheduler": _said(given["scheduler"]),
+        "scheduler": _said(given["scheduler"], *(each.scheduler for each in trainer.lr_scheduler_configs)),
         "label_smoothing": given["label_smoothing"],
         "data": getattr(data, "name", ""),
         "classes": len(module.classes),
@@ -63,10 +64,25 @@ def parameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, float 
     return {name: value if isinstance(value, (int, float)) else str(value) for name, value in found.items()}
 
 
-def _said(part: Any) -> str:
-    """A class and its arguments in a word, such as ``SGD(lr=0.001, momentum=0.9)``."""
+def _said(part: Any, *made: object) -> str:
+    """A class and the arguments that are not its defaults in a word, such as ``SGD(lr=0.001, momentum=0.9)``.
+
+    Args:
+        part: The class and its arguments; ``None`` for none; or a word.
+        made: What was made of it, if anything.
+    """
     if not isinstance(part, Mapping):
         return "none" if part is None else part if isinstance(part, str) else "transforms"
     name = str(part["class_path"]).rpartition(".")[2]
-    arguments = ", ".join(f"{key}={value}" for key, value in (part.get("init_args") or {}).items())
-    return f"{name}({arguments})" if arguments else name
+    defaults = inspect.signature(type(made[0])).parameters if made else {}
+    arguments = [
+        f"{key}={value}"
+        for key, value in (part.get("init_args") or {}).items()
+        if key not in defaults or value not in (defaults[key].default, _listed(defaults[key].default))
+    ]
+    return f"{name}({', '.join(arguments)})" if arguments else name
+
+
+def _listed(value: Any) -> Any:
+    """As a config file has it, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value

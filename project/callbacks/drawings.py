@@ -64,7 +64,7 @@ def _grid(
     for at in which.tolist():
         true, got = (classes[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
         said = f"{figures.short(got, 14)} {outcome.confidence[at]:.2f}"
-        captions.append(f"{said}\n{'right' if true == got else f'is {figures.short(true, 15)}'}")
+        captions.append(f"{said}\n{'right' if true == got else f'true: {figures.short(true, 14)}'}")
     images = thumbnails.read(outcome.places[which].tolist(), SIDE)
     return figures.picture(figures.gallery(images, captions, title))
 

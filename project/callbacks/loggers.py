@@ -7,6 +7,7 @@ taught in one place: a function registered for its class.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+MOST_COLOURS = 4096  # of a drawing; a photograph has more
 Parameters = Mapping[str, float | int | str | bool]
 
 
@@ -98,7 +100,18 @@ def _(logger: TensorBoardLogger, name: str, markdown: str, step: int) -> None:
 
 @image.register
 def _(logger: TensorBoardLogger, name: str, picture: Image.Image, step: int) -> None:
-    logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    from torch.utils.tensorboard.summary import Summary
+
+    # Of photographs, SummaryWriter.add_image would make PNGs of four times the bytes, in forty times the time.
+    with io.BytesIO() as file:
+        if picture.getcolors(MOST_COLOURS) is None:
+            picture.save(file, "JPEG", quality=85)
+        else:
+            picture.save(file, "PNG")
+        encoded = Summary.Image(
+            width=picture.width, height=picture.height, colorspace=3, encoded_image_string=file.getvalue()
+        )
+    logger.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=encoded)]), step)
 
 
 @result.register
@@ -128,8 +141,8 @@ def _(logger: TensorBoardLogger, name: str, those: Points, step: int) -> None:
         metadata=[list(row) for row in those.metadata],
         metadata_header=list(those.columns),
         label_img=None if those.thumbnails is None else torch.from_numpy(those.thumbnails) / 255,
-        global_step=step,
-        tag=name,
+        global_step=name,  # the first part of the folder; those of steps would lie about in the run's
+        tag=str(step),
     )
 
 

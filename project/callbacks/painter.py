@@ -150,7 +150,7 @@ class Painter:
 
             found = drawings.points_of(outcome, self._module.classes, self._thumbnails())
             for logger in self._trainer.loggers:
-                loggers.points(logger, "features", found, step)
+                loggers.points(logger, "projector", found, step)
 
     def _thumbnails(self) -> Thumbnails | None:
         """Of the validation images, where they are the data module's: the user may have given loaders."""
