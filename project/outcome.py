@@ -81,7 +81,8 @@ class _Parts:
     count: int = 0
 
     def add(self, rows: torch.Tensor, before: int) -> None:
-        taken = torch.arange(-before % self.every, len(rows), self.every)[: max(self.most - self.count, 0)]
+        first = min(-before % self.every, len(rows))
+        taken = torch.arange(first, len(rows), self.every)[: max(self.most - self.count, 0)]
         if len(taken):
             whole = len(taken) == len(rows)
             self.rows.append(rows.detach() if whole else rows.detach()[taken.to(rows.device)])

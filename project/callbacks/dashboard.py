@@ -185,8 +185,12 @@ class Dashboard(pl.Callback):
             painter.points(*self._best)
         if self._values:
             with painter.attempt("result"):
-                result = {**self._values, **_compared(trainer, "last"), "fit/images_per_second": self.images_per_second}
-                result["fit/seconds"] = time.perf_counter() - self._began
+                result = {
+                    **self._values,
+                    **_compared(trainer, "last"),
+                    "result/images_per_second": self.images_per_second,
+                }
+                result["result/seconds"] = time.perf_counter() - self._began
                 made_with = parameters(trainer, pl_module)
                 for logger in trainer.loggers:
                     loggers.result(logger, made_with, result, trainer.global_step)
@@ -205,5 +209,7 @@ class Dashboard(pl.Callback):
 
 def _compared(trainer: pl.Trainer, when: str) -> dict[str, float]:
     """The present values of the metrics that runs are compared by; of a validation that had no image, none."""
-    values = {f"{when}/{name}": float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in COMPARED}
+    values = {
+        f"result/{when}_{name}": float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in COMPARED
+    }
     return {name: value for name, value in values.items() if math.isfinite(value)}

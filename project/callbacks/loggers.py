@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-MOST_COLOURS = 4096  # of a drawing; a photograph has more
+MOST_COLOURS = 16_384  # of a drawing; a photograph has more
 Parameters = Mapping[str, float | int | str | bool]
 
 
@@ -142,7 +142,7 @@ def _(logger: TensorBoardLogger, name: str, those: Points, step: int) -> None:
         metadata_header=list(those.columns),
         label_img=None if those.thumbnails is None else torch.from_numpy(those.thumbnails) / 255,
         global_step=name,  # the first part of the folder; those of steps would lie about in the run's
-        tag=str(step),
+        tag=f"step{step}",
     )
 
 

@@ -24,6 +24,7 @@ FIGURES = {
     *("train/input", "val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability"),
     "val/least_confident",
 }
+COMPARED = ("best_accuracy", "best_f1", "best_loss", "best_ece", "last_accuracy", "seconds", "images_per_second")
 
 
 def serve(folder: Path) -> Iterator[str]:
@@ -131,7 +132,7 @@ def test_precision_recall_curves_of_each_class(ask: Ask) -> None:
 def test_hparams_have_the_final_metrics(ask: Ask, trained: Path) -> None:
     experiment = ask("hparams", "experiment", body={})
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
-    assert {"best/accuracy", "best/f1", "best/loss", "best/ece", "last/accuracy", "fit/seconds"} <= metrics
+    assert {f"result/{name}" for name in COMPARED} <= metrics
     assert "hp_metric" not in metrics
     columns = [{"metric": info["name"]} for info in experiment["metricInfos"]]
     body = {"startIndex": 0, "sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"], "colParams": columns}
@@ -141,7 +142,7 @@ def test_hparams_have_the_final_metrics(ask: Ask, trained: Path) -> None:
     values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
     assert set(values) == metrics, "none is empty"
     logged = [event.value for event in scalars(trained).Scalars("val/accuracy")]
-    assert values["best/accuracy"] == max(logged) and values["last/accuracy"] == logged[-1]
+    assert values["result/best_accuracy"] == max(logged) and values["result/last_accuracy"] == logged[-1]
     assert [session["name"] for session in group["sessions"]] == [RUN], "and no run of its own beside it"
 
 
