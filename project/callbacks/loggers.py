@@ -100,7 +100,7 @@ def _(logger: TensorBoardLogger, name: str, markdown: str, step: int) -> None:
 
 @image.register
 def _(logger: TensorBoardLogger, name: str, picture: Image.Image, step: int) -> None:
-    from torch.utils.tensorboard.summary import Summary
+    from torch.utils.tensorboard.summary import Summary  # type: ignore[attr-defined]
 
     # Of photographs, SummaryWriter.add_image would make PNGs of four times the bytes, in forty times the time.
     with io.BytesIO() as file:
