@@ -66,6 +66,7 @@ class Dashboard(pl.Callback):
             raise ConfigError(f"dashboard.points has to be at least 0, not {points}.")
         self._figures = figures
         self._points = points
+        self._before: dict[str, Any] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -80,8 +81,8 @@ class Dashboard(pl.Callback):
         self._shows_input = False
         self._collector: Collector | None = None
         self._hook: Any = None
+        self._overall: dict[str, Any] = {"score": -math.inf, "values": {}}
         self._score = -math.inf
-        self._values: dict[str, float] = {}
         self._best: tuple[Outcome, int] | None = None
         self._drawn = True
 
@@ -92,6 +93,8 @@ class Dashboard(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin()
+        if self._before is not None:
+            self._overall, self._before = self._before, None
         if trainer.loggers and isinstance(pl_module, ImageClassifier) and not getattr(trainer, "fast_dev_run", False):
             self._logs = True
             if trainer.is_global_zero:
@@ -164,7 +167,9 @@ class Dashboard(pl.Callback):
         collector = self._unhook()
         score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
         if self._logs and not trainer.sanity_checking and score > self._score:  # the same in all processes
-            self._score, self._values = score, _compared(trainer, "best")
+            self._score = score
+            if score > self._overall["score"]:
+                self._overall = {"score": score, "values": _compared(trainer, "best")}
             if collector is not None:
                 outcomes = Ranks().gather(collector.outcome())
                 self._best, self._drawn = (merged(outcomes), trainer.global_step), False
@@ -183,10 +188,10 @@ class Dashboard(pl.Callback):
             if not self._drawn:
                 painter.outcome(*self._best, trainer.current_epoch)
             painter.points(*self._best)
-        if self._values:
+        if self._overall["values"]:
             with painter.attempt("result"):
                 result = {
-                    **self._values,
+                    **self._overall["values"],
                     **_compared(trainer, "last"),
                     "result/images_per_second": self.images_per_second,
                 }
@@ -195,6 +200,15 @@ class Dashboard(pl.Callback):
                 for logger in trainer.loggers:
                     loggers.result(logger, made_with, result, trainer.global_step)
         self._best = None  # its tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics of the best epoch, which may be one before a fit was resumed."""
+        return self._overall
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them; figures are of this fit's own epochs, as it has a folder of its own."""
+        values = {str(name): float(value) for name, value in state_dict["values"].items()}
+        self._before = {"score": float(state_dict["score"]), "values": values}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._unhook()

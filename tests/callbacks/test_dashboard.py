@@ -276,3 +276,5 @@ def test_a_resumed_fit_draws_into_its_own_folder(run: Path, fit: Fit) -> None:
     assert fit("--ckpt_path", str(run / "checkpoints/last.ckpt"), "--trainer.max_epochs", "5") == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert "val/reliability" in tags(run.with_name("version_1"))["images"]
+    (best,) = scalars(run.with_name("version_1")).Scalars("result/best_accuracy")
+    assert best.value >= max(event.value for event in scalars(run).Scalars("val/accuracy")), "of the whole fit"
