@@ -118,20 +118,24 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
         confidence: Probability of the predicted class, ``(N,)``.
         correct: Whether it is the right one, ``(N,)``.
     """
+    from matplotlib.figure import Figure
+
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(which, minlength=BINS)
     filled = np.maximum(count, 1)
     accuracy = np.bincount(which, correct, BINS) / filled
     mean = np.bincount(which, confidence, BINS) / filled
     error = float((np.abs(accuracy - mean) * count).sum() / max(len(confidence), 1))
-    figure, (upper, lower) = _blank(5, 5.6, rows=(3, 1))
+    figure = Figure(figsize=(5, 5.6), dpi=DPI)  # laid out by hand: there are no names of unknown length
+    places = {"left": 0.13, "right": 0.97, "top": 0.94, "bottom": 0.15, "hspace": 0.18}
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), gridspec_kw=places)
     middle, width = (np.arange(BINS) + 0.5) / BINS, 1 / BINS
     there = count > 0
     upper.bar(middle[there], accuracy[there], width, color="#8fc1e3", edgecolor="white", label="accuracy")
     upper.plot(mean[there], accuracy[there], "o", color="#222222", markersize=3, label="at the mean confidence")
     upper.plot([0, 1], [0, 1], color="#d98a00", linestyle="--", linewidth=1, label="as it should be")
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="lower center", ncols=3, fontsize=8, frameon=False)
     upper.set_title(f"Reliability: expected calibration error {error:.3f}", fontsize=10)
     lower.bar(middle, count, width, color="#999999", edgecolor="white")
     lower.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
@@ -172,10 +176,9 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     return figure
 
 
-def _blank(width: float, height: float, rows: Sequence[int] = ()) -> tuple[Figure, Any]:
-    """A figure of so many inches and its axes, under one another where there are several."""
+def _blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with axes that leave room for their labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes: Axes | np.ndarray = figure.subplots(max(len(rows), 1), 1, height_ratios=rows or None)
-    return figure, axes
+    return figure, figure.subplots()

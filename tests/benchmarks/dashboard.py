@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    busy: dict[str, list[float]] = {kind: [] for kind in KINDS}
     bytes_of: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["project", "fit", "--data.root", options.data.resolve(), "--features.folder", f"{folder}/store", *LITE]
@@ -40,20 +41,24 @@ def main() -> None:
                 runs = Path(folder, f"{number}-{place}")
                 ran = process(*fixed, "--trainer.default_root_dir", runs, *flags)
                 seconds[kind].append(ran.seconds)
+                busy[kind].append(ran.busy)
                 files = [path for path in runs.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
                 bytes_of[kind] = sum(path.stat().st_size for path in files)
             progress(f"round {number + 1}: {', '.join(f'{each[-1]:.2f}' for each in seconds.values())} s")
-    least = middle(seconds[next(reversed(KINDS))])
+    least = next(reversed(KINDS))
     rows = [
         [
             kind,
-            f"{middle(each):.2f} ({min(each):.2f} to {max(each):.2f})",
-            f"{middle(each) / least - 1:+.1%}",
+            f"{middle(seconds[kind]):.2f} ({min(seconds[kind]):.2f} to {max(seconds[kind]):.2f})",
+            f"{middle(seconds[kind]) / middle(seconds[least]) - 1:+.1%}",
+            f"{middle(busy[kind]):.2f}",
+            f"{middle(busy[kind]) / middle(busy[least]) - 1:+.1%}",
             f"{bytes_of[kind] / 1000:.0f}",
         ]
-        for kind, each in seconds.items()
+        for kind in KINDS
     ]
-    table([f"{options.epochs} epochs", "seconds", "more than with no logger", "kB written"], rows)
+    header = ["seconds (least to most)", "more than with no logger", "seconds of processors", "more", "kB written"]
+    table([f"{options.epochs} epochs", *header], rows)
 
 
 if __name__ == "__main__":
