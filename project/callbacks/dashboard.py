@@ -48,7 +48,7 @@ class Dashboard(pl.Callback):
     Figures are drawn when a fit ends. Before that, whenever validation accuracy has improved, provided that all drawing
     takes less than 5 % of the fit's time and half as many epochs again are over as the last time: a fit of seconds
     draws once, one of a thousand epochs at most 18 times. A drawing is 1.2 MB at most (of 100 classes; 0.3 MB of five),
-    and reads 48 images; the projector, which comes at the end, is 3 MB at most, and reads as many images as 2 seconds
+    and reads 36 images; the projector, which comes at the end, is 3 MB at most, and reads as many images as 2 seconds
     allow. What a validation keeps for it is bounded by :class:`~project.outcome.Collector`. What cannot be drawn is
     told as a warning, once, and the fit goes on.
 

@@ -14,12 +14,12 @@ from project.callbacks.loggers import Points
 from project.callbacks.thumbnails import Thumbnails, square
 from project.outcome import Outcome, scores
 
-GRID = 24  # images in a grid
+GRID = 18  # images in a grid
 SIDE = 96  # of an image in it, in pixels
 CURVES = 25  # classes that have a precision-recall curve: the most frequent ones
-INPUTS = 16  # training images that are shown as the model sees them
+INPUTS = 12  # training images that are shown as the model sees them
 DIMENSIONS = 32  # principal components that are kept of features
-SPRITE = 40  # side in pixels of an image in the projector
+SPRITE = 32  # side in pixels of an image in the projector
 SECONDS = 2.0  # for reading these, after which there are no more points
 
 Pictures = dict[str, Callable[[], Image.Image]]

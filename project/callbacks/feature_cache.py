@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
 
 #: Views of an image where the data is augmented and ``views`` says nothing.
 VIEWS = 4
-EXAMPLES = 16  # views that are kept to be looked at
+EXAMPLES = 12  # views that are kept to be looked at
 
 
 class FeatureCache(pl.Callback):
