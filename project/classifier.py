@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
@@ -30,6 +30,20 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 #: The article's recipe.
 SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
+
+
+class Step(NamedTuple):
+    """What a step makes of a batch.
+
+    Attributes:
+        loss: Its sum over the batch, and the weight to divide that by.
+        probabilities: ``(B, C)``, float32, without a gradient.
+        labels: int64 ``(B,)``; those of padding are :data:`~project.padding.IGNORED`.
+    """
+
+    loss: tuple[torch.Tensor, Weight]
+    probabilities: torch.Tensor
+    labels: torch.Tensor
 
 
 class ImageClassifier(Kept):
@@ -164,7 +178,7 @@ class ImageClassifier(Kept):
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> tuple[torch.Tensor, Weight]:
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Step:
         inputs, labels = batch
         stored = isinstance(batch, RowBatch)
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
@@ -175,7 +189,7 @@ class ImageClassifier(Kept):
             logits, labels = logits[largest != IGNORED], labels[largest != IGNORED]
         loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
         self.tally(stage).add(loss, probabilities, largest)
-        return loss
+        return Step(loss, probabilities, largest)
 
     def tally(self, stage: str) -> Tally:
         """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
@@ -192,11 +206,13 @@ class ImageClassifier(Kept):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
-        return shared(*self._step(batch, "train"))
+        return shared(*self._step(batch, "train").loss)
 
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """Loss and metrics of a batch."""
-        self._step(batch, "val")
+    def validation_step(  # type: ignore[override]
+        self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int
+    ) -> Step:
+        """Loss and metrics of a batch; what is known of each image is for callbacks to look at."""
+        return self._step(batch, "val")
 
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Loss and metrics of a batch."""

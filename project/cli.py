@@ -82,6 +82,7 @@ class TransferCLI(CheckpointCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Flags of all verbs besides those of the model, the data and the trainer."""
         parser.add_lightning_class_args(FeatureCache, "features")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial
         parser.add_argument(
             "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
@@ -164,9 +165,8 @@ class TransferCLI(CheckpointCLI):
             silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
             self.trainer_defaults["callbacks"] = [interruption]
             return super().instantiate_trainer(**silent, **kwargs)
-        dashboard = Dashboard()
-        self._report = Report(dashboard)
-        callbacks: list[pl.Callback] = [interruption, dashboard, self._report]
+        self._report = Report(self._get(self.config_init, "dashboard"))
+        callbacks: list[pl.Callback] = [interruption, self._report]
         if not given["fast_dev_run"]:
             if not given["logger"]:  # a logger of the user's has a folder of its own
                 runs = Path(given["default_root_dir"] or RUNS)

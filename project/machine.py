@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -14,3 +15,12 @@ def cores() -> int:
 def cache_folder() -> Path:
     """Where this project keeps what can be made again: in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "frozen-backbone"
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process has had in memory so far; ``None`` where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchmetrics import ClasswiseWrapper, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+import torch
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+    MulticlassStatScores,
+)
 
 from project.padding import IGNORED
 
@@ -14,6 +20,31 @@ from project.padding import IGNORED
 LABELS: dict[str, Any] = {"validate_args": False, "ignore_index": IGNORED}
 #: Above this number of classes, a curve for each would bury the others.
 MOST_CURVES = 100
+
+
+class EachClass(MulticlassStatScores):
+    """Precision, recall and F1 of each class, by name; 0 where there is nothing to divide by.
+
+    One metric, whose counts are those of the macro F1, so that a collection counts once for both.
+
+    Args:
+        classes: Names of the classes.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(len(classes), average="none", **LABELS)
+        self._classes = tuple(classes)
+
+    def compute(self) -> Any:
+        """The values, such as ``recall_of/ants``."""
+        hits, got, _, _, had = super().compute().unbind(-1)
+        got = hits + got
+        values = {"precision": hits / got, "recall": hits / had, "f1": 2 * hits / (had + got)}
+        return {
+            f"{name}_of/{which}": value
+            for name, each in values.items()
+            for which, value in zip(self._classes, torch.nan_to_num(each), strict=True)
+        }
 
 
 def training_metrics(num_classes: int) -> MetricCollection:
@@ -26,7 +57,7 @@ def training_metrics(num_classes: int) -> MetricCollection:
 
 
 def evaluation_metrics(classes: Sequence[str], stage: str) -> MetricCollection:
-    """Accuracy, macro F1, calibration error, top-5 where there are more than five classes, accuracy of each class.
+    """Accuracy, macro F1, calibration error, top-5 of more than five classes, scores of each class.
 
     The expected calibration error is that of Guo et al., arXiv:1706.04599, with 15 bins.
 
@@ -47,7 +78,5 @@ def evaluation_metrics(classes: Sequence[str], stage: str) -> MetricCollection:
     if count > 5:
         metrics["top5"] = MulticlassAccuracy(count, average="micro", top_k=5, **LABELS)
     if count <= MOST_CURVES:
-        metrics["each"] = ClasswiseWrapper(
-            MulticlassAccuracy(count, average="none", **LABELS), labels=list(classes), prefix="accuracy_of/"
-        )
+        metrics["each"] = EachClass(classes)
     return MetricCollection(metrics, prefix=f"{stage}/")

@@ -76,7 +76,7 @@ def test_top5_is_there_above_five_classes_only() -> None:
     values = metrics.compute()
     assert values["val/accuracy"] == pytest.approx(5 / 6)
     assert any("top5" in name for name in metrics)
-    assert values["val/accuracy_of/a"] == pytest.approx(0.5)
+    assert values["val/recall_of/a"] == pytest.approx(0.5)
     assert values["val/top5"] >= values["val/accuracy"]
     assert values["val/ece"] == pytest.approx(abs(probabilities[0, 0].item() - 5 / 6), abs=1e-5)
     assert 0 < values["val/f1"] < 1

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
 
 #: Views of an image where the data is augmented and ``views`` says nothing.
 VIEWS = 4
+EXAMPLES = 12  # views that are kept to be looked at
 
 
 class FeatureCache(pl.Callback):
@@ -61,6 +62,8 @@ class FeatureCache(pl.Callback):
         self._asked = (engine, precision) != ("auto", "auto")
         #: Has rows of images, for this fit and for others.
         self.supply = RowSupply(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
+        #: A few training images in the views that this fit has of them, to be looked at.
+        self.examples: list[list[Image]] = []
         self._in_use: tuple[ImageDataModule, Rows] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,6 +128,8 @@ class FeatureCache(pl.Callback):
             without = "" if names else ", so nothing is augmented: raise features.views"
             augment = data.augment if isinstance(data.augment, str) else "of transforms"
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
+        each = -(-len(train) // max(EXAMPLES // len(views), 1))  # from all over the split, which lies class by class
+        self.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
         # All views of an image come together, so that what it is read from is passed over once.
         ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
         images = list({image.key: image for image in ordered}.values())
@@ -165,6 +170,7 @@ class FeatureCache(pl.Callback):
             data.instead = {}
             rows.close()
             self._in_use = None
+            self.examples = []
 
 
 def _loader(

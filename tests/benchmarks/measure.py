@@ -28,11 +28,13 @@ class Ran:
         seconds: From its start to its end, measured from outside.
         peak: Most memory that it, or a single one of its own children, had resident, in MB.
         output: What it printed.
+        busy: Seconds of processors that it took, with its children: what else the machine does disturbs them less.
     """
 
     seconds: float
     peak: float
     output: str
+    busy: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def process(*arguments: object, cache: Path | None = None, expected: Sequence[in
     if child.returncode not in expected:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{output[-4000:]}")
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return Ran(seconds, kilobytes * 1024 / 1e6, output)
+    return Ran(seconds, kilobytes * 1024 / 1e6, output, usage.ru_utime + usage.ru_stime)
 
 
 def fit(data: Path, store: Path, *flags: object, cache: Path | None = None) -> Ran:

@@ -52,7 +52,7 @@ def left(version: Path) -> tuple[dict[str, Any], dict[str, list[tuple[int, float
     curves = {
         name: [(each.step, each.value) for each in events.Scalars(name)]
         for name in events.Tags()["scalars"]
-        if not name.startswith(("features/", "parameters/")) and "images_per_second" not in name
+        if not name.startswith(("features/", "parameters/", "memory/")) and "second" not in name
     }
     return checkpoint, curves, best
 

@@ -28,7 +28,7 @@ def test_dashboard_has_loss_metrics_learning_rate_throughput_and_counts(trained:
     expected = {
         *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/ece", "lr-AdamW"),
         *("train/images_per_second", "parameters/trainable", "parameters/frozen"),
-        *(f"val/accuracy_of/{name}" for name in ("blue", "green", "red")),
+        *(f"val/recall_of/{name}" for name in ("blue", "green", "red")),
     }
     assert expected <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("parameters/trainable")] == [512 * 3 + 3]

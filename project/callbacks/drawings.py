@@ -1,0 +1,145 @@
+"""What a dashboard draws: how well the classifier does, image by image and class by class, and what it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from project import figures
+from project.callbacks.loggers import Points
+from project.callbacks.thumbnails import Thumbnails, square
+from project.outcome import Outcome, scores
+
+GRID = 18  # images in a grid
+SIDE = 96  # of an image in it, in pixels
+CURVES = 25  # classes that have a precision-recall curve: the most frequent ones
+INPUTS = 12  # training images that are shown as the model sees them
+DIMENSIONS = 32  # principal components that are kept of features
+SPRITE = 32  # side in pixels of an image in the projector
+SECONDS = 2.0  # for reading these, after which there are no more points
+
+Pictures = dict[str, Callable[[], Image.Image]]
+
+
+def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails | None) -> Pictures:
+    """What to draw of an outcome, by name; each is drawn when it is called.
+
+    Args:
+        outcome: Of a validation, of at least one image.
+        classes: Names of the C classes.
+        thumbnails: Of the split; without them there are no grids of images.
+    """
+    counts = outcome.counts(len(classes))
+    by_class = {name: values.numpy() for name, values in scores(counts).items()}
+    matrix = counts.numpy()
+    pictures: Pictures = {
+        "val/confusion_shares": lambda: figures.picture(figures.confusion(matrix, classes, normalised=True)),
+        "val/confusion_counts": lambda: figures.picture(figures.confusion(matrix, classes)),
+        "val/each_class": lambda: figures.picture(figures.per_class(by_class, matrix.sum(1), classes)),
+        "val/reliability": lambda: figures.picture(
+            figures.reliability(outcome.confidence.numpy(), outcome.correct.numpy())
+        ),
+    }
+    wrong = outcome.mistakes(GRID)
+    if thumbnails is not None:
+        read = thumbnails
+        if len(wrong):
+            pictures["val/mistakes_most_confident"] = lambda: _grid(
+                outcome, wrong, classes, read, f"Mistakes made with the greatest confidence ({len(wrong)})"
+            )
+        pictures["val/least_confident"] = lambda: _grid(
+            outcome, outcome.doubtful(GRID), classes, read, "Images of the least confidence, right or wrong"
+        )
+    return pictures
+
+
+def _grid(
+    outcome: Outcome, which: torch.Tensor, classes: Sequence[str], thumbnails: Thumbnails, title: str
+) -> Image.Image:
+    captions = []
+    for at in which.tolist():
+        true, got = (classes[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
+        said = f"{figures.short(got, 14)} {outcome.confidence[at]:.2f}"
+        captions.append(f"{said}\n{'right' if true == got else f'true: {figures.short(true, 14)}'}")
+    images = thumbnails.read(outcome.places[which].tolist(), SIDE)
+    return figures.picture(figures.gallery(images, captions, title))
+
+
+def of_input(images: Sequence[torch.Tensor], captions: Sequence[str], columns: int = 6) -> Image.Image:
+    """Training images as the model sees them, but for the normalisation.
+
+    Args:
+        images: ``(3, H, W)`` each, uint8 or float in [0, 1].
+        captions: One each.
+        columns: Images a line.
+    """
+    shown = [
+        (image if image.dtype == torch.uint8 else (image.float() * 255).round().clamp(0, 255).to(torch.uint8))
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+        for image in images
+    ]
+    tiles = [square(Image.fromarray(image), SIDE) for image in shown]
+    size = f"{images[0].shape[2]} x {images[0].shape[1]} px"
+    return figures.picture(
+        figures.gallery(tiles, captions, f"Training images as the model sees them ({size})", columns)
+    )
+
+
+def curves_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Precision-recall curves of the most frequent classes: whether each image is of it, and the probability."""
+    labels = outcome.labels[outcome.some]
+    frequent = torch.bincount(labels, minlength=len(classes)).argsort(descending=True, stable=True)[:CURVES]
+    return {
+        f"pr/{classes[at]}": ((labels == at).numpy(), outcome.probabilities[:, at].numpy())
+        for at in frequent.tolist()
+        if (labels == at).any()
+    }
+
+
+def components(features: torch.Tensor) -> torch.Tensor:
+    """The principal components of features ``(m, D)``, float64 ``(m, min(m, D, 32))``, with a variance of 1 in all."""
+    centred = features.double() - features.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)  # m is a few hundred, D may be thousands
+    most = min(DIMENSIONS, *features.shape)
+    kept: torch.Tensor = (vectors * values.clamp(0).sqrt())[:, -most:].flip(1)
+    kept /= kept.square().sum(1).mean().sqrt().clamp(1e-12)
+    return kept
+
+
+def points_of(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails | None) -> Points:
+    """The images whose features are kept, as points: as many as can be read in two seconds, from all over the split."""
+    which = outcome.pointed
+    mixed = torch.randperm(len(which), generator=torch.Generator().manual_seed(0))  # those that are left out are any
+    places = outcome.places[which[mixed]].tolist()
+    squares: list[np.ndarray] = []
+    if thumbnails is not None:
+        squares = thumbnails.read(places, SPRITE, SECONDS)
+        mixed, places = mixed[: len(squares)], places[: len(squares)]
+    rows = []
+    for at, place in zip(which[mixed].tolist(), places, strict=True):
+        true, got = (classes[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
+        name = Path(thumbnails.name(place)).name if thumbnails else str(place)
+        cells = [true, got, f"{outcome.confidence[at]:.3f}", "right" if true == got else "wrong", name]
+        rows.append([" ".join(cell.split()) for cell in cells])
+    values = components(outcome.features[mixed]).numpy().round(4)  # in few digits: they are written as text
+    sprite = np.stack(squares).transpose(0, 3, 1, 2) if squares else None
+    return Points(values, ("class", "predicted", "confidence", "right", "image"), rows, sprite)
+
+
+def named(label: torch.Tensor, classes: Sequence[str]) -> str:
+    """A training image's class; of a mixed one, whose label is the share of each ``(C,)``, the two largest."""
+    if label.dim() == 0:
+        return figures.short(classes[int(label)], 15) if label >= 0 else ""
+    shares = label.topk(min(2, len(label)))
+    parts = [
+        f"{figures.short(classes[at], 12)} {value:.2f}"
+        for value, at in zip(shares.values.tolist(), shares.indices.tolist(), strict=True)
+        if value > 0
+    ]
+    return "\n".join(parts)

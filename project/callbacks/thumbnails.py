@@ -1,0 +1,59 @@
+"""Small pictures of images, read from where they are: stored rows have none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from project.data.samples import Sample, Source
+
+AHEAD = 32  # images that a source is told of before they are read
+
+
+class Thumbnails:
+    """Reads images of a split, and keeps none.
+
+    Args:
+        source: Reads them.
+        samples: Of the split.
+    """
+
+    def __init__(self, source: Source, samples: Sequence[Sample]) -> None:
+        self._source = source
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def name(self, place: int) -> str:
+        """The name of an image."""
+        return self._samples[place].name
+
+    def read(self, places: Sequence[int], side: int, seconds: float = float("inf")) -> list[np.ndarray]:
+        """The middle squares of images, uint8 ``(side, side, 3)``.
+
+        Args:
+            places: Which of the split.
+            side: Of the squares, in pixels.
+            seconds: Time after which the rest are left out.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        until = time.perf_counter() + seconds
+        found: list[np.ndarray] = []
+        for at, place in enumerate(places):
+            if time.perf_counter() > until:
+                break
+            if at % AHEAD == 0:
+                self._source.expect([self._samples[each] for each in places[at : at + AHEAD]])
+            found.append(square(self._source.read(self._samples[place], side), side))
+        return found
+
+
+def square(picture: Image.Image, side: int) -> np.ndarray:
+    """The middle square of a picture, uint8 ``(side, side, 3)``."""
+    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR))
