@@ -6,10 +6,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar
 
 from project.artifacts.checkpoint_io import AtomicCheckpointIO
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.predictions import PredictionWriter
+from project.callbacks.progress import Progress
 from project.callbacks.resume import ExactResume
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
@@ -23,10 +25,15 @@ class Trainer(pl.Trainer):
     callbacks: list[pl.Callback]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("callbacks") or []
+        given = [*given] if isinstance(given, list) else [given]  # Lightning adds its own to the list
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not where one was asked for
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         self.callbacks.insert(0, ExactResume())
+        bar = self.progress_bar_callback
+        if type(bar) is RichProgressBar and bar not in given:
+            self.callbacks[self.callbacks.index(bar)] = Progress()
 
     def predict(  # type: ignore[override]
         self,
