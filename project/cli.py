@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import project
+from project.artifacts.run_card import RunCard, card_path
 from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
@@ -172,7 +173,7 @@ class TransferCLI(CheckpointCLI):
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:
-                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last()]
+                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last(), RunCard()]
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -184,7 +185,7 @@ class TransferCLI(CheckpointCLI):
 
     def after_fit(self) -> None:
         """Print the result."""
-        self._report.show(self.trainer, self.model)
+        self._report.show(self.trainer, self.model, card_path(self.trainer))
 
 
 #: What Lightning warns of that is as it should be here.

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.atomic import replacing
+from project.classifier import ImageClassifier
+
+KEY = "best"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the best epoch came to.
+
+    Attributes:
+        epoch: Which one, from 0.
+        metrics: By name, those of validation.
+        images: How many were validated; 0 where that is not known.
+        confusion: See :class:`~project.outcomes.Outcomes`; ``None`` of an epoch of a fit that this one went on from.
+        calibration: The same.
+    """
+
+    epoch: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    confusion: torch.Tensor | None = None
+    calibration: torch.Tensor | None = None
 
 
 class Best(ModelCheckpoint):
-    """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through."""
+    """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through.
+
+    Attributes:
+        measured: What that epoch came to; ``None`` where that is not known.
+    """
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False)
         self._before: Path | None = None
         self._writes = True
+        self.measured: Measured | None = None
+        self._measured_before: Measured | None = None
+        self._measured_score: torch.Tensor | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.best_model_score is not self._measured_score:  # so this is the best epoch so far
+            self._measured_score = self.best_model_score
+            self.measured = _measured(trainer, pl_module)
+        if self.measured is not None:
+            of = self.measured
+            checkpoint[KEY] = {"epoch": of.epoch, "metrics": dict(of.metrics), "images": of.images}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -25,6 +66,7 @@ class Best(ModelCheckpoint):
         # Not at the path that the checkpoint names: it may come from anywhere, and name any file.
         self._before = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
         self._writes = trainer.is_global_zero
+        self._measured_before = _kept(checkpoint.get(KEY))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best checkpoint so far along into this fit's own folder, and its score."""
@@ -37,9 +79,31 @@ class Best(ModelCheckpoint):
             with replacing(here) as temporary:
                 temporary.write_bytes(self._before.read_bytes())
         path = str(here)
-        self.best_model_score = self.kth_value = score
+        self.best_model_score = self.kth_value = self._measured_score = score
+        self.measured = self._measured_before
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
+
+
+def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> Measured:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    outcomes = module.tally("val").outcomes if isinstance(module, ImageClassifier) else None
+    if outcomes is None or outcomes.calibration is None:
+        return Measured(trainer.current_epoch, metrics)
+    images = int(outcomes.calibration[:, 0].sum())
+    return Measured(trainer.current_epoch, metrics, images, outcomes.confusion, outcomes.calibration)
+
+
+def _kept(found: Any) -> Measured | None:
+    """What a checkpoint says of the best epoch; nothing where that is not of its form: no fit depends on it."""
+    if not isinstance(found, dict):
+        return None
+    epoch, metrics, images = (found.get(key) for key in ("epoch", "metrics", "images"))
+    if type(epoch) is not int or type(images) is not int or not isinstance(metrics, dict):
+        return None
+    if not all(type(name) is str and type(value) is float for name, value in metrics.items()):
+        return None
+    return Measured(epoch, metrics, images)
 
 
 class Last(ModelCheckpoint):
