@@ -20,7 +20,7 @@ REFRESH = 2.0  # times a second that a bar is drawn: a drawing takes a milliseco
 QUIET = 30.0  # seconds, at least, between two lines that stand in for a bar
 STEPS = 10  # such lines, at most
 WIDE = 1000  # columns of what is no terminal
-BESIDE = 40  # columns that are kept for what stands beside a bar
+BESIDE = 50  # columns that are kept for what stands beside a bar
 
 _shown: list[Console] = []  # the one that has a bar on it: what is said meanwhile goes above that
 
@@ -132,7 +132,7 @@ class Bar:
         pace, width = self._pace, self._screen.width
         cells: list[Text | ProgressBar] = [Text(self._what, no_wrap=True, overflow="ellipsis")]
         if pace.total:
-            room = max(4, min(40, width - BESIDE))
+            room = max(4, min(30, width - BESIDE))
             cells.append(ProgressBar(total=pace.total, completed=pace.done, width=room))
             cells.append(Text(f"{clock(pace.left)} left", no_wrap=True))
             free = width - room - len(self._what) - len("0:00:00 left") - 3

@@ -34,14 +34,14 @@ class Scores:
     """What validation has measured at the best epoch.
 
     Attributes:
-        epoch: Which one, from 1.
+        epoch: Which one, from 1; ``None`` if that is not known.
         metrics: By the names of :data:`NAMES`.
         images: How many; 0 if that is not known.
         confusion: Counts ``(C, C)``, or ``(C, 2)`` of a great many classes; ``None`` if not known.
         calibration: Images, sums of their probabilities, and how many were right, ``(10, 3)``; ``None`` if not known.
     """
 
-    epoch: int
+    epoch: int | None
     metrics: Mapping[str, float]
     images: int = 0
     confusion: np.ndarray | None = None
@@ -158,7 +158,7 @@ def _scores(facts: Facts) -> list[str]:
     count = f"{scores.images:,} validation images" if scores.images else "the validation images"
     return [
         "## Metrics\n",
-        f"Of the best epoch, {scores.epoch} of {facts.epochs}, on {count}. Intervals are of 95 %: Wilson's score "
+        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}. Intervals are of 95 %: Wilson's score "
         "interval (1927) of a share, percentiles of a bootstrap over images (Efron 1979) of F1.\n",
         table(("metric", "value", "95 % interval", "how"), rows),
         *_calibration(scores),

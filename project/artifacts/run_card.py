@@ -36,7 +36,7 @@ class RunCard(pl.Callback):
         """Write it."""
         asked, had = trainer.max_epochs, trainer.current_epoch
         early = asked is not None and 0 <= had < asked
-        self._write(trainer, pl_module, f"{had} epochs, stopped before {asked}" if early else f"{had} epochs")
+        self._write(trainer, pl_module, f"{had} of {asked} epochs" if early else f"{had} epoch(s)")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write it of a fit that was told to stop, as its best checkpoint may be all that there will be."""
@@ -109,7 +109,7 @@ def _scores(measured: Measured | None) -> Scores | None:
         return None
     confusion, calibration = measured.confusion, measured.calibration
     return Scores(
-        measured.epoch + 1,
+        None if measured.epoch is None else measured.epoch + 1,
         measured.metrics,
         measured.images,
         None if confusion is None else confusion.numpy(),

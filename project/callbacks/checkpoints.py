@@ -21,14 +21,14 @@ class Measured:
     """What the best epoch came to.
 
     Attributes:
-        epoch: Which one, from 0.
+        epoch: Which one, from 0; ``None`` of one before this fit, of which the score alone is known.
         metrics: By name, those of validation.
         images: How many were validated; 0 where that is not known.
         confusion: See :class:`~project.outcomes.Outcomes`; ``None`` of an epoch of a fit that this one went on from.
         calibration: The same.
     """
 
-    epoch: int
+    epoch: int | None
     metrics: dict[str, float] = field(default_factory=dict)
     images: int = 0
     confusion: torch.Tensor | None = None
@@ -56,8 +56,8 @@ class Best(ModelCheckpoint):
         if self.best_model_score is not self._measured_score:  # so this is the best epoch so far
             self._measured_score = self.best_model_score
             self.measured = _measured(trainer, pl_module)
-        if self.measured is not None:
-            of = self.measured
+        of = self.measured
+        if of is not None and of.epoch is not None:
             checkpoint[KEY] = {"epoch": of.epoch, "metrics": dict(of.metrics), "images": of.images}
 
     def on_load_checkpoint(
@@ -80,7 +80,7 @@ class Best(ModelCheckpoint):
                 temporary.write_bytes(self._before.read_bytes())
         path = str(here)
         self.best_model_score = self.kth_value = self._measured_score = score
-        self.measured = self._measured_before
+        self.measured = self._measured_before or Measured(None, {str(self.monitor): float(score)})
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
 

@@ -69,7 +69,7 @@ class Report(pl.Callback):
         if card is not None and card.is_file():
             rows["model card"] = str(_from_here(card))
         speed = f"{self._dashboard.images_per_second:,.0f} training images/s"
-        rows["time"] = f"{self._seconds:.1f} s for {trainer.current_epoch} epochs, {speed}"
+        rows["time"] = f"{self._seconds:.1f} s, {speed}"
         rows["frozen"] = f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}"
         rows["SHA-256"] = f"{model.backbone.frozen_sha256} before and after"
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -86,7 +86,7 @@ def _best(saved: ModelCheckpoint) -> dict[str, str]:
     score = float(saved.best_model_score)
     rows = {f"best {saved.monitor}": f"{score:.4f}"}
     measured = saved.measured if isinstance(saved, Best) else None
-    if measured is not None:
+    if measured is not None and measured.epoch is not None:
         if measured.images:
             low, high = wilson(score * measured.images, measured.images)
             rows[f"best {saved.monitor}"] += f", 95 % interval {low:.3f} to {high:.3f} of {measured.images:,} images"
