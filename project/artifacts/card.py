@@ -158,8 +158,8 @@ def _scores(facts: Facts) -> list[str]:
     count = f"{scores.images:,} validation images" if scores.images else "the validation images"
     return [
         "## Metrics\n",
-        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}. Intervals are of 95 %: Wilson's score "
-        "interval (1927) of a share, percentiles of a bootstrap over images (Efron 1979) of F1.\n",
+        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}. Intervals are of 95 %: "
+        "Wilson's score interval (1927) of a share, percentiles of a bootstrap over images (Efron 1979) of F1.\n",
         table(("metric", "value", "95 % interval", "how"), rows),
         *_calibration(scores),
         *_per_class(facts, scores),
