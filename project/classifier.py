@@ -119,7 +119,7 @@ class ImageClassifier(Kept):
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         for stage in ("train", "val", "test"):
             metrics = training_metrics(len(classes)) if stage == "train" else evaluation_metrics(classes, stage)
-            self.add_module(f"{stage}_tally", Tally(stage, metrics))
+            self.add_module(f"{stage}_tally", Tally(stage, metrics, len(classes)))
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data, and tell the data what the weights ask of an image.

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import project
 from project import demo
+from project.artifacts.run_card import RunCard, card_path
 from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
@@ -179,7 +180,7 @@ class TransferCLI(CheckpointCLI):
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:
-                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last()]
+                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last(), RunCard()]
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -191,7 +192,7 @@ class TransferCLI(CheckpointCLI):
 
     def after_fit(self) -> None:
         """Print the result."""
-        self._report.show(self.trainer, self.model)
+        self._report.show(self.trainer, self.model, card_path(self.trainer))
 
 
 def _again(args: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from project.loss import MeanLoss, Weight
+from project.outcomes import Outcomes
 
 
 class Tally(nn.Module):
@@ -18,13 +19,16 @@ class Tally(nn.Module):
     Args:
         stage: ``train``, ``val`` or ``test``.
         metrics: Of probabilities ``(B, C)`` and labels ``(B,)``.
+        classes: Number C of classes.
     """
 
-    def __init__(self, stage: str, metrics: MetricCollection) -> None:
+    def __init__(self, stage: str, metrics: MetricCollection, classes: int) -> None:
         super().__init__()
         self.metrics = metrics
         self._loss_name = f"{stage}/loss"
         self._loss = MeanLoss()
+        #: What evaluation came to, image by image; nothing is kept of training.
+        self.outcomes = None if stage == "train" else Outcomes(classes)
 
     def add(self, loss: tuple[torch.Tensor, Weight], probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch.
@@ -36,18 +40,24 @@ class Tally(nn.Module):
         """
         self._loss.add(*loss)
         self.metrics.update(probabilities, labels)
+        if self.outcomes is not None:
+            self.outcomes.add(probabilities, labels)
 
     def take(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The loss and the metrics by name, and begin anew; all processes take them together."""
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
         values = {self._loss_name: self._loss.take(device), **self.metrics.compute()}
         self.metrics.reset()
+        if self.outcomes is not None:
+            self.outcomes.take(device)
         return values
 
     def reset(self) -> None:
         """Forget what was added."""
         self._loss = MeanLoss()
         self.metrics.reset()
+        if self.outcomes is not None:
+            self.outcomes.reset()
 
     def state(self) -> dict[str, Any]:
         """What this process has added since the epoch began, as tensors."""

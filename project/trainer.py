@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar
 
 from project import demo
 from project.artifacts.checkpoint_io import AtomicCheckpointIO
@@ -13,6 +14,7 @@ from project.artifacts.gallery import Gallery, data_of
 from project.artifacts.load import Classifier
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.predictions import PredictionWriter
+from project.callbacks.progress import Progress
 from project.callbacks.resume import ExactResume
 from project.callbacks.row_supply import RowSupply
 from project.classifier import ImageClassifier
@@ -33,10 +35,15 @@ class Trainer(pl.Trainer):
     callbacks: list[pl.Callback]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("callbacks") or []
+        given = [*given] if isinstance(given, list) else [given]  # Lightning adds its own to the list
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not where one was asked for
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         self.callbacks.insert(0, ExactResume())
+        bar = self.progress_bar_callback
+        if type(bar) is RichProgressBar and bar not in given:
+            self.callbacks[self.callbacks.index(bar)] = Progress()
 
     def predict(  # type: ignore[override]
         self,

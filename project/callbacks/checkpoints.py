@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,57 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.atomic import replacing
+from project.classifier import ImageClassifier
 from project.errors import CheckpointError
 from project.reading import read_checkpoint
 from project.terminal import say
 
+KEY = "best"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the best epoch came to.
+
+    Attributes:
+        epoch: Which one, from 0; ``None`` of one before this fit, of which the score alone is known.
+        metrics: By name, those of validation.
+        images: How many were validated; 0 where that is not known.
+        confusion: See :class:`~project.outcomes.Outcomes`; ``None`` of an epoch of a fit that this one went on from.
+        calibration: The same.
+    """
+
+    epoch: int | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    confusion: torch.Tensor | None = None
+    calibration: torch.Tensor | None = None
+
 
 class Best(ModelCheckpoint):
-    """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through."""
+    """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through.
+
+    Attributes:
+        measured: What that epoch came to; ``None`` where that is not known.
+    """
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False)
         self._before: tuple[Path, torch.Tensor] | None = None
         self._writes = True
+        self.measured: Measured | None = None
+        self._measured_before: Measured | None = None
+        self._measured_score: torch.Tensor | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.best_model_score is not self._measured_score:  # so this is the best epoch so far
+            self._measured_score = self.best_model_score
+            self.measured = _measured(trainer, pl_module)
+        of = self.measured
+        if of is not None and of.epoch is not None:
+            checkpoint[KEY] = {"epoch": of.epoch, "metrics": dict(of.metrics), "images": of.images}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -40,6 +80,7 @@ class Best(ModelCheckpoint):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
             self._before = path, score
+            self._measured_before = _kept(best.get(KEY))
         else:
             say(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
 
@@ -54,11 +95,33 @@ class Best(ModelCheckpoint):
             with replacing(here) as temporary:
                 temporary.write_bytes(before.read_bytes())
         path = str(here)
-        self.best_model_score = self.kth_value = score
+        self.best_model_score = self.kth_value = self._measured_score = score
+        self.measured = self._measured_before or Measured(None, {str(self.monitor): float(score)})
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
         current = state_dict.get("current_score")
         self.current_score = current if isinstance(current, torch.Tensor) else None
+
+
+def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> Measured:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    outcomes = module.tally("val").outcomes if isinstance(module, ImageClassifier) else None
+    if outcomes is None or outcomes.calibration is None:
+        return Measured(trainer.current_epoch, metrics)
+    images = int(outcomes.calibration[:, 0].sum())
+    return Measured(trainer.current_epoch, metrics, images, outcomes.confusion, outcomes.calibration)
+
+
+def _kept(found: Any) -> Measured | None:
+    """What a checkpoint says of the best epoch; nothing where that is not of its form: no fit depends on it."""
+    if not isinstance(found, dict):
+        return None
+    epoch, metrics, images = (found.get(key) for key in ("epoch", "metrics", "images"))
+    if type(epoch) is not int or type(images) is not int or not isinstance(metrics, dict):
+        return None
+    if not all(type(name) is str and type(value) is float for name, value in metrics.items()):
+        return None
+    return Measured(epoch, metrics, images)
 
 
 class Last(ModelCheckpoint):

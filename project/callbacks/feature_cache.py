@@ -13,6 +13,7 @@ import torch
 from project.callbacks.row_supply import EngineName, PrecisionName, RowSupply, memory
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
+from project.data.fingerprint import split_fingerprint
 from project.data.samples import Source
 from project.errors import ConfigError
 from project.machine import cache_folder
@@ -65,6 +66,12 @@ class FeatureCache(pl.Callback):
         #: A few training images in the views that this fit has of them, to be looked at.
         self.examples: list[list[Image]] = []
         self._in_use: tuple[ImageDataModule, Rows] | None = None
+        #: SHA-256 of train and val, images and labels; empty where features are computed in every epoch.
+        self.fingerprints: dict[str, str] = {}
+        #: How many images are in train and in val.
+        self.in_both = 0
+        #: What has computed the features, and of how many views of an image.
+        self.made = ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._cache == "off":
@@ -115,9 +122,13 @@ class FeatureCache(pl.Callback):
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
         digests = digest_all(source, [*train, *val], ranks)
-        both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
-        if both:
-            say(f"Data: images that are in train and in val: {both}; python -m project check names them")
+        self.fingerprints = {
+            "train": split_fingerprint(train, digests[: len(train)], source.classes),
+            "val": split_fingerprint(val, digests[len(train) :], source.classes),
+        }
+        self.in_both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
+        if self.in_both:
+            say(f"Data: images that are in train and in val: {self.in_both}; python -m project check names them")
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
         count = self._views or min(VIEWS, epochs)
         names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
@@ -135,6 +146,7 @@ class FeatureCache(pl.Callback):
         images = list({image.key: image for image in ordered}.values())
 
         supplied, engines = self.supply.have(trainer, module, source, images, views[0])
+        self.made = f"{supplied.option.name} {supplied.option.precision}, {len(views)} view(s) of a training image"
         rows = Rows(supplied.found, memory(device, trainer.num_devices), device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
+from torch import nn
 
+from project.callbacks.checkpoints import Best
 from project.callbacks.dashboard import Dashboard
 from project.classifier import ImageClassifier
-from project.terminal import say
+from project.intervals import wilson
+from project.terminal import say, say_rows
 
 
 class Report(pl.Callback):
@@ -32,10 +36,11 @@ class Report(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, ImageClassifier):
             return
-        counts = self._dashboard.parameters
         trains = ", ".join([*pl_module.backbone.trainable_names, "head"])
-        frozen = f"{_frozen(pl_module)} ({counts['frozen']:,} parameters), SHA-256 {pl_module.backbone.frozen_sha256}"
-        say(f"Trains: {trains} ({counts['trainable']:,} parameters) for {len(pl_module.classes)} classes")
+        count = self._dashboard.parameters["trainable"]
+        say(f"Trains: {trains} ({count:,} parameters) for {len(pl_module.classes)} classes")
+        say(_stages(pl_module))
+        frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.backbone.frozen_sha256}"
         say(f"Frozen: {frozen}")
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
@@ -45,32 +50,70 @@ class Report(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds = time.perf_counter() - self._began
 
-    def show(self, trainer: pl.Trainer, model: ImageClassifier) -> None:
+    def show(self, trainer: pl.Trainer, model: ImageClassifier, card: Path | None = None) -> None:
         """Print the result, once the progress bar is gone.
 
         Args:
             trainer: The trainer whose fit is done.
             model: What it trained.
+            card: Where its model card is.
         """
-        table = Table(show_header=False, title="Result", title_justify="left")
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
+        rows: dict[str, str] = {}
         saved, reload = trainer.checkpoint_callback, None
-        if (
-            isinstance(saved, ModelCheckpoint) and Path(saved.best_model_path).is_file()
-        ):  # a resume knows an older run's
-            path = Path(saved.best_model_path)
-            path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            if saved.best_model_score is not None:
-                table.add_row(f"best {saved.monitor}", f"{float(saved.best_model_score):.4f}")
-            table.add_row("checkpoint", f"{path} ({path.stat().st_size / 1000:.0f} kB)")
+        # A resumed fit knows the best checkpoint of an older run, which need not be there any more.
+        if isinstance(saved, ModelCheckpoint) and Path(saved.best_model_path).is_file():
+            path = _from_here(Path(saved.best_model_path))
+            rows |= _best(saved)
+            rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
             reload = f'Reload it: from project import load; load("{path}").predict(["a.jpg"])'
-        table.add_row("time", f"{self._seconds:.1f} s, {self._dashboard.images_per_second:.0f} training images/s")
-        table.add_row("frozen", f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}")
-        table.add_row("SHA-256", f"{model.backbone.frozen_sha256} before and after")
-        say(table)
+        if card is not None and card.is_file():
+            rows["model card"] = str(_from_here(card))
+        speed = f"{self._dashboard.images_per_second:,.0f} training images/s"
+        rows["time"] = f"{self._seconds:.1f} s, {speed}"
+        rows["frozen"] = f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}"
+        rows["SHA-256"] = f"{model.backbone.frozen_sha256} before and after"
+        if isinstance(trainer.logger, TensorBoardLogger):
+            rows["dashboard"] = f"tensorboard --logdir {_from_here(Path(trainer.logger.save_dir))}"
+        say_rows("Result", rows)
         if reload:
             say(reload)  # on one line however narrow the terminal, to be copied
+
+
+def _best(saved: ModelCheckpoint) -> dict[str, str]:
+    """What the best epoch came to."""
+    if saved.best_model_score is None:
+        return {}
+    score = float(saved.best_model_score)
+    rows = {f"best {saved.monitor}": f"{score:.4f}"}
+    measured = saved.measured if isinstance(saved, Best) else None
+    if measured is not None and measured.epoch is not None:
+        if measured.images:
+            low, high = wilson(score * measured.images, measured.images)
+            rows[f"best {saved.monitor}"] += f", 95 % interval {low:.3f} to {high:.3f} of {measured.images:,} images"
+        more = {name: measured.metrics[name] for name in ("val/f1", "val/ece", "val/loss") if name in measured.metrics}
+        rows["in epoch"] = ", ".join([str(measured.epoch + 1), *(f"{name} {more[name]:.4f}" for name in more)])
+    return rows
+
+
+def _from_here(path: Path) -> Path:
+    """A path as short as it can be said."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _stages(model: ImageClassifier) -> Table:
+    """The network by stages: what trains and what does not, and how large it is."""
+    parts: dict[str, nn.Module] = {**model.backbone.stages, "head": model.head}
+    table = Table(box=None)
+    table.add_column("stage")
+    table.add_column("")
+    table.add_column("parameters", justify="right")
+    table.add_column("kB", justify="right")
+    for name, part in [*parts.items(), ("all", nn.ModuleDict(parts))]:
+        count = sum(parameter.numel() for parameter in part.parameters())
+        size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+        state = "" if name == "all" else "frozen" if name in model.backbone.frozen_names else "trains"
+        table.add_row(name, state, f"{count:,}", f"{size / 1000:,.0f}")
+    return table
 
 
 def _frozen(model: ImageClassifier) -> str:

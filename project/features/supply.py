@@ -128,6 +128,7 @@ def supply(
                     first = torch.stack([load_image(source, mine[0])])
                     engine, probe = _built(option, choice.engine if choice else None, first)
                     began = time.perf_counter()
+                    progress.done(0)  # from here on, time goes by for the rows alone
                     row = probe.numel() * probe.element_size()
                     if ranks.rank == 0:
                         evict(root, budget - computed * row, {shard.path for shard in stored.shards})

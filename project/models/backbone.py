@@ -136,10 +136,12 @@ class Origin:
     Attributes:
         weights: What brings them back: as written, or the whole path of a file.
         source: The file that was read, for people.
+        repository: Of the Hugging Face hub, where the file came from one.
     """
 
     weights: str | None
     source: str
+    repository: str | None = None
 
 
 def load_backbone(
@@ -206,4 +208,4 @@ def _read(weights: str | None, arch: Architecture) -> tuple[files.State | None, 
         path = files.from_file(weights)
         return files.read_state(path), Origin(str(path.resolve()), path.name)
     path = arch.fetch(weights)
-    return files.read_state(path), Origin(weights, path.name)
+    return files.read_state(path), Origin(weights, path.name, files.repository_of(path))

@@ -112,6 +112,12 @@ def from_hub(repository: str, file: str) -> Path:
         raise WeightsError(_unreachable(url, error, mend)) from error
 
 
+def repository_of(path: Path) -> str | None:
+    """The repository of the hub whose file lies in the hub's cache; ``None`` of any other file."""
+    folder = next((part for part in path.parts if part.startswith("models--")), "")
+    return folder.removeprefix("models--").replace("--", "/", 1) or None
+
+
 def read_state(path: Path) -> State:
     """Read a file of weights, checked against the hash in its name where it has one.
 

@@ -100,8 +100,9 @@ def test_a_run_without_a_logger_has_a_folder_all_the_same(fit: Fit) -> None:
     for number in range(2):
         assert fit("--trainer.logger", "false") == 0
         kept = sorted(str(path.relative_to("runs")) for path in Path("runs/photos").rglob("*") if path.is_file())
-        assert len(kept) == 3 * (number + 1), kept
-    assert "photos/version_1/config.yaml" in kept and "photos/version_1/checkpoints/best.ckpt" in kept
+        assert len(kept) == 4 * (number + 1), kept
+    assert "photos/version_1/config.yaml" in kept and "photos/version_1/model_card.md" in kept
+    assert "photos/version_1/checkpoints/best.ckpt" in kept
 
 
 def test_a_logger_of_the_users_has_the_run_in_its_folder(fit: Fit) -> None:
