@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchmetrics import MetricCollection
 
+from project.counts import Counts
 from project.loss import MeanLoss, Weight
-from project.outcomes import Outcomes
 
 
 class Tally(nn.Module):
@@ -28,7 +28,7 @@ class Tally(nn.Module):
         self._loss_name = f"{stage}/loss"
         self._loss = MeanLoss()
         #: What evaluation came to, image by image; nothing is kept of training.
-        self.outcomes = None if stage == "train" else Outcomes(classes)
+        self.counts = None if stage == "train" else Counts(classes)
 
     def add(self, loss: tuple[torch.Tensor, Weight], probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch.
@@ -40,24 +40,24 @@ class Tally(nn.Module):
         """
         self._loss.add(*loss)
         self.metrics.update(probabilities, labels)
-        if self.outcomes is not None:
-            self.outcomes.add(probabilities, labels)
+        if self.counts is not None:
+            self.counts.add(probabilities, labels)
 
     def take(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The loss and the metrics by name, and begin anew; all processes take them together."""
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
         values = {self._loss_name: self._loss.take(device), **self.metrics.compute()}
         self.metrics.reset()
-        if self.outcomes is not None:
-            self.outcomes.take(device)
+        if self.counts is not None:
+            self.counts.take(device)
         return values
 
     def reset(self) -> None:
         """Forget what was added."""
         self._loss = MeanLoss()
         self.metrics.reset()
-        if self.outcomes is not None:
-            self.outcomes.reset()
+        if self.counts is not None:
+            self.counts.reset()
 
     def state(self) -> dict[str, Any]:
         """What this process has added since the epoch began, as tensors."""

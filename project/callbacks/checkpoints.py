@@ -27,7 +27,7 @@ class Measured:
         epoch: Which one, from 0; ``None`` of one before this fit, of which the score alone is known.
         metrics: By name, those of validation.
         images: How many were validated; 0 where that is not known.
-        confusion: See :class:`~project.outcomes.Outcomes`; ``None`` of an epoch of a fit that this one went on from.
+        confusion: See :class:`~project.counts.Counts`; ``None`` of an epoch of a fit that this one went on from.
         calibration: The same.
     """
 
@@ -105,11 +105,11 @@ class Best(ModelCheckpoint):
 
 def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> Measured:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    outcomes = module.tally("val").outcomes if isinstance(module, ImageClassifier) else None
-    if outcomes is None or outcomes.calibration is None:
+    counts = module.tally("val").counts if isinstance(module, ImageClassifier) else None
+    if counts is None or counts.calibration is None:
         return Measured(trainer.current_epoch, metrics)
-    images = int(outcomes.calibration[:, 0].sum())
-    return Measured(trainer.current_epoch, metrics, images, outcomes.confusion, outcomes.calibration)
+    images = int(counts.calibration[:, 0].sum())
+    return Measured(trainer.current_epoch, metrics, images, counts.confusion, counts.calibration)
 
 
 def _kept(found: Any) -> Measured | None:

@@ -1,4 +1,4 @@
-"""What became of the images of an epoch: which classes were confused, and how far probabilities can be relied on."""
+"""What became of the images of an epoch, counted: which classes were confused, and how far probabilities can be relied on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINS = 10  # of probability, for people to read
 MOST_CLASSES = 100  # for which all confusions are counted: a table of more is mostly zeros
 
 
-class Outcomes:
+class Counts:
     """Counts over an epoch, of all processes; adding a batch costs a few microseconds.
 
     Args:
