@@ -1,4 +1,4 @@
-"""What became of the images of an epoch, counted: which classes were confused, and how far probabilities can be relied on."""
+"""What became of an epoch's images, counted: which classes were confused, and what a probability is worth."""
 
 from __future__ import annotations
 
