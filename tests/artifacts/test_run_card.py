@@ -75,9 +75,8 @@ def test_a_resumed_fit_knows_the_best_epoch_of_the_one_before(run: Path, photos:
 
 @pytest.mark.parametrize("kept", [None, [], {"epoch": 0}, {"epoch": 0, "images": 1, "metrics": {"val/f1": "much"}}])
 def test_what_a_checkpoint_says_in_another_form_is_not_believed(kept: object, run: Path, photos: Path) -> None:
-    last = run / "checkpoints/last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    torch.save({**checkpoint, "best": kept}, last)
+    last, best = (run / f"checkpoints/{name}.ckpt" for name in ("last", "best"))
+    torch.save({**torch.load(best, weights_only=True), "best": kept}, best)
     data = ["--data.root", str(photos), "--data.num_workers", "0", "--trainer.max_epochs", "4"]
     assert main(["fit", "--ckpt_path", str(last), *data]) == 0
     read = ModelCard.load(run.with_name("version_1") / "model_card.md")
