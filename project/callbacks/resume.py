@@ -98,6 +98,8 @@ class ExactResume(Callback):
             for config in trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau and kept["watched"]:
                     config.scheduler.step(kept["watched"][str(config.monitor)])
+                    trainer.fit_loop.epoch_loop.scheduler_progress.increment_ready()
+                    trainer.fit_loop.epoch_loop.scheduler_progress.increment_completed()
             _take_up(mine["chance"])
 
     def on_train_batch_start(
