@@ -5,6 +5,7 @@ There is no pyplot here, so no state that figures share, no window, and nothing 
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,25 @@ def short(name: str, most: int = 20) -> str:
     return name.replace("$", r"\$")
 
 
+def told_apart(names: Sequence[str], most: int) -> list[str]:
+    """Classes' names in one line of so many characters each; those that would look the same show where they differ."""
+    shortened = [short(name, most) for name in names]
+    for alike in {label for label in shortened if shortened.count(label) > 1}:
+        at = [place for place, label in enumerate(shortened) if label == alike]
+        group = [names[place] for place in at]
+        before = _alike(group)
+        after = min(_alike([name[::-1] for name in group]), min(map(len, group)) - before)
+        for place, name in zip(at, group, strict=True):
+            differs = short(name[before : len(name) - after], most // 2)
+            shortened[place] = f"{short(name[:before], max(most - len(differs) - 2, 3))} {differs}…"
+    return shortened
+
+
+def _alike(names: Sequence[str]) -> int:
+    """With how many characters all of some names begin alike."""
+    return sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False)))
+
+
 def picture(figure: Figure) -> Image.Image:
     """Draw a figure, RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,7 +75,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
     from matplotlib.colors import PowerNorm
 
     count = len(classes)
-    names = [short(name, 24 if count <= 10 else 16) for name in classes]
+    names = told_apart(classes, 24 if count <= 10 else 16)
     longest = max(map(len, names))
     cell = float(np.interp(count, (2, 5, 10, 25, LABELLED), (1.1, 0.8, 0.55, 0.36, 0.125)))
     side = min(count, LABELLED) * cell
@@ -102,7 +122,8 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     size = (4.5 * font / 7) ** 2
     for name, marker, colour in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
         axes.scatter(scores[name][order], lines, s=size, marker=marker, color=colour, label=name, alpha=0.85)
-    axes.set_yticks(lines, [f"{short(classes[at], 28)} ({images[at]:,})" for at in order], fontsize=font)
+    names = told_apart(classes, 28)
+    axes.set_yticks(lines, [f"{names[at]} ({images[at]:,})" for at in order], fontsize=font)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(order) - 0.4, -0.6))
     which = "" if len(order) == len(classes) else f", the {len(order)} of {len(classes)} with the lowest F1"
     axes.set_title(f"Each class (images){which}", fontsize=10, loc="left")

@@ -109,3 +109,11 @@ def test_a_short_name_is_no_formula_and_keeps_both_ends(name: str) -> None:
     assert "\n" not in short and len(short.replace("\\", "")) <= 12
     assert short.replace("\\", "")[0] == name[0] and short[-1] == name[-1]
     assert short.count("$") == short.count(r"\$")
+
+
+def test_names_that_differ_in_the_middle_are_told_apart() -> None:
+    names = ["ants", *(f"pattern number {n} with a long name" for n in range(12)), "pattern of another kind, long too"]
+    for most in (16, 28):
+        told = figures.told_apart(names, most)
+        assert len(set(told)) == len(names)
+        assert told[0] == "ants" and max(map(len, told)) <= most + 2
