@@ -134,7 +134,11 @@ def runs() -> set[str]:
     return {path.relative_to("runs/photos").as_posix().partition(".out.")[0] for path in Path("runs").rglob("*.*")}
 
 
-FILES = {"config.yaml", "hparams.yaml", "events", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+FILES = {"config.yaml", "hparams.yaml", "events", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model_card.md"}
+FILES |= {
+    "projector_config.pbtxt",
+    *(f"projector/step1/{name}" for name in ("metadata.tsv", "sprite.png", "tensors.tsv")),
+}
 
 
 def test_two_nodes_of_torchrun_make_one_run(flags: list[str]) -> None:

@@ -37,6 +37,9 @@ read, real, Shards.content, ImageClassifier.on_fit_end = [], Shards.content, con
 sys.exit(main(sys.argv[1:]))
 """
 
+#: The pictures of the dashboard are read from the images themselves, a few dozen of them.
+PLAIN = ["--dashboard.figures", "false"]
+
 
 @pytest.fixture
 def packed(here: Path, photos: Path) -> Path:
@@ -82,14 +85,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_a_second_fit_reads_no_image(config: Path, read: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*SMALL, *STORED, "--trainer.max_epochs", "2", "-c", str(config)]
-    assert main(["fit", *flags]) == 0
+    assert main(["fit", *PLAIN, *flags]) == 0
     out = capsys.readouterr().out
     assert "Shards: 6 of 6 are read once" in out
     assert told(out) == [(0, 36)]
     assert len(read) == 36
     assert read.total() == 37, "the first one more, for the engine to be built with"
     read.clear()
-    assert main(["fit", *flags]) == 0
+    assert main(["fit", *PLAIN, *flags]) == 0
     out = capsys.readouterr().out
     assert "Shards:" not in out
     assert told(out) == [(36, 0)]
@@ -108,7 +111,7 @@ def test_views_of_an_image_are_computed_together(config: Path, read: Counter[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "content", content)
         flags = [*SMALL, *STORED, "--trainer.max_epochs", "2", "--data.augment", "flip", "--features.views", "2"]
-        assert main(["fit", *flags, "-c", str(config)]) == 0
+        assert main(["fit", *PLAIN, *flags, "-c", str(config)]) == 0
     assert order[1:49] == [number for number in range(24) for _ in range(2)]
 
 
@@ -117,10 +120,10 @@ def test_val_is_held_out_where_there_is_none(
 ) -> None:
     source = ["--data.source", "project.data.shards.Shards", "--data.source.train", "shards/train-*.tar"]
     flags = [*SMALL, *STORED, *source, "--model.weights", str(weights), "--trainer.max_epochs", "1"]
-    assert main(["fit", *flags]) == 0
+    assert main(["fit", *PLAIN, *flags]) == 0
     assert told(capsys.readouterr().out) == [(0, 24)]
     read.clear()
-    assert main(["fit", *flags]) == 0
+    assert main(["fit", *PLAIN, *flags]) == 0
     assert not read
     assert main(["check", *source]) == 0
     assert "24 images (24 train) of 3 classes" in capsys.readouterr().out
@@ -128,8 +131,8 @@ def test_val_is_held_out_where_there_is_none(
 
 def test_images_are_read_live(config: Path, read: Counter[str]) -> None:
     flags = [*SMALL, "--features.cache", "off", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
-    assert main(["fit", *flags, "-c", str(config)]) == 0
-    assert main(["fit", *flags, "--data.num_workers", "2", "--trainer.max_epochs", "1", "-c", str(config)]) == 0
+    assert main(["fit", *PLAIN, *flags, "-c", str(config)]) == 0
+    assert main(["fit", *PLAIN, *flags, "--data.num_workers", "2", "--trainer.max_epochs", "1", "-c", str(config)]) == 0
     assert len(read) == 36
 
 
@@ -155,7 +158,7 @@ def test_each_of_two_processes_reads_shards_of_its_own(config: Path) -> None:
     Path("count.py").write_text(READING)  # Lightning starts the second process with this file, too
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "count.py", "fit", *SMALL, *STORED, *two, "-c", str(config)]
+    command = [sys.executable, "count.py", "fit", *PLAIN, *SMALL, *STORED, *two, "-c", str(config)]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert told(done.stdout) == [(0, 36)]
