@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
@@ -10,6 +12,23 @@ from project.padding import IGNORED
 
 BINS = 10  # of probability, for people to read
 MOST_CLASSES = 100  # for which all confusions are counted: a table of more is mostly zeros
+
+
+class Each(NamedTuple):
+    """What became of each image of an epoch, in this process's order, padding included; on the CPU.
+
+    Attributes:
+        confidence: Probability of the predicted class, float32 ``(N,)``.
+        predicted: That class, int64 ``(N,)``.
+        labels: int64 ``(N,)``; those of padding are :data:`~project.padding.IGNORED`.
+    """
+
+    confidence: torch.Tensor
+    predicted: torch.Tensor
+    labels: torch.Tensor
+
+
+NOTHING = Each(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
 class Counts:
@@ -23,6 +42,7 @@ class Counts:
             int64 ``(C, C)``. Of more than 100 classes, ``(C, 2)``: how many of each there are, and how many were right.
         calibration: For each tenth of the probability of the predicted class: images, the sum of their probabilities,
             and how many were right; float64 ``(10, 3)``.
+        each: The images of the last epoch that is over, those of this process.
     """
 
     def __init__(self, classes: int) -> None:
@@ -30,6 +50,7 @@ class Counts:
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.confusion: torch.Tensor | None = None
         self.calibration: torch.Tensor | None = None
+        self.each = NOTHING
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch: probabilities ``(B, C)``, labels int64 ``(B,)``, of which those of padding are ignored."""
@@ -37,12 +58,13 @@ class Counts:
 
     def take(self, device: torch.device) -> None:
         """End the epoch; all processes do it together."""
-        sure, predicted, labels, count = torch.zeros(0), *(torch.zeros(0, dtype=torch.long),) * 2, self._classes
-        if self._parts:
-            sure, predicted, labels = (torch.cat(each).cpu() for each in zip(*self._parts, strict=True))
-        self._parts = []
-        real = labels != IGNORED
-        sure, predicted, labels = sure[real].double(), predicted[real], labels[real]
+        self.each = (
+            Each(*(torch.cat(each).cpu() for each in zip(*self._parts, strict=True))) if self._parts else NOTHING
+        )
+        self._parts, count = [], self._classes
+        real = self.each.labels != IGNORED
+        sure, predicted, labels = (values[real] for values in self.each)
+        sure = sure.double()
         right = predicted == labels
         if count <= MOST_CLASSES:
             confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)

@@ -22,6 +22,18 @@ LABELS: dict[str, Any] = {"validate_args": False, "ignore_index": IGNORED}
 MOST_CURVES = 100
 
 
+def scores(hits: torch.Tensor, had: torch.Tensor, got: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Precision, recall and F1 of each class, float32 ``(C,)``; 0 where there is nothing to divide by.
+
+    Args:
+        hits: How many images of each class were recognised, ``(C,)``.
+        had: How many there are.
+        got: How many images were taken for it.
+    """
+    found = {"precision": hits / got, "recall": hits / had, "f1": 2 * hits / (had + got)}
+    return {name: values.nan_to_num(0.0) for name, values in found.items()}
+
+
 class EachClass(MulticlassStatScores):
     """Precision, recall and F1 of each class, by name; 0 where there is nothing to divide by.
 
@@ -37,13 +49,11 @@ class EachClass(MulticlassStatScores):
 
     def compute(self) -> Any:
         """The values, such as ``recall_of/ants``."""
-        hits, got, _, _, had = super().compute().unbind(-1)
-        got = hits + got
-        values = {"precision": hits / got, "recall": hits / had, "f1": 2 * hits / (had + got)}
+        hits, wrong, _, _, had = super().compute().unbind(-1)
         return {
             f"{name}_of/{which}": value
-            for name, each in values.items()
-            for which, value in zip(self._classes, torch.nan_to_num(each), strict=True)
+            for name, each in scores(hits, had, hits + wrong).items()
+            for which, value in zip(self._classes, each, strict=True)
         }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from project.counts import Each
 from project.padding import IGNORED
 
 #: Probabilities that are kept, as many as 16 MB hold, of at most so many images.
@@ -59,17 +60,6 @@ class Outcome:
         return self.confidence.argsort(stable=True)[:most]
 
 
-def scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Precision, recall and F1 of each class, float32 ``(C,)``; 0 where there is nothing to divide by.
-
-    Args:
-        counts: Images by class and by the class that they got, ``(C, C)``.
-    """
-    hits, had, got = counts.diagonal().float(), counts.sum(1).float(), counts.sum(0).float()
-    found = {"precision": hits / got, "recall": hits / had, "f1": 2 * hits / (had + got)}
-    return {name: values.nan_to_num(0.0) for name, values in found.items()}
-
-
 @dataclass
 class _Parts:
     """Rows of an epoch: every so many-th, from the beginning on, up to a number of them."""
@@ -93,8 +83,8 @@ class _Parts:
 class Collector:
     """Keeps what an :class:`Outcome` needs of each batch, where it is: nothing waits for a device before the end.
 
-    It holds 24 bytes of each image; probabilities of as many as 16 MB hold; and features of some. These are taken from
-    all over the split, as a split often lies class by class.
+    It holds probabilities of as many images as 16 MB hold, and features of some. These are taken from all over the split,
+    as a split often lies class by class. What became of each image is known already: see :class:`~project.counts.Each`.
 
     Args:
         expected: Images of the epoch, of this process, where that is known.
@@ -110,25 +100,24 @@ class Collector:
         self._probabilities = _Parts(_stride(expected, images), images)
         points = -(-points // world_size)
         self._features = _Parts(_stride(expected, points), points)
-        self._labels: list[torch.Tensor] = []
-        self._best: list[torch.return_types.max] = []
         self._count = 0
 
     def features(self, features: torch.Tensor) -> None:
         """Take the features ``(B, D)`` of a batch, before the batch itself."""
         self._features.add(features, self._count)
 
-    def batch(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take a batch: probabilities ``(B, C)``, and labels ``(B,)`` of which those of padding are ignored."""
-        self._best.append(probabilities.max(1))
-        self._labels.append(labels)
+    def batch(self, probabilities: torch.Tensor) -> None:
+        """Take a batch: probabilities ``(B, C)``."""
         self._probabilities.add(probabilities, self._count)
-        self._count += len(labels)
+        self._count += len(probabilities)
 
-    def outcome(self) -> Outcome:
-        """All that was taken, without the padding."""
-        labels = _joined(self._labels, torch.int64)
-        real = labels != IGNORED
+    def outcome(self, each: Each) -> Outcome:
+        """All that was taken, without the padding.
+
+        Args:
+            each: What became of the same images.
+        """
+        real = each.labels != IGNORED
         place = real.cumsum(0) - 1  # where each is once padding is left out
 
         def kept(parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,10 +125,10 @@ class Collector:
             return place[indices[real[indices]]], rows[real[indices]]
 
         return Outcome(
-            (torch.arange(len(labels)) * self._world + self._rank)[real],
-            labels[real],
-            _joined([best.indices for best in self._best], torch.int64)[real],
-            _joined([best.values for best in self._best], torch.float32)[real],
+            (torch.arange(len(real)) * self._world + self._rank)[real],
+            each.labels[real],
+            each.predicted[real],
+            each.confidence[real],
             *kept(self._probabilities),
             *kept(self._features),
         )

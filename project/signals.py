@@ -107,6 +107,6 @@ def leave_to_the_parent(worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
+    while True:
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent:
+            os._exit(0)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from project.outcome import MOST_IMAGES, Collector, Outcome, merged, scores
+from project.counts import Counts
+from project.metrics import scores
+from project.outcome import MOST_IMAGES, Collector, Outcome, merged
 from project.padding import IGNORED
 
 CLASSES = 4
@@ -23,12 +25,14 @@ def collect(count: int, points: int, batch: int = 5, rank: int = 0, world: int =
     mine = torch.arange(count)[rank::world]
     padded = torch.cat([mine, torch.full((share - len(mine),), count - 1)])
     labels = torch.cat([labels[mine], torch.full((share - len(mine),), IGNORED)])
-    collector = Collector(share if known else None, points, CLASSES, rank, world)
+    collector, counts = Collector(share if known else None, points, CLASSES, rank, world), Counts(CLASSES)
     for at in range(0, share, batch):
         these = padded[at : at + batch]
         collector.features(features[these])
-        collector.batch(probabilities[these], labels[at : at + batch])
-    return collector.outcome()
+        collector.batch(probabilities[these])
+        counts.add(probabilities[these], labels[at : at + batch])
+    counts.take(torch.device("cpu"))
+    return collector.outcome(counts.each)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 100])
@@ -80,8 +84,9 @@ def test_counts_and_scores_are_those_of_scikit_learn() -> None:
     expected = metrics.precision_recall_fscore_support(
         outcome.labels, outcome.predicted, labels=labels, zero_division=0.0
     )
+    found = scores(counts.diagonal(), counts.sum(1), counts.sum(0))
     for values, name in zip(expected, ("precision", "recall", "f1"), strict=False):
-        assert scores(counts)[name].tolist() == pytest.approx(list(values))
+        assert found[name].tolist() == pytest.approx(list(values))
 
 
 def test_mistakes_come_with_the_surest_first_and_doubts_with_the_least_sure() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from project.artifacts.limits import limits
+from project.artifacts.scores import Scores
 from project.intervals import Interval, bootstrap_f1, wilson
 
 FOLD = 50  # classes; of more, a table shows some
@@ -27,34 +28,6 @@ NAMES = {
     "val/ece": ("Expected calibration error", "ece"),
     "val/loss": ("Loss", "loss"),
 }
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What validation has measured at the best epoch.
-
-    Attributes:
-        epoch: Which one, from 1; ``None`` if that is not known.
-        metrics: By the names of :data:`NAMES`.
-        images: How many; 0 if that is not known.
-        confusion: Counts ``(C, C)``, or ``(C, 2)`` of a great many classes; ``None`` if not known.
-        calibration: Images, sums of their probabilities, and how many were right, ``(10, 3)``; ``None`` if not known.
-    """
-
-    epoch: int | None
-    metrics: Mapping[str, float]
-    images: int = 0
-    confusion: np.ndarray | None = None
-    calibration: np.ndarray | None = None
-
-    @property
-    def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """How many images of each class were right, and how many there are: ``(C,)`` each."""
-        if self.confusion is None:
-            return None
-        if self.confusion.shape[0] == self.confusion.shape[1]:
-            return np.diagonal(self.confusion), self.confusion.sum(1)
-        return self.confusion[:, 1], self.confusion[:, 0]
 
 
 @dataclass(frozen=True)

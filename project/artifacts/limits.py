@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
+from project.artifacts.scores import Scores
 from project.intervals import wilson
 
 FEW = 10  # validation images of a class, of which nobody can tell much
@@ -14,23 +14,8 @@ UNEVEN = 3.0  # times more images of one class than of another
 SHOWN = 3  # names
 
 
-class Measured(Protocol):
-    """What validation has measured; see :class:`project.artifacts.card.Scores`."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def images(self) -> int: ...  # noqa: D102
-    @property
-    def confusion(self) -> np.ndarray | None: ...  # noqa: D102
-    @property
-    def calibration(self) -> np.ndarray | None: ...  # noqa: D102
-    @property
-    def per_class(self) -> tuple[np.ndarray, np.ndarray] | None: ...  # noqa: D102
-
-
 def limits(
-    scores: Measured | None, classes: Sequence[str], counts: Mapping[str, Sequence[int]], epochs: int
+    scores: Scores | None, classes: Sequence[str], counts: Mapping[str, Sequence[int]], epochs: int
 ) -> list[str]:
     """Sentences, the most important first.
 
@@ -58,7 +43,7 @@ def limits(
     return found
 
 
-def _width(scores: Measured) -> list[str]:
+def _width(scores: Scores) -> list[str]:
     if not scores.images or "val/accuracy" not in scores.metrics:
         return []
     low, high = wilson(scores.metrics["val/accuracy"] * scores.images, scores.images)
@@ -67,7 +52,7 @@ def _width(scores: Measured) -> list[str]:
     ]
 
 
-def _per_class(scores: Measured, classes: Sequence[str]) -> list[str]:
+def _per_class(scores: Scores, classes: Sequence[str]) -> list[str]:
     if scores.per_class is None:
         return []
     right, count = scores.per_class
@@ -88,7 +73,7 @@ def _per_class(scores: Measured, classes: Sequence[str]) -> list[str]:
     return found
 
 
-def _confused(scores: Measured, classes: Sequence[str]) -> list[str]:
+def _confused(scores: Scores, classes: Sequence[str]) -> list[str]:
     if scores.confusion is None or len(set(scores.confusion.shape)) != 1:
         return []
     wrong = scores.confusion - np.diag(np.diagonal(scores.confusion))
@@ -98,7 +83,7 @@ def _confused(scores: Measured, classes: Sequence[str]) -> list[str]:
     return [f"Mistaken most often: {named}."] if pairs else []
 
 
-def _certainty(scores: Measured) -> list[str]:
+def _certainty(scores: Scores) -> list[str]:
     if scores.calibration is None or not scores.calibration[:, 0].sum():
         return []
     images, sure, right = scores.calibration.sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,10 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.artifacts.card import Facts, Scores, card, code
+from project.artifacts.card import Facts, card, code
+from project.artifacts.scores import Scores
 from project.atomic import replacing
 from project.callbacks.checkpoints import Best, Last, Measured
 from project.callbacks.feature_cache import FeatureCache
+from project.callbacks.loggers import log_text
 from project.chance import run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
@@ -59,10 +60,7 @@ class RunCard(pl.Callback):
                 temporary.write_text(text, "utf-8", "backslashreplace")
         except OSError as error:  # what was trained is saved, and worth more than what is said of it
             say(f"The model card {target} cannot be written: {error.strerror}.")
-        for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text("model_card", text.partition("\n---\n")[2], trainer.global_step)
+        log_text(trainer, "model_card", text.partition("\n---\n")[2])
 
 
 def card_path(trainer: pl.Trainer) -> Path | None:
@@ -74,10 +72,6 @@ def card_path(trainer: pl.Trainer) -> Path | None:
 def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, ended: str, checked: str) -> Facts:
     best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
     cache = next((each for each in trainer.callbacks if isinstance(each, FeatureCache)), None)  # type: ignore[attr-defined]
-    counts = {}
-    for split, samples in data.splits.items():
-        labels = Counter(sample.label for sample in samples)
-        counts[split] = [labels[label] for label in range(len(module.classes))]
     measured = best.measured if best is not None else None
     known = [f"Known of the data before any image was read: {each.kind}." for each in data.source.findings]  # type: ignore[union-attr]
     if cache is not None and cache.in_both:
@@ -89,7 +83,7 @@ def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, 
         name=f"{data.name} on {module.backbone.name}",
         data=str(data.name),
         classes=module.classes,
-        counts=counts,
+        counts=data.class_counts,
         about={
             "data": _about_data(data, cache.fingerprints if cache is not None else {}),
             "backbone": _about_backbone(module, checked),

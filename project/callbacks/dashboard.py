@@ -164,7 +164,7 @@ class Dashboard(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._collector is not None and isinstance(outputs, Step):
-            self._collector.batch(outputs.probabilities, outputs.labels)
+            self._collector.batch(outputs.probabilities)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         collector = self._unhook()
@@ -174,7 +174,10 @@ class Dashboard(pl.Callback):
             if score > self._overall["score"]:
                 self._overall = {"score": score, "values": _compared(trainer, "best")}
             if collector is not None:
-                outcomes = Ranks().gather(collector.outcome())
+                assert isinstance(pl_module, ImageClassifier)
+                counts = pl_module.tally("val").counts
+                assert counts is not None
+                outcomes = Ranks().gather(collector.outcome(counts.each))
                 self._best, self._drawn = (merged(outcomes), trainer.global_step), False
                 epochs = trainer.current_epoch + 1
                 if self._painter is not None and self._painter.affords(epochs):

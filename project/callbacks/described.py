@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,7 @@ MOST_LINES = 200  # of a table
 
 def data_report(data: ImageDataModule) -> str:
     """How many images each class has in each split, in Markdown."""
-    classes, splits = data.classes or (), data.splits
-    counts = {name: Counter(sample.label for sample in samples) for name, samples in splits.items()}
+    classes, splits, counts = data.classes or (), data.splits, data.class_counts
     lines = [
         f"**{data.name}**: {sum(map(len, splits.values())):,} images of {len(classes)} classes",
         "",

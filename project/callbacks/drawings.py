@@ -12,7 +12,8 @@ from PIL import Image
 from project import figures
 from project.callbacks.loggers import Points
 from project.callbacks.thumbnails import Thumbnails, square
-from project.outcome import Outcome, scores
+from project.metrics import scores
+from project.outcome import Outcome
 
 GRID = 18  # images in a grid
 SIDE = 96  # of an image in it, in pixels
@@ -34,7 +35,8 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
         thumbnails: Of the split; without them there are no grids of images.
     """
     counts = outcome.counts(len(classes))
-    by_class = {name: values.numpy() for name, values in scores(counts).items()}
+    scored = scores(counts.diagonal(), counts.sum(1), counts.sum(0))
+    by_class = {name: values.numpy() for name, values in scored.items()}
     matrix = counts.numpy()
     pictures: Pictures = {
         "val/confusion_shares": lambda: figures.picture(figures.confusion(matrix, classes, normalised=True)),

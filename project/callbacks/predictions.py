@@ -100,8 +100,9 @@ class PredictionWriter(pl.Callback):
         return any(part is not None for part in parts)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        while self._write(None):  # others may have a batch more, if the loaders are the user's
-            pass
+        more = True
+        while more:  # others may have a batch more, if the loaders are the user's
+            more = self._write(None)
         self._parted = True
         if self._open_files is not None:
             written, self._open_files = self._open_files, None

@@ -91,7 +91,7 @@ class Progress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit":
-            self._count(*_evaluated(batch_idx, dataloader_idx, trainer.num_val_batches))
+            self._count_evaluated(trainer, batch_idx, dataloader_idx)
         elif not trainer.sanity_checking:
             self._validated += 1
             self._count_batches(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -134,27 +134,22 @@ class Progress(ProgressBar):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show("Predicting")
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._count(*_evaluated(batch_idx, dataloader_idx, trainer.num_test_batches))
+    def on_test_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
+        self._count_evaluated(trainer, *given[3:])
 
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._count(*_evaluated(batch_idx, dataloader_idx, trainer.num_predict_batches))
+    def on_predict_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
+        self._count_evaluated(trainer, *given[3:])
+
+    def _count_evaluated(self, trainer: pl.Trainer, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count what is done of the batches of all loaders."""
+        batches = {
+            "validate": trainer.num_val_batches,
+            "test": trainer.num_test_batches,
+            "predict": trainer.num_predict_batches,
+        }[str(trainer.state.fn)]
+        total = sum(batches)
+        done = int(sum(batches[:dataloader_idx])) + batch_idx + 1
+        self._count(done, int(total) if math.isfinite(total) else None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -190,11 +185,6 @@ def _validation_batches(trainer: pl.Trainer) -> int:
         return 0
     times = max(1, int(trainer.num_training_batches / trainer.val_check_batch)) if trainer.val_check_batch else 1
     return int(batches) * times // (trainer.check_val_every_n_epoch or 1)
-
-
-def _evaluated(batch_idx: int, dataloader_idx: int, batches: list[int | float]) -> tuple[int, int | None]:
-    total = sum(batches)
-    return int(sum(batches[:dataloader_idx])) + batch_idx + 1, int(total) if math.isfinite(total) else None
 
 
 def _metrics(trainer: pl.Trainer) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from project.callbacks.checkpoints import Best
 from project.callbacks.dashboard import Dashboard
+from project.callbacks.loggers import log_text
 from project.classifier import ImageClassifier
 from project.intervals import wilson
 from project.terminal import say, say_rows
@@ -42,10 +43,7 @@ class Report(pl.Callback):
         say(_stages(pl_module))
         frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.backbone.frozen_sha256}"
         say(f"Frozen: {frozen}")
-        for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text("frozen", frozen, trainer.global_step)
+        log_text(trainer, "frozen", frozen)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds = time.perf_counter() - self._began

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import lightning.pytorch as pl
 import torch
 
+from project.callbacks.loggers import log_text
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.samples import Sample, Source
@@ -146,9 +147,7 @@ class RowSupply:
         values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text("features", f"{text} ({supplied.reason}) in {option.space.path}", trainer.global_step)
+        log_text(trainer, "features", f"{text} ({supplied.reason}) in {option.space.path}")
 
 
 @contextmanager

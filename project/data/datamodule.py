@@ -187,19 +187,21 @@ class ImageDataModule(pl.LightningDataModule):
         """Weight of each class in the loss that makes up for their sizes, with a mean of 1 over the training images."""
         if self.balance != "loss":
             return None
-        counts = self._counts()
+        counts = self.class_counts["train"]
         return [len(self.splits["train"]) / (len(counts) * count) if count else 0.0 for count in counts]
 
     def training_weights(self) -> torch.Tensor | None:
         """How often each training image is to come, relative to the others; ``None`` for each once an epoch."""
         if self.balance != "sampler":
             return None
-        counts = self._counts()
+        counts = self.class_counts["train"]
         return torch.tensor([1 / counts[sample.label] for sample in self.splits["train"]])
 
-    def _counts(self) -> list[int]:
-        counts = Counter(sample.label for sample in self.splits["train"])
-        return [counts[label] for label in range(len(self.classes or ()))]
+    @functools.cached_property
+    def class_counts(self) -> dict[str, list[int]]:
+        """How many images of each class there are, in the order of the classes, by split."""
+        counts = {name: Counter(sample.label for sample in samples) for name, samples in self.splits.items()}
+        return {name: [count[label] for label in range(len(self.classes or ()))] for name, count in counts.items()}
 
     def order(self, split_name: str) -> Order:
         """In which order the images of a split come: the train split's shuffled, unless it is over-fitted on.

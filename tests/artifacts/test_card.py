@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from project.artifacts.card import Facts, Scores, card, plain
+from project.artifacts.card import Facts, card, plain
+from project.artifacts.scores import Scores
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"python": "3"}}
 
