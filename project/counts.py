@@ -58,9 +58,8 @@ class Counts:
 
     def take(self, device: torch.device) -> None:
         """End the epoch; all processes do it together."""
-        self.each = (
-            Each(*(torch.cat(each).cpu() for each in zip(*self._parts, strict=True))) if self._parts else NOTHING
-        )
+        joined = [torch.cat(parts).cpu() for parts in zip(*self._parts, strict=True)]
+        self.each = Each(*joined) if joined else NOTHING
         self._parts, count = [], self._classes
         real = self.each.labels != IGNORED
         sure, predicted, labels = (values[real] for values in self.each)

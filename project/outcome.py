@@ -83,8 +83,8 @@ class _Parts:
 class Collector:
     """Keeps what an :class:`Outcome` needs of each batch, where it is: nothing waits for a device before the end.
 
-    It holds probabilities of as many images as 16 MB hold, and features of some. These are taken from all over the split,
-    as a split often lies class by class. What became of each image is known already: see :class:`~project.counts.Each`.
+    It holds probabilities of as many images as 16 MB hold, and features of some. These are taken from all over the
+    split, as a split often lies class by class. What became of each image is known: see :class:`~project.counts.Each`.
 
     Args:
         expected: Images of the epoch, of this process, where that is known.

@@ -91,7 +91,7 @@ class Progress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit":
-            self._count_evaluated(trainer, batch_idx, dataloader_idx)
+            self._count_evaluated(trainer.num_val_batches, batch_idx, dataloader_idx)
         elif not trainer.sanity_checking:
             self._validated += 1
             self._count_batches(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -135,20 +135,14 @@ class Progress(ProgressBar):
         self._show("Predicting")
 
     def on_test_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
-        self._count_evaluated(trainer, *given[3:])
+        self._count_evaluated(trainer.num_test_batches, *given[3:])
 
     def on_predict_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
-        self._count_evaluated(trainer, *given[3:])
+        self._count_evaluated(trainer.num_predict_batches, *given[3:])
 
-    def _count_evaluated(self, trainer: pl.Trainer, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def _count_evaluated(self, batches: list[int | float], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count what is done of the batches of all loaders."""
-        batches = {
-            "validate": trainer.num_val_batches,
-            "test": trainer.num_test_batches,
-            "predict": trainer.num_predict_batches,
-        }[str(trainer.state.fn)]
-        total = sum(batches)
-        done = int(sum(batches[:dataloader_idx])) + batch_idx + 1
+        total, done = sum(batches), int(sum(batches[:dataloader_idx])) + batch_idx + 1
         self._count(done, int(total) if math.isfinite(total) else None)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
