@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from project.artifacts.checkpoint import epochs_of, seed_of, split_settings
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError, ProjectError
+from project.errors import CheckpointError, ConfigError, ProjectError, nearest
 from project.explain import explain
 from project.kept import PARTS
 from project.reading import hyper_parameters, read_checkpoint
@@ -107,6 +107,8 @@ class CheckpointCLI(LightningCLI):
         return str(parser.instantiate_classes(only).data.name)
 
     def _take_defaults(self, verb: str, path: str) -> None:
+        if not Path(path).expanduser().is_file() and nearest(path, WORDS):
+            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {nearest(path, WORDS)}")
         self._checkpoint = read_checkpoint(path)
         arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
         defaults = {f"model.{key}": value for key, value in arguments.items()}

@@ -27,7 +27,7 @@ from project.callbacks.checkpoints import Best, Last
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.interruption import Interruption
-from project.callbacks.report import Report
+from project.callbacks.report import Report, evaluated
 from project.checkpoint_cli import CheckpointCLI, without_checkpoint
 from project.classifier import SGD, ImageClassifier
 from project.components import describe
@@ -188,7 +188,19 @@ class TransferCLI(CheckpointCLI):
         """Never unpickle a checkpoint."""
         if subcommand in ("check", "demo"):
             return super()._prepare_subcommand_kwargs(subcommand)
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        given = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        self._tells = given.get("verbose", False)
+        return given | ({"verbose": False} if self._tells else {})  # told here, in fewer digits and with an interval
+
+    def after_validate(self) -> None:
+        """Print the result."""
+        if self._tells:
+            evaluated(self.trainer, self.model, "val")
+
+    def after_test(self) -> None:
+        """Print the result."""
+        if self._tells:
+            evaluated(self.trainer, self.model, "test")
 
     def after_fit(self) -> None:
         """Print the result."""

@@ -155,13 +155,7 @@ class Dashboard(pl.Callback):
         self._hook = pl_module.head.register_forward_pre_hook(lambda _, given: collector.features(given[0]))
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         if self._collector is not None and isinstance(outputs, Step):
             self._collector.batch(outputs.probabilities)

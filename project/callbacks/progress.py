@@ -81,17 +81,9 @@ class Progress(ProgressBar):
         self._say_epoch(trainer, trainer.current_epoch, ends=True)
         self._hide()
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
         if trainer.state.fn != "fit":
-            self._count_evaluated(trainer.num_val_batches, batch_idx, dataloader_idx)
+            self._count_evaluated(trainer.num_val_batches, *given[3:])
         elif not trainer.sanity_checking:
             self._validated += 1
             self._count_batches(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)

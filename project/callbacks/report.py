@@ -18,6 +18,8 @@ from project.classifier import ImageClassifier
 from project.intervals import wilson
 from project.terminal import say, say_rows
 
+LISTED = 25  # classes whose own recall is printed
+
 
 class Report(pl.Callback):
     """Says what trains and what is frozen when a fit begins, and what came of it at the end.
@@ -77,6 +79,32 @@ class Report(pl.Callback):
             say(reload)  # on one line however narrow the terminal, to be copied
 
 
+def evaluated(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
+    """Print what an evaluation came to.
+
+    Args:
+        trainer: What has evaluated.
+        model: What was evaluated.
+        stage: ``val`` or ``test``.
+    """
+    counts = model.tally(stage).counts
+    images = 0 if counts is None or counts.calibration is None else int(counts.calibration[:, 0].sum())
+    rows: dict[str, str] = {}
+    for name, value in trainer.callback_metrics.items():
+        classes = name.startswith(f"{stage}/") and "_of/" in name
+        if not classes or (name.startswith(f"{stage}/recall_of/") and len(model.classes) <= LISTED):
+            rows[name] = f"{float(value):.4f}"
+    accuracy = f"{stage}/accuracy"
+    if accuracy in rows and images:
+        rows[accuracy] += _interval(float(trainer.callback_metrics[accuracy]), images)
+    say_rows("Result", rows)
+
+
+def _interval(accuracy: float, images: int) -> str:
+    low, high = wilson(accuracy * images, images)
+    return f", 95 % interval {low:.3f} to {high:.3f} of {images:,} images"
+
+
 def _best(saved: ModelCheckpoint) -> dict[str, str]:
     """What the best epoch came to."""
     if saved.best_model_score is None:
@@ -86,8 +114,7 @@ def _best(saved: ModelCheckpoint) -> dict[str, str]:
     measured = saved.measured if isinstance(saved, Best) else None
     if measured is not None and measured.epoch is not None:
         if measured.images:
-            low, high = wilson(score * measured.images, measured.images)
-            rows[f"best {saved.monitor}"] += f", 95 % interval {low:.3f} to {high:.3f} of {measured.images:,} images"
+            rows[f"best {saved.monitor}"] += _interval(score, measured.images)
         more = {name: measured.metrics[name] for name in ("val/f1", "val/ece", "val/loss") if name in measured.metrics}
         rows["in epoch"] = ", ".join([str(measured.epoch + 1), *(f"{name} {more[name]:.4f}" for name in more)])
     return rows

@@ -30,6 +30,8 @@ def test_notebook_runs(path: Path, workplace: Path) -> None:
         assert not cell.get("outputs") and not cell.get("execution_count"), "notebooks are kept without outputs"
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": workplace}})
     client.execute()
+    streams = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
+    assert "Warning" not in "".join(streams)
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
