@@ -18,6 +18,7 @@ from project.callbacks import drawings, loggers
 from project.callbacks.loggers import Points
 from project.callbacks.painter import Painter
 from project.callbacks.thumbnails import Thumbnails
+from project.counts import Each
 from project.data.samples import Sample, Source
 from project.outcome import Collector, Outcome
 from tests.conftest import COLOURS, SMALL, scalars
@@ -47,8 +48,9 @@ def outcome(classes: int, images: int, points: int = 0, width: int = 64) -> Outc
     collector = Collector(images, points, classes)
     collector.features(torch.rand(images, width, generator=generator))
     probabilities = torch.rand(images, classes, generator=generator).softmax(1)
-    collector.batch(probabilities, torch.randint(0, classes, (images,), generator=generator))
-    return collector.outcome()
+    collector.batch(probabilities)
+    labels = torch.randint(0, classes, (images,), generator=generator)
+    return collector.outcome(Each(*probabilities.max(1), labels))
 
 
 class Noise(Source):
