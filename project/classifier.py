@@ -200,6 +200,11 @@ class ImageClassifier(Kept):
         # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
         # and the progress bar looks in the first process alone, which then waits for the others for ever.
         values = self.tally(stage).take(self.device)
+        if stage == "train" and not values["train/loss"].isfinite():
+            raise ConfigError(
+                f"The training loss is no number any more in epoch {self.current_epoch + 1}: the fit has diverged.\n"
+                "Lower the learning rate (model.optimizer.lr). The checkpoints of the epochs before are whole."
+            )
         shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
         self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
         self.log_dict(values)

@@ -63,7 +63,7 @@ class Counts:
         self._parts, count = [], self._classes
         real = self.each.labels != IGNORED
         sure, predicted, labels = (values[real] for values in self.each)
-        sure = sure.double()
+        sure = sure.double().nan_to_num(0.0)  # of a network that has diverged
         right = predicted == labels
         if count <= MOST_CLASSES:
             confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)

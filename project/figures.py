@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def short(name: str, most: int = 20) -> str:
 def told_apart(names: Sequence[str], most: int) -> list[str]:
     """Classes' names in one line of so many characters each; those that would look the same show where they differ."""
     shortened = [short(name, most) for name in names]
-    for alike in {label for label in shortened if shortened.count(label) > 1}:
+    for alike in [label for label, times in Counter(shortened).items() if times > 1]:
         at = [place for place, label in enumerate(shortened) if label == alike]
         group = [names[place] for place in at]
         before = _alike(group)
@@ -122,8 +123,8 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     size = (4.5 * font / 7) ** 2
     for name, marker, colour in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
         axes.scatter(scores[name][order], lines, s=size, marker=marker, color=colour, label=name, alpha=0.85)
-    names = told_apart(classes, 28)
-    axes.set_yticks(lines, [f"{names[at]} ({images[at]:,})" for at in order], fontsize=font)
+    names = told_apart([classes[at] for at in order], 28)
+    axes.set_yticks(lines, [f"{name} ({images[at]:,})" for name, at in zip(names, order, strict=True)], fontsize=font)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(order) - 0.4, -0.6))
     which = "" if len(order) == len(classes) else f", the {len(order)} of {len(classes)} with the lowest F1"
     axes.set_title(f"Each class (images){which}", fontsize=10, loc="left")
@@ -141,6 +142,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    confidence = np.nan_to_num(confidence)  # of a network that has diverged
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(which, minlength=BINS)
     filled = np.maximum(count, 1)

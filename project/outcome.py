@@ -50,6 +50,13 @@ class Outcome:
         """Images by class, the rows, and by the class that they got, int64 ``(C, C)``."""
         return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
 
+    def by_class(self, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many images of each class got it, how many have it, and how many got it: int64 ``(C,)`` each."""
+        hits, had, got = (
+            torch.bincount(each, minlength=classes) for each in (self.labels[self.correct], self.labels, self.predicted)
+        )
+        return hits, had, got
+
     def mistakes(self, most: int) -> torch.Tensor:
         """Which images got another class with the greatest confidence, int64 ``(<= most,)``."""
         wrong = (~self.correct).nonzero().squeeze(1)

@@ -14,12 +14,17 @@ import numpy as np
 import yaml
 
 from project.artifacts.limits import limits
-from project.artifacts.scores import Scores
+from project.artifacts.scores import Scores, images_of
 from project.intervals import Interval, bootstrap_f1, wilson
 
 FOLD = 50  # classes; of more, a table shows some
 WORST, BEST = 20, 5
 
+#: How intervals were had, with their sources.
+SOURCES = {
+    "Wilson": "Wilson's score interval (1927) of a share",
+    "bootstrap": "percentiles of a bootstrap of 1,000 draws over images (Efron 1979) of F1",
+}
 #: What a metric is called by people, in their order, and by Hugging Face where it has a name for it.
 NAMES = {
     "val/accuracy": ("Accuracy", "accuracy"),
@@ -40,7 +45,8 @@ class Facts:
         classes: Their names.
         counts: Images of each class, by split.
         about: Tables by their heading, each from a word to a value: data, backbone, training, versions.
-        scores: What was measured; ``None`` without validation.
+        scores: What was measured; ``None`` where nothing was.
+        validates: Whether there was to be a validation.
         epochs: How many there were to choose the best one from.
         known: What is known of the data besides, a sentence each.
         base_model: Hugging Face's name of the backbone's weights, where they came from there.
@@ -59,6 +65,7 @@ class Facts:
     base_model: str | None = None
     tags: Sequence[str] = field(default=("image-classification", "transfer-learning", "pytorch-lightning"))
     checkpoint: str = "checkpoints/best.ckpt"
+    validates: bool = True
 
 
 def card(facts: Facts) -> str:
@@ -122,17 +129,19 @@ def metadata(facts: Facts) -> dict[str, object]:
 def _scores(facts: Facts) -> list[str]:
     scores = facts.scores
     if scores is None:
-        return ["## Metrics\n", "None: this fit had no validation.\n"]
+        why = "it ended before its first validation was over" if facts.validates else "this fit had no validation"
+        return ["## Metrics\n", f"None: {why}.\n"]
     rows = []
     for key, (name, _) in NAMES.items():
         if key in scores.metrics:
             interval, how = interval_of(key, scores)
             rows.append((name, f"{scores.metrics[key]:.4f}", span(interval), how))
-    count = f"{scores.images:,} validation images" if scores.images else "the validation images"
+    count = images_of(scores.images, "validation ") if scores.images else "the validation images"
+    hows = list(dict.fromkeys(how for *_, how in rows if how))
+    told = f" Intervals are of 95 %: {', '.join(SOURCES[how] for how in hows)}." if hows else ""
     return [
         "## Metrics\n",
-        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}. Intervals are of 95 %: "
-        "Wilson's score interval (1927) of a share, percentiles of a bootstrap over images (Efron 1979) of F1.\n",
+        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}.{told}\n",
         table(("metric", "value", "95 % interval", "how"), rows),
         *_calibration(scores),
         *_per_class(facts, scores),
@@ -145,7 +154,9 @@ def interval_of(key: str, scores: Scores) -> tuple[Interval | None, str]:
     if key in ("val/accuracy", "val/top5") and scores.images:
         return wilson(value * scores.images, scores.images), "Wilson"
     if key == "val/f1" and square and scores.confusion is not None:
-        return bootstrap_f1(scores.confusion), "bootstrap, 1,000 draws"
+        right = int(np.trace(scores.confusion))
+        if 0 < right < scores.confusion.sum():  # drawn from all right or all wrong, nothing would ever vary
+            return bootstrap_f1(scores.confusion), "bootstrap"
     return None, ""
 
 
@@ -221,8 +232,8 @@ def span(interval: Interval | None) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line, whatever somebody has called a folder."""
-    line = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", line)
+    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", line)
 
 
 def code(text: str) -> str:

@@ -67,7 +67,8 @@ class Gallery:
         supply: RowSupply | None = None,
     ) -> None:
         if data.source is None or not data.splits.get(split):
-            raise DataError(f"The data has no images in {split}.")
+            there = [name for name, samples in data.splits.items() if samples]
+            raise DataError(f"The data has no images in {split!r}, but in {', '.join(there) or 'no split at all'}.")
         if list(data.source.classes) != classifier.classes_:
             raise DataError(f"The classes of {data.name} are not the model's.")
         self.source: Source = data.source
@@ -93,7 +94,14 @@ class Gallery:
         Args:
             features: Of the others, ``(M, D)``: what :meth:`~project.artifacts.load.Classifier.features` gives.
             count: How many for each.
+
+        Raises:
+            ValueError: They are not of that shape, or the count is less than 1.
         """
+        if features.ndim != 2 or features.shape[1] != self.features.shape[1] or count < 1:
+            raise ValueError(
+                f"Give features (M, {self.features.shape[1]}), not {features.shape}, and a count from 1 on."
+            )
         cosines = _unit(features - self._mean) @ self._directions.T
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
         return [

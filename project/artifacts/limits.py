@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from project.artifacts.scores import Scores
+from project.artifacts.scores import Scores, images_of
 from project.intervals import wilson
 
 FEW = 10  # validation images of a class, of which nobody can tell much
@@ -30,7 +30,7 @@ def limits(
         if epochs > 1:
             found.append(
                 f"The validation images chose the best of {epochs} epochs, so their figures are optimistic. Those of "
-                "images that had no part in it are had with python -m project test."
+                "images that had no part in it are had with python -m project test, where some are held out for it."
             )
         found += [*_width(scores), *_per_class(scores, classes), *_confused(scores, classes), *_certainty(scores)]
     train = counts["train"]
@@ -47,9 +47,8 @@ def _width(scores: Scores) -> list[str]:
     if not scores.images or "val/accuracy" not in scores.metrics:
         return []
     low, high = wilson(scores.metrics["val/accuracy"] * scores.images, scores.images)
-    return [
-        f"{scores.images:,} validation images leave the accuracy open between {100 * low:.1f} % and {100 * high:.1f} %."
-    ]
+    images = images_of(scores.images, "validation ")
+    return [f"From {images}, the accuracy may be from {100 * low:.1f} % to {100 * high:.1f} %."]
 
 
 def _per_class(scores: Scores, classes: Sequence[str]) -> list[str]:
@@ -79,7 +78,7 @@ def _confused(scores: Scores, classes: Sequence[str]) -> list[str]:
     wrong = scores.confusion - np.diag(np.diagonal(scores.confusion))
     worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN]
     pairs = [(*divmod(int(at), len(classes)), int(wrong.flat[at])) for at in worst if wrong.flat[at]]
-    named = ", ".join(f"{classes[true]} for {classes[told]} ({times} times)" for true, told, times in pairs)
+    named = ", ".join(f"{classes[true]} for {classes[told]} ({images_of(times)})" for true, told, times in pairs)
     return [f"Mistaken most often: {named}."] if pairs else []
 
 

@@ -68,7 +68,10 @@ class Classifier:
         Raises:
             ModelError: The network pools no maps, as a vision transformer does not.
             DataError: There is no class of that name.
+            TypeError: There is not one class for each image.
         """
+        if classes is not None and (isinstance(classes, str) or len(classes) != len(images)):
+            raise TypeError("Give a class for each image, by its name: a list as long as that of the images.")
         size, backbone, found = self.model.backbone.preprocessing.crop, self.model.backbone, []
         wanted = iter(() if classes is None else self._indices(classes))
         for batch in self._batches(images):
@@ -87,7 +90,8 @@ class Classifier:
         return [self.classes_.index(name) for name in classes]
 
     def _batches(self, images: Images) -> Iterator[torch.Tensor]:
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() != 4):
+        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
+        if single or (isinstance(images, torch.Tensor) and images.dim() != 4):
             raise TypeError("Give several images: a list of paths or PIL images, or a tensor (B, 3, H, W).")
         if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
             raise TypeError(f"A tensor of images has to be uint8, not {images.dtype}.")

@@ -94,6 +94,7 @@ def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, 
         epochs=trainer.current_epoch,
         known=known,
         base_model=module.origin.repository,
+        validates=best is not None,
         checkpoint=f"checkpoints/{'last' if measured is None else 'best'}.ckpt",
     )
 
@@ -143,7 +144,7 @@ def _about_backbone(module: ImageClassifier, checked: str) -> dict[str, str]:
         "SHA-256 of all of it": code(backbone.sha256),
         "frozen stages": ", ".join(backbone.frozen_names) or "none",
         f"SHA-256 of these, taken {checked}": code(backbone.frozen_sha256),
-        "input": f"the middle {image.crop} x {image.crop} pixels, resized to {image.resize} ({image.interpolation})",
+        "input": f"resized to {image.resize} ({image.interpolation}), of that the middle {image.crop} x {image.crop}",
     }
 
 

@@ -34,3 +34,8 @@ class Scores:
         if self.confusion.shape[0] == self.confusion.shape[1]:
             return np.diagonal(self.confusion), self.confusion.sum(1)
         return self.confusion[:, 1], self.confusion[:, 0]
+
+
+def images_of(count: int, kind: str = "") -> str:
+    """A number of images in words."""
+    return f"{count:,} {kind}image{'' if count == 1 else 's'}"

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.atomic import replacing
 from project.classifier import ImageClassifier
+from project.counts import BINS
 from project.errors import CheckpointError
 from project.reading import read_checkpoint
 from project.terminal import say
@@ -27,7 +28,7 @@ class Measured:
         epoch: Which one, from 0; ``None`` of one before this fit, of which the score alone is known.
         metrics: By name, those of validation.
         images: How many were validated; 0 where that is not known.
-        confusion: See :class:`~project.counts.Counts`; ``None`` of an epoch of a fit that this one went on from.
+        confusion: See :class:`~project.counts.Counts`; ``None`` where it is not known.
         calibration: The same.
     """
 
@@ -61,7 +62,7 @@ class Best(ModelCheckpoint):
             self.measured = _measured(trainer, pl_module)
         of = self.measured
         if of is not None and of.epoch is not None:
-            checkpoint[KEY] = {"epoch": of.epoch, "metrics": dict(of.metrics), "images": of.images}
+            checkpoint[KEY] = {**vars(of), "metrics": dict(of.metrics)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -80,7 +81,7 @@ class Best(ModelCheckpoint):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
             self._before = path, score
-            self._measured_before = _kept(best.get(KEY))
+            self._measured_before = _kept(best.get(KEY), len(best["transfer"]["classes"]))
         else:
             say(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
 
@@ -109,10 +110,11 @@ def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> Measured:
     if counts is None or counts.calibration is None:
         return Measured(trainer.current_epoch, metrics)
     images = int(counts.calibration[:, 0].sum())
-    return Measured(trainer.current_epoch, metrics, images, counts.confusion, counts.calibration)
+    confusion = None if counts.confusion is None else counts.confusion.int()  # in half the bytes: it is saved
+    return Measured(trainer.current_epoch, metrics, images, confusion, counts.calibration)
 
 
-def _kept(found: Any) -> Measured | None:
+def _kept(found: Any, classes: int) -> Measured | None:
     """What a checkpoint says of the best epoch; nothing where that is not of its form: no fit depends on it."""
     if not isinstance(found, dict):
         return None
@@ -121,7 +123,15 @@ def _kept(found: Any) -> Measured | None:
         return None
     if not all(type(name) is str and type(value) is float for name, value in metrics.items()):
         return None
+    confusion, calibration = (found.get(key) for key in ("confusion", "calibration"))
+    if _is_table(confusion, (classes, classes), (classes, 2)) and _is_table(calibration, (BINS, 3)):
+        return Measured(epoch, metrics, images, confusion, calibration)
     return Measured(epoch, metrics, images)
+
+
+def _is_table(found: Any, *shapes: tuple[int, int]) -> bool:
+    """Whether something is counts, of one of some shapes."""
+    return isinstance(found, torch.Tensor) and tuple(found.shape) in shapes and bool((found >= 0).all())
 
 
 class Last(ModelCheckpoint):

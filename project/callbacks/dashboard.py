@@ -18,6 +18,7 @@ from project.errors import ConfigError
 from project.features.ranks import Ranks
 from project.machine import peak_memory
 from project.outcome import Collector, Outcome, merged
+from project.signals import Interrupted
 
 #: Which numbers share a chart, as regular expressions of their names, by group and title.
 CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -44,6 +45,8 @@ COMPARED = ("accuracy", "f1", "loss", "ece")
 
 class Dashboard(pl.Callback):
     """Logs throughput, memory, texts and the result, and draws figures of the best epoch so far: what best.ckpt does.
+
+    Of a fit that was resumed and has not been better since, they are where they were drawn, in the earlier run.
 
     Figures are drawn when a fit ends. Before that, whenever validation accuracy has improved, provided that all drawing
     takes less than 5 % of the fit's time and half as many epochs again are over as the last time: a fit of seconds
@@ -83,7 +86,6 @@ class Dashboard(pl.Callback):
         self._collector: Collector | None = None
         self._hook: Any = None
         self._overall: dict[str, Any] = {"score": -math.inf, "values": {}}
-        self._score = -math.inf
         self._best: tuple[Outcome, int] | None = None
         self._drawn = True
 
@@ -148,7 +150,7 @@ class Dashboard(pl.Callback):
         if not self._logs or not self._figures or trainer.sanity_checking:
             return
         assert isinstance(pl_module, ImageClassifier)
-        expected = len(trainer.datamodule.order("val")) if validates(trainer) else None  # type: ignore[attr-defined]
+        expected = _expected(trainer)
         ranks, classes = Ranks(), len(pl_module.classes)
         collector = self._collector = Collector(expected, self._points, classes, ranks.rank, ranks.size)
         # What the head is given: features are there already, whatever of the backbone trains, stored or live.
@@ -163,10 +165,8 @@ class Dashboard(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         collector = self._unhook()
         score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
-        if self._logs and not trainer.sanity_checking and score > self._score:  # the same in all processes
-            self._score = score
-            if score > self._overall["score"]:
-                self._overall = {"score": score, "values": _compared(trainer, "best")}
+        if self._logs and not trainer.sanity_checking and score > self._overall["score"]:  # the same in all processes
+            self._overall = {"score": score, "values": _compared(trainer, "best")}
             if collector is not None:
                 assert isinstance(pl_module, ImageClassifier)
                 counts = pl_module.tally("val").counts
@@ -180,35 +180,41 @@ class Dashboard(pl.Callback):
         self._mark = time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._painter is None:
+            return
+        if self._best is not None:
+            if not self._drawn:
+                self._painter.outcome(*self._best, trainer.current_epoch)
+            self._painter.points(*self._best)
+        self._log_result(trainer, pl_module)
+        self._best = None  # its tensors
+
+    def _log_result(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         painter = self._painter
         if painter is None:
             return
-        assert isinstance(pl_module, ImageClassifier)
-        if self._best is not None:
-            if not self._drawn:
-                painter.outcome(*self._best, trainer.current_epoch)
-            painter.points(*self._best)
-        if self._overall["values"]:
-            with painter.attempt("result"):
-                result = {**self._overall["values"], **_compared(trainer, "last")}
-                result["result/images_per_second"] = self.images_per_second
-                result["result/seconds"] = time.perf_counter() - self._began
-                made_with = parameters(trainer, pl_module)
-                for logger in trainer.loggers:
-                    loggers.result(logger, made_with, result, trainer.global_step)
-        self._best = None  # its tensors
+        assert isinstance(module, ImageClassifier)
+        with painter.attempt("result"):
+            result = {**self._overall["values"], **_compared(trainer, "last")}
+            result["result/images_per_second"] = self.images_per_second
+            result["result/seconds"] = time.perf_counter() - self._began
+            made_with = parameters(trainer, module)
+            for logger in trainer.loggers:
+                loggers.result(logger, made_with, result, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics of the best epoch, which may be one before a fit was resumed."""
         return self._overall
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them; figures are of this fit's own epochs, as it has a folder of its own."""
+        """Go on from them: no epoch is drawn that is not better."""
         values = {str(name): float(value) for name, value in state_dict["values"].items()}
         self._before = {"score": float(state_dict["score"]), "values": values}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._unhook()
+        if isinstance(exception, Interrupted) and trainer.state.fn == "fit":  # figures would take of the time to leave
+            self._log_result(trainer, pl_module)
 
     def _unhook(self) -> Collector | None:
         """The collector, which gets nothing more."""
@@ -218,7 +224,18 @@ class Dashboard(pl.Callback):
         return collector
 
 
+def _expected(trainer: pl.Trainer) -> int | None:
+    """How many images of this process are validated, padding included; ``None`` where nobody knows."""
+    if not validates(trainer):
+        return None
+    every: int = len(trainer.datamodule.order("val"))  # type: ignore[attr-defined]
+    batches, size = sum(trainer.num_val_batches), getattr(trainer.val_dataloaders, "batch_size", None)
+    return min(every, int(batches) * size) if size and math.isfinite(batches) else every
+
+
 def _compared(trainer: pl.Trainer, when: str) -> dict[str, float]:
-    """The present values of the metrics that runs are compared by; of a validation that had no image, none."""
+    """The present values of the metrics that runs are compared by; those that there are."""
     values = {name: float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in COMPARED}
+    if when == "last":  # that of an epoch is not known yet when it is validated
+        values["train_loss"] = float(trainer.callback_metrics.get("train/loss", math.nan))
     return {f"result/{when}_{name}": value for name, value in values.items() if math.isfinite(value)}

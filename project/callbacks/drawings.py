@@ -17,6 +17,7 @@ from project.outcome import Outcome
 
 GRID = 18  # images in a grid
 SIDE = 96  # of an image in it, in pixels
+MATRIX = 300  # classes; of more, the confusions would take seconds to draw, and nobody could read them
 CURVES = 25  # classes that have a precision-recall curve: the most frequent ones
 INPUTS = 12  # training images that are shown as the model sees them
 DIMENSIONS = 32  # principal components that are kept of features
@@ -34,24 +35,31 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
         classes: Names of the C classes.
         thumbnails: Of the split; without them there are no grids of images.
     """
-    counts = outcome.counts(len(classes))
-    scored = scores(counts.diagonal(), counts.sum(1), counts.sum(0))
-    by_class = {name: values.numpy() for name, values in scored.items()}
-    matrix = counts.numpy()
-    pictures: Pictures = {
-        "val/confusion_shares": lambda: figures.picture(figures.confusion(matrix, classes, normalised=True)),
-        "val/confusion_counts": lambda: figures.picture(figures.confusion(matrix, classes)),
-        "val/each_class": lambda: figures.picture(figures.per_class(by_class, matrix.sum(1), classes)),
+    hits, had, got = outcome.by_class(len(classes))
+    by_class = {name: values.numpy() for name, values in scores(hits, had, got).items()}
+    pictures: Pictures = {}
+    if len(classes) <= MATRIX:
+        matrix = outcome.counts(len(classes)).numpy()
+        pictures = {
+            "val/confusion_shares": lambda: figures.picture(figures.confusion(matrix, classes, normalised=True)),
+            "val/confusion_counts": lambda: figures.picture(figures.confusion(matrix, classes)),
+        }
+    pictures |= {
+        "val/each_class": lambda: figures.picture(figures.per_class(by_class, had.numpy(), classes)),
         "val/reliability": lambda: figures.picture(
             figures.reliability(outcome.confidence.numpy(), outcome.correct.numpy())
         ),
     }
-    wrong = outcome.mistakes(GRID)
+    wrong, mistakes = outcome.mistakes(GRID), int((~outcome.correct).sum())
     if thumbnails is not None:
         read = thumbnails
         if len(wrong):
             pictures["val/mistakes_most_confident"] = lambda: _grid(
-                outcome, wrong, classes, read, f"Mistakes made with the greatest confidence ({len(wrong)})"
+                outcome,
+                wrong,
+                classes,
+                read,
+                f"The {len(wrong)} of {mistakes} mistakes made with the greatest confidence",
             )
         pictures["val/least_confident"] = lambda: _grid(
             outcome, outcome.doubtful(GRID), classes, read, "Images of the least confidence, right or wrong"

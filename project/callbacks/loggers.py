@@ -1,13 +1,14 @@
 """What each of Lightning's loggers can take besides numbers.
 
-TensorBoard takes all of it. W&B and MLflow take pictures, texts and the result; CSV's folder gets pictures and texts as
-files. A logger that is not known here gets the result as numbers, as it gets all metrics from Lightning. Another one is
-taught in one place: a function registered for its class.
+TensorBoard takes all of it. W&B and MLflow take pictures and texts; CSV's folder gets them as files. All others get the
+result as numbers, as they get all metrics from Lightning. Another logger is taught in one place: a function registered
+for its class.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -27,6 +28,8 @@ Parameters = Mapping[str, float | int | str | bool]
 def log_text(trainer: pl.Trainer, name: str, markdown: str) -> None:
     """Log a text to all loggers that take one; from the first process alone.
 
+    One that cannot be logged is told as a warning: a fit does not end for it.
+
     Args:
         trainer: Whose loggers.
         name: Of the text, such as model_card.
@@ -34,7 +37,13 @@ def log_text(trainer: pl.Trainer, name: str, markdown: str) -> None:
     """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            text(logger, name, markdown, trainer.global_step)
+            try:
+                text(logger, name, markdown, trainer.global_step)
+            except Exception as error:  # of a full disk, a lost connection, or whatever a logger may meet
+                warnings.warn(
+                    f"{type(logger).__name__} lacks {name}, which could not be logged: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
 
 
 @singledispatch
@@ -148,7 +157,7 @@ def _(logger: TensorBoardLogger, name: str, those: Points, step: int) -> None:
 
 @text.register
 def _(logger: CSVLogger, name: str, markdown: str, step: int) -> None:
-    _beside(logger, f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
+    _beside(logger, f"texts/{name}.md").write_text(markdown + "\n", encoding="utf-8")
 
 
 @image.register

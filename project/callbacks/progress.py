@@ -95,7 +95,8 @@ class Progress(ProgressBar):
         if not self._enabled or epochs is None or not math.isfinite(training):
             return
         each = int(training) + validation
-        self._count(trainer.current_epoch * each + trained + self._validated, epochs * each)
+        validated = self._validated // (trainer.check_val_every_n_epoch or 1)  # as of an average epoch
+        self._count(trainer.current_epoch * each + trained + validated, epochs * each)
 
     def _name_epoch(self, trainer: pl.Trainer) -> None:
         if self._bar is not None:
@@ -112,7 +113,9 @@ class Progress(ProgressBar):
         step = math.ceil(epochs / MOST_LINES) if epochs else max(1, int(done * GROWTH) - done)
         self._next_line = (done // step + 1) * step
         left = f"; {clock(self._pace.left)} left" if epochs and not ends else ""
-        say(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(_metrics(trainer))}{left}")
+        # What an earlier epoch's validation came to is no news of this one.
+        told = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith("val/")]
+        say(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(told)}{left}")
 
     # --- the other verbs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from project.data.samples import SPLITS, Finding, Sample, some
-from project.data.sources import Files, class_findings, similar_names
+from project.data.sources import Files, class_findings, name_findings
 from project.errors import DataError
 
 
@@ -59,7 +59,7 @@ class Manifest(Files):
             splits.setdefault(split, []).append(Sample(name, index[label], group))
         self.splits = splits
         listed = class_findings(f"data.root: {file}", self.classes, splits)
-        self.findings = (*findings, *listed, *similar_names(self.classes), *_parted_groups(splits))
+        self.findings = (*findings, *listed, *name_findings(self.classes), *_parted_groups(splits))
 
 
 def _parted_groups(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:

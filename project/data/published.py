@@ -14,7 +14,7 @@ from torchvision.datasets import VisionDataset
 
 from project.data.images import read_bytes, stamp
 from project.data.samples import SPLITS, Finding, Sample, some
-from project.data.sources import Encoded, class_findings, similar_names
+from project.data.sources import Encoded, class_findings, name_findings
 from project.data.vision import class_name, open_splits, read_item, what_is_kept
 from project.errors import DataError, nearest
 
@@ -41,7 +41,7 @@ class Published(Encoded):
             if count
         ]
         listed = class_findings(f"data.source: {self.name}", self.classes, self.splits)
-        self.findings = (*self.findings, *unlabelled, *listed, *similar_names(self.classes))
+        self.findings = (*self.findings, *unlabelled, *listed, *name_findings(self.classes))
 
 
 class Torchvision(Published):

@@ -12,7 +12,7 @@ import numpy as np
 
 from project.data.remote import Part, Parts, expand
 from project.data.samples import Finding, Sample, some
-from project.data.sources import Files, class_findings, similar_names
+from project.data.sources import Files, class_findings, name_findings
 from project.data.tars import ROW, Contents, Indexer
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
@@ -105,7 +105,7 @@ class Shards(Files):
             *_findings(left_out, unknown, self.classes),
             *_mixed(self.classes),
             *class_findings("data.source", self.classes, splits),
-            *similar_names(self.classes),
+            *name_findings(self.classes),
         )
 
     def content(self, sample: Sample) -> bytes:

@@ -80,7 +80,7 @@ class Folder(Files):
             findings += _class_findings(places, listings)
         self.findings = (
             *findings,
-            *similar_names(self.classes),
+            *name_findings(self.classes),
             *_file_findings(top, listings),
             *_left_out(top, list(places.values())),
         )
@@ -191,8 +191,12 @@ def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequ
             yield Finding("problem", "class in one split", text)
 
 
-def similar_names(classes: Iterable[str]) -> Iterator[Finding]:
-    """Classes whose names differ by case, spaces, hyphens or underscores alone."""
+def name_findings(classes: Iterable[str]) -> Iterator[Finding]:
+    """Classes whose names are no text, or differ by case, spaces, hyphens or underscores alone."""
+    for name in classes:
+        if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
+            text = f"The class {name!r} has a name that is no UTF-8 text. Rename its folder, or its label."
+            yield Finding("refused", "class name", text)
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike["".join(re.sub(r"(?<=\w)[-_]", " ", name.casefold()).split())].append(name)

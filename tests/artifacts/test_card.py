@@ -70,7 +70,11 @@ def test_of_many_classes_it_shows_the_worst_and_some_of_the_best(tmp_path: Path)
 
 def test_limits_are_the_measured_ones() -> None:
     text = card(_facts(3, images=4))
-    for words in ("chose the best of 10 epochs", "12 validation images leave", "Fewer than 10 validation images of"):
+    for words in (
+        "chose the best of 10 epochs",
+        "From 12 validation images, the accuracy may be from",
+        "Fewer than 10 validation images of",
+    ):
         assert words in text, words
     assert "more certain than they should be: 97.0 %" in text
     assert "uneven" not in text and "uneven" in card(_facts(40))
@@ -79,4 +83,25 @@ def test_limits_are_the_measured_ones() -> None:
 def test_what_is_not_known_is_left_out() -> None:
     text = card(dataclasses.replace(_facts(3), scores=Scores(3, {"val/accuracy": 0.5}, 20)))
     assert "0.299 to 0.701" in text and "Each class" not in text and "Calibration" not in text
-    assert "no validation" in card(dataclasses.replace(_facts(3), scores=None))
+    assert "None: this fit had no validation" in card(dataclasses.replace(_facts(3), scores=None, validates=False))
+
+
+def test_nothing_is_said_to_be_certain_that_was_seen_a_few_times() -> None:
+    facts = _facts(2)
+    assert facts.scores is not None
+    right = dataclasses.replace(facts.scores, confusion=np.diag([10, 10]), images=20)
+    text = card(dataclasses.replace(facts, scores=right))
+    assert "bootstrap" not in text and "1.000 to 1.000" not in text
+    assert "bootstrap" in card(facts)
+
+
+def test_one_image_is_one() -> None:
+    facts = _facts(2)
+    assert facts.scores is not None
+    scores = dataclasses.replace(facts.scores, images=1, confusion=None, calibration=None)
+    text = card(dataclasses.replace(facts, scores=scores))
+    assert "1 validation image." in text and "1 validation images" not in text
+
+
+def test_what_a_terminal_would_take_for_a_command_is_no_part_of_it() -> None:
+    assert plain("a\x1b[31mred $x$") == r"a \[31mred \$x\$"

@@ -62,7 +62,16 @@ def test_weights_given_by_a_relative_path_are_found_from_anywhere(
     assert load(path, weights=str(here / "moved.pth")).classes_ == ["blue", "green", "red"]
 
 
-@pytest.mark.parametrize("images", ["a.jpg", Path("a.jpg"), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize("classes", [["red"], [], ["red"] * 3, "red"])
+def test_heat_maps_want_a_class_for_each_image(classes: object, trained: Path, photos: Path) -> None:
+    images = [photos / "val/red/0.png", photos / "val/blue/0.png"]
+    with pytest.raises(TypeError, match="a class for each image"):
+        load(trained / "checkpoints/best.ckpt").heat_map(images, classes)
+
+
+@pytest.mark.parametrize(
+    "images", ["a.jpg", Path("a.jpg"), np.zeros((8, 8, 3)), torch.zeros(3, 8, 8, dtype=torch.uint8)]
+)
 def test_one_image_alone_is_refused(images: object, trained: Path) -> None:
     with pytest.raises(TypeError, match="a list of"):
         load(trained / "checkpoints/best.ckpt").predict(images)

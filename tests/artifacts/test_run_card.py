@@ -70,7 +70,21 @@ def test_a_resumed_fit_knows_the_best_epoch_of_the_one_before(run: Path, photos:
     assert [each.metric_value for each in after.data.eval_results] == [
         each.metric_value for each in before.data.eval_results
     ]
-    assert "in the fit that this one went on from" in after.text and "of 4, on 12" in after.text
+    assert "of 4, on 12" in after.text
+    for part in ("### Calibration", "### Each class"):
+        assert after.text.partition(part)[2].split("\n##")[0] == before.text.partition(part)[2].split("\n##")[0] != ""
+
+
+HALF = {"epoch": 0, "images": 1, "metrics": {"val/accuracy": 1.0}, "calibration": torch.ones(10, 3)}
+
+
+@pytest.mark.parametrize("confusion", [torch.ones(7, 7), -torch.ones(3, 3), "many"])
+def test_counts_of_another_form_are_left_out(confusion: object, run: Path, photos: Path) -> None:
+    last, best = (run / f"checkpoints/{name}.ckpt" for name in ("last", "best"))
+    torch.save({**torch.load(best, weights_only=True), "best": {**HALF, "confusion": confusion}}, best)
+    data = ["--data.root", str(photos), "--data.num_workers", "0", "--trainer.max_epochs", "4"]
+    assert main(["fit", "--ckpt_path", str(last), *data]) == 0
+    assert "kept no figures of each class" in (run.with_name("version_1") / "model_card.md").read_text()
 
 
 @pytest.mark.parametrize("kept", [None, [], {"epoch": 0}, {"epoch": 0, "images": 1, "metrics": {"val/f1": "much"}}])
@@ -91,3 +105,9 @@ def test_an_interrupted_fit_has_its_card(here: Path, photos: Path, weights: Path
     text = (here / "runs/photos/version_0/model_card.md").read_text()
     assert "interrupted in epoch 3, 2 steps" in text or "interrupted in epoch 3, 3 steps" in text
     assert "taken before training" in text
+
+
+def test_a_fit_that_ended_before_its_first_validation_says_so(fit: Fit) -> None:
+    assert fit("--data.batch_size", "4", "--trainer.max_steps", "1") == 0
+    text = Path("runs/photos/version_0/model_card.md").read_text()
+    assert "None: it ended before its first validation was over." in text

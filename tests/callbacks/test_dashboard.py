@@ -1,7 +1,9 @@
 """Dashboards of real fits: the same from stored rows and live, in any logger, cheap, and never a fit's end."""
 
 import json
+import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from project.counts import Each
 from project.data.samples import Sample, Source
 from project.outcome import Collector, Outcome
 from tests.conftest import COLOURS, SMALL, scalars
+from tests.forked import start
 from tests.integration.launched import run_all
 
 Fit = Callable[..., int]
@@ -141,9 +144,10 @@ def test_an_image_that_has_gone_since_is_told_and_the_fit_goes_on(
         (album / "val/red/0.png").unlink(missing_ok=True)
 
     monkeypatch.setattr(ImageClassifier, "on_train_epoch_start", remove)
-    with pytest.warns(UserWarning, match=r"lacks .*val/red/0\.png"):
+    with pytest.warns(UserWarning, match=r"1 images that the dashboard shows are grey: .*val/red/0\.png"):
         assert fit("--data.root", str(album)) == 0
-    assert "val/confusion_counts" in tags(Path("runs/album/version_0"))["images"]
+    assert tags(Path("runs/album/version_0"))["images"] >= {"val/confusion_counts", "val/least_confident"}
+    assert len(next(Path("runs/album/version_0").glob("projector/*/metadata.tsv")).read_text().splitlines()) == 13
 
 
 def test_drawing_waits_for_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +203,10 @@ def test_a_csv_logger_has_pictures_and_texts_as_files(fit: Fit) -> None:
     folder = Path("logs/lightning_logs/version_0")
     found = {path.relative_to(folder / "figures").with_suffix("").as_posix() for path in folder.rglob("*.png")}
     assert found - {"val/mistakes_most_confident"} == PICTURES - {"val/mistakes_most_confident"}
-    assert "| blue | 8 | 4 | 4 |" in (folder / "data.md").read_text()
+    assert "| blue | 8 | 4 | 4 |" in (folder / "texts/data.md").read_text()
     assert "result/best_accuracy" in (folder / "metrics.csv").read_text().splitlines()[0]
+    assert (folder / "model_card.md").read_text().startswith("---\nlibrary_name: "), "the card itself, header and all"
+    assert (folder / "texts/model_card.md").is_file()
 
 
 class Client:
@@ -273,10 +279,54 @@ def test_two_processes_draw_once_and_of_all_images(cache: str, album: Path, weig
     assert len(next(run.glob("projector/*/metadata.tsv")).read_text().splitlines()) == 12
 
 
-def test_a_resumed_fit_draws_into_its_own_folder(run: Path, fit: Fit) -> None:
+def test_a_resumed_fit_that_is_better_draws_into_its_own_folder(fit: Fit) -> None:
+    assert fit("--model.optimizer.lr", "0") == 0
+    faster = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01", "--trainer.max_epochs", "8"]
+    assert fit("--ckpt_path", "last", *faster) == 0
+    first, second = scalars(RUN), scalars(RUN.with_name("version_1"))
+    before, after = (max(event.value for event in each.Scalars("val/accuracy")) for each in (first, second))
+    assert after > before, "or this test says nothing"
+    assert "val/reliability" in tags(RUN.with_name("version_1"))["images"]
+
+
+def test_a_resumed_fit_that_is_no_better_leaves_figures_where_they_were(run: Path, fit: Fit) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert fit("--ckpt_path", str(run / "checkpoints/last.ckpt"), "--trainer.max_epochs", "5") == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    assert "val/reliability" in tags(run.with_name("version_1"))["images"]
+    assert "val/reliability" in tags(run)["images"]
+    assert "val/reliability" not in tags(run.with_name("version_1"))["images"]
     (best,) = scalars(run.with_name("version_1")).Scalars("result/best_accuracy")
     assert best.value >= max(event.value for event in scalars(run).Scalars("val/accuracy")), "of the whole fit"
+
+
+def test_an_interrupted_fit_and_one_without_validation_have_a_result(
+    fit: Fit, here: Path, photos: Path, weights: Path
+) -> None:
+    assert fit("--trainer.limit_val_batches", "0") == 0
+    assert {"result/last_train_loss", "result/seconds"} <= tags(RUN)["scalars"]
+    flags = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "9"]
+    stopped = start(here, ["fit", *flags], {"step": 3, "number": signal.SIGTERM})
+    assert stopped.wait() == 143, stopped.said
+    assert {"result/best_accuracy", "result/seconds"} <= tags(RUN.with_name("version_1"))["scalars"]
+
+
+def test_of_a_great_many_classes_there_is_no_matrix(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(drawings.MATRIX + 1)]
+    pictures = drawings.of_outcome(outcome(len(names), 2000), names, None)
+    assert set(pictures) == {"val/each_class", "val/reliability"}
+    assert all(picture().size for picture in pictures.values())
+
+
+def test_a_text_that_cannot_be_logged_is_told_and_no_end_of_a_fit(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(loggers, "text", fails)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert fit() == 0
+    lacking = [str(each.message) for each in told if "could not be logged" in str(each.message)]
+    assert "TensorBoardLogger lacks model_card, which could not be logged: OSError: No space left on device" in lacking
+    assert (RUN / "model_card.md").is_file() and "Reload it" in capsys.readouterr().out

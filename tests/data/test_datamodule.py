@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
-from project.data.sources import Digits, Folder, similar_names
+from project.data.sources import Digits, Folder, name_findings
 from project.data.transforms import Mix, evaluation, training
 from project.errors import ConfigError, DataError
 from project.padding import IGNORED
@@ -230,4 +230,4 @@ def test_a_transform_that_fails_is_told(transform: Any) -> None:
     [(("Cat", "cat "), True), (("big cat", "big_cat"), True), (("big-cat", "bigcat"), True), (("-1", "1"), False)],
 )
 def test_names_that_differ_by_case_or_space_are_told(names: tuple[str, str], alike: bool) -> None:
-    assert bool([*similar_names(names)]) == alike
+    assert bool([*name_findings(names)]) == alike

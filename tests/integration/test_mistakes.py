@@ -315,3 +315,20 @@ def test_a_checkpoint_that_names_a_class_it_may_not(run: Path, photos: Path, ref
 def test_a_run_folder_that_cannot_be_written(fit: Fit, here: Path, refused: Callable[[int], str]) -> None:
     (here / "runs").write_text("a file where the folder should be")
     assert "runs/photos" in refused(fit())
+
+
+def test_a_fit_that_diverges_says_so_and_keeps_what_was_good(
+    fit: Callable[..., int], refused: Callable[[int], str]
+) -> None:
+    """Its metrics are no numbers, and nothing on the way stumbles over them."""
+    said = refused(fit("--model.optimizer.lr", "1e38", "--trainer.max_epochs", "4", "--data.batch_size", "8"))
+    assert "the fit has diverged" in said and "model.optimizer.lr" in said
+
+
+def test_a_class_whose_name_is_no_text_is_refused(
+    album: Path, fit: Callable[..., int], refused: Callable[[int], str]
+) -> None:
+    for split in ("train", "val", "test"):
+        (album / split / "red").rename(album / split / os.fsdecode(b"caf\xe9"))
+    said = refused(fit("--data.root", str(album)))
+    assert "no UTF-8 text. Rename its folder" in said
