@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -12,12 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError
+from project.errors import CheckpointError, ConfigError
 from project.terminal import say
 
 KEY = "resume"
@@ -83,6 +85,13 @@ class ExactResume(Callback):
                 "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
                 f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end, as best.ckpt is."
             )
+        for stopping in (each for each in callbacks if isinstance(each, EarlyStopping)):
+            state = checkpoint.get("callbacks", {}).get(stopping.state_key)
+            if state is not None and _stops(stopping, state, kept["watched"]):
+                raise ConfigError(
+                    f"EarlyStopping has ended this fit ({stopping.monitor}, patience {stopping.patience}), and would "
+                    "end it again at once.\nGive it more patience or other thresholds, or leave it out, to go on."
+                )
         self._kept = kept
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,8 +171,24 @@ def _told(batches: Mapping[str, int]) -> str:
     )
 
 
+def _stops(stopping: EarlyStopping, state: dict[str, Any], watched: Mapping[str, float] | None) -> bool:
+    """Whether what ended a fit would, as it is asked for now, have ended it as well."""
+    with _refusing_damage():
+        state["patience"] = stopping.patience  # what is asked for beats a checkpoint; Lightning has it the other way
+        value = (watched or {}).get(stopping.monitor)
+        if value is None or state["stopping_reason"] == EarlyStoppingReason.NOT_STOPPED.value:
+            return False
+        again = copy.deepcopy(stopping)
+        again.load_state_dict(state)
+        again.wait_count -= 1  # the epoch that it is asked about has been counted
+        return again._evaluate_stopping_criteria(torch.tensor(value))[0]
+
+
 def _watched(trainer: pl.Trainer) -> dict[str, float]:
+    """The last value of each metric that a scheduler or EarlyStopping goes by."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    names += [each.monitor for each in callbacks if isinstance(each, EarlyStopping)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 

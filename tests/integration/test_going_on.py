@@ -127,3 +127,43 @@ def test_averages_of_weights_are_refused(fit: Fit, refused: Callable[[int], str]
 def test_a_plateau_of_another_metric_can_be_watched(fit: Fit) -> None:
     watched = ["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "val/f1"]
     assert fit(*STORED, *watched) == 0
+
+
+def stopping(**wanted: str) -> list[str]:
+    """EarlyStopping by the validation loss, which a learning rate of nothing leaves as it is."""
+    flags = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    return [*flags, *(each for key, value in wanted.items() for each in (f"--trainer.callbacks.{key}", value))]
+
+
+@pytest.mark.parametrize(
+    ("ended", "more"),
+    [
+        ({"patience": "2"}, {"patience": "4"}),
+        ({"stopping_threshold": "1000"}, {"stopping_threshold": "0"}),
+    ],
+)
+def test_what_early_stopping_has_ended_goes_on_only_where_it_would_not_end_it_again(
+    ended: dict[str, str], more: dict[str, str], fit: Fit, refused: Callable[[int], str]
+) -> None:
+    still = [*STORED, "--model.optimizer.lr", "0", "--trainer.max_epochs", "20"]
+    assert fit(*still, *stopping(**ended)) == 0
+    had = epochs(checkpoints(0))
+    assert had == (3 if "patience" in ended else 1)
+    again = [*still, "--ckpt_path", "last"]
+    said = refused(fit(*again, *stopping(**ended)))
+    assert "EarlyStopping has ended this fit (val/loss, patience" in said and "leave it out" in said
+    assert fit(*again, *stopping(**more)) == 0
+    assert epochs(Path(newest())) == 5, "what is asked for now beats the checkpoint"
+    assert fit(*still, "--ckpt_path", str(checkpoints(0) / "last.ckpt"), "--trainer.max_epochs", str(had + 1)) == 0
+
+
+def epochs(folder: Path) -> int:
+    """How many a run's last checkpoint has had."""
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    return int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def newest() -> Path:
+    return max(
+        Path("runs/photos").glob("version_*/checkpoints/last.ckpt"), key=lambda each: each.stat().st_mtime
+    ).parent
