@@ -9,7 +9,8 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,8 +60,7 @@ def picture(figure: Figure) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in scripts that its font has not
+    with _any_script():
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
@@ -74,6 +74,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
         normalised: Show the share of each class's images, rather than their number.
     """
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     count = len(classes)
     names = told_apart(classes, 24 if count <= 10 else 16)
@@ -102,7 +103,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
             text, colour = f"{value:.2f}" if normalised else f"{value}", "white" if norm(value) > 0.6 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     else:
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=MaxNLocator(6, integer=not normalised))
     return figure
 
 
@@ -179,7 +180,7 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     columns = min(columns, max(len(images), 3))
     side = images[0].shape[0]
     lines = math.ceil(len(images) / columns)
-    gap, top = 10, 30
+    gap, top = 16, 30
     caption = 14 + 13 * max(text.count("\n") for text in captions)
     width, height = columns * (side + gap) + gap, top + lines * (side + caption + gap)
     mosaic = np.full((height, width, 3), 255, np.uint8)
@@ -188,15 +189,30 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     ]
     for image, (y, x) in zip(images, corners, strict=True):
         mosaic[y : y + side, x : x + side] = image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.figimage(mosaic, origin="upper")
+    canvas: Any = FigureCanvasAgg(figure)
     style: dict[str, Any] = {"va": "top", "ha": "center", "linespacing": 1.15}
     for text, (y, x) in zip(captions, corners, strict=True):
-        figure.text((x + side / 2) / width, 1 - (y + side + 3) / height, text, fontsize=7.5, **style)
+        written = figure.text((x + side / 2) / width, 1 - (y + side + 3) / height, text, **style)
+        for size in (7.5, 7, 6, 5, 4, 3):  # the largest that keeps clear of its neighbours
+            written.set_fontsize(size)
+            with _any_script():
+                if written.get_window_extent(canvas.get_renderer()).width <= side + gap / 2:
+                    break
     figure.text(gap / width, 1 - 8 / height, title, fontsize=10, va="top")
     return figure
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Without a warning of names in scripts that matplotlib's font has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:

@@ -103,6 +103,15 @@ def test_a_grid_has_each_image_to_the_pixel_with_its_caption() -> None:
         assert (shown == value).all(2).sum() >= 96 * 96
 
 
+@pytest.mark.parametrize("caption", ["WWWWWWW…WWWWWW 0.34\ntrue: WWWWWW", "\u72d7" * 14, "ants 0.99"])
+def test_captions_of_neighbours_do_not_run_together(caption: str) -> None:
+    figure = figures.gallery([np.full((96, 96, 3), 90, np.uint8)] * 6, [caption] * 6, "All of them")
+    shown = np.asarray(figures.picture(figure))
+    under = (shown[30 + 96 + 1 :] != 255).any(2)  # below the images
+    ends = [under[:, x : x + 4].any() for x in range(16 + 96 + 6, shown.shape[1] - 16, 96 + 16)]
+    assert under.any() and not any(ends), "there is white between each two"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_short_name_is_no_formula_and_keeps_both_ends(name: str) -> None:
     short = figures.short(name, 12)
