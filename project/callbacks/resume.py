@@ -116,7 +116,7 @@ class ExactResume(Callback):
     ) -> None:
         if self._accumulated is not None:
             trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
-        reseed(run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
+        reseed(pl_module.device, run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Or else Lightning, in an epoch that was resumed within, leaves out the schedulers that watch a metric.
