@@ -84,9 +84,9 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of the trainable stages; the frozen ones stay in ``eval()``."""
-        super().train(mode)
-        for name in self.frozen_names:
-            self.stages[name].eval()
+        self.training = self.stages.training = mode
+        for name, stage in self.stages.items():
+            stage.train(mode and name in self.trainable_names)
         return self
 
     def fingerprint(self) -> str:
