@@ -39,7 +39,7 @@ def reseed(device: torch.device, *place: object) -> None:
     # Not torch.manual_seed: for each kind of device that is not in use it writes down where it was called from, which
     # takes as long as a step on stored rows.
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "xla"):  # XLA draws from no generator of torch's
         torch.get_device_module(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
