@@ -39,7 +39,15 @@ class Measured:
     calibration: torch.Tensor | None = None
 
 
-class Best(ModelCheckpoint):
+class _AtEnds(ModelCheckpoint):
+    """Saves at each epoch's end, where nothing of it is left to be done, and after validations within an epoch."""
+
+    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
+        # Lightning's own saves at validations alone where not each epoch has one at its end, and loses those without.
+        return not trainer.validating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+class Best(_AtEnds):
     """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through.
 
     Attributes:
@@ -134,7 +142,7 @@ def _is_table(found: Any, *shapes: tuple[int, int]) -> bool:
     return isinstance(found, torch.Tensor) and tuple(found.shape) in shapes and bool((found >= 0).all())
 
 
-class Last(ModelCheckpoint):
+class Last(_AtEnds):
     """``last.ckpt``: of each epoch's end, and of where a fit was interrupted.
 
     A callback of its own: ``save_last=True`` writes it only in epochs that are also the best so far.

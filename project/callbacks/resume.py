@@ -20,6 +20,7 @@ from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError
+from project.features.ranks import Ranks
 from project.terminal import say
 
 KEY = "resume"
@@ -47,6 +48,7 @@ class ExactResume(Callback):
         loop = trainer.fit_loop
         progress: Any = loop.epoch_progress.current
         within = progress.processed < progress.ready
+        validation: Any = loop.epoch_loop.val_loop.batch_progress
         mine: dict[str, Any] = {"chance": _chance()}
         if within and isinstance(pl_module, ImageClassifier):
             mine["train"] = pl_module.tally("train").state()
@@ -55,7 +57,9 @@ class ExactResume(Callback):
             "batches_of": _batches_of(trainer),
             "data": self._data,
             "within": within,
-            "watched": None if within else _watched(trainer),
+            # What has seen a validation's end has counted it; it is repeated all the same when the epoch goes on.
+            "counted": within and trainer.validating and validation.current.completed == validation.current.ready,
+            "watched": _watched(trainer),
             "processes": _of_all(trainer, mine),
         }
         if within:
@@ -65,33 +69,34 @@ class ExactResume(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         kept = checkpoint.get(KEY)
-        if kept is None or trainer.state.fn != "fit":
-            return
+        if kept is not None and trainer.state.fn == "fit":
+            with Ranks().together():
+                self._go_on(trainer, checkpoint, kept)
+
+    def _go_on(self, trainer: pl.Trainer, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
         with _refusing_damage():
             then, now, told = kept["batches_of"], _batches_of(trainer), _told(kept["batches_of"])
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
-            self._accumulated = now["accumulated"] = then["accumulated"]  # it says so when an epoch begins alone
+            now["accumulated"] = then["accumulated"]
+            self._accumulated = then["accumulated"] if kept["within"] else None  # the callback says it to new epochs
         data, ours = kept.get("data"), self._data
         if data is not None and ours is not None and data != ours:
             if kept["within"]:
                 raise CheckpointError(
                     "The checkpoint was saved within an epoch of other images, or other labels of them.\n"
-                    "Give the data as it was, or a checkpoint of an epoch's end, as best.ckpt is."
+                    "Give the data as it was, or a checkpoint of an epoch's end."
                 )
             say("Checkpoint: the images or their labels are not those that it was trained on; it goes on with these")
         if kept["within"] and then != now:
             raise CheckpointError(
                 "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
-                f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end, as best.ckpt is."
+                f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end."
             )
-        for stopping in (each for each in callbacks if isinstance(each, EarlyStopping)):
-            state = checkpoint.get("callbacks", {}).get(stopping.state_key)
-            if state is not None and _stops(stopping, state, kept["watched"]):
-                raise ConfigError(
-                    f"EarlyStopping has ended this fit ({stopping.monitor}, patience {stopping.patience}), and would "
-                    "end it again at once.\nGive it more patience or other thresholds, or leave it out, to go on."
-                )
+        with _refusing_damage():
+            ended = _ended_early(trainer, checkpoint, kept)
+        if ended:
+            raise ConfigError(ended)
         self._kept = kept
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,11 +110,14 @@ class ExactResume(Callback):
                 if isinstance(pl_module, ImageClassifier):
                     pl_module.tally("train").merge(mine["train"])
             for config in trainer.lr_scheduler_configs:
-                if config.reduce_on_plateau and kept["watched"]:
+                if config.reduce_on_plateau and kept["watched"] and not kept["within"]:
                     config.scheduler.step(kept["watched"][str(config.monitor)])
                     trainer.fit_loop.epoch_loop.scheduler_progress.increment_ready()
                     trainer.fit_loop.epoch_loop.scheduler_progress.increment_completed()
             _take_up(mine["chance"])
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._accumulated = None  # it was that of the epoch which was resumed within, where nobody calls this
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -171,17 +179,38 @@ def _told(batches: Mapping[str, int]) -> str:
     )
 
 
-def _stops(stopping: EarlyStopping, state: dict[str, Any], watched: Mapping[str, float] | None) -> bool:
-    """Whether what ended a fit would, as it is asked for now, have ended it as well."""
-    with _refusing_damage():
-        state["patience"] = stopping.patience  # what is asked for beats a checkpoint; Lightning has it the other way
-        value = (watched or {}).get(stopping.monitor)
-        if value is None or state["stopping_reason"] == EarlyStoppingReason.NOT_STOPPED.value:
-            return False
-        again = copy.deepcopy(stopping)
-        again.load_state_dict(state)
-        again.wait_count -= 1  # the epoch that it is asked about has been counted
-        return again._evaluate_stopping_criteria(torch.tensor(value))[0]
+def _ended_early(trainer: pl.Trainer, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> str | None:
+    """Bring EarlyStopping to where it was; say so where it has ended the fit, and would do it again.
+
+    What is asked for now, such as more patience, beats what the checkpoint says; Lightning has it the other way.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for stopping in (each for each in callbacks if isinstance(each, EarlyStopping)):
+        state = checkpoint.get("callbacks", {}).get(stopping.state_key)
+        if state is None:
+            continue
+        state["patience"] = stopping.patience
+        value = (kept["watched"] or {}).get(stopping.monitor)
+        if value is not None and state["stopping_reason"] != EarlyStoppingReason.NOT_STOPPED.value:
+            again = copy.deepcopy(stopping)
+            again.load_state_dict({**state, "wait_count": state["wait_count"] - 1})  # what it is asked about is counted
+            if again._evaluate_stopping_criteria(torch.tensor(value))[0]:
+                if _may_end(trainer, checkpoint):
+                    why = " ".join(str(state["stopping_reason_message"]).split())[:200].partition(" Signaling ")[0]
+                    return (
+                        f"EarlyStopping has ended this fit, and would end it again at once: {why}\n"
+                        "Give it more patience or other thresholds, or leave it out, to go on."
+                    )
+                trainer.should_stop = True  # as soon as it may
+        if kept.get("counted") and not stopping._check_on_train_epoch_end:
+            state["wait_count"] -= 1
+    return None
+
+
+def _may_end(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a fit has had the epochs and the steps that it is to have at least."""
+    loop, epochs = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return bool(epochs >= (loop.min_epochs or 0) and checkpoint["global_step"] >= (loop.min_steps or 0))
 
 
 def _watched(trainer: pl.Trainer) -> dict[str, float]:

@@ -151,10 +151,64 @@ def test_what_early_stopping_has_ended_goes_on_only_where_it_would_not_end_it_ag
     assert had == (3 if "patience" in ended else 1)
     again = [*still, "--ckpt_path", "last"]
     said = refused(fit(*again, *stopping(**ended)))
-    assert "EarlyStopping has ended this fit (val/loss, patience" in said and "leave it out" in said
+    assert "EarlyStopping has ended this fit" in said and "val/loss" in said and "leave it out" in said
     assert fit(*again, *stopping(**more)) == 0
     assert epochs(Path(newest())) == 5, "what is asked for now beats the checkpoint"
     assert fit(*still, "--ckpt_path", str(checkpoints(0) / "last.ckpt"), "--trainer.max_epochs", str(had + 1)) == 0
+
+
+SCHEDULES = {
+    "every second epoch": ["--trainer.check_val_every_n_epoch", "2"],
+    "within epochs": ["--trainer.val_check_interval", "0.5", "--data.batch_size", "8"],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_early_stopping_counts_each_validation_once(schedule: str, fit: Fit, here: Path) -> None:
+    """A fit that goes on ends where the one ends that was never stopped, from its last checkpoint and its best."""
+    still = [*STORED, "--model.optimizer.lr", "0", *SCHEDULES[schedule], *stopping(patience="3")]
+    assert fit(*still, "--trainer.max_epochs", "20", "--name", "whole") == 0
+    whole = torch.load(here / "runs/whole/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert fit(*still, "--trainer.max_epochs", "1" if "within" in schedule else "4", "--name", "part") == 0
+    for word in ("last", "best"):
+        assert fit(*still, "--trainer.max_epochs", "20", "--name", "part", "--ckpt_path", word) == 0
+        gone_on = max(here.glob("runs/part/version_*/checkpoints/last.ckpt"), key=lambda each: each.stat().st_mtime)
+        state = torch.load(gone_on, weights_only=True)
+        assert state["global_step"] == whole["global_step"], word
+        for name, each in whole["callbacks"].items():
+            if name.startswith("EarlyStopping"):
+                assert state["callbacks"][name]["wait_count"] == each["wait_count"], word
+
+
+def test_what_min_epochs_holds_open_is_not_taken_for_ended(fit: Fit, here: Path) -> None:
+    still = [*STORED, "--model.optimizer.lr", "0", "--trainer.min_epochs", "6", *stopping(patience="1")]
+    keep = ["--trainer.max_epochs", "3"]
+    assert fit(*still, "--trainer.max_epochs", "8", "--name", "whole") == 0
+    assert epochs(here / "runs/whole/version_0/checkpoints") == 6
+    held = [each for each in still if each not in ("--trainer.min_epochs", "6")]
+    assert fit(*held, "--trainer.min_epochs", "3", *keep, "--name", "part") == 0  # patience is at an end in the second
+    assert fit(*still, "--trainer.max_epochs", "8", "--name", "part", "--ckpt_path", "last") == 0
+    assert epochs(here / "runs/part/version_1/checkpoints") == 6
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_whenever_it_is_validated(fit: Fit) -> None:
+    assert fit(*STORED, "--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "2") == 0
+    assert epochs(checkpoints(0)) == 5
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_schedule_of_accumulation_goes_on_in_the_epoch_that_is_next(cut: int, fit: Fit, here: Path) -> None:
+    scheduled = [*STORED, "--data.batch_size", "8", "--trainer.callbacks", "GradientAccumulationScheduler"]
+    scheduled += ["--trainer.callbacks.scheduling", "{0: 1, 2: 2}"]
+    assert fit(*scheduled, "--trainer.max_epochs", "4", "--name", "whole") == 0
+    assert fit(*scheduled, "--trainer.max_epochs", str(cut), "--name", "part") == 0
+    assert fit(*scheduled, "--trainer.max_epochs", "4", "--name", "part", "--ckpt_path", "last") == 0
+    whole, part = (
+        torch.load(here / f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole/version_0", "part/version_1")
+    )
+    assert whole["global_step"] == part["global_step"] == 10
+    assert all(torch.equal(value, part["state_dict"][name]) for name, value in whole["state_dict"].items())
 
 
 def epochs(folder: Path) -> int:
