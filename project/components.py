@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from project.errors import ConfigError, ProjectError
-from project.imports import is_importable, refused, takes_what_is_imported
+from project.imports import is_importable, refused, takes_if_imported
 
 Spec = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise ConfigError(f"class_path {path!r} cannot be imported: {error}.") from error
-    elif takes_what_is_imported() and module_name in sys.modules:
+    elif takes_if_imported(path) and module_name in sys.modules:
         module = sys.modules[module_name]
     else:
         raise ConfigError(refused(path))
@@ -74,8 +74,9 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
     if not (isinstance(found, type) and issubclass(found, base)):
         kinds = base if isinstance(base, tuple) else (base,)
         raise ConfigError(f"class_path {path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}.")
-    if not takes_what_is_imported() and not is_importable(f"{found.__module__}.{found.__qualname__}"):
-        raise ConfigError(refused(f"{found.__module__}.{found.__qualname__}"))
+    real = f"{found.__module__}.{found.__qualname__}"  # a module has other modules' classes too
+    if not is_importable(real) and not takes_if_imported(real):
+        raise ConfigError(refused(real))
     return functools.partial(found, **arguments)
 
 

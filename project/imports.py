@@ -20,15 +20,16 @@ IMPORTABLE = (
     "torchvision.datasets",
     "torchvision.ops",
     "torchvision.transforms",
-    "torchmetrics",
+    "torchmetrics.classification",
     *(f"lightning.{of}.{parts}" for of in ("pytorch", "fabric") for parts in ("accelerators", "plugins", "strategies")),
     *(f"lightning.pytorch.{parts}" for parts in ("callbacks", "loggers", "profilers")),
     "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, and which metric it watches
     "timm.layers",
     "timm.optim",
 )
-#: What under these is left out: it downloads and unpacks.
-BARRED = ("torchvision.datasets.utils",)
+#: What under these is left out: it downloads and unpacks, or unpickles a file of the working directory.
+BARRED = ("torchvision.datasets.utils", *(f"torchvision.datasets.{name}" for name in ("lsun", "LSUN", "LSUNClass")))
+LIBRARIES = {entry.partition(".")[0] for entry in IMPORTABLE} - {"project"}
 #: What they come to, for people.
 KNOWN = "project, torch.nn, torch.optim, and the parts of torchvision, torchmetrics, lightning and timm"
 
@@ -100,12 +101,18 @@ def is_importable(path: str) -> bool:
     return next((listed[entry] for entry in above if entry in listed), False)
 
 
-def takes_what_is_imported() -> bool:
-    """Whether a class is accepted for its module being imported already: from Python, where someone has done that."""
-    return _more.get() is None
+def takes_if_imported(path: str) -> bool:
+    """Whether a class is accepted once its module is imported: from Python, where someone has done that.
+
+    Of the libraries above the list alone decides: they import much themselves that nobody has asked for.
+    """
+    return _more.get() is None and path.partition(".")[0] not in LIBRARIES
 
 
 def refused(path: str) -> str:
     """Say that a name may not be imported, and the mend."""
-    mend = "in Python, import its module first" if takes_what_is_imported() else f"--allow_imports {path.split('.')[0]}"
+    if _more.get() is not None:
+        mend = f"--allow_imports {path.partition('.')[0]}"
+    else:
+        mend = "in Python, import its module first" if takes_if_imported(path) else "use it in a class of your own"
     return f"class_path {path!r} is outside {KNOWN}.\nIf you trust it and what it does: {mend}."

@@ -1,5 +1,6 @@
 """One list of what a name may import, and the flag that adds to it."""
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from project.errors import ConfigError
 from project.imports import allowed_imports, imports_limited, is_importable
 
 Fit = Callable[..., int]
+
+
+class Mine(nn.Module):
+    """A class of the user's."""
 
 
 @pytest.fixture
@@ -62,6 +67,7 @@ def test_it_can_be_said_twice_or_with_a_comma() -> None:
 
 
 NAMES = ["torch.optim.SGD", "torch.nn.Linear", "torchvision.ops.MLP", "timm.layers.Mlp", "project.models.heads.MLPHead"]
+NAMES += ["torchvision.datasets.LSUN", "torchvision.datasets.lsun.LSUNClass", "torchmetrics.image.lpip.Vgg16"]
 NAMES += ["torch.load", "torch.hub.load", "torchvision.models.resnet18", "torchvision.datasets.utils.extract_archive"]
 NAMES += [
     "torch.ops.load_library",
@@ -87,10 +93,18 @@ def test_the_parser_and_the_reader_of_checkpoints_go_by_the_same_list(name: str)
 
 
 def test_on_the_command_line_a_class_is_not_accepted_for_being_imported_already() -> None:
-    spec = {"class_path": "torch.fx.GraphModule"}
-    assert resolve(spec, nn.Module).func is torch.fx.GraphModule
+    spec = {"class_path": f"{__name__}.Mine"}
+    assert resolve(spec, nn.Module).func is Mine
     with imports_limited(), pytest.raises(ConfigError, match="outside"):
         resolve(spec, nn.Module)
+
+
+@pytest.mark.parametrize("name", ["torch.fx.GraphModule", "torchmetrics.functional.image.lpips.Vgg16"])
+def test_nor_what_libraries_have_imported_in_python(name: str) -> None:
+    """The second of these would download its weights."""
+    importlib.import_module(name.rpartition(".")[0])
+    with pytest.raises(ConfigError, match=r"is outside .*\n.*use it in a class of your own"):
+        resolve({"class_path": name}, nn.Module)
 
 
 def test_nor_for_another_name_of_it_being_listed(monkeypatch: pytest.MonkeyPatch) -> None:

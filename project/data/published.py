@@ -157,10 +157,12 @@ class HuggingFace(Published):
 
 def _load(datasets: Any, path: str, name: str | None, revision: str | None) -> Any:
     folder = Path(path).expanduser()
+    if not folder.is_dir() and "/" not in path:  # such as pandas: a builder, which would unpickle what lies here
+        raise DataError(f"data.source: {path} is no folder here. Name one, or a data set of the hub as OWNER/NAME.")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             return datasets.load_from_disk(str(folder))
-        known = str(folder) if folder.is_dir() else path
+        known = str(folder.resolve()) if folder.is_dir() else path
         return datasets.load_dataset(known, name, revision=revision, trust_remote_code=False)
     except Exception as error:  # those of datasets, pyarrow, the hub's client and the network have no base of their own
         what = " ".join(str(error).split()).rstrip(".") or type(error).__name__

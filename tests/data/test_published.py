@@ -261,7 +261,8 @@ def test_a_server_that_cannot_be_reached_is_named(
         (["torchvision.datasets.CIFAR10", "--data.source.rot", "x"], "Did you mean 'root'?"),
         (["torch.nn.Linear"], "torch.nn.Linear is no Source"),
         (["project.data.sources.Folder", "--data.source.root", "x"], "there is no folder x"),
-        (["project.data.published.HuggingFace", "--data.source.path", "x"], "x cannot be loaded"),
+        (["project.data.published.HuggingFace", "--data.source.path", "x/y"], "x/y cannot be loaded"),
+        (["project.data.published.HuggingFace", "--data.source.path", "pandas"], "pandas is no folder here"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told(

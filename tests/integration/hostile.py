@@ -158,6 +158,9 @@ NAMES: dict[str, dict[str, Any]] = {
     },
     "by way of a module of torch": {"head": {"class_path": "torch.nn.modules.module.os.system", "init_args": {}}},
     "a function of torch that loads": {"head": {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "a/b"}}},
+    "a network of a library's that is downloaded": {
+        "head": {"class_path": "torchmetrics.functional.image.lpips.Vgg16", "init_args": {}}
+    },
     "a program of torch": {"head": {"class_path": "torch.utils.model_dump.__main__.main", "init_args": {}}},
     "the command line itself": {"head": {"class_path": "lightning.pytorch.cli.LightningCLI", "init_args": {}}},
     "the classifier itself": {"head": {"class_path": "project.classifier.ImageClassifier", "init_args": {}}},
