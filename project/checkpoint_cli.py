@@ -76,12 +76,41 @@ class CheckpointCLI(LightningCLI):
             self.parse_arguments(self.parser, self._args)
         self.config[verb].ckpt_path = str(path)
         assert self._checkpoint is not None
+        if verb in ("validate", "test"):
+            self._tell_of_another_split(verb, path)
         epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
         if verb == "fit" and most is not None and -1 < most <= epochs:
             raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
         steps, most = self._checkpoint["global_step"], self.config[verb].trainer.max_steps
         if verb == "fit" and -1 < most <= steps:
             raise ConfigError(f"{path} has had {steps} steps: raise --trainer.max_steps, which is {most}, to go on.")
+
+    def _tell_of_another_split(self, verb: str, path: str) -> None:
+        """Say where images are held out otherwise than in the fit."""
+        assert self._checkpoint is not None
+        then, now = split_settings(self._checkpoint, path), self.config[verb].data
+        others = [f"data.{key} was {value}" for key, value in then.items() if now.get(key) != value]
+        if others:
+            say(
+                f"Checkpoint: its fit held images out otherwise ({', '.join(others)}): if these are its images, some "
+                "of those that are evaluated now were trained on."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Make the parts; say so where one wants a library that is not there.
+
+        Raises:
+            ConfigError: A library is missing.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ImportError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise ConfigError(f"A part needs a library that is not here: {cause}") from error
 
     def _find(self, verb: str, word: str) -> str | None:
         """The checkpoint that a word stands for, of the runs on this data."""

@@ -205,18 +205,22 @@ class ImageClassifier(Kept):
                 f"The training loss is no number any more in epoch {self.current_epoch + 1}: the fit has diverged.\n"
                 "Lower the learning rate (model.optimizer.lr). The checkpoints of the epochs before are whole."
             )
+        of_classes = {name: values.pop(name) for name in list(values) if "_of/" in name}
         shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
         self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
-        if self.trainer.state.fn == "fit":
-            self._log_at_once({name: values.pop(name) for name in list(values) if "_of/" in name})
         self.log_dict(values)
+        if self.trainer.state.fn != "fit":
+            self.log_dict(of_classes)
+        elif of_classes:
+            self._log_at_once(of_classes)
 
     def _log_at_once(self, values: dict[str, torch.Tensor]) -> None:
         """Log the scores of each class: of a hundred, log() would take twice as long as an epoch on rows."""
-        self.trainer.callback_metrics.update(values)
+        for known in (self.trainer.callback_metrics, self.trainer.logged_metrics):
+            known.update(values)
         if not self.trainer.sanity_checking:
             step = self.trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts for all else
-            numbers = {name: float(value) for name, value in values.items()} | {"epoch": float(self.current_epoch)}
+            numbers = {**{name: float(value) for name, value in values.items()}, "epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(numbers, step)
 

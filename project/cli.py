@@ -177,6 +177,8 @@ class TransferCLI(CheckpointCLI):
                     kwargs["default_root_dir"] = runs / name / f"version_{number}"
                 if given["logger"] is None:
                     kwargs["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
+            elif self._get(self.config_init, "name"):
+                raise ConfigError("--name is of the usual logger. Call yours by its own: --trainer.logger.name NAME")
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor())
             if given["enable_checkpointing"] is not False:

@@ -93,6 +93,8 @@ def _plain(message: str) -> str:
     others = [line for line in lines if not line.startswith("there is no class")]
     if any(line.startswith(("several classes", "expected '")) or " is no " in line for line in others):
         lines = others
+    if any("it needs " in line for line in lines):  # as of a union's kinds it is the one that is meant
+        lines = [line for line in lines if not line.startswith("expected ")]
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
     before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
     return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

@@ -37,17 +37,30 @@ def short(name: str, most: int = 20) -> str:
 
 
 def told_apart(names: Sequence[str], most: int) -> list[str]:
-    """Classes' names in one line of so many characters each; those that would look the same show where they differ."""
+    """Classes' names in about so many characters each; those that would look the same show where they differ."""
     shortened = [short(name, most) for name in names]
-    for alike in [label for label, times in Counter(shortened).items() if times > 1]:
-        at = [place for place, label in enumerate(shortened) if label == alike]
+    for at in _twice(shortened):
         group = [names[place] for place in at]
         before = _alike(group)
         after = min(_alike([name[::-1] for name in group]), min(map(len, group)) - before)
         for place, name in zip(at, group, strict=True):
             differs = short(name[before : len(name) - after], most // 2)
-            shortened[place] = f"{short(name[:before], max(most - len(differs) - 2, 3))} {differs}…"
+            gap = "" if name[before - 1 : before + 1].isalnum() else " "
+            shortened[place] = f"{short(name[:before], max(most - len(differs) - 2, 3))}{gap}{differs}…"
+    for at in _twice(shortened):  # of two groups that differ in the same way
+        for place in at:
+            number = f" #{place + 1}"
+            shortened[place] = short(names[place], most - len(number)) + number
     return shortened
+
+
+def _twice(labels: Sequence[str]) -> list[list[int]]:
+    """Where the labels stand that there are more than once."""
+    return [
+        [place for place, each in enumerate(labels) if each == label]
+        for label, times in Counter(labels).items()
+        if times > 1
+    ]
 
 
 def _alike(names: Sequence[str]) -> int:

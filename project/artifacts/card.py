@@ -141,7 +141,7 @@ def _scores(facts: Facts) -> list[str]:
     told = f" Intervals are of 95 %: {', '.join(SOURCES[how] for how in hows)}." if hows else ""
     return [
         "## Metrics\n",
-        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}.{told}\n",
+        f"Of the best epoch{f' ({scores.epoch})' if scores.epoch else ''}, on {count}.{told}\n",
         table(("metric", "value", "95 % interval", "how"), rows),
         *_calibration(scores),
         *_per_class(facts, scores),

@@ -56,11 +56,13 @@ def _per_class(scores: Scores, classes: Sequence[str]) -> list[str]:
         return []
     right, count = scores.per_class
     there = [at for at in range(len(count)) if count[at]]
-    worst = sorted((at for at in there if right[at] < count[at]), key=lambda at: (right[at] / count[at], -count[at]))
+    shares, mean = right / np.maximum(count, 1), right.sum() / max(count.sum(), 1)
+    worst = sorted((at for at in there if shares[at] < mean), key=lambda at: (shares[at], -count[at]))
     found = []
     if worst:
         named = ", ".join(f"{classes[at]} ({int(right[at])} of {int(count[at])})" for at in worst[:SHOWN])
-        found.append(f"Recognised least: {named}.")
+        alike = sum(shares[at] == shares[worst[:SHOWN][-1]] for at in worst[SHOWN:])
+        found.append(f"Recognised least: {named}{f', and {alike} more as seldom' if alike else ''}.")
     few = [classes[at] for at in there if count[at] < FEW]
     if few:
         more = f" and {len(few) - SHOWN} more" if len(few) > SHOWN else ""
@@ -79,7 +81,9 @@ def _confused(scores: Scores, classes: Sequence[str]) -> list[str]:
     worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN]
     pairs = [(*divmod(int(at), len(classes)), int(wrong.flat[at])) for at in worst if wrong.flat[at]]
     named = ", ".join(f"{classes[true]} for {classes[told]} ({images_of(times)})" for true, told, times in pairs)
-    return [f"Mistaken most often: {named}."] if pairs else []
+    alike = int((wrong == pairs[-1][2]).sum()) - sum(times == pairs[-1][2] for *_, times in pairs) if pairs else 0
+    more = f", and {alike} other pairs as often" if alike else ""
+    return [f"Mistaken most often: {named}{more}."] if pairs else []
 
 
 def _certainty(scores: Scores) -> list[str]:

@@ -70,11 +70,10 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
 def _grid(
     outcome: Outcome, which: torch.Tensor, classes: Sequence[str], thumbnails: Thumbnails, title: str
 ) -> Image.Image:
-    captions = []
+    captions, names = [], figures.told_apart(classes, 14)
     for at in which.tolist():
-        true, got = (classes[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
-        said = f"{figures.short(got, 14)} {outcome.confidence[at]:.2f}"
-        captions.append(f"{said}\n{'right' if true == got else f'true: {figures.short(true, 14)}'}")
+        true, got = (names[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
+        captions.append(f"{got} {outcome.confidence[at]:.2f}\n{'right' if true == got else f'true: {true}'}")
     images = thumbnails.read(outcome.places[which].tolist(), SIDE)
     return figures.picture(figures.gallery(images, captions, title))
 
@@ -142,13 +141,13 @@ def points_of(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails |
     return Points(values, ("class", "predicted", "confidence", "right", "image"), rows, sprite)
 
 
-def named(label: torch.Tensor, classes: Sequence[str]) -> str:
+def named(label: torch.Tensor, names: Sequence[str]) -> str:
     """A training image's class; of a mixed one, whose label is the share of each ``(C,)``, the two largest."""
     if label.dim() == 0:
-        return figures.short(classes[int(label)], 15) if label >= 0 else ""
+        return names[int(label)] if label >= 0 else ""
     shares = label.topk(min(2, len(label)))
     parts = [
-        f"{figures.short(classes[at], 12)} {value:.2f}"
+        f"{names[at]} {value:.2f}"
         for value, at in zip(shares.values.tolist(), shares.indices.tolist(), strict=True)
         if value > 0
     ]

@@ -17,6 +17,7 @@ from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.thumbnails import Thumbnails
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
+from project.figures import told_apart
 from project.outcome import Outcome
 
 #: Share of a fit's time that drawing may take while it goes on.
@@ -92,7 +93,8 @@ class Painter:
 
             views = [view for of_one in cache.examples for view in of_one]
             count = len(cache.examples[0])
-            captions = [drawings.named(torch.tensor(view.sample.label), self._module.classes) for view in views]
+            names = told_apart(self._module.classes, 14)
+            captions = [drawings.named(torch.tensor(view.sample.label), names) for view in views]
             if count > 1:
                 captions = [f"{caption}\nview {at % count + 1} of {count}" for at, caption in enumerate(captions)]
             images = [load_image(data.source, view) for view in views]
@@ -105,7 +107,8 @@ class Painter:
             from project.callbacks import drawings
 
             images, labels = (part[: drawings.INPUTS].cpu() for part in batch)
-            captions = [drawings.named(label, self._module.classes) for label in labels]
+            names = told_apart(self._module.classes, 14)
+            captions = [drawings.named(label, names) for label in labels]
             self._log("train/input", drawings.of_input(list(images), captions))
 
     def affords(self, epochs: int) -> bool:

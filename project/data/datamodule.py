@@ -177,10 +177,10 @@ class ImageDataModule(pl.LightningDataModule):
             if not self.splits[name]:
                 if self.hold_out.fold and name == "val":
                     raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
-                raise DataError(
-                    f"The {name} split has no images that can be read. Add a folder {name}/ beside train/, "
-                    f"or hold images out of train with --data.{name}_fraction 0.1"
-                )
+                lacks = f"The {name} split has no images that can be read. Add a folder {name}/ beside train/, or "
+                if name not in self.source.splits and vars(self.hold_out).get(f"{name}_fraction"):
+                    raise DataError(f"{lacks}other images: no class has two that differ, so none can be held out.")
+                raise DataError(f"{lacks}fit with --data.{name}_fraction 0.1, which holds images out of train.")
 
     @property
     def class_weights(self) -> list[float] | None:

@@ -95,6 +95,20 @@ def test_nothing_is_said_to_be_certain_that_was_seen_a_few_times() -> None:
     assert "bootstrap" in card(facts)
 
 
+def test_the_worst_are_named_only_where_they_are_worse_than_others() -> None:
+    facts = _facts(2)
+    assert facts.scores is not None
+    two = np.array([[1, 5], [1, 5]])
+    text = card(dataclasses.replace(facts, scores=dataclasses.replace(facts.scores, confusion=two, images=12)))
+    assert f"Recognised least: {facts.classes[0]} (1 of 6).\n" in text
+    facts = _facts(8)
+    assert facts.scores is not None
+    all_alike = np.roll(np.eye(8, dtype=int), 1, 1)
+    all_alike[7] = np.eye(8, dtype=int)[7]
+    text = card(dataclasses.replace(facts, scores=dataclasses.replace(facts.scores, confusion=all_alike, images=8)))
+    assert "(0 of 1), and 4 more as seldom." in text and "(1 image), and 4 other pairs as often." in text
+
+
 def test_one_image_is_one() -> None:
     facts = _facts(2)
     assert facts.scores is not None

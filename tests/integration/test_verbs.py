@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from project import ImageClassifier, load
 from project.cli import main, reserve_version
@@ -110,6 +111,71 @@ def test_a_logger_of_the_users_has_the_run_in_its_folder(fit: Fit) -> None:
     folder = Path("logs/lightning_logs/version_0")
     assert {path.name for path in folder.iterdir()} >= {"metrics.csv", "config.yaml", "checkpoints"}
     assert not Path("runs").exists()
+
+
+def test_a_logger_that_lacks_something_says_what(fit: Fit, refused: Callable[[int], str]) -> None:
+    assert refused(fit("--trainer.logger", "CSVLogger")) == "error: trainer.logger: it needs save_dir\n"
+    assert "--trainer.logger.name" in refused(
+        fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--name", "mine")
+    )
+
+
+def test_a_logger_whose_library_is_missing_names_it(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = RequirementCache("wandb>=99999")
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", missing)
+    said = refused(fit("--trainer.logger", "WandbLogger"))
+    assert "needs a library that is not here" in said and "wandb" in said and said.count("\n") == 1
+
+
+def test_a_checkpoint_of_the_users_does_not_hide_the_best(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.every_n_epochs", "2"]
+    assert fit(*own, "--trainer.max_epochs", "2") == 0
+    out = capsys.readouterr().out
+    assert "best val/accuracy" in out and 'load("runs/photos/version_0/checkpoints/best.ckpt")' in out
+
+
+def test_the_epoch_is_logged_where_something_else_is(fit: Fit) -> None:
+    assert fit("--trainer.max_epochs", "2") == 0
+    run = Path("runs/photos/version_0")
+    steps = [event.step for event in scalars(run).Scalars("epoch")]
+    known = {event.step for tag in ("train/loss", "val/loss") for event in scalars(run).Scalars(tag)}
+    assert steps == sorted(steps) and set(steps) <= known
+
+
+def test_classes_called_as_metrics_are(tmp_path: Path, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("loss", "accuracy")):
+        for split in ("train", "val"):
+            draw(tmp_path / "odd" / split / name / "a.png", (250 * number, 9, 9), number)
+            draw(tmp_path / "odd" / split / name / "b.png", (250 * number, 9, 9), number + 7)
+    assert fit("--data.root", str(tmp_path / "odd")) == 0
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("Epoch 1/1: "))
+    assert "_of/" not in line and "val/recall_of/loss" in scalars(Path("runs/odd/version_0")).scalars.Keys()
+
+
+def test_early_stopping_is_told(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    assert fit(*stopping, "--trainer.callbacks.stopping_threshold", "1000", "--trainer.max_epochs", "3") == 0
+    assert "ended: early. Stopping threshold reached: val/loss" in capsys.readouterr().out
+
+
+def test_images_that_are_held_out_otherwise_than_in_the_fit_are_told(
+    fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--data.root", str(photos / "train")) == 0
+    again = ["validate", "--ckpt_path", "best", "--data.root", str(photos / "train"), "--data.num_workers", "0"]
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "held images out otherwise" not in capsys.readouterr().out
+    assert main([*again, "--data.val_fraction", "0.5"]) == 0
+    assert "held images out otherwise (data.val_fraction was 0.2)" in capsys.readouterr().out
+
+
+def test_one_image_a_class_cannot_be_held_out(tmp_path: Path, fit: Fit, refused: Callable[[int], str]) -> None:
+    for number in range(3):
+        draw(tmp_path / "one" / str(number) / "a.png", (80 * number, 9, 9), number)
+    assert "no class has two that differ" in refused(fit("--data.root", str(tmp_path / "one")))
 
 
 def test_the_config_of_a_run_runs_again(fit: Fit) -> None:
