@@ -47,7 +47,8 @@ class Facts:
         about: Tables by their heading, each from a word to a value: data, backbone, training, versions.
         scores: What was measured; ``None`` where nothing was.
         validates: Whether there was to be a validation.
-        epochs: How many there were to choose the best one from.
+        epochs: How many there were.
+        validated: How many of them the best one was chosen from.
         known: What is known of the data besides, a sentence each.
         base_model: Hugging Face's name of the backbone's weights, where they came from there.
         tags: For Hugging Face.
@@ -61,6 +62,7 @@ class Facts:
     about: Mapping[str, Mapping[str, str]]
     scores: Scores | None
     epochs: int
+    validated: int
     known: Sequence[str] = ()
     base_model: str | None = None
     tags: Sequence[str] = field(default=("image-classification", "transfer-learning", "pytorch-lightning"))
@@ -87,7 +89,7 @@ def card(facts: Facts) -> str:
         "## Limits\n",
         "".join(
             f"- {plain(each)}\n"
-            for each in [*limits(facts.scores, facts.classes, facts.counts, facts.epochs), *facts.known]
+            for each in [*limits(facts.scores, facts.classes, facts.counts, facts.validated), *facts.known]
         ),
         "## How to load it\n",
         "From this card's folder, in Python:\n",
@@ -141,7 +143,7 @@ def _scores(facts: Facts) -> list[str]:
     told = f" Intervals are of 95 %: {', '.join(SOURCES[how] for how in hows)}." if hows else ""
     return [
         "## Metrics\n",
-        f"Of the best epoch{f' ({scores.epoch})' if scores.epoch else ''}, on {count}.{told}\n",
+        f"Of the best epoch, {scores.epoch or 'one'} of {facts.epochs}, on {count}.{told}\n",
         table(("metric", "value", "95 % interval", "how"), rows),
         *_calibration(scores),
         *_per_class(facts, scores),

@@ -33,6 +33,7 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> Facts:
         about=SECTIONS,
         scores=Scores(3, metrics, count, confusion, calibration),
         epochs=10,
+        validated=10,
     )
 
 
