@@ -144,8 +144,11 @@ def _refusing_damage() -> Iterator[None]:
 def _as_lightning_resumes(loops: dict[str, Any], validating: bool, accumulates: bool) -> None:
     """Say of an epoch that is not over what makes Lightning go on exactly where it was."""
     if validating:  # all over again: what has been counted of it is lost
-        once = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        loops["epoch_loop.val_loop.batch_progress"].update(total=dict(once), current=dict(once), is_last_batch=False)
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        before = progress["total"]["completed"] - progress["current"]["completed"]  # of the epoch's other validations
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        total = {name: count + before for name, count in begun.items()}
+        progress.update(total=total, current=begun, is_last_batch=False)
     elif not accumulates:
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it adds one when it resumes
 
