@@ -104,7 +104,7 @@ class CheckpointCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # the parser makes one of the other
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, ImportError):
                 cause = cause.__cause__ or cause.__context__

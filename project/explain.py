@@ -22,6 +22,8 @@ DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
 ELSEWHERE = re.compile(
     r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<place>\w[\w.+:]*://[^\s'\"]*)"
 )
+#: A part that lacks an argument, once it is said in plainer words.
+LACKS = re.compile(r"^([\w.]+): it needs (\w+)$")
 #: How the parser names types, and how people do.
 PLAINER = (
     (r"Parser key \"([\w.]+)\":", r"\1:"),
@@ -96,5 +98,6 @@ def _plain(message: str) -> str:
     if any("it needs " in line for line in lines):  # as of a union's kinds it is the one that is meant
         lines = [line for line in lines if not line.startswith("expected ")]
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
-    before, word, after = " ".join(dict.fromkeys(lines)).partition("expected ")
+    message = LACKS.sub(r"\1: it needs \2. Say it with --\1.\2 VALUE", " ".join(dict.fromkeys(lines)))
+    before, word, after = message.partition("expected ")
     return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

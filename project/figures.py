@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -56,11 +56,10 @@ def told_apart(names: Sequence[str], most: int) -> list[str]:
 
 def _twice(labels: Sequence[str]) -> list[list[int]]:
     """Where the labels stand that there are more than once."""
-    return [
-        [place for place, each in enumerate(labels) if each == label]
-        for label, times in Counter(labels).items()
-        if times > 1
-    ]
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, label in enumerate(labels):
+        places[label].append(place)
+    return [those for those in places.values() if len(those) > 1]
 
 
 def _alike(names: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ IMPORTABLE = (
 )
 #: What under these is left out: it downloads and unpacks, or unpickles a file of the working directory.
 BARRED = ("torchvision.datasets.utils", *(f"torchvision.datasets.{name}" for name in ("lsun", "LSUN", "LSUNClass")))
+#: Of these the list alone decides, wherever they were imported: see :func:`takes_if_imported`.
 LIBRARIES = {entry.partition(".")[0] for entry in IMPORTABLE} - {"project"}
 #: What they come to, for people.
 KNOWN = "project, torch.nn, torch.optim, and the parts of torchvision, torchmetrics, lightning and timm"

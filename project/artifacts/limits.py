@@ -61,8 +61,8 @@ def _per_class(scores: Scores, classes: Sequence[str]) -> list[str]:
     found = []
     if worst:
         named = ", ".join(f"{classes[at]} ({int(right[at])} of {int(count[at])})" for at in worst[:SHOWN])
-        alike = sum(shares[at] == shares[worst[:SHOWN][-1]] for at in worst[SHOWN:])
-        found.append(f"Recognised least: {named}{f', and {alike} more as seldom' if alike else ''}.")
+        others = sum(shares[at] == shares[worst[SHOWN - 1]] for at in worst[SHOWN:])
+        found.append(f"Recognised least: {named}{f', and {others} more as seldom' if others else ''}.")
     few = [classes[at] for at in there if count[at] < FEW]
     if few:
         more = f" and {len(few) - SHOWN} more" if len(few) > SHOWN else ""
@@ -78,12 +78,13 @@ def _confused(scores: Scores, classes: Sequence[str]) -> list[str]:
     if scores.confusion is None or len(set(scores.confusion.shape)) != 1:
         return []
     wrong = scores.confusion - np.diag(np.diagonal(scores.confusion))
-    worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN]
-    pairs = [(*divmod(int(at), len(classes)), int(wrong.flat[at])) for at in worst if wrong.flat[at]]
+    worst = [int(at) for at in np.argsort(-wrong, axis=None, kind="stable") if wrong.flat[at]]
+    if not worst:
+        return []
+    pairs = [(*divmod(at, len(classes)), int(wrong.flat[at])) for at in worst[:SHOWN]]
     named = ", ".join(f"{classes[true]} for {classes[told]} ({images_of(times)})" for true, told, times in pairs)
-    alike = int((wrong == pairs[-1][2]).sum()) - sum(times == pairs[-1][2] for *_, times in pairs) if pairs else 0
-    more = f", and {alike} other pairs as often" if alike else ""
-    return [f"Mistaken most often: {named}{more}."] if pairs else []
+    others = sum(wrong.flat[at] == pairs[-1][2] for at in worst[SHOWN:])
+    return [f"Mistaken most often: {named}{f', and {others} other pairs as often' if others else ''}."]
 
 
 def _certainty(scores: Scores) -> list[str]:

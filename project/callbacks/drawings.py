@@ -19,6 +19,7 @@ GRID = 18  # images in a grid
 SIDE = 96  # of an image in it, in pixels
 MATRIX = 300  # classes; of more, the confusions would take seconds to draw, and nobody could read them
 CURVES = 25  # classes that have a precision-recall curve: the most frequent ones
+NAME = 14  # characters of a class's name under an image
 INPUTS = 12  # training images that are shown as the model sees them
 DIMENSIONS = 32  # principal components that are kept of features
 SPRITE = 32  # side in pixels of an image in the projector
@@ -70,7 +71,7 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
 def _grid(
     outcome: Outcome, which: torch.Tensor, classes: Sequence[str], thumbnails: Thumbnails, title: str
 ) -> Image.Image:
-    captions, names = [], figures.told_apart(classes, 14)
+    captions, names = [], figures.told_apart(classes, NAME)
     for at in which.tolist():
         true, got = (names[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
         captions.append(f"{got} {outcome.confidence[at]:.2f}\n{'right' if true == got else f'true: {true}'}")
@@ -141,14 +142,18 @@ def points_of(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails |
     return Points(values, ("class", "predicted", "confidence", "right", "image"), rows, sprite)
 
 
-def named(label: torch.Tensor, names: Sequence[str]) -> str:
-    """A training image's class; of a mixed one, whose label is the share of each ``(C,)``, the two largest."""
-    if label.dim() == 0:
-        return names[int(label)] if label >= 0 else ""
-    shares = label.topk(min(2, len(label)))
-    parts = [
-        f"{names[at]} {value:.2f}"
-        for value, at in zip(shares.values.tolist(), shares.indices.tolist(), strict=True)
-        if value > 0
+def named(labels: torch.Tensor, classes: Sequence[str]) -> list[str]:
+    """Training images' classes, for captions; of mixed ones the two largest.
+
+    Args:
+        labels: int64 ``(B,)``, or the share of each class, float ``(B, C)``.
+        classes: Names of the C classes.
+    """
+    names = figures.told_apart(classes, NAME)
+    if labels.dim() == 1:
+        return [names[label] if label >= 0 else "" for label in labels.tolist()]
+    shares, largest = labels.topk(min(2, labels.shape[1]))
+    return [
+        "\n".join(f"{names[at]} {value:.2f}" for value, at in zip(*of_one, strict=True) if value > 0)
+        for of_one in zip(shares.tolist(), largest.tolist(), strict=True)
     ]
-    return "\n".join(parts)

@@ -17,7 +17,6 @@ from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.thumbnails import Thumbnails
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.figures import told_apart
 from project.outcome import Outcome
 
 #: Share of a fit's time that drawing may take while it goes on.
@@ -93,8 +92,7 @@ class Painter:
 
             views = [view for of_one in cache.examples for view in of_one]
             count = len(cache.examples[0])
-            names = told_apart(self._module.classes, 14)
-            captions = [drawings.named(torch.tensor(view.sample.label), names) for view in views]
+            captions = drawings.named(torch.tensor([view.sample.label for view in views]), self._module.classes)
             if count > 1:
                 captions = [f"{caption}\nview {at % count + 1} of {count}" for at, caption in enumerate(captions)]
             images = [load_image(data.source, view) for view in views]
@@ -107,9 +105,7 @@ class Painter:
             from project.callbacks import drawings
 
             images, labels = (part[: drawings.INPUTS].cpu() for part in batch)
-            names = told_apart(self._module.classes, 14)
-            captions = [drawings.named(label, names) for label in labels]
-            self._log("train/input", drawings.of_input(list(images), captions))
+            self._log("train/input", drawings.of_input(list(images), drawings.named(labels, self._module.classes)))
 
     def affords(self, epochs: int) -> bool:
         """Whether there is time to draw an outcome now.

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 from torch import nn
 
+from project.callbacks import early_stopping
 from project.callbacks.checkpoints import Best
 from project.callbacks.dashboard import Dashboard
 from project.callbacks.loggers import log_text
@@ -58,7 +59,8 @@ class Report(pl.Callback):
             model: What it trained.
             card: Where its model card is.
         """
-        rows = {"ended": reason} if (reason := _ended_early(trainer)) else {}
+        why = early_stopping.reason(trainer)
+        rows = {} if why is None else {"ended": f"early. {why}"}
         kept, reload = trainer.checkpoint_callbacks, None  # the user's own come before ours
         saved = next((each for each in kept if isinstance(each, Best)), trainer.checkpoint_callback)
         # A resumed fit knows the best checkpoint of an older run, which need not be there any more.
@@ -119,14 +121,6 @@ def _best(saved: ModelCheckpoint) -> dict[str, str]:
         more = {name: measured.metrics[name] for name in ("val/f1", "val/ece", "val/loss") if name in measured.metrics}
         rows["in epoch"] = ", ".join([str(measured.epoch + 1), *(f"{name} {more[name]:.4f}" for name in more)])
     return rows
-
-
-def _ended_early(trainer: pl.Trainer) -> str | None:
-    """What EarlyStopping says of why it has ended the fit, if it has."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    said = [each.stopping_reason_message for each in callbacks if isinstance(each, EarlyStopping)]
-    reason = next(filter(None, said), None) if trainer.should_stop else None
-    return reason and f"early. {reason.replace(' Signaling Trainer to stop.', '')}"
 
 
 def _from_here(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import random
@@ -13,9 +12,9 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
+from project.callbacks import early_stopping
 from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
@@ -38,6 +37,7 @@ class ExactResume(Callback):
         self._kept: Mapping[str, Any] | None = None
         self._data: str | None = None
         self._accumulated: int | None = None
+        self._validated: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._data = _outline(trainer) if stage == "fit" else None  # once: it is saved in every epoch
@@ -57,6 +57,7 @@ class ExactResume(Callback):
             "batches_of": _batches_of(trainer),
             "data": self._data,
             "within": within,
+            "validating": within and trainer.validating,
             # What has seen a validation's end has counted it; it is repeated all the same when the epoch goes on.
             "counted": within and trainer.validating and validation.current.completed == validation.current.ready,
             "watched": _watched(trainer),
@@ -94,9 +95,12 @@ class ExactResume(Callback):
                 f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end."
             )
         with _refusing_damage():
-            ended = _ended_early(trainer, checkpoint, kept)
-        if ended:
-            raise ConfigError(ended)
+            why = early_stopping.go_on(trainer, checkpoint, kept["watched"], kept.get("counted", False))
+        if why:
+            raise ConfigError(
+                f"EarlyStopping has ended this fit, and would end it again at once: {why}\n"
+                "Give it more patience or other thresholds, or leave it out, to go on."
+            )
         self._kept = kept
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,7 +110,8 @@ class ExactResume(Callback):
         with _refusing_damage():
             mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
             if kept["within"]:
-                _count_anew(trainer)
+                validated = _count_anew(trainer)
+                self._validated = None if kept.get("validating", True) else validated
                 if isinstance(pl_module, ImageClassifier):
                     pl_module.tally("train").merge(mine["train"])
             for config in trainer.lr_scheduler_configs:
@@ -117,13 +122,18 @@ class ExactResume(Callback):
             _take_up(mine["chance"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._accumulated = None  # it was that of the epoch which was resumed within, where nobody calls this
+        # They were of the epoch which was resumed within, where nobody calls this.
+        self._accumulated = self._validated = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._accumulated is not None:
             trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
+        if self._validated is not None:  # Lightning counts the validation before this batch once more
+            total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            total.completed, self._validated = self._validated, None
+            total.reset_on_restart()
         reseed(pl_module.device, run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,12 +163,18 @@ def _as_lightning_resumes(loops: dict[str, Any], validating: bool, accumulates: 
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it adds one when it resumes
 
 
-def _count_anew(trainer: pl.Trainer) -> None:
-    """Let no batch count twice of which only the beginning was counted: the next resume would misread the sums."""
+def _count_anew(trainer: pl.Trainer) -> int:
+    """Let no batch count twice of which only the beginning was counted: the next resume would misread the sums.
+
+    Returns:
+        How many batches of this epoch's validations are over.
+    """
     loop = trainer.fit_loop.epoch_loop
     total: Any = loop.batch_progress.total
     total.ready = total.started = total.processed
-    loop.val_loop.batch_progress.total.reset_on_restart()
+    validation: Any = loop.val_loop.batch_progress.total
+    validation.reset_on_restart()
+    return int(validation.completed)
 
 
 def _batches_of(trainer: pl.Trainer) -> dict[str, int]:
@@ -182,45 +198,10 @@ def _told(batches: Mapping[str, int]) -> str:
     )
 
 
-def _ended_early(trainer: pl.Trainer, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> str | None:
-    """Bring EarlyStopping to where it was; say so where it has ended the fit, and would do it again.
-
-    What is asked for now, such as more patience, beats what the checkpoint says; Lightning has it the other way.
-    """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for stopping in (each for each in callbacks if isinstance(each, EarlyStopping)):
-        state = checkpoint.get("callbacks", {}).get(stopping.state_key)
-        if state is None:
-            continue
-        state["patience"] = stopping.patience
-        value = (kept["watched"] or {}).get(stopping.monitor)
-        if value is not None and state["stopping_reason"] != EarlyStoppingReason.NOT_STOPPED.value:
-            again = copy.deepcopy(stopping)
-            again.load_state_dict({**state, "wait_count": state["wait_count"] - 1})  # what it is asked about is counted
-            if again._evaluate_stopping_criteria(torch.tensor(value))[0]:
-                if _may_end(trainer, checkpoint):
-                    why = " ".join(str(state["stopping_reason_message"]).split())[:200].partition(" Signaling ")[0]
-                    return (
-                        f"EarlyStopping has ended this fit, and would end it again at once: {why}\n"
-                        "Give it more patience or other thresholds, or leave it out, to go on."
-                    )
-                trainer.should_stop = True  # as soon as it may
-        if kept.get("counted") and not stopping._check_on_train_epoch_end:
-            state["wait_count"] -= 1
-    return None
-
-
-def _may_end(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a fit has had the epochs and the steps that it is to have at least."""
-    loop, epochs = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return bool(epochs >= (loop.min_epochs or 0) and checkpoint["global_step"] >= (loop.min_steps or 0))
-
-
 def _watched(trainer: pl.Trainer) -> dict[str, float]:
     """The last value of each metric that a scheduler or EarlyStopping goes by."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-    names += [each.monitor for each in callbacks if isinstance(each, EarlyStopping)]
+    names += [each.monitor for each in early_stopping.those_of(trainer)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 

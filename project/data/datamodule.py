@@ -177,10 +177,13 @@ class ImageDataModule(pl.LightningDataModule):
             if not self.splits[name]:
                 if self.hold_out.fold and name == "val":
                     raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
-                lacks = f"The {name} split has no images that can be read. Add a folder {name}/ beside train/, or "
+                mend = f"a folder {name}/ beside train/"
                 if name not in self.source.splits and vars(self.hold_out).get(f"{name}_fraction"):
-                    raise DataError(f"{lacks}other images: no class has two that differ, so none can be held out.")
-                raise DataError(f"{lacks}fit with --data.{name}_fraction 0.1, which holds images out of train.")
+                    raise DataError(
+                        f"No class has two images that differ, to hold one out for {name}. Add some, or {mend}."
+                    )
+                lacks = f"The {name} split has no images that can be read. Add {mend}, or fit with "
+                raise DataError(f"{lacks}--data.{name}_fraction 0.1, which holds images out of train.")
 
     @property
     def class_weights(self) -> list[float] | None:

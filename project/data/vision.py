@@ -6,8 +6,10 @@ import contextlib
 import functools
 import inspect
 import operator
+import os
 import reprlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,16 +91,21 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
 
 
 @contextlib.contextmanager
-def _alone(root: str | Path | None) -> Iterator[None]:
+def _alone(root: object) -> Iterator[None]:
     """One process at a time downloads into a folder; torchvision has no lock, and unpacks half of another's file."""
     from filelock import FileLock
 
+    if not isinstance(root, (str, os.PathLike)):  # none, or what torchvision is to refuse
+        yield
+        return
+    folder = Path(root).expanduser()
     with contextlib.ExitStack() as held:
-        # A folder that cannot be written, or has no locks: whether that matters is for the download to say.
-        with contextlib.suppress(OSError, NotImplementedError, TypeError):
-            folder = Path(root).expanduser()  # type: ignore[arg-type]
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(folder / ".downloading.lock"))
+        except (OSError, NotImplementedError) as error:  # what is downloaded already can be read all the same
+            what = f"{folder} cannot be locked ({error}): have it downloaded by one process at a time."
+            warnings.warn(what, stacklevel=2)
         yield
 
 

@@ -186,7 +186,7 @@ class Space:
                 lock.acquire()
             for left in self.path.glob(f"{TEMPORARY}*"):  # of a builder that was killed
                 left.unlink(missing_ok=True)
-        except NotImplementedError:  # no locks here: see above
+        except NotImplementedError:  # no locks here: without one, another builder's rows are written twice, no more
             yield
             return
         except OSError as error:

@@ -19,6 +19,21 @@ from project.preprocessing import Preprocessing
 RANDOM_SEED = 0  # random weights are the same ones every time, so that a checkpoint of kilobytes can come back to them
 
 
+class Stages(nn.ModuleDict):
+    """Stages by name, in order; those that are ``frozen`` stay in ``eval()``, whether it or what holds it is told."""
+
+    def __init__(self, stages: Mapping[str, nn.Module]) -> None:
+        super().__init__(stages)
+        self.frozen: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> Stages:
+        """Set the mode of those that are not frozen."""
+        self.training = mode
+        for name, stage in self.items():
+            stage.train(False if name in self.frozen else mode)
+        return self
+
+
 class Backbone(nn.Module):
     """Images ``(B, 3, H, W)`` to features ``(B, D)``, in two halves: a frozen prefix and a trainable suffix.
 
@@ -50,7 +65,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.stages = nn.ModuleDict(stages)
+        self.stages = Stages(stages)
         self.feature_dim = feature_dim
         self.preprocessing = preprocessing
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
@@ -73,6 +88,7 @@ class Backbone(nn.Module):
 
     def freeze(self) -> None:
         """Let gradients reach the trainable stages alone, and put the frozen ones in ``eval()``."""
+        self.stages.frozen = tuple(self.frozen_names)
         for name, stage in self.stages.items():
             stage.requires_grad_(name in self.trainable_names)
         self.train(self.training)
@@ -81,13 +97,6 @@ class Backbone(nn.Module):
         """Run each half through ``torch.compile``, as one graph: stage by stage, they would use up its cache."""
         self._run_prefix = torch.compile(self._run_prefix)  # type: ignore[method-assign]
         self.refine = torch.compile(self.refine)  # type: ignore[method-assign]
-
-    def train(self, mode: bool = True) -> Backbone:
-        """Set the mode of the trainable stages; the frozen ones stay in ``eval()``."""
-        self.training = self.stages.training = mode
-        for name, stage in self.stages.items():
-            stage.train(mode and name in self.trainable_names)
-        return self
 
     def fingerprint(self) -> str:
         """SHA-256 of the parameters and buffers of the frozen stages, as they are now."""

@@ -23,6 +23,7 @@ from project.callbacks.thumbnails import Thumbnails
 from project.counts import Each
 from project.data.samples import Sample, Source
 from project.outcome import Collector, Outcome
+from project.padding import IGNORED
 from tests.conftest import COLOURS, SMALL, scalars
 from tests.forked import start
 from tests.integration.launched import run_all
@@ -122,9 +123,11 @@ def test_fits_of_all_sorts_have_what_they_can(fit: Fit, flags: list[str]) -> Non
 
 
 def test_input_says_which_classes_a_mixed_image_has() -> None:
-    assert drawings.named(torch.tensor([0.7, 0.0, 0.3]), ["ants", "bees", "wasps"]) == "ants 0.70\nwasps 0.30"
-    assert drawings.named(torch.tensor([0.0, 1.0]), ["ants", "bees"]) == "bees 1.00"
-    assert drawings.named(torch.tensor(1), ["ants", "bees"]) == "bees"
+    mixed = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0]])
+    assert drawings.named(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
+    assert drawings.named(torch.tensor([1, 0, IGNORED]), ["ants", "bees"]) == ["bees", "ants", ""]
+    long = [f"a {kind} with a very long name of its own" for kind in ("fly", "bee")]
+    assert len(set(drawings.named(torch.tensor([0, 1]), long))) == 2
 
 
 def test_a_figure_that_fails_is_told_once_and_the_fit_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

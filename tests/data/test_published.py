@@ -333,6 +333,15 @@ def test_tables_with_splits_and_bytes(tmp_path: Path) -> None:
         assert source.read(sample).tobytes() == Image.open(tmp_path / "a" / f"{number}.png").tobytes()
 
 
+def test_a_folder_called_as_a_builder_is_a_folder(here: Path) -> None:
+    """``datasets`` would take the builder, and all files here for it."""
+    for number, name in enumerate(("ant", "bee")):
+        draw(here / "csv" / "train" / name / f"{number}.png", (90 * number, 9, 9), number)
+    (here / "stray.csv").write_text("a,b\n1,2\n")
+    source = HuggingFace("csv")
+    assert source.classes == ("ant", "bee") and len(source.splits["train"]) == 2
+
+
 def test_a_table_with_words_for_labels_and_paths_for_images(tmp_path: Path) -> None:
     words = table(tmp_path / "a", 4, datasets.Value("string"), kind=["wasp", "ant", "", "wasp"])
     words.save_to_disk(str(tmp_path / "words"))
@@ -458,3 +467,23 @@ def test_one_at_a_time_downloads_into_a_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all("train" in splits for splits in pool.map(lambda _: open_splits(opened), range(4)))
     assert most == 1
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no locks"), PermissionError("not yours")])
+def test_a_folder_that_cannot_be_locked_is_told(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    opened = functools.partial(Quick, root=str(tmp_path), download=True)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(.*one process at a time"):
+        assert "train" in open_splits(opened)
+
+
+class Quick(FakeData):
+    """A data set that is there at once."""
+
+    def __init__(self, root: str, download: bool = False) -> None:
+        super().__init__(2, (3, 8, 8), 2)

@@ -161,6 +161,23 @@ def test_killed_at_twenty_random_steps(
         check_resumed(way, folder, photos, weights, {"step": step}, whole, -signal.SIGKILL, epochs)
 
 
+@pytest.mark.parametrize(
+    ("way", "step"),
+    [("live, workers, augmented, mixed", 9), ("validated within epochs", 7), ("validated within epochs", 8)],
+)
+def test_told_in_validation_the_epoch_that_is_gone_on_with_has_its_counts(
+    way: str, step: int, never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    """They begin anew in the next one, where nobody would see that they were wrong."""
+    flags = command(photos, weights, *WAYS[way])
+    stopped = start(tmp_path, flags, {"step": step, "number": signal.SIGTERM, "validates": True})
+    assert stopped.wait() == 143, stopped.said
+    resumed = start(tmp_path, [*flags, "--trainer.max_epochs", "3", "--ckpt_path", "last"])
+    assert resumed.wait() == 0, resumed.said
+    checkpoint, _, _ = left(tmp_path / "runs/photos/version_1")
+    same(checkpoint["loops"], never_stopped(way, 3)[0]["loops"], "loops")
+
+
 def test_told_twice_in_one_epoch_and_killed_in_the_next(
     never_stopped: Any, tmp_path: Path, photos: Path, weights: Path
 ) -> None:

@@ -114,7 +114,10 @@ def test_a_logger_of_the_users_has_the_run_in_its_folder(fit: Fit) -> None:
 
 
 def test_a_logger_that_lacks_something_says_what(fit: Fit, refused: Callable[[int], str]) -> None:
-    assert refused(fit("--trainer.logger", "CSVLogger")) == "error: trainer.logger: it needs save_dir\n"
+    assert (
+        refused(fit("--trainer.logger", "CSVLogger"))
+        == "error: trainer.logger: it needs save_dir. Say it with --trainer.logger.save_dir VALUE\n"
+    )
     assert "--trainer.logger.name" in refused(
         fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--name", "mine")
     )

@@ -44,6 +44,11 @@ def train_each_stage(backbone):
         stage.train()
 
 
+def train_the_stages(backbone):
+    backbone.stages.train()
+    assert not any(module.training for name in backbone.frozen_names for module in backbone.stages[name].modules())
+
+
 def train_every_module(backbone):
     for module in backbone.modules():
         module.train()
@@ -57,7 +62,7 @@ def unfreeze_by_hand(backbone):
         module.training = True
 
 
-MEDDLERS = (train_the_backbone, train_each_stage, train_every_module, unfreeze_by_hand)
+MEDDLERS = (train_the_backbone, train_the_stages, train_each_stage, train_every_module, unfreeze_by_hand)
 
 
 @pytest.mark.parametrize("meddle", MEDDLERS)

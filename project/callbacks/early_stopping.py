@@ -1,0 +1,77 @@
+"""Lightning's EarlyStopping in a fit that goes on, and what it says of one that it has ended."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+
+def reason(trainer: pl.Trainer) -> str | None:
+    """Why EarlyStopping has ended a fit; ``None`` where it has not."""
+    if not trainer.should_stop:
+        return None
+    said = (_plain(each.stopping_reason_message) for each in those_of(trainer) if each.stopping_reason_message)
+    return next(said, None)
+
+
+def those_of(trainer: pl.Trainer) -> Iterator[EarlyStopping]:
+    """The trainer's callbacks of this kind."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return (each for each in callbacks if isinstance(each, EarlyStopping))
+
+
+def go_on(
+    trainer: pl.Trainer, checkpoint: dict[str, Any], watched: Mapping[str, float] | None, counted: bool
+) -> str | None:
+    """Bring each one's state in a checkpoint to where the fit goes on, before Lightning restores it.
+
+    What is asked for now, such as more patience, beats what the checkpoint says; Lightning has it the other way.
+
+    Args:
+        trainer: Of the fit that goes on.
+        checkpoint: As read; the states in it are changed.
+        watched: The last value of what each one monitors, by name; ``None`` where that was not kept.
+        counted: Whether the checkpoint was saved when they had counted a validation that will be repeated.
+
+    Returns:
+        Why one has ended the fit, where it would do it again at once; ``None`` where the fit goes on.
+    """
+    for stopping in those_of(trainer):
+        state = checkpoint.get("callbacks", {}).get(stopping.state_key)
+        if state is None:
+            continue
+        state["patience"] = stopping.patience
+        if _ends(stopping, state, watched or {}):
+            if _may_end(trainer, checkpoint):
+                return _plain(str(state["stopping_reason_message"]))
+            trainer.should_stop = True  # as soon as it may
+        if counted and not stopping._check_on_train_epoch_end:
+            state["wait_count"] -= 1
+    return None
+
+
+def _ends(stopping: EarlyStopping, state: Mapping[str, Any], watched: Mapping[str, float]) -> bool:
+    """Whether it has ended the fit, and would have as it is asked for now."""
+    value = watched.get(stopping.monitor)
+    if value is None or state["stopping_reason"] == EarlyStoppingReason.NOT_STOPPED.value:
+        return False
+    again = copy.deepcopy(stopping)
+    again.load_state_dict({**state, "wait_count": state["wait_count"] - 1})  # what it is asked about is counted in it
+    return again._evaluate_stopping_criteria(torch.tensor(value))[0]
+
+
+def _may_end(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a fit has had the epochs and the steps that it is to have at least."""
+    loop, epochs = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return bool(epochs >= (loop.min_epochs or 0) and checkpoint["global_step"] >= (loop.min_steps or 0))
+
+
+def _plain(message: str) -> str:
+    """Lightning's message in a line, which may come from a stranger's checkpoint."""
+    return " ".join(message.split())[:200].partition(" Signaling ")[0]
