@@ -55,12 +55,9 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
     if thumbnails is not None:
         read = thumbnails
         if len(wrong):
+            few = "All" if len(wrong) == mistakes else f"The {len(wrong)} most confident of"
             pictures["val/mistakes_most_confident"] = lambda: _grid(
-                outcome,
-                wrong,
-                classes,
-                read,
-                f"The {len(wrong)} of {mistakes} mistakes made with the greatest confidence",
+                outcome, wrong, classes, read, f"{few} {mistakes} mistakes"
             )
         pictures["val/least_confident"] = lambda: _grid(
             outcome, outcome.doubtful(GRID), classes, read, "Images of the least confidence, right or wrong"

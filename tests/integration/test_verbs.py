@@ -178,7 +178,7 @@ def test_images_that_are_held_out_otherwise_than_in_the_fit_are_told(
 def test_one_image_a_class_cannot_be_held_out(tmp_path: Path, fit: Fit, refused: Callable[[int], str]) -> None:
     for number in range(3):
         draw(tmp_path / "one" / str(number) / "a.png", (80 * number, 9, 9), number)
-    assert "no class has two that differ" in refused(fit("--data.root", str(tmp_path / "one")))
+    assert "No class has two images that differ" in refused(fit("--data.root", str(tmp_path / "one")))
 
 
 def test_the_config_of_a_run_runs_again(fit: Fit) -> None:
