@@ -14,7 +14,7 @@ from project.artifacts.checkpoint import epochs_of, seed_of, split_settings
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, ProjectError, nearest
-from project.explain import explain
+from project.explain import explain, explain_part
 from project.kept import PARTS
 from project.reading import hyper_parameters, read_checkpoint
 from project.runs import RUNS, WORDS, newest
@@ -97,20 +97,15 @@ class CheckpointCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Make the parts; say so where one wants a library that is not there.
+        """Make the parts.
 
         Raises:
-            ConfigError: A library is missing.
+            ConfigError: One does not take what it was given, or needs a library that is not here.
         """
         try:
             super().instantiate_classes()
-        except (ValueError, ImportError) as error:  # the parser makes one of the other
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, ImportError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise ConfigError(f"A part needs a library that is not here: {cause}") from error
+        except (ValueError, TypeError, ImportError) as error:
+            raise explain_part(error) from error
 
     def _find(self, verb: str, word: str) -> str | None:
         """The checkpoint that a word stands for, of the runs on this data."""

@@ -33,6 +33,7 @@ from project.classifier import SGD, ImageClassifier
 from project.components import describe
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
+from project.explain import explain_late
 from project.features.ranks import lost
 from project.imports import allowed_imports, imports_limited
 from project.runs import RUNS, reserve_version
@@ -272,7 +273,11 @@ def main(args: Sequence[str]) -> int:
         print(f"error: {error}. What was saved before is whole.", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "--debug" in args or not lost(error):
+        said = explain_late(error)
+        if "--debug" in args or not (said or lost(error)):
             raise
+        if said:
+            print(f"error: {said}", file=sys.stderr)
+            return 2
         print("error: another process of this run has ended, and said why; so this one ends too.", file=sys.stderr)
         return 1

@@ -56,6 +56,7 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
     path, arguments = spec.get("class_path", ""), spec.get("init_args") or {}
     if (
         not isinstance(path, str)
+        or not path
         or not isinstance(arguments, Mapping)
         or not all(isinstance(k, str) for k in arguments)
     ):
@@ -94,8 +95,8 @@ def construct(key: str, spec: Spec, base: type | tuple[type, ...], *inputs: Any)
     """
     try:
         return resolve(spec, base)(*inputs)
-    except ProjectError:
-        raise
+    except ProjectError as error:
+        raise type(error)(f"{key}: {error}") from error
     except Exception as error:  # what a class makes of arguments that are not for it can be anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(f"{key}: {spec['class_path']} does not take these arguments: {reason}.") from error

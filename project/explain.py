@@ -1,4 +1,4 @@
-"""A parser's errors, in one line that says which key, and what it could have been."""
+"""Errors of the parser, of parts and of Lightning, in one line that says which key, and what it could have been."""
 
 from __future__ import annotations
 
@@ -22,8 +22,19 @@ DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
 ELSEWHERE = re.compile(
     r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<place>\w[\w.+:]*://[^\s'\"]*)"
 )
-#: A part that lacks an argument, once it is said in plainer words.
-LACKS = re.compile(r"^([\w.]+): it needs (\w+)$")
+#: A part that lacks arguments; of a union's kinds it is the one that is meant.
+LACKS = re.compile(
+    r"Parser key \"(?P<key>[\w.]+)\".*?the following arguments are required: (?P<words>[\w, ]+)", re.DOTALL
+)
+#: Which part it is, where the parser says so, and what was given.
+LACKING = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+the following arguments are required")
+GIVEN = re.compile(r"\n *Given value: (.*)")
+#: What a union's kinds that were not meant say.
+OF_OTHERS = re.compile(r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w")
+#: Lightning's EarlyStopping, once an epoch is over.
+UNWATCHED = re.compile(
+    r"Early stopping conditioned on metric `(?P<metric>.*?)` which is not available.*following: (?P<known>.*)"
+)
 #: How the parser names types, and how people do.
 PLAINER = (
     (r"Parser key \"([\w.]+)\":", r"\1:"),
@@ -33,7 +44,6 @@ PLAINER = (
     (r"Does not validate against any of the Union subtypes", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r".*Multiple subclasses with name (\w+).*", r"several classes are called \1: give the whole path of one"),
-    (r".*the following arguments are required: (.*)", r"it needs \1"),
     (r"Import path (\S+ )?does not correspond to a subclass of (Source|VisionDataset)$", ""),  # either will do
     (r"Problem with given class_path '\S+':$", ""),
     (r"Expected '(\S+)' to be a subclass of ([\w |]+).*", r"\1 is no \2."),
@@ -62,8 +72,40 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
         return ConfigError(
             f"{elsewhere['place']} is no file here, and nothing is fetched. Download it, read it, and give its path."
         )
-    found = UNKNOWN.search(message)
-    return _unknown(found, parser) if found else ConfigError(_plain(message))
+    if found := UNKNOWN.search(message):
+        return _unknown(found, parser)
+    lacks = LACKS.search(message)
+    return _lacking(lacks, message) if lacks else ConfigError(_plain(message))
+
+
+def explain_part(error: Exception) -> ConfigError:
+    """Say why a part cannot be made of what the parser has let pass.
+
+    Args:
+        error: What was raised when it was made.
+    """
+    message, lines = str(error), _plainer(str(error))
+    parts = re.findall(r"class_path='(?:\w+\.)*(\w+)'", "".join(GIVEN.findall(f"\n{message}")))
+    meant = " ".join([line for line in lines if not OF_OTHERS.match(line)] or lines)
+    return ConfigError(f"{' or '.join(parts)}: {meant}" if parts else meant)
+
+
+def explain_late(error: RuntimeError) -> str | None:
+    """Say what is wrong with a value that nobody could hold against anything before; ``None`` of other errors.
+
+    Args:
+        error: What a library raised.
+    """
+    message = str(error)
+    if "Could not determine home directory" in message:
+        return "A path begins with ~ and the name of somebody who is not known here."
+    if not (found := UNWATCHED.search(message)):
+        return None
+    known = re.findall("`(.*?)`", found["known"])
+    totals = ", ".join(name for name in known if "_of/" not in name)  # a class has three more
+    return (
+        f"EarlyStopping: there is no {found['metric']!r} to watch. {nearest(found['metric'], known)}There are {totals}."
+    )
 
 
 def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
@@ -84,7 +126,21 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
     return ConfigError(f"unknown key {word!r}. {nearest(word, keys)}See --help for all.")
 
 
-def _plain(message: str) -> str:
+def _lacking(found: re.Match[str], message: str) -> ConfigError:
+    key, words = found["key"], found["words"].split(", ")
+    lacking, given = LACKING.search(message), "".join(GIVEN.findall(message)[-1:])
+    listed, named = given.startswith("["), re.findall(r"class_path='([\w.]+)'", given)
+    path = lacking["path"] if lacking else "".join(named[:1])
+    name = path.rpartition(".")[2] or "it"
+    # A flag after a class is of that class, where the key takes a class itself and not in a list alone.
+    if path in named[-1:] if listed and "Not a valid subclass" in message else path in named[:1] and not listed:
+        mend = "Say it with " + " ".join(f"--{key}.{word} VALUE" for word in words)
+    else:
+        mend = f"In a config: {{class_path: {name}, init_args: {{{', '.join(f'{word}: VALUE' for word in words)}}}}}"
+    return ConfigError(f"{key}: {name} needs {', '.join(words)}. {mend}")
+
+
+def _plainer(message: str) -> list[str]:
     lines = []
     for line in message.splitlines():
         line = line.strip(" -")
@@ -92,12 +148,14 @@ def _plain(message: str) -> str:
             line = re.sub(pattern, plainer, line).strip()
         if line:
             lines.append(line)
+    return list(dict.fromkeys(lines))
+
+
+def _plain(message: str) -> str:
+    lines = _plainer(message)
     others = [line for line in lines if not line.startswith("there is no class")]
     if any(line.startswith(("several classes", "expected '")) or " is no " in line for line in others):
         lines = others
-    if any("it needs " in line for line in lines):  # as of a union's kinds it is the one that is meant
-        lines = [line for line in lines if not line.startswith("expected ")]
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
-    message = LACKS.sub(r"\1: it needs \2. Say it with --\1.\2 VALUE", " ".join(dict.fromkeys(lines)))
-    before, word, after = message.partition("expected ")
+    before, word, after = " ".join(lines).partition("expected ")
     return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own

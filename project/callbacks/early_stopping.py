@@ -36,7 +36,7 @@ def go_on(
     Args:
         trainer: Of the fit that goes on.
         checkpoint: As read; the states in it are changed.
-        watched: The last value of what each one monitors, by name; ``None`` where that was not kept.
+        watched: Last values of metrics by name, those that these monitor among them; ``None`` where none were kept.
         counted: Whether the checkpoint was saved when they had counted a validation that will be repeated.
 
     Returns:
@@ -51,6 +51,8 @@ def go_on(
             if _may_end(trainer, checkpoint):
                 return _plain(str(state["stopping_reason_message"]))
             trainer.should_stop = True  # as soon as it may
+        else:  # whatever ends the fit now, it is something else
+            state |= {"stopping_reason": EarlyStoppingReason.NOT_STOPPED.value, "stopping_reason_message": None}
         if counted and not stopping._check_on_train_epoch_end:
             state["wait_count"] -= 1
     return None

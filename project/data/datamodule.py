@@ -177,10 +177,11 @@ class ImageDataModule(pl.LightningDataModule):
             if not self.splits[name]:
                 if self.hold_out.fold and name == "val":
                     raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
-                mend = f"a folder {name}/ beside train/"
+                mend = f"a split {name} (a folder beside train/; in a table, a column split)"
                 if name not in self.source.splits and vars(self.hold_out).get(f"{name}_fraction"):
                     raise DataError(
-                        f"No class has two images that differ, to hold one out for {name}. Add some, or {mend}."
+                        f"No image can be held out for {name}: train keeps one of each class, copies and groups stay "
+                        f"together. Add some, or {mend}."
                     )
                 lacks = f"The {name} split has no images that can be read. Add {mend}, or fit with "
                 raise DataError(f"{lacks}--data.{name}_fraction 0.1, which holds images out of train.")

@@ -28,9 +28,9 @@ class Stages(nn.ModuleDict):
 
     def train(self, mode: bool = True) -> Stages:
         """Set the mode of those that are not frozen."""
-        self.training = mode
-        for name, stage in self.items():
-            stage.train(False if name in self.frozen else mode)
+        super().train(mode)
+        for name in self.frozen:
+            self[name].eval()
         return self
 
 

@@ -256,7 +256,7 @@ def test_a_server_that_cannot_be_reached_is_named(
     ("flags", "message"),
     [
         (["torchvision.datasets.CIFAR10", "--data.source.root", "x"], "Add download: true"),
-        (["torchvision.datasets.CIFAR10"], "it needs root"),
+        (["torchvision.datasets.CIFAR10"], "CIFAR10 needs root"),
         (["torchvision.datasets.CIFAR1"], "there is no class torchvision.datasets.CIFAR1"),
         (["torchvision.datasets.CIFAR10", "--data.source.rot", "x"], "Did you mean 'root'?"),
         (["torch.nn.Linear"], "torch.nn.Linear is no Source"),
@@ -480,6 +480,13 @@ def test_a_folder_that_cannot_be_locked_is_told(
     opened = functools.partial(Quick, root=str(tmp_path), download=True)
     with pytest.warns(UserWarning, match=r"cannot be locked \(.*one process at a time"):
         assert "train" in open_splits(opened)
+
+
+def test_a_root_that_is_no_folder_is_no_matter_of_locks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"CIFAR10 cannot be downloaded: .*File exists"):
+        open_splits(functools.partial(CIFAR10, root=str(tmp_path / "file"), download=True))
+    assert not recwarn.list
 
 
 class Quick(FakeData):

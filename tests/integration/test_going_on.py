@@ -157,6 +157,23 @@ def test_what_early_stopping_has_ended_goes_on_only_where_it_would_not_end_it_ag
     assert fit(*still, "--ckpt_path", str(checkpoints(0) / "last.ckpt"), "--trainer.max_epochs", str(had + 1)) == 0
 
 
+def test_what_ended_a_fit_before_is_not_told_of_the_one_that_goes_on(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = [*STORED, "--model.optimizer.lr", "0", "--trainer.max_epochs", "20"]
+
+    def both(loss: str, accuracy: str) -> list[str]:
+        first = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+        second = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy"]
+        second += ["--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", accuracy]
+        return [*first, "--trainer.callbacks.patience", loss, *second]
+
+    assert fit(*still, *both("2", "3")) == 0
+    assert "did not improve in the last 2 records" in capsys.readouterr().out
+    assert fit(*still, *both("9", "3"), "--ckpt_path", "last") == 0
+    assert "ended: early. Monitored metric val/accuracy did not improve in the last 3" in capsys.readouterr().out
+
+
 SCHEDULES = {
     "every second epoch": ["--trainer.check_val_every_n_epoch", "2"],
     "within epochs": ["--trainer.val_check_interval", "0.5", "--data.batch_size", "8"],

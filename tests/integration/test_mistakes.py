@@ -114,6 +114,7 @@ def _flags(*flags: str) -> Mistake:
     return lambda tmp, photos: list(flags)
 
 
+WATCHING = ("--trainer.callbacks+=EarlyStopping",)
 MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "missing folder": (_missing, ("no/such/folder",)),
     "empty folder": (_empty, ("empty", "CLASS/*.jpg")),
@@ -147,6 +148,37 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "a value that is none of the choices": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
     "a class name that is two classes'": (_flags("--model.scheduler", "ReduceLROnPlateau"), ("give the whole path",)),
     "a scheduler without what it needs": (_flags("--model.scheduler", "StepLR"), ("model.scheduler", "step_size")),
+    "a scheduler without two": (
+        _flags("--model.scheduler", "CyclicLR"),
+        ("CyclicLR needs base_lr, max_lr", "--model.scheduler.base_lr VALUE --model.scheduler.max_lr VALUE"),
+    ),
+    "a callback that is added, without what it needs": (
+        _flags("--trainer.callbacks+=EarlyStopping"),
+        ("EarlyStopping needs monitor. Say it with --trainer.callbacks.monitor VALUE\n",),
+    ),
+    "the first of two callbacks without what it needs": (  # the flag would be the second one's
+        _config("trainer: {callbacks: [{class_path: EarlyStopping}, {class_path: LearningRateMonitor}]}"),
+        ("In a config: {class_path: EarlyStopping, init_args: {monitor: VALUE}}\n",),
+    ),
+    "a transform without what it needs": (
+        _flags("--data.augment+=torchvision.transforms.v2.RandomCrop"),
+        ("data.augment", "In a config: {class_path: RandomCrop, init_args: {size: VALUE}}\n"),
+    ),
+    "a transform without a class": (
+        _flags("--data.augment+=torchvision.transforms.v2.RandomCrop", "--data.augment.size", "32"),
+        ("data.augment: no class_path", "{'size': 32}"),
+    ),
+    "a callback that does not take a value": (
+        _flags(*WATCHING, "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.mode", "middle"),
+        ("error: EarlyStopping: ", "min, max, got middle\n"),
+    ),
+    "a metric that is not there": (
+        _flags(*WATCHING, "--trainer.callbacks.monitor", "val/los"),
+        ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-SGD, val/loss, "),
+    ),
+    "an unknown strategy": (_flags("--trainer.strategy", "ppd"), ("ppd",)),
+    "devices that are no number": (_flags("--trainer.devices", "foo"), ("devices",)),
+    "the folder of nobody": (_flags("--data.root", "~nobody_at_all/photos"), ("begins with ~",)),
     "a head that is no head": (_flags("--model.head", "torch.nn.Conv2d"), ("model.head",)),
     "a negative learning rate": (_flags("--model.optimizer.lr", "-1"), ("model.optimizer", "learning rate")),
     "a dropout of two": (

@@ -116,7 +116,7 @@ def test_a_logger_of_the_users_has_the_run_in_its_folder(fit: Fit) -> None:
 def test_a_logger_that_lacks_something_says_what(fit: Fit, refused: Callable[[int], str]) -> None:
     assert (
         refused(fit("--trainer.logger", "CSVLogger"))
-        == "error: trainer.logger: it needs save_dir. Say it with --trainer.logger.save_dir VALUE\n"
+        == "error: trainer.logger: CSVLogger needs save_dir. Say it with --trainer.logger.save_dir VALUE\n"
     )
     assert "--trainer.logger.name" in refused(
         fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--name", "mine")
@@ -129,7 +129,7 @@ def test_a_logger_whose_library_is_missing_names_it(
     missing = RequirementCache("wandb>=99999")
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", missing)
     said = refused(fit("--trainer.logger", "WandbLogger"))
-    assert "needs a library that is not here" in said and "wandb" in said and said.count("\n") == 1
+    assert "Requirement 'wandb>=99999' not met" in said and "wandb" in said and said.count("\n") == 1
 
 
 def test_a_checkpoint_of_the_users_does_not_hide_the_best(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,10 +175,21 @@ def test_images_that_are_held_out_otherwise_than_in_the_fit_are_told(
     assert "held images out otherwise (data.val_fraction was 0.2)" in capsys.readouterr().out
 
 
-def test_one_image_a_class_cannot_be_held_out(tmp_path: Path, fit: Fit, refused: Callable[[int], str]) -> None:
+@pytest.mark.parametrize("kind", ["one a class", "two a class, of which test takes one", "one group a class"])
+def test_where_nothing_can_be_held_out_it_says_why(
+    kind: str, tmp_path: Path, fit: Fit, refused: Callable[[int], str]
+) -> None:
+    flags, lines = ["--data.root", str(tmp_path / "few")], ["path,label,group"]
     for number in range(3):
-        draw(tmp_path / "one" / str(number) / "a.png", (80 * number, 9, 9), number)
-    assert "No class has two images that differ" in refused(fit("--data.root", str(tmp_path / "one")))
+        for copy in range(1 if kind == "one a class" else 2):
+            draw(tmp_path / "few" / str(number) / f"{copy}.png", (80 * number, 90 * copy, 9), number + copy)
+            lines.append(f"few/{number}/{copy}.png,{number},{number}")
+    if "group" in kind:
+        (tmp_path / "few.csv").write_text("\n".join(lines))
+        flags = ["--data.root", str(tmp_path / "few.csv")]
+    said = refused(fit(*flags, "--data.test_fraction", "0" if "two" not in kind else "0.2"))
+    assert "No image can be held out for val: train keeps one of each class, copies and groups stay together" in said
+    assert "a folder beside train/; in a table, a column split" in said
 
 
 def test_the_config_of_a_run_runs_again(fit: Fit) -> None:
