@@ -52,6 +52,7 @@ PLAINER = (
     (r"(Got value: \S+)\.$", r"\1"),
     (r"Expected a dot import path string: .*", ""),
     (r"Expected an? ", "expected "),
+    (r"\('cannot represent an object', <\w+\.\w+: ('\w+')>\)", r"its default \1 cannot be kept; say it yourself."),
     (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
 )
 
@@ -84,8 +85,7 @@ def explain_part(error: Exception) -> ConfigError:
     Args:
         error: What was raised when it was made.
     """
-    message, lines = str(error), _plainer(str(error))
-    parts = re.findall(r"class_path='(?:\w+\.)*(\w+)'", "".join(GIVEN.findall(f"\n{message}")))
+    lines, parts = _plainer(str(error)), [path.rpartition(".")[2] for path in _parts(_given(str(error)))]
     meant = " ".join([line for line in lines if not OF_OTHERS.match(line)] or lines)
     return ConfigError(f"{' or '.join(parts)}: {meant}" if parts else meant)
 
@@ -98,7 +98,7 @@ def explain_late(error: RuntimeError) -> str | None:
     """
     message = str(error)
     if "Could not determine home directory" in message:
-        return "A path begins with ~ and the name of somebody who is not known here."
+        return "A path begins with ~ and the name of somebody who is not known here. Write it out."
     if not (found := UNWATCHED.search(message)):
         return None
     known = re.findall("`(.*?)`", found["known"])
@@ -128,16 +128,26 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
 
 def _lacking(found: re.Match[str], message: str) -> ConfigError:
     key, words = found["key"], found["words"].split(", ")
-    lacking, given = LACKING.search(message), "".join(GIVEN.findall(message)[-1:])
-    listed, named = given.startswith("["), re.findall(r"class_path='([\w.]+)'", given)
-    path = lacking["path"] if lacking else "".join(named[:1])
+    lacking, given = LACKING.search(message), _given(message)
+    listed, parts = given.startswith("["), _parts(given)
+    path = lacking["path"] if lacking else "".join(parts[:1])
     name = path.rpartition(".")[2] or "it"
-    # A flag after a class is of that class, where the key takes a class itself and not in a list alone.
-    if path in named[-1:] if listed and "Not a valid subclass" in message else path in named[:1] and not listed:
+    # A flag is of the class, or of the last one, where the key takes a class and not in a list alone.
+    flagged = parts[:1] if not listed else parts[-1:] if "Not a valid subclass" in message else []
+    if path in flagged:
         mend = "Say it with " + " ".join(f"--{key}.{word} VALUE" for word in words)
     else:
         mend = f"In a config: {{class_path: {name}, init_args: {{{', '.join(f'{word}: VALUE' for word in words)}}}}}"
     return ConfigError(f"{key}: {name} needs {', '.join(words)}. {mend}")
+
+
+def _given(message: str) -> str:
+    """The whole value that was given; those of a union's kinds come before it."""
+    return "".join(GIVEN.findall(f"\n{message}")[-1:])
+
+
+def _parts(given: str) -> list[str]:
+    return re.findall(r"class_path='([\w.]+)'", given)
 
 
 def _plainer(message: str) -> list[str]:

@@ -21,7 +21,7 @@ from project.data.opening import Given, open_source
 from project.data.order import EpochSampler, Order
 from project.data.samples import Sample, Source, some
 from project.data.sources import Files
-from project.data.splits import HoldOut, split
+from project.data.splits import HoldOut, lacking, split
 from project.data.transforms import Augment, Mix, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.machine import cache_folder, cores
@@ -175,16 +175,7 @@ class ImageDataModule(pl.LightningDataModule):
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         for name in needed:
             if not self.splits[name]:
-                if self.hold_out.fold and name == "val":
-                    raise DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
-                mend = f"a split {name} (a folder beside train/; in a table, a column split)"
-                if name not in self.source.splits and vars(self.hold_out).get(f"{name}_fraction"):
-                    raise DataError(
-                        f"No image can be held out for {name}: train keeps one of each class, copies and groups stay "
-                        f"together. Add some, or {mend}."
-                    )
-                lacks = f"The {name} split has no images that can be read. Add {mend}, or fit with "
-                raise DataError(f"{lacks}--data.{name}_fraction 0.1, which holds images out of train.")
+                raise lacking(name, self.source.splits, self.hold_out)
 
     @property
     def class_weights(self) -> list[float] | None:

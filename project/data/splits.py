@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from project.data.duplicates import alike
 from project.data.facts import Facts
 from project.data.samples import Sample
-from project.errors import ConfigError
+from project.errors import ConfigError, DataError
 
 
 class Place(NamedTuple):
@@ -147,6 +147,28 @@ def split(
         test = test or [sample for sample, _ in to_test]
         val = val or [sample for sample, _ in to_val]
     return {"train": train, "val": val, "test": test}
+
+
+def lacking(name: str, given: Container[str], how: HoldOut) -> DataError:
+    """Say why a split has no images, and how it gets some.
+
+    Args:
+        name: ``val`` or ``test``; where ``train`` lacks a class, it is refused before.
+        given: Names of the splits that the source has.
+        how: What was to be held out for those that it has not.
+    """
+    if how.fold and name == "val":
+        return DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
+    mend = f"a split {name} (a folder beside train/; in a table, a column split)"
+    if name not in given and vars(how).get(f"{name}_fraction"):
+        return DataError(
+            f"No image can be held out for {name}: train keeps one of each class, copies and groups stay together. "
+            f"Add some, or {mend}."
+        )
+    return DataError(
+        f"The {name} split has no images that can be read. Add {mend}, or fit with --data.{name}_fraction 0.1, "
+        "which holds images out of train."
+    )
 
 
 def parse_fold(text: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _alone(root: object) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(folder / ".downloading.lock"))
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:
             if folder.is_dir():  # what is there can be read all the same; what is not, torchvision complains of
                 what = f"{folder} cannot be locked ({error}): have it downloaded by one process at a time."
                 warnings.warn(what, stacklevel=2)

@@ -166,13 +166,11 @@ class Space:
     def building(self, wait: Any = lambda: None) -> Iterator[None]:
         """Hold the space for one builder: what another one is computing need not be computed twice.
 
-        Where the file system has no locks, two builders write rows of their own, which does no harm.
-
         Args:
             wait: Called once, when another builder has to be waited for.
 
         Raises:
-            StoreError: The folder cannot be written.
+            StoreError: The folder cannot be written, or not be locked.
         """
         from filelock import FileLock, Timeout
 
@@ -186,9 +184,6 @@ class Space:
                 lock.acquire()
             for left in self.path.glob(f"{TEMPORARY}*"):  # of a builder that was killed
                 left.unlink(missing_ok=True)
-        except NotImplementedError:  # no locks here: without one, another builder's rows are written twice, no more
-            yield
-            return
         except OSError as error:
             raise unwritable(self.path, error) from error
         try:

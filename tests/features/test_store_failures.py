@@ -1,5 +1,6 @@
 """What a store survives: kills, full disks, folders that cannot be written, and two builders at once."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -57,6 +58,38 @@ def keys_of(word: str, count: int = 64) -> np.ndarray:
 
 def temporaries(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.name.startswith(TEMPORARY)]
+
+
+def test_without_locks_there_is_one_builder_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: flock is not there, so files of the library's own stand for locks."""
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    space, waiting, done = Space(tmp_path, {}), Event(), Event()
+
+    def second() -> None:
+        with Space(tmp_path, {}).building(waiting.set):
+            done.set()
+
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with space.building():
+            other = Thread(target=second)
+            other.start()
+            assert waiting.wait(20) and not done.is_set()
+            space.write(keys_of("a"), torch.ones(64, 8))
+        other.join(20)
+    assert done.is_set() and not len(space.find(keys_of("a")).missing)
+
+
+def test_a_folder_whose_locks_fail_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(StoreError, match=r"No locks available.*--features\.folder"), Space(tmp_path, {}).building():
+        pass
 
 
 def test_whatever_moment_a_writer_is_killed_at_what_has_a_name_is_whole(tmp_path: Path) -> None:

@@ -172,13 +172,17 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         _flags(*WATCHING, "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.mode", "middle"),
         ("error: EarlyStopping: ", "min, max, got middle\n"),
     ),
+    "a callback whose default no config can keep": (
+        _flags("--trainer.callbacks+=Timer"),
+        ("error: Timer: its default 'step' cannot be kept; say it yourself.\n",),
+    ),
     "a metric that is not there": (
         _flags(*WATCHING, "--trainer.callbacks.monitor", "val/los"),
         ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-SGD, val/loss, "),
     ),
     "an unknown strategy": (_flags("--trainer.strategy", "ppd"), ("ppd",)),
     "devices that are no number": (_flags("--trainer.devices", "foo"), ("devices",)),
-    "the folder of nobody": (_flags("--data.root", "~nobody_at_all/photos"), ("begins with ~",)),
+    "the folder of nobody": (_flags("--data.root", "~nobody_at_all/photos"), ("begins with ~", "Write it out")),
     "a head that is no head": (_flags("--model.head", "torch.nn.Conv2d"), ("model.head",)),
     "a negative learning rate": (_flags("--model.optimizer.lr", "-1"), ("model.optimizer", "learning rate")),
     "a dropout of two": (
