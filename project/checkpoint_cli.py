@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from project.artifacts.checkpoint import epochs_of, seed_of, split_settings
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError, ProjectError, nearest
+from project.errors import ConfigError, ProjectError, damaged, nearest
 from project.explain import explain, explain_part
 from project.kept import PARTS
 from project.reading import hyper_parameters, read_checkpoint
@@ -157,7 +157,7 @@ class CheckpointCLI(LightningCLI):
             if not self.trainer._checkpoint_connector._loaded_checkpoint:
                 raise
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise CheckpointError(
+            raise damaged(
                 f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
             ) from error
 

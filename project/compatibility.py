@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from project.errors import CheckpointError
+from project.errors import CheckpointError, damaged
 
 FORMAT = 1  # of what a checkpoint holds under "transfer"
 
@@ -73,7 +73,7 @@ def refuse_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
             raise CheckpointError(f"The checkpoint's tensor {name!r} is of shape {shapes}: {mend}")
         # Floats of another width are what trainer.precision bf16-true leaves.
         if value.dtype != tensor.dtype and not (value.is_floating_point() and tensor.is_floating_point()):
-            raise CheckpointError(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
+            raise damaged(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
 
 
 def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any]) -> None:

@@ -56,6 +56,15 @@ class FrozenError(ProjectError):
     """A part that was to stay frozen has changed."""
 
 
+def damaged(what: str) -> CheckpointError:
+    """Say that a checkpoint is not as a fit wrote it.
+
+    Args:
+        what: Which checkpoint, and what is wrong with it, in a sentence.
+    """
+    return CheckpointError(f"{what}\nTake another one of its run, best.ckpt or last.ckpt, or fit anew.")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Say which known names come nearest to a misspelt one.
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from project.errors import CheckpointError
+from project.errors import CheckpointError, damaged
 
 #: Makes the optimizer and the scheduler of what trains.
 Make = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
@@ -41,7 +41,7 @@ def refuse_states(checkpoint: Mapping[str, Any], parameters: Iterable[nn.Paramet
     shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
     failed = _rehearse(make, shapes, states, schedules)
     if failed and not _rehearse(make, shapes, None, None):  # else this optimizer cannot be tried in this way
-        raise CheckpointError(
+        raise damaged(
             "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
             f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
         )
@@ -59,10 +59,10 @@ def refuse_progress(found: Any, fresh: Any, place: str) -> None:
         CheckpointError: One is missing, or of another type.
     """
     if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
-        raise CheckpointError(f"The checkpoint is damaged: {place} cannot be {found!r:.40}.")
+        raise damaged(f"The checkpoint is damaged: {place} cannot be {found!r:.40}.")
     for key, value in fresh.items() if isinstance(fresh, dict) else ():
         if key not in found:
-            raise CheckpointError(f"The checkpoint is damaged: {place}.{key} is missing.")
+            raise damaged(f"The checkpoint is damaged: {place}.{key} is missing.")
         refuse_progress(found[key], value, f"{place}.{key}")
 
 
@@ -74,7 +74,7 @@ def _refuse_paths(callbacks: Any) -> None:
     if callbacks is not None and not (
         isinstance(callbacks, dict) and all(isinstance(v, dict) for v in callbacks.values())
     ):
-        raise CheckpointError("The checkpoint is damaged: the states of its callbacks are none.")
+        raise damaged("The checkpoint is damaged: the states of its callbacks are none.")
     for name, state in (callbacks or {}).items():
         for key in PATHS:
             value = state.get(key) or ""

@@ -18,7 +18,7 @@ from project.callbacks import early_stopping
 from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError
+from project.errors import CheckpointError, ConfigError, damaged
 from project.features.ranks import Ranks
 from project.terminal import say
 
@@ -146,7 +146,7 @@ def _refusing_damage() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever is wrong with it: it may come from anywhere
-        raise CheckpointError(
+        raise damaged(
             f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({error!r:.80})."
         ) from error
 

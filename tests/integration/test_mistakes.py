@@ -336,7 +336,7 @@ def test_a_bad_checkpoint(damage: str, run: Path, photos: Path, refused: Callabl
     else:
         torch.save({"hyper_parameters": Poison()} if damage == "poisoned" else {"state_dict": {}}, "bad.ckpt")
     said = refused(main(["predict", "--ckpt_path", "bad.ckpt", "--data.predict", str(photos)]))
-    assert "bad.ckpt" in said
+    assert "bad.ckpt" in said and "Take " in said
     assert not Path("poisoned").exists()
 
 
