@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from project.errors import ConfigError, ProjectError
+from project.errors import ConfigError, ProjectError, shown
 from project.imports import is_importable, refused, takes_if_imported
 
 Spec = Mapping[str, Any]
@@ -60,7 +60,7 @@ def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
         or not isinstance(arguments, Mapping)
         or not all(isinstance(k, str) for k in arguments)
     ):
-        raise ConfigError(f"no class_path with init_args, but {spec!r:.80}.")
+        raise ConfigError(f"no class_path with init_args, but {shown(spec)}.")
     module_name, _, name = path.rpartition(".")
     if is_importable(path):
         try:

@@ -62,7 +62,14 @@ def damaged(what: str) -> CheckpointError:
     Args:
         what: Which checkpoint, and what is wrong with it, in a sentence.
     """
-    return CheckpointError(f"{what}\nTake another one of its run, best.ckpt or last.ckpt, or fit anew.")
+    return CheckpointError(
+        f"{' '.join(what.splitlines())}\nTake another one of its run, best.ckpt or last.ckpt, or fit anew."
+    )
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value in one line of so many characters at most: a tensor has several, and a checkpoint may hold any."""
+    return " ".join(repr(value).split())[:most]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from project.components import resolve
-from project.errors import CheckpointError, ConfigError, damaged
+from project.errors import CheckpointError, ConfigError, damaged, shown
 
 Checkpoint = dict[str, Any]
 MAGIC = b"PK\x03\x04"  # of a zip file, as torch.save writes; its two older formats need more of pickle
@@ -115,11 +115,11 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, 
         raise damaged(f"{path} is damaged, or of another version: an unknown hyper-parameter {name!r}.")
     for name, value in values.items():
         if name not in parts and not _is(value, hints[name]):
-            raise damaged(f"{path}: model.{name} cannot be {value!r:.80}.")
+            raise damaged(f"{path}: model.{name} cannot be {shown(value)}.")
         if name in parts and not (value is None and type(None) in typing.get_args(hints[name])):
             try:
                 if not isinstance(value, dict) or _names_classes(value.get("init_args")):
-                    raise ConfigError(f"it cannot be {value!r:.80}.")
+                    raise ConfigError(f"it cannot be {shown(value)}.")
                 resolve(value, parts[name])
             except ConfigError as error:
                 raise CheckpointError(f"{path}: model.{name}: {error}") from error

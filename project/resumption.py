@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from project.errors import CheckpointError, damaged
+from project.errors import CheckpointError, damaged, shown
 
 #: Makes the optimizer and the scheduler of what trains.
 Make = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
@@ -59,7 +59,7 @@ def refuse_progress(found: Any, fresh: Any, place: str) -> None:
         CheckpointError: One is missing, or of another type.
     """
     if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
-        raise damaged(f"The checkpoint is damaged: {place} cannot be {found!r:.40}.")
+        raise damaged(f"The checkpoint is damaged: {place} cannot be {shown(found, 40)}.")
     for key, value in fresh.items() if isinstance(fresh, dict) else ():
         if key not in found:
             raise damaged(f"The checkpoint is damaged: {place}.{key} is missing.")

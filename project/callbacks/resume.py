@@ -18,7 +18,7 @@ from project.callbacks import early_stopping
 from project.chance import reseed, run_seed
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError, damaged
+from project.errors import CheckpointError, ConfigError, damaged, shown
 from project.features.ranks import Ranks
 from project.terminal import say
 
@@ -147,7 +147,7 @@ def _refusing_damage() -> Iterator[None]:
         yield
     except Exception as error:  # whatever is wrong with it: it may come from anywhere
         raise damaged(
-            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({error!r:.80})."
+            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({shown(error)})."
         ) from error
 
 
