@@ -6,6 +6,8 @@ import inspect
 import re
 from argparse import ArgumentError, ArgumentParser
 
+import torch
+
 from project.components import resolve
 from project.errors import ConfigError, nearest
 from project.imports import refused
@@ -97,6 +99,8 @@ def explain_late(error: RuntimeError) -> str | None:
         error: What a library raised.
     """
     message = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in message:
+        return _out_of_memory(message)
     if "Could not determine home directory" in message:
         return "A path begins with ~ and the name of somebody who is not known here. Write it out."
     if not (found := UNWATCHED.search(message)):
@@ -105,6 +109,17 @@ def explain_late(error: RuntimeError) -> str | None:
     totals = ", ".join(name for name in known if "_of/" not in name)  # a class has three more
     return (
         f"EarlyStopping: there is no {found['metric']!r} to watch. {nearest(found['metric'], known)}There are {totals}."
+    )
+
+
+def _out_of_memory(message: str) -> str:
+    """What the allocator says first, and the flags that need less."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes", message)
+    size = "" if asked is None else f" for {asked[1] or f'{int(asked[2]) / 1e9:.3g} GB'} more"
+    where = "memory" if "DefaultCPUAllocator" in message else "GPU memory"
+    return (
+        f"Not enough {where}{size}. Lower --data.batch_size (--trainer.accumulate_grad_batches makes up for it),\n"
+        "lower --model.image_size, train fewer stages (--model.trainable), or use --trainer.precision bf16-mixed."
     )
 
 

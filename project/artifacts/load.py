@@ -23,7 +23,7 @@ Images = Sequence[str | Path | Image.Image] | torch.Tensor
 class Classifier:
     """A trained classifier that takes images as people have them.
 
-    Images are paths, PIL images, or a uint8 tensor ``(B, 3, H, W)``.
+    Images are paths, PIL images, or a uint8 tensor ``(B, 3, H, W)``. They are computed where the model is.
 
     Args:
         model: The trained module; it is put in ``eval()``.
@@ -46,13 +46,13 @@ class Classifier:
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities ``(N, C)``, float32; rows sum to 1."""
-        found = [self.model(batch).float().softmax(1).numpy() for batch in self._batches(images)]
+        found = [self.model(batch).float().softmax(1).cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *found])
 
     def features(self, images: Images) -> np.ndarray:
         """Features ``(N, D)``, float32."""
         backbone = self.model.backbone
-        found = [backbone.refine(self.model.encode(batch)).float().numpy() for batch in self._batches(images)]
+        found = [backbone.refine(self.model.encode(batch)).float().cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
 
     def heat_map(self, images: Images, classes: Sequence[str] | None = None) -> np.ndarray:
@@ -75,13 +75,13 @@ class Classifier:
         size, backbone, found = self.model.backbone.preprocessing.crop, self.model.backbone, []
         wanted = iter(() if classes is None else self._indices(classes))
         for batch in self._batches(images):
-            chosen = None if classes is None else torch.tensor([*islice(wanted, len(batch))])
-            found.append(heat_maps(backbone, self.model.head, batch, chosen).numpy())
+            chosen = None if classes is None else torch.tensor([*islice(wanted, len(batch))], device=self.model.device)
+            found.append(heat_maps(backbone, self.model.head, batch, chosen).cpu().numpy())
         return np.concatenate([np.empty((0, size, size), np.float32), *found])
 
     def crop(self, images: Images) -> list[Image.Image]:
         """What the network gets of each image: resized and cropped, ``(S, S)`` pixels."""
-        return [image_functions.to_pil_image(image) for batch in self._batches(images) for image in batch]
+        return [image_functions.to_pil_image(image.cpu()) for batch in self._batches(images) for image in batch]
 
     def _indices(self, classes: Sequence[str]) -> list[int]:
         unknown = [name for name in classes if name not in self.classes_]
@@ -98,18 +98,19 @@ class Classifier:
         items = iter(images)
         with torch.inference_mode():
             while batch := [self._transform(_as_pil(image)) for image in islice(items, self.batch_size)]:
-                yield torch.stack(batch)
+                yield torch.stack(batch).to(self.model.device)
 
 
-def load(path: str | Path, weights: str | None = None) -> Classifier:
+def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Classifier:
     """Load a trained classifier from its checkpoint of kilobytes, and its backbone from where it came from.
 
     Args:
         path: A checkpoint of a fit.
         weights: Where the backbone's weights are, if they are no longer where they were; they have to be the same.
+        device: Device that computes, such as ``"cuda"``.
 
     Returns:
-        The classifier, on the CPU.
+        The classifier, on that device.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit its backbone.
@@ -120,7 +121,7 @@ def load(path: str | Path, weights: str | None = None) -> Classifier:
         model = ImageClassifier.load_from_checkpoint(path, **changes)
     except WeightsError as error:
         raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
-    return Classifier(model)
+    return Classifier(model.to(device))
 
 
 def _as_pil(image: str | Path | Image.Image | torch.Tensor) -> Image.Image:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from project.data.images import DECODING
 from project.data.samples import Sample, Source
@@ -21,8 +24,11 @@ from project.features.ranks import Ranks
 from project.features.store import SHARD, Keys, Space, as_keys, row_key
 from project.machine import cores
 from project.models.accelerate import Engine
+from project.signals import leave_to_the_parent
 
 FLUSH = 15.0  # seconds of work that a killed run may lose
+PART = 32  # images that a process decodes at a time; batches of a GPU are multiples of it
+MANY = 4096  # images for which it pays to start processes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,18 +110,20 @@ def load_image(source: Source, image: Image) -> torch.Tensor:
 
 
 def run(
-    engine: Engine, images: Sequence[Image], load: Callable[[Image], torch.Tensor]
+    engine: Engine, images: Sequence[Image], load: Callable[[Image], torch.Tensor], workers: int = 0
 ) -> Iterator[tuple[Sequence[Image], torch.Tensor]]:
     """Compute the rows of images, in order.
 
     Decoding and computing never have more threads than there are cores: an engine whose calls run side by side decodes
-    a batch on the thread that computes it; a GPU is fed by threads that decode ahead of it; and one that takes all
-    cores of a CPU at once takes turns with the decoding.
+    a batch on the thread that computes it; a GPU is fed by threads or processes that decode ahead of it; and one that
+    takes all cores of a CPU at once takes turns with the decoding.
 
     Args:
         engine: What computes.
         images: What of.
-        load: Reads one, uint8 ``(3, H, W)``; called from several threads.
+        load: Reads one, uint8 ``(3, H, W)``; called from several threads or processes.
+        workers: Processes that decode ahead of a GPU; 0 for threads. Threads start at once but share one interpreter
+            lock, which an image holds for up to 0.37 ms: some 2,700 images/s at most, however many cores there are.
 
     Yields:
         A batch of images, and its rows.
@@ -127,20 +135,70 @@ def run(
         return engine(torch.stack([load(image) for image in batch]))
 
     def decode(batch: Sequence[Image]) -> Callable[[], torch.Tensor]:
-        pending = [pool.submit(load, image) for image in batch]
-        return lambda: torch.stack([future.result() for future in pending])
+        parts = from_processes
+        if parts is None:
+            pending = [pool.submit(load, image) for image in batch]
+            parts = (future.result()[None] for future in pending)
+        # Put together on a thread of its own, so that a GPU does not wait for it.
+        return together.submit(_fill, parts, len(batch), pin).result
 
-    if engine.side_by_side:
-        pool = ThreadPoolExecutor(threads, "lane", torch.set_num_threads, (1,))
-        results = _ahead(lambda batch: pool.submit(lane, batch).result, batches, threads)
-    else:
-        pool = ThreadPoolExecutor(cores(), "decode")
-        results = map(engine, _ahead(decode, batches, engine.ahead))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        if engine.side_by_side:
+            pool = ThreadPoolExecutor(threads, "lane", torch.set_num_threads, (1,))
+            results = _ahead(lambda batch: pool.submit(lane, batch).result, batches, threads)
+        else:
+            pool = ThreadPoolExecutor(cores(), "decode")
+            from_processes = _from_processes(images, load, workers) if workers else None
+            if from_processes is not None:
+                stack.callback(from_processes.close)
+            together = ThreadPoolExecutor(1, "together")
+            stack.callback(together.shutdown, cancel_futures=True)
+            pin = engine.ahead > 0 and torch.cuda.is_available()
+            results = map(engine, _ahead(decode, batches, engine.ahead))
+        stack.callback(pool.shutdown, cancel_futures=True)
         yield from zip(batches, results, strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+
+
+def _from_processes(
+    images: Sequence[Image], load: Callable[[Image], torch.Tensor], workers: int
+) -> Generator[torch.Tensor]:
+    """Decoded images ``(B, 3, H, W)`` in order, a few at a time: what is under way lies in shared memory."""
+    yield from DataLoader(
+        _Decoded(images, load),
+        batch_size=PART,
+        num_workers=workers,
+        prefetch_factor=4,
+        collate_fn=torch.stack,
+        worker_init_fn=leave_to_the_parent,
+    )
+
+
+class _Decoded(Dataset[torch.Tensor]):
+    """Decoded images, for the processes of a DataLoader."""
+
+    def __init__(self, images: Sequence[Image], load: Callable[[Image], torch.Tensor]) -> None:
+        self._images = images
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._load(self._images[index])
+
+
+def _fill(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.Tensor:
+    """The next so many images as one batch ``(B, 3, H, W)``, page-locked for a GPU; parts end where batches do."""
+    batch, at = torch.empty(0), 0
+    for part in parts:
+        if at == 0:
+            batch = torch.empty((count, *part.shape[1:]), dtype=part.dtype, pin_memory=pin)
+        batch[at : at + len(part)] = part
+        at += len(part)
+        if at == count:
+            break
+    return batch
 
 
 def _ahead(start: Callable[[T], Callable[[], R]], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -176,6 +234,9 @@ def extract(
         DataError: An image cannot be read.
         StoreError: The rows cannot be written.
     """
+    # Processes cannot share what a source has open, so one whose reads depend on each other is read by threads.
+    reads_apart = type(source).expect is Source.expect
+    workers = cores() if engine.ahead and engine.batch_size % PART == 0 and len(images) >= MANY and reads_apart else 0
     keys: list[bytes] = []
     rows = torch.empty(0)
     written = time.monotonic()
@@ -187,7 +248,7 @@ def extract(
         keys, written = [], time.monotonic()
 
     try:
-        for batch, computed in run(engine, images, lambda image: load_image(source, image)):
+        for batch, computed in run(engine, images, functools.partial(load_image, source), workers):
             if len(keys) + len(computed) > len(rows):
                 flush()
                 size = max(shard // (computed[0].numel() * computed.element_size()), len(computed))

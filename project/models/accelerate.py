@@ -170,9 +170,11 @@ class Exact:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Rows of images. A batch is filled up: in a small one, oneDNN sums in another order."""
         count = len(images)
-        whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
+        whole = images
+        if count < self.batch_size:
+            whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled, it would not be the network
-            return self._encode(whole.to(self._device))[:count].cpu()
+            return self._encode(whole.to(self._device, non_blocking=True))[:count].cpu()
 
 
 class Torch:
@@ -224,7 +226,7 @@ class Torch:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         # no_grad rather than inference_mode: inductor freezes under it alone
         with torch.no_grad():
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and not images.is_pinned():
                 images = images.pin_memory()
             images = images.to(self._device, non_blocking=True)
             rows = self._run(images.contiguous(memory_format=torch.channels_last))

@@ -44,11 +44,13 @@ def article(options: argparse.Namespace) -> dict[str, Any]:
     """The article's loop: the whole network in train mode and float32, each image decoded in each epoch."""
     torch.manual_seed(0)
     dataset = images(options.data, "train", options.size)
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=options.workers)
+    device = torch.device(options.device)
     model = models.get_model(options.network, weights=None)
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.fc = nn.Linear(model.fc.in_features, len(dataset.classes))
+    model = model.to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.001, momentum=0.9)
     seconds = []
@@ -57,6 +59,7 @@ def article(options: argparse.Namespace) -> dict[str, Any]:
         model.train()
         running = 0.0
         for inputs, labels in loader:
+            inputs, labels = inputs.to(device), labels.to(device)
             optimizer.zero_grad()
             outputs = model(inputs)
             loss = criterion(outputs, labels)
@@ -159,6 +162,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--device", default="cpu", help="of the article's loop")
+    parser.add_argument("--workers", type=int, default=0, help="of the article's DataLoader")
     options = parser.parse_args()
     if options.program != "limits" and options.data is None:
         parser.error("--data is needed")

@@ -1,12 +1,12 @@
 """What a million images and more cost, in bytes and hours: measured here by the image, and multiplied.
 
-    python -m tests.benchmarks.cost --data DIR/flowers5 --gpu-rate 2500 --gpu-cores 16
+    python -m tests.benchmarks.cost --data DIR/flowers5
 
 ``DIR/flowers5`` holds ``{train,val}/CLASS/*.jpg``. Measured on this machine: bytes of a ResNet50 row on disk and of an
 image in memory, images a second that its CPU computes and that one core reads and decodes, and the seconds of an epoch
-of a linear head on stored rows. Each is the best of a few, as what else runs here only ever makes it slower. Not
-measured, as there is no GPU here: ``--gpu-rate``, images a second that one computes if it never waits. It does wait
-where the cores beside it cannot decode as fast.
+of a linear head on stored rows. Each is the best of a few, as what else runs here only ever makes it slower.
+``--gpu-rate``, as ``tests.benchmarks.gpu`` measures it on a card, adds the hours of GPUs; each waits where the cores
+beside it cannot decode as fast.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder of photographs")
     parser.add_argument("--images", type=int, default=128, help="that are computed")
     parser.add_argument("--rows", type=int, default=65_536, help="of the measured epochs")
-    parser.add_argument("--gpu-rate", type=float, default=2500, help="images/s of a GPU: assumed, not measured")
+    parser.add_argument("--gpu-rate", type=float, help="images/s that tests.benchmarks.gpu has measured on a GPU")
     parser.add_argument("--gpu-cores", type=int, default=16, help="cores beside each GPU that decode for it")
     options = parser.parse_args()
     cores = torch.get_num_threads()
@@ -153,7 +153,6 @@ def main() -> None:
     transform = evaluation(load_backbone("resnet50", None)[0].preprocessing)
     decoded = max(rate(ours(source, transform)) for _ in range(3))
     held = in_memory(options.data)
-    fed = min(options.gpu_rate, options.gpu_cores * decoded)
     print(f"\nMeasured here, ResNet50 at 224 px, {cores} cores unless said otherwise:\n")
     table(
         ["what", "figure"],
@@ -169,12 +168,18 @@ def main() -> None:
         ],
     )
     best = {where: max(speed for place, _, speed in speeds if place == where) for where in ("memory", "disk")}
-    print(
-        f"\nMultiplied. A GPU is taken to compute {options.gpu_rate:.0f} images/s, which is an assumption, and to have "
-        f"{options.gpu_cores} cores, which decode {options.gpu_cores * decoded:.0f}: so it gets {fed:.0f} images/s.\n"
-    )
+    gpus: dict[str, float] = {}
+    if options.gpu_rate is None:
+        print("\nMultiplied. Extraction is not measured on a GPU: --gpu-rate adds it.\n")
+    else:
+        fed = min(options.gpu_rate, options.gpu_cores * decoded)
+        gpus = {f"hours, {count} GPU(s)": fed * count for count in (1, 64)}
+        print(
+            f"\nMultiplied. A GPU computes {options.gpu_rate:.0f} images/s and has {options.gpu_cores} cores, which "
+            f"decode {options.gpu_cores * decoded:.0f}: it gets {fed:.0f} images/s.\n"
+        )
     header = [
-        *("images", "rows bf16, GB", "rows fp32, GB", f"hours, {cores} cores", "hours, 1 GPU", "hours, 64 GPUs"),
+        *("images", "rows bf16, GB", "rows fp32, GB", f"hours, {cores} cores", *gpus),
         *("memory a process, GB", "minutes an epoch, one core, from memory", "from disk"),
     ]
     table(
@@ -183,7 +188,7 @@ def main() -> None:
             [
                 *(name, *(f"{count * one.bytes / 1e9:.1f}" for one in made.values())),
                 f"{count / made['bf16'].rate / 3600:.3g}",
-                *(f"{count / (fed * gpus) / 3600:.2g}" for gpus in (1, 64)),
+                *(f"{count / images_per_second / 3600:.2g}" for images_per_second in gpus.values()),
                 f"{count * held / 1e9:.1f}",
                 *(f"{count / best[where] / 60:.1f}" for where in ("memory", "disk")),
             ]

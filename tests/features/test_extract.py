@@ -1,6 +1,10 @@
 """Which rows a fit computes: those that are missing, and no others."""
 
+import dataclasses
+import functools
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +22,12 @@ from torchvision.models import resnet18
 from project import ImageClassifier
 from project.data.sources import Folder
 from project.data.transforms import training
-from project.features.extract import digest_all, load_image, views_of
+from project.errors import DataError
+from project.features import extract as extraction
+from project.features.extract import digest_all, load_image, run, views_of
 from project.features.ranks import Ranks
+from project.features.store import Space
+from project.machine import cores
 from project.preprocessing import Preprocessing
 from tests.conftest import SMALL, STORED, draw, scalars
 
@@ -167,6 +175,76 @@ def test_more_views_cost_the_new_ones_alone(rows: Counts) -> None:
     assert rows() == (36, 0), "the first view is the plain one"
     logged = scalars(Path("runs/photos/version_4"))
     assert logged.Scalars("features/rows_reused")[0].value == 36
+
+
+class Sums:
+    """An engine that is fed as a GPU is: the row of an image is the sum of its pixels."""
+
+    side_by_side = False
+    grows = True
+    ahead = 3
+    batch_size = 64
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8
+        self.batches.append(len(images))
+        return images.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.fixture
+def many(photos: Path) -> tuple[Folder, list[Any]]:
+    """A source, and 168 views of its images: two whole batches and one that is not."""
+    source = Folder(str(photos))
+    samples, transform = (
+        source.splits["train"],
+        training(Preprocessing(36, 32, "bilinear", (0.5,) * 3, (0.5,) * 3), "flip"),
+    )
+    digests = digest_all(source, samples, Ranks())
+    views = views_of(source, samples, digests, transform, [f"view {number}" for number in range(7)])
+    return source, [image for view in views for image in view]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_is_fed_in_order_by_threads_and_by_processes(workers: int, many: tuple[Folder, list[Any]]) -> None:
+    source, images = many
+    engine = Sums()
+    load = functools.partial(load_image, source)
+    found = list(run(engine, images, load, workers))
+    assert [image for batch, _ in found for image in batch] == images
+    expected = torch.stack([load(image).sum().reshape(1) for image in images])
+    assert torch.equal(torch.cat([rows for _, rows in found]), expected)
+    assert engine.batches == [64, 64, 40]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_changes_while_a_gpu_is_fed_is_named(
+    workers: int, many: tuple[Folder, list[Any]], tmp_path: Path
+) -> None:
+    source, images = many
+    images[70] = dataclasses.replace(images[70], digest=b"of something else")
+    with pytest.raises(DataError, match=f"^{re.escape(images[70].sample.name)} was changed"):
+        list(run(Sums(), images, functools.partial(load_image, source), workers))
+
+
+def test_processes_feed_a_gpu_where_there_are_many_images_that_are_read_apart(
+    many: tuple[Folder, list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, images = many
+    found: list[int] = []
+    monkeypatch.setattr(extraction, "run", lambda engine, images, load, workers: iter(found.append(workers) or ()))
+    extraction.extract(Sums(), images, source, Space(tmp_path, {}))
+    monkeypatch.setattr(extraction, "MANY", 100)
+    extraction.extract(Sums(), images, source, Space(tmp_path, {}))
+    monkeypatch.setattr(Sums, "ahead", 0)
+    extraction.extract(Sums(), images, source, Space(tmp_path, {}))
+    monkeypatch.setattr(Sums, "ahead", 3)
+    monkeypatch.setattr(Folder, "expect", lambda self, samples: None)
+    extraction.extract(Sums(), images, source, Space(tmp_path, {}))
+    assert found == [0, cores(), 0, 0], "few; many; on a CPU; from a source whose reads depend on each other"
 
 
 def test_the_same_file_twice_is_computed_once(rows: Counts, album: Path) -> None:

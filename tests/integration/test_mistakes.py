@@ -361,6 +361,14 @@ def test_a_fit_that_diverges_says_so_and_keeps_what_was_good(
     assert "the fit has diverged" in said and "model.optimizer.lr" in said
 
 
+def test_out_of_memory_is_reported_with_what_needs_less(fit: Fit, refused: Callable[[int], str]) -> None:
+    """A real refusal of the CPU's allocator; that of a GPU is in tests/gpu."""
+    greedy = ["--allow_imports", "tests", "--model.head", "tests.benchmarks.gpu.promises.GreedyHead"]
+    said = refused(fit("--features.cache", "off", "--trainer.accelerator", "cpu", *greedy))
+    assert "Not enough memory for 1.13e+06 GB more" in said
+    assert "--data.batch_size" in said and "--model.image_size" in said
+
+
 def test_a_class_whose_name_is_no_text_is_refused(
     album: Path, fit: Callable[..., int], refused: Callable[[int], str]
 ) -> None:

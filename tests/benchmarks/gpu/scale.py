@@ -1,0 +1,89 @@
+"""How much is measured: in full on a GPU, small on a CPU, where the script is only shown to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the measurements.
+
+    Attributes:
+        device: Where to compute.
+        networks: Name of each measured network, with the side of its input in pixels.
+        finetuned: Network of fits and its side in pixels.
+        seconds: Time that a rate is measured for.
+        train: Training images of a fit.
+        val: Validation images of a fit.
+        images: Images whose features are extracted, at most.
+        batch_size: Images a batch in fits.
+        precisions: Trainer precisions of fine-tuning fits.
+        compiles: Whether ``torch.compile`` is measured.
+        workers: DataLoader workers.
+    """
+
+    device: torch.device
+    networks: dict[str, int] = field(default_factory=lambda: {"resnet50": 224, "vit_b_16": 224})
+    finetuned: tuple[str, int] = ("resnet50", 224)
+    seconds: float = 1.0
+    train: int = 4096
+    val: int = 512
+    images: int = 12_288
+    batch_size: int = 128
+    precisions: Sequence[str] = ("bf16-mixed", "16-mixed", "32-true")
+    compiles: bool = True
+    workers: int = 15
+
+    @property
+    def accelerator(self) -> str:
+        """Lightning's name of the accelerator."""
+        return "gpu" if self.device.type == "cuda" else "cpu"
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Mixed precisions that the device has."""
+        return tuple(each for each in self.precisions if each.endswith("-mixed"))
+
+    def for_promises(self) -> Scale:
+        """The scale of what holds or does not, whatever the size."""
+        return replace(
+            self, finetuned=("resnet18", min(96, self.finetuned[1])), train=min(512, self.train), val=min(128, self.val)
+        )
+
+    def flags(self, root: Path, store: Path, runs: Path) -> list[str]:
+        """Flags that all fits of the project share: network, data, store, output folder and device."""
+        name, size = self.finetuned
+        return [
+            *("--model.backbone", name, "--model.weights", "null", "--model.image_size", str(size)),
+            *("--data.root", str(root), "--data.batch_size", str(self.batch_size)),
+            *("--data.num_workers", str(self.workers), "--features.folder", str(store)),
+            *("--trainer.default_root_dir", str(runs), "--trainer.accelerator", self.accelerator),
+            *("--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
+        ]
+
+
+def full(cores: int) -> Scale:
+    """The scale of a measurement on a GPU with so many CPU cores."""
+    return Scale(torch.device("cuda"), workers=max(cores - 1, 1))
+
+
+def small() -> Scale:
+    """The scale that shows on a CPU, within a minute, that the script works; its figures are no measurement."""
+    return Scale(
+        torch.device("cpu"),
+        networks={"resnet18": 64},
+        finetuned=("resnet18", 32),
+        seconds=0.1,
+        train=48,
+        val=24,
+        images=48,
+        batch_size=16,
+        precisions=("bf16-mixed", "32-true"),
+        compiles=False,
+        workers=0,
+    )

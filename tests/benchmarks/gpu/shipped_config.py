@@ -1,0 +1,23 @@
+"""(f) ``configs/gpu.yaml`` as it is, but for its weights, which a machine without a network cannot download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.benchmarks.gpu.figures import FigureFile
+from tests.benchmarks.gpu.launch import features_lines, timed_fit
+from tests.benchmarks.gpu.scale import Scale
+from tests.benchmarks.measure import ROOT
+
+
+def shipped_config(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
+    """Run the file's own command on an empty store and on a full one; on a CPU with a small network."""
+    flags: tuple[object, ...] = ("--model.weights", "null", "--trainer.default_root_dir", work / "runs")
+    if scale.device.type == "cpu":
+        name, size = scale.finetuned
+        flags += ("--trainer.accelerator", "cpu", "--model.backbone", name, "--model.image_size", size)
+        flags += ("--model.compile", "false", "--data.batch_size", scale.batch_size, "--trainer.max_epochs", 2)
+    config = ROOT / "configs" / "gpu.yaml"
+    for state in ("cold", "warm"):
+        ran = timed_fit(scale, "-c", config, "--data.root", photographs, "--features.folder", work / "store", *flags)
+        out.add(f"configs/gpu.yaml, {state}, whole process", ran.seconds, "s", features_lines(ran.output))

