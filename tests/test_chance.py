@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from project.chance import reseed, seed_at
+from project.runtime.seeding import reseed, seed_at
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from project.compatibility import let_flags_win
+from project.checkpoints.compatibility import let_flags_win
 
 
 def checkpoint(**arguments: object) -> dict:

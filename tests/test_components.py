@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.components import describe, resolve
+from project.config.class_path import describe, resolve
 from project.errors import ConfigError
 from project.models.heads import LinearHead, MLPHead
 

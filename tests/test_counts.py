@@ -3,8 +3,8 @@
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from project.counts import Counts
-from project.padding import IGNORED
+from project.data.samplers import IGNORED
+from project.evaluation.confusion import Counts
 
 CPU = torch.device("cpu")
 

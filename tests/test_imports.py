@@ -10,10 +10,10 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from project.cli import main
-from project.components import resolve
+from project.cli.main import main
+from project.config.class_path import resolve
+from project.config.import_allowlist import allowed_imports, imports_limited, is_importable
 from project.errors import ConfigError
-from project.imports import allowed_imports, imports_limited, is_importable
 
 Fit = Callable[..., int]
 

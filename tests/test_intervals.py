@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from project.intervals import bootstrap_f1, macro_f1, wilson
+from project.evaluation.confidence_intervals import bootstrap_f1, macro_f1, wilson
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from project.counts import Counts
-from project.metrics import scores
-from project.outcome import MOST_IMAGES, Collector, Outcome, merged
-from project.padding import IGNORED
+from project.data.samplers import IGNORED
+from project.evaluation.confusion import Counts
+from project.evaluation.metrics import scores
+from project.evaluation.predictions import MOST_IMAGES, Collector, Outcome, merged
 
 CLASSES = 4
 

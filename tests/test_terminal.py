@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from project import terminal
-from project.cli import main
-from project.terminal import Pace, counting
+from project.cli.main import main
+from project.runtime import console
+from project.runtime.console import Pace, counting
 
 Fit = Callable[..., int]
 
@@ -148,7 +148,7 @@ def test_what_was_done_before_does_not_count_for_the_pace(monkeypatch: pytest.Mo
 
 def test_what_takes_long_says_so_in_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
     with counting("Reading") as count:
         for done in range(3601):
             count(done, 3600)

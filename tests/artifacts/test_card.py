@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from project.artifacts.card import Facts, card, plain
-from project.artifacts.scores import Scores
+from project.evaluation.summary import EvaluationSummary
+from project.reporting.model_card import Facts, card, plain
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"python": "3"}}
 
@@ -31,7 +31,7 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> Facts:
         classes=[f"{name} {at}" for at in range(classes)],
         counts={"train": [10 + at for at in range(classes)], "val": [images] * classes, "test": [0] * classes},
         about=SECTIONS,
-        scores=Scores(3, metrics, count, confusion, calibration),
+        scores=EvaluationSummary(2, metrics, count, confusion, calibration),
         epochs=10,
         validated=10,
     )
@@ -82,7 +82,7 @@ def test_limits_are_the_measured_ones() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    text = card(dataclasses.replace(_facts(3), scores=Scores(3, {"val/accuracy": 0.5}, 20)))
+    text = card(dataclasses.replace(_facts(3), scores=EvaluationSummary(2, {"val/accuracy": 0.5}, 20)))
     assert "0.299 to 0.701" in text and "Each class" not in text and "Calibration" not in text
     assert "None: this fit had no validation" in card(dataclasses.replace(_facts(3), scores=None, validates=False))
 

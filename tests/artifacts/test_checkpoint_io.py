@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from project.artifacts.checkpoint_io import AtomicCheckpointIO
-from project.atomic import TEMPORARY
+from project.checkpoints.io import AtomicCheckpointIO
 from project.errors import CheckpointError
+from project.runtime.atomic_write import TEMPORARY
 from tests.conftest import STORED
 from tests.faults import run_until
 

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from project import Classifier, ImageDataModule, load
-from project.artifacts.gallery import Gallery, data_of
-from project.artifacts.overlay import overlay
-from project.callbacks.row_supply import RowSupply
-from project.data.regrouped import regrouped
+from project.data.sources.relabeled import regrouped
 from project.errors import ConfigError, DataError
+from project.features.provider import RowSupply
+from project.inference.gallery import Gallery, data_of
+from project.inference.heatmap_overlay import overlay
 from tests.conftest import told
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from project.artifacts.load import load
-from project.cli import main
+from project.cli.main import main
+from project.inference.predictor import load
 from tests.conftest import SMALL, scalars
 from tests.forked import start
 

@@ -15,15 +15,17 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from PIL import Image
 from tensorboard.util.tensor_util import make_ndarray
 
-from project import ImageClassifier, figures
-from project.callbacks import drawings, loggers
-from project.callbacks.loggers import Points
-from project.callbacks.painter import Painter
-from project.callbacks.thumbnails import Thumbnails
-from project.counts import Each
-from project.data.samples import Sample, Source
-from project.outcome import Collector, Outcome
-from project.padding import IGNORED
+from project import ImageClassifier
+from project.data.samplers import IGNORED
+from project.data.sources.base import Sample, Source
+from project.evaluation import plots
+from project.evaluation.confusion import Each
+from project.evaluation.predictions import Collector, Outcome
+from project.reporting import figures
+from project.reporting.figure_logger import Painter
+from project.reporting.thumbnails import Thumbnails
+from project.runtime import logger_adapters
+from project.runtime.logger_adapters import Points
 from tests.conftest import COLOURS, SMALL, scalars
 from tests.forked import start
 from tests.integration.launched import run_all
@@ -124,17 +126,17 @@ def test_fits_of_all_sorts_have_what_they_can(fit: Fit, flags: list[str]) -> Non
 
 def test_input_says_which_classes_a_mixed_image_has() -> None:
     mixed = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0]])
-    assert drawings.named(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
-    assert drawings.named(torch.tensor([1, 0, IGNORED]), ["ants", "bees"]) == ["bees", "ants", ""]
+    assert figures.named(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
+    assert figures.named(torch.tensor([1, 0, IGNORED]), ["ants", "bees"]) == ["bees", "ants", ""]
     long = [f"a {kind} with a very long name of its own" for kind in ("fly", "bee")]
-    assert len(set(drawings.named(torch.tensor([0, 1]), long))) == 2
+    assert len(set(figures.named(torch.tensor([0, 1]), long))) == 2
 
 
 def test_a_figure_that_fails_is_told_once_and_the_fit_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr(figures, "reliability", fail)
+    monkeypatch.setattr(plots, "reliability", fail)
     with pytest.warns(UserWarning, match=r"lacks val/reliability, as that could not be logged: ValueError: no ink"):
         assert fit() == 0
     assert {"val/confusion_counts", "val/least_confident"} <= tags(RUN)["images"], "the others are there"
@@ -173,21 +175,21 @@ def test_a_drawing_of_100_classes_is_a_megabyte_and_a_projector_three_at_most(tm
     logger = TensorBoardLogger(tmp_path, "", "")
     thumbnails, names = Thumbnails(Noise(), Noise.splits["val"]), [f"class {number}" for number in range(100)]
     found = outcome(100, 500, points=500)
-    for name, picture in drawings.of_outcome(found, names, thumbnails).items():
-        loggers.image(logger, name, picture(), 0)
-    for name, curve in drawings.curves_of(found, names).items():
-        loggers.curves(logger, name, *curve, 0)
+    for name, picture in figures.of_outcome(found, names, thumbnails).items():
+        logger_adapters.image(logger, name, picture(), 0)
+    for name, curve in figures.curves_of(found, names).items():
+        logger_adapters.curves(logger, name, *curve, 0)
     logger.save()
     assert sum(path.stat().st_size for path in tmp_path.rglob("events*")) < 1_200_000
-    loggers.points(logger, "projector", drawings.points_of(found, names, thumbnails), 0)
+    logger_adapters.points(logger, "projector", figures.points_of(found, names, thumbnails), 0)
     assert sum(path.stat().st_size for path in tmp_path.rglob("projector/*/*")) < 3_000_000
     logger.finalize("success")
 
 
 def test_points_are_as_many_as_there_is_time_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawings, "SECONDS", 0.01)
+    monkeypatch.setattr(figures, "SECONDS", 0.01)
     thumbnails = Thumbnails(Noise(), Noise.splits["val"])
-    points = drawings.points_of(outcome(3, 500, points=500), ["a", "b", "c"], thumbnails)
+    points = figures.points_of(outcome(3, 500, points=500), ["a", "b", "c"], thumbnails)
     assert points.thumbnails is not None
     assert 0 < len(points.thumbnails) == len(points.values) == len(points.metadata) < 500
 
@@ -195,10 +197,10 @@ def test_points_are_as_many_as_there_is_time_to_read(monkeypatch: pytest.MonkeyP
 def test_components_keep_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(40, 6, generator=generator) @ torch.rand(6, 300, generator=generator)
-    found, exact = (torch.pdist(points) for points in (drawings.components(features), features.double()))
+    found, exact = (torch.pdist(points) for points in (figures.components(features), features.double()))
     ratio = found / exact
     assert float(ratio.max() / ratio.min()) == pytest.approx(1, abs=1e-3)
-    assert torch.isfinite(drawings.components(torch.ones(5, 8))).all(), "of images that are all alike too"
+    assert torch.isfinite(figures.components(torch.ones(5, 8))).all(), "of images that are all alike too"
 
 
 def test_a_csv_logger_has_pictures_and_texts_as_files(fit: Fit) -> None:
@@ -240,9 +242,9 @@ def test_mlflow_and_wandb_are_asked_as_they_are_to_be_asked() -> None:
         log_image, log_text = client.log_image, client.log_text  # type: ignore[assignment]
 
     for logger in (MLFlow(), Wandb()):
-        loggers.image(logger, "val/a", picture, 5)
-        loggers.text(logger, "data", "words", 5)
-        loggers.points(logger, "projector", Points(np.zeros((1, 1)), [], [[]], None), 5)  # neither takes any
+        logger_adapters.image(logger, "val/a", picture, 5)
+        logger_adapters.text(logger, "data", "words", 5)
+        logger_adapters.points(logger, "projector", Points(np.zeros((1, 1)), [], [[]], None), 5)  # neither takes any
     assert client.taken == [
         ("7", picture, "figures/val/a.png"),
         ("7", "words", "data.md"),
@@ -314,8 +316,8 @@ def test_an_interrupted_fit_and_one_without_validation_have_a_result(
 
 
 def test_of_a_great_many_classes_there_is_no_matrix(tmp_path: Path) -> None:
-    names = [f"class {number}" for number in range(drawings.MATRIX + 1)]
-    pictures = drawings.of_outcome(outcome(len(names), 2000), names, None)
+    names = [f"class {number}" for number in range(figures.MATRIX + 1)]
+    pictures = figures.of_outcome(outcome(len(names), 2000), names, None)
     assert set(pictures) == {"val/each_class", "val/reliability"}
     assert all(picture().size for picture in pictures.values())
 
@@ -326,7 +328,7 @@ def test_a_text_that_cannot_be_logged_is_told_and_no_end_of_a_fit(
     def fails(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(loggers, "text", fails)
+    monkeypatch.setattr(logger_adapters, "text", fails)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert fit() == 0

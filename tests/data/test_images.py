@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from project.data.images import list_images, read_image
+from project.data.image_io import list_images, read_image
 from project.errors import DataError
 from tests.conftest import draw
 

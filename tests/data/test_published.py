@@ -20,11 +20,12 @@ from PIL import Image
 from torchvision import datasets as vision
 from torchvision.datasets import CIFAR10, EuroSAT, FakeData, Flowers102, Food101, ImageFolder, OxfordIIITPet
 
-from project.cli import main
+from project.cli.main import main
 from project.data.datamodule import ImageDataModule
-from project.data.published import HuggingFace, Torchvision
-from project.data.sources import Digits
-from project.data.vision import open_splits
+from project.data.sources.digits import Digits
+from project.data.sources.huggingface import HuggingFace
+from project.data.sources.torchvision import Torchvision
+from project.data.sources.torchvision_reader import open_splits
 from project.errors import DataError
 from tests.conftest import draw
 from tests.data import published_sets

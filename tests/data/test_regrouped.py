@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from project.data.regrouped import regrouped
-from project.data.sources import Folder
+from project.data.sources.folder import Folder
+from project.data.sources.relabeled import regrouped
 from project.errors import DataError
-from project.features.extract import views_of
+from project.features.extraction import views_of
 
 
 def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None:

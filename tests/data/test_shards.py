@@ -21,18 +21,19 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from project.data import remote
 from project.data.datamodule import ImageDataModule
-from project.data.samples import Source
-from project.data.shards import Shards
-from project.data.sources import Files, Folder
-from project.data.tars import Indexer
+from project.data.sources import remote
+from project.data.sources.base import Source
+from project.data.sources.files import Files
+from project.data.sources.folder import Folder
+from project.data.sources.tar_index import Indexer
+from project.data.sources.webdataset import Shards
 from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
-from project.features.extract import digest_all, views_of
-from project.features.ranks import Ranks
-from project.machine import cache_folder
+from project.features.extraction import digest_all, views_of
 from project.preprocessing import Preprocessing
+from project.runtime.distributed import Ranks
+from project.runtime.system import cache_folder
 
 Members = Sequence[tuple[str, bytes]]
 
@@ -233,7 +234,7 @@ def test_processes_begin_at_shards_of_their_own_and_find_what_others_have_kept(
         return real(self, url)
 
     monkeypatch.setattr(Indexer, "read", read)
-    monkeypatch.setattr("project.data.shards.cores", lambda: 1)
+    monkeypatch.setattr("project.data.sources.webdataset.cores", lambda: 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check(Shards(shards), "train", range(12))

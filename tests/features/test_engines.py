@@ -12,8 +12,9 @@ from torch import nn
 
 from project import ImageClassifier
 from project.errors import ConfigError
-from project.features.engines import Engines
-from project.models.accelerate import Engine, Exact, Prefix, fold
+from project.features.engine_options import Engines
+from project.features.engines import Engine, Exact
+from project.features.frozen_prefix import Prefix, fold
 from project.models.backbone import Backbone, load_backbone
 from tests.conftest import draw
 
@@ -180,7 +181,9 @@ def test_what_does_not_go_together_is_told_with_what_does(engines: Engines) -> N
 
 def test_without_onnxruntime_the_others_are_offered(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setattr("project.features.engines.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(
+        "project.features.engine_options.find_spec", lambda name: None if name == "onnxscript" else name
+    )
     assert {option.name for option in engines.options("auto", None, "32-true")} == {"torch", "compile"}
     with pytest.raises(ConfigError, match="pip install onnxscript"):
         engines.options("onnxruntime", None, "32-true")

@@ -16,11 +16,11 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from project import ImageClassifier
-from project.data.sources import Folder
+from project.data.sources.folder import Folder
 from project.data.transforms import training
-from project.features.extract import digest_all, load_image, views_of
-from project.features.ranks import Ranks
+from project.features.extraction import digest_all, load_image, views_of
 from project.preprocessing import Preprocessing
+from project.runtime.distributed import Ranks
 from tests.conftest import SMALL, STORED, draw, scalars
 
 Fit = Callable[..., int]
@@ -101,7 +101,7 @@ def test_weights_of_another_name_with_the_same_tensors_make_the_same_rows(rows: 
 def test_an_unreadable_image_is_named_and_rows_before_it_are_kept(
     rows: Counts, fit: Fit, album: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("project.models.accelerate.Exact.batch_size", 4)
+    monkeypatch.setattr("project.features.engines.Exact.batch_size", 4)
     whole = (album / "train/red/3.png").read_bytes()  # the twentieth
     (album / "train/red/3.png").write_bytes(whole[: len(whole) // 2])
     assert "album/train/red/3.png" in refused(fit(*STORED, "--data.root", "album"))
@@ -117,7 +117,7 @@ def test_an_image_that_changes_meanwhile_is_named(
         draw(album / "train/red/3.png", (0, 0, 0), 0)
         return digests
 
-    monkeypatch.setattr("project.features.extract.digest_all", digest_then_change)
+    monkeypatch.setattr("project.features.extraction.digest_all", digest_then_change)
     said = refused(fit(*STORED, "--data.root", "album"))
     assert "album/train/red/3.png" in said and "changed" in said
 

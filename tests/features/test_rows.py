@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.order import Order
-from project.features.rows import RowBatch, RowLoader, Rows
+from project.data.samplers import IGNORED, Order
+from project.features.row_loader import RowBatch, RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
-from project.padding import IGNORED
 
 CPU = torch.device("cpu")
 Loader = Callable[..., RowLoader]

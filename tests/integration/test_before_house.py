@@ -17,13 +17,13 @@ import yaml
 from safetensors.numpy import load_file
 
 from project import load
-from project.cli import main
-from project.data.images import read_image
-from project.data.sources import Folder
-from project.features.engines import Engines
-from project.features.extract import digest_all, keys_of, views_of
-from project.features.ranks import Ranks
+from project.cli.main import main
+from project.data.image_io import read_image
+from project.data.sources.folder import Folder
+from project.features.engine_options import Engines
+from project.features.extraction import digest_all, keys_of, views_of
 from project.models.backbone import load_backbone
+from project.runtime.distributed import Ranks
 from tests.conftest import COLOURS, draw, scalars, told
 
 BEFORE = Path(__file__).parents[1] / "fixtures" / "before_house"

@@ -8,8 +8,8 @@ from torch import nn
 
 from project.errors import ModelError
 from project.models.backbone import Backbone, load_backbone
+from project.models.grad_cam import heat_maps
 from project.models.heads import LinearHead
-from project.models.heat import heat_maps
 from project.preprocessing import Preprocessing
 
 PLAIN = Preprocessing(32, 32, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
