@@ -23,7 +23,7 @@ from tests.conftest import SMALL, STORED, told
 READING = """
 import sys
 from project import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 from project.data.shards import Shards
 
 def content(self, sample):

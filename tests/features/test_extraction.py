@@ -29,17 +29,17 @@ Counts = Callable[..., tuple[int, int]]
 #: A fit that writes a shard a batch of 8, says so, and then takes its time.
 SLOW = """
 import sys, time
-from project.cli import main
-from project.features import extract
+from project.cli.main import main
+from project.features import extraction
 from project.features.store import Space
-from project.models.accelerate import Exact
+from project.features.engines import Exact
 
 def write(self, keys, rows):
     whole(self, keys, rows)
     print("written", flush=True)
     time.sleep(60)
 
-whole, Space.write, extract.FLUSH, Exact.batch_size = Space.write, write, 0.0, 8
+whole, Space.write, extraction.FLUSH, Exact.batch_size = Space.write, write, 0.0, 8
 main(sys.argv[1:])
 """
 
