@@ -6,19 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from project.artifacts.load import Classifier, load
     from project.classifier import ImageClassifier
     from project.data.datamodule import ImageDataModule
+    from project.inference.predictor import Classifier, load
     from project.trainer import Trainer
 
 __all__ = ["Classifier", "ImageClassifier", "ImageDataModule", "Trainer", "load"]
 
 _HOMES = {
-    "Classifier": "project.artifacts.load",
+    "Classifier": "project.inference.predictor",
     "ImageClassifier": "project.classifier",
     "ImageDataModule": "project.data.datamodule",
     "Trainer": "project.trainer",
-    "load": "project.artifacts.load",
+    "load": "project.inference.predictor",
 }
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from project.components import construct, describe
+from project.checkpoints.restore import Kept
+from project.config.class_path import construct, describe
+from project.data.samplers import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
-from project.features.rows import RowBatch
-from project.kept import Kept
-from project.loss import Weight, cross_entropy, processes, shared
-from project.metrics import evaluation_metrics, training_metrics
+from project.evaluation.epoch_metrics import Tally
+from project.evaluation.metrics import evaluation_metrics, training_metrics
+from project.features.provider import RowComputation
+from project.features.row_loader import RowBatch
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
-from project.padding import IGNORED
-from project.tally import Tally
+from project.models.loss import Weight, cross_entropy, shared
+from project.runtime.distributed import processes
+from project.runtime.logger_adapters import log_text
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -38,7 +42,7 @@ class Step(NamedTuple):
     Attributes:
         loss: Its sum over the batch, and the weight to divide that by.
         probabilities: ``(B, C)``, float32, without a gradient.
-        labels: int64 ``(B,)``; those of padding are :data:`~project.padding.IGNORED`.
+        labels: int64 ``(B,)``; those of padding are :data:`~project.data.samplers.IGNORED`.
     """
 
     loss: tuple[torch.Tensor, Weight]
@@ -177,6 +181,18 @@ class ImageClassifier(Kept):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
+
+    def row_computation(self, trainer: pl.Trainer) -> RowComputation:
+        """How rows of the frozen half are computed with a trainer's device and precision, and logged."""
+
+        def log(values: Mapping[str, float], text: str) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(values), step=trainer.global_step)
+            log_text(trainer, "features", text)
+
+        layout = "channels_last" if self.hparams["channels_last"] else "contiguous"
+        device = trainer.strategy.root_device
+        return RowComputation(self.backbone, self.encode, layout, device, str(trainer.precision), log)
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Step:
         inputs, labels = batch

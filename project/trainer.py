@@ -8,22 +8,22 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar
 
-from project import demo
-from project.artifacts.checkpoint_io import AtomicCheckpointIO
-from project.artifacts.gallery import Gallery, data_of
-from project.artifacts.load import Classifier
+from project.audit.label_issues import suspects_of
+from project.audit.report import examine, report
+from project.callbacks.exact_resume import ExactResume
 from project.callbacks.feature_cache import FeatureCache
-from project.callbacks.predictions import PredictionWriter
-from project.callbacks.progress import Progress
-from project.callbacks.resume import ExactResume
-from project.callbacks.row_supply import RowSupply
+from project.callbacks.prediction_writer import PredictionWriter
+from project.callbacks.progress_bar import Progress
+from project.checkpoints.io import AtomicCheckpointIO
+from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import ProjectError
-from project.reading import read_checkpoint
-from project.studies.doctor import examine, report
-from project.studies.suspects import suspects_of
-from project.terminal import say
+from project.features.provider import RowSupply
+from project.inference import demo
+from project.inference.gallery import Gallery, data_of
+from project.inference.predictor import Classifier
+from project.runtime.console import say
 
 
 class Trainer(pl.Trainer):
@@ -101,7 +101,8 @@ class Trainer(pl.Trainer):
         found = examine(data, json, fix)
         if suspects:
             assert isinstance(model, ImageClassifier)
-            report(found, suspects_of(self, model, data, found.facts, self._supply(), top), json)
+            suspected = suspects_of(model.row_computation(self), data, found.facts, self._supply(), top)
+            report(found, suspected, json)
         return found.clean
 
     def demo(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from project.classifier import ImageClassifier
-from project.cli import main
-from project.data.sources import Files
+from project.cli.main import main
+from project.data.sources.files import Files
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.forked"])

@@ -7,7 +7,7 @@ import torch
 
 from project import ImageClassifier, ImageDataModule
 from project.errors import ConfigError
-from project.metrics import evaluation_metrics
+from project.evaluation.metrics import evaluation_metrics
 from project.models.heads import CosineHead, MLPHead
 
 

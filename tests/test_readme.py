@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from project.cli import main
+from project.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,1 +1,1 @@
-"""What happens beside the training loop: dashboards, reports, written predictions."""
+"""Lightning callbacks."""

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from project.callbacks.row_supply import EngineName, PrecisionName, RowSupply, memory
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.data.fingerprint import split_fingerprint
-from project.data.samples import Source
+from project.data.sources.base import Source
+from project.data.split_fingerprint import split_fingerprint
 from project.errors import ConfigError
-from project.machine import cache_folder
-from project.terminal import say
+from project.features.provider import EngineName, PrecisionName, RowSupply, memory
+from project.runtime.console import say
+from project.runtime.system import cache_folder
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
-    from project.features.extract import Image
-    from project.features.rows import RowLoader, Rows
+    from project.features.extraction import Image
+    from project.features.row_loader import RowLoader, Rows
 
 #: Views of an image where the data is augmented and ``views`` says nothing.
 VIEWS = 4
@@ -76,7 +76,7 @@ class FeatureCache(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._cache == "off":
             return
-        from project.features.supply import OverBudgetError
+        from project.features.builder import OverBudgetError
 
         data: Any = getattr(trainer, "datamodule", None)
         why_not = self._why_not(trainer, pl_module, data)
@@ -114,9 +114,9 @@ class FeatureCache(pl.Callback):
 
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
-        from project.features.extract import digest_all, views_of
-        from project.features.ranks import Ranks
-        from project.features.rows import Rows
+        from project.features.extraction import digest_all, views_of
+        from project.features.row_loader import Rows
+        from project.runtime.distributed import Ranks
 
         source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
         assert source is not None
@@ -145,7 +145,7 @@ class FeatureCache(pl.Callback):
         ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
         images = list({image.key: image for image in ordered}.values())
 
-        supplied, engines = self.supply.have(trainer, module, source, images, views[0])
+        supplied, engines = self.supply.have(module.row_computation(trainer), source, images, views[0])
         self.made = f"{supplied.option.name} {supplied.option.precision}, {len(views)} view(s) of a training image"
         rows = Rows(supplied.found, memory(device, trainer.num_devices), device)
         place = {image.key: index for index, image in enumerate(images)}
@@ -156,7 +156,7 @@ class FeatureCache(pl.Callback):
         trainer.fit_loop._combined_loader = None  # somebody may have looked at the loaders before
         self._in_use = data, rows
         if supplied.option.precision == "int8" and ranks.rank == 0:
-            from project.features.fidelity import report
+            from project.features.int8_report import report
 
             say(
                 report(
@@ -193,7 +193,7 @@ def _loader(
     data: ImageDataModule,
     name: str,
 ) -> RowLoader:
-    from project.features.rows import RowLoader
+    from project.features.row_loader import RowLoader
 
     order = data.order(name)
     limit = trainer.limit_val_batches

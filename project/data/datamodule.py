@@ -13,21 +13,22 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from project.chance import run_seed, seed_at
 from project.data.dataset import Images, NamedImages
-from project.data.facts import Facts, Index
-from project.data.images import list_images
-from project.data.opening import Given, open_source
-from project.data.order import EpochSampler, Order
-from project.data.samples import Sample, Source, some
-from project.data.sources import Files
+from project.data.image_index import Facts, Index
+from project.data.image_io import list_images
+from project.data.mixup import Mix
+from project.data.samplers import EpochSampler, Order
+from project.data.sources.base import Sample, Source, some
+from project.data.sources.factory import Given, open_source
+from project.data.sources.files import Files
 from project.data.splits import HoldOut, lacking, split
-from project.data.transforms import Augment, Mix, Transform, evaluation, training
+from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
-from project.machine import cache_folder, cores
 from project.preprocessing import Preprocessing
-from project.signals import leave_to_the_parent
-from project.terminal import counting, say
+from project.runtime.console import counting, say
+from project.runtime.seeding import run_seed, seed_at
+from project.runtime.signals import leave_to_the_parent
+from project.runtime.system import cache_folder, cores
 
 
 class ImageDataModule(pl.LightningDataModule):

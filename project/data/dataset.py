@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from project.chance import seed_at
-from project.data.samples import Sample, Source
+from project.data.samplers import IGNORED, PADDING
+from project.data.sources.base import Sample, Source
 from project.data.transforms import Drawn, Transform
-from project.padding import IGNORED, PADDING
+from project.runtime.seeding import seed_at
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from project.data.duplicates import alike
-from project.data.facts import Facts
-from project.data.samples import Sample
+from project.data.image_index import Facts
+from project.data.near_duplicates import alike
+from project.data.sources.base import Sample
 from project.errors import ConfigError, DataError
 
 

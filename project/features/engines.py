@@ -1,200 +1,177 @@
-"""The engines that may compute the rows of a prefix, and the space that each would fill."""
+"""The fast inference copy of a frozen prefix: the same rows, computed by the engine that a machine is best at.
+
+An engine takes uint8 images ``(B, 3, H, W)`` and gives rows at the cut. On a CPU the fast ones compute on one thread a
+call, and as many calls run side by side as there are cores: nothing waits for the slowest of several threads, and one
+call's images are decoded while another computes, without more threads than cores.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+import contextlib
+import io
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from project.errors import ConfigError
-from project.features.store import Space, unwritable
-from project.models import onnx
-from project.models.accelerate import DTYPES, Engine, EngineName, Exact, Onnx, Precision, Prefix, Torch
-from project.models.backbone import Backbone
+from project.errors import EngineError
+from project.features.frozen_prefix import Prefix
 
-FORMAT = 1  # of what a row means
-#: Seconds to build: measured on two cores of a server CPU with ResNet50.
-STARTUP = {"torch": 0.3, "compile": 20.0, "onnxruntime": 6.0}
-#: What a trainer's precision allows rows to be computed in: full precision nothing less.
-ALLOWED: Mapping[str, tuple[Precision, ...]] = {"bf16": ("bf16", "fp32"), "16": ("fp16", "fp32")}
-ONNX = ("onnxruntime", "onnx", "onnxscript")
+EngineName = Literal["torch", "compile", "onnxruntime"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Images a call. On a CPU a batch whose activations fit the cache is the fastest; a GPU's is found by measurement.
+LANE_BATCH = 8
+BATCH = 32
+#: On a GPU, of a network that would be compiled anew for each size that is tried.
+COMPILED_BATCH = 128
+#: Batches that are decoded while a GPU computes.
+AHEAD = 3
 
 
-@dataclass(frozen=True)
-class Option:
-    """An engine, and where its rows belong.
+class Engine(Protocol):
+    """Computes rows at the cut.
 
     Attributes:
-        name: Of the engine.
-        precision: That it computes in.
-        space: Its rows.
-        startup: Seconds that it takes to build, about.
-        build: Makes it.
+        side_by_side: A call uses one thread, and calls are made from several threads at once.
+        batch_size: Images a call.
+        grows: Larger batches may be faster, as on a GPU: ``batch_size`` can be set.
+        ahead: Batches that are worth decoding while one is computed: none where both need the same cores.
     """
 
-    name: EngineName
-    precision: Precision
-    space: Space
-    startup: float
-    build: Callable[[], Engine]
+    side_by_side: bool
+    batch_size: int
+    grows: bool
+    ahead: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map uint8 images ``(B, 3, H, W)``, on the CPU, to rows on the CPU."""
 
 
-class Engines:
-    """Makes the engines of one frozen prefix.
+class Exact:
+    """The network itself, as a live fit in full precision runs it: its rows are the same to the bit.
 
     Args:
-        root: Folder of the store; exported networks are kept in it.
-        backbone: Whose frozen prefix.
-        encode: Images on the device to rows, as the live model does it.
-        device: Where to compute.
-        task: What int8 is calibrated for, in a word: another task has its own calibration.
-        calibration: Makes the images that int8 is calibrated on, uint8 ``(N, 3, H, W)``.
-        layout: Memory format that ``encode`` gives its images.
+        encode: Images ``(B, 3, H, W)`` on the device to rows.
+        device: Where the network is.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        backbone: Backbone,
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        device: torch.device,
-        task: str,
-        calibration: Callable[[], torch.Tensor],
-        layout: str,
-    ) -> None:
-        self._root = root
-        self._backbone = backbone
+    side_by_side = False
+    batch_size = BATCH
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        self.grows = device.type != "cpu"
+        self.ahead = AHEAD if self.grows else 0
         self._encode = encode
         self._device = device
-        self._task = task
-        self._calibration = calibration
-        self._layout = layout
-        self.network: dict[str, Any] = {
-            "format": FORMAT,
-            "backbone": backbone.name,
-            "stages": list(backbone.frozen_names),
-            "sha256": backbone.fingerprint(),
-            "preprocessing": backbone.preprocessing.as_dict(),
-            "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),
-        }
 
-    def options(self, engine: EngineName | Literal["auto"], precision: Precision | None, trainer: str) -> list[Option]:
-        """The engines that fit what was asked for, the preferred first.
-
-        Args:
-            engine: A name, or ``auto``.
-            precision: One, or ``None`` for what the trainer's allows.
-            trainer: Lightning's name of the trainer's precision.
-
-        Raises:
-            ConfigError: None fits.
-        """
-        cpu = self._device.type == "cpu"
-        wanted = (precision,) if precision else ALLOWED.get(trainer.partition("-")[0], ("fp32",))
-        if cpu and not precision:
-            wanted = tuple(p for p in wanted if p != "fp16")
-        offered: dict[EngineName, tuple[Precision, ...]] = {
-            "torch": ("fp32", "bf16") if cpu else ("fp32", "bf16", "fp16"),
-            "onnxruntime": ("fp32", "int8") if cpu else (),
-            "compile": ("fp32", "bf16") if cpu else ("fp32", "bf16", "fp16"),
-        }
-        names = list(offered) if engine == "auto" else [engine]
-        lacking = [name for name in ONNX if find_spec(name) is None]
-        if lacking and engine == "auto" and precision != "int8":
-            names.remove("onnxruntime")
-        pairs = [(name, kind) for kind in wanted for name in names if kind in offered[name]]
-        if not pairs:
-            raise ConfigError(
-                f"features.engine {engine} has no precision {' or '.join(wanted)} on {self._device.type}, but "
-                f"{' or '.join(sorted({kind for name in names for kind in offered[name]})) or 'none'}."
-            )
-        if lacking and ("onnxruntime" in [name for name, _ in pairs]):
-            raise ConfigError(
-                f"features.engine onnxruntime needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
-            )
-        return [self._option(name, kind) for name, kind in pairs]
-
-    def _option(self, name: EngineName, precision: Precision) -> Option:
-        made_by: dict[str, Any] = {"engine": name, "precision": precision, "device": self._device.type}
-        startup = STARTUP[name]
-        build: Callable[[], Engine]
-        if name == "onnxruntime":
-            made_by["versions"] = _versions(*ONNX)
-            file = self._file("")
-            startup = 0.3 if _is_sound(file) else startup
-            build = lambda: Onnx(self._exported())  # noqa: E731
-            if precision == "int8":
-                quantized = self._quantized()  # before its rows are looked for: they are those of its scales
-                made_by["calibrated"] = hashlib.sha256(quantized.read_bytes()).hexdigest()
-                build = lambda: Onnx(quantized)  # noqa: E731
-        elif name == "torch" and precision == "fp32":
-            made_by["layout"] = self._layout  # another one sums in another order
-            build = lambda: Exact(self._encode, self._device)  # noqa: E731
-        else:
-            dtype = DTYPES[precision]
-            build = lambda: Torch(Prefix(self._backbone, dtype), self._device, name == "compile")  # noqa: E731
-        return Option(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
-
-    def reference(self) -> Engine:
-        """An engine in full precision, to compare int8 with."""
-        return Onnx(self._exported())
-
-    def _file(self, kind: str) -> Path:
-        about = json.dumps([self.network, _versions(*ONNX), kind], sort_keys=True)
-        return self._root / "networks" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.onnx"
-
-    def _exported(self) -> Path:
-        file = self._file("")
-        if not _is_sound(file):
-            prefix = Prefix(self._backbone, layout=torch.contiguous_format)
-            with _kept(file):
-                onnx.export(prefix, self._backbone.preprocessing.crop, file)
-                _seal(file)
-        return file
-
-    def _quantized(self) -> Path:
-        file = self._file(f"int8 {self._task}")
-        if not _is_sound(file):
-            exported, images = self._exported(), self._calibration()
-            with _kept(file):
-                onnx.quantize(exported, images, file)
-                _seal(file)
-        return file
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images. A batch is filled up: in a small one, oneDNN sums in another order."""
+        count = len(images)
+        whole = images
+        if count < self.batch_size:
+            whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled, it would not be the network
+            return self._encode(whole.to(self._device, non_blocking=True))[:count].cpu()
 
 
-def _is_sound(file: Path) -> bool:
-    """Whether a network is what was written: a damaged one would fill the store with wrong rows under right keys."""
-    seal = file.with_suffix(".sha256")
-    return file.exists() and seal.exists() and seal.read_text() == hashlib.sha256(file.read_bytes()).hexdigest()
+class Torch:
+    """A folded copy in channels_last, compiled or not; on a CPU one thread a call.
+
+    Args:
+        prefix: The copy.
+        device: Where it runs.
+        compiled: Whether to run it through ``torch.compile``; on a CPU with inductor's freezing.
+    """
+
+    def __init__(self, prefix: Prefix, device: torch.device, compiled: bool) -> None:
+        self.side_by_side = device.type == "cpu"
+        self.batch_size = LANE_BATCH if self.side_by_side else COMPILED_BATCH if compiled else BATCH
+        self.grows = not self.side_by_side and not compiled
+        self.ahead = 0 if self.side_by_side else AHEAD
+        self._device = device
+        self._run: Callable[[torch.Tensor], torch.Tensor] = prefix.to(device)
+        self._compiling = threading.Lock()
+        self._compiled = False
+        if compiled:
+            self._prefix = self._run
+            self._run = self._first_call
+
+    def _first_call(self, images: torch.Tensor) -> torch.Tensor:
+        """Compile for whole batches; other threads wait."""
+        import torch._inductor.config as inductor
+
+        with self._compiling:
+            if not self._compiled:
+                run = torch.compile(self._prefix, dynamic=False)
+                options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.side_by_side else {}
+                try:
+                    with quiet(), inductor.patch(options):
+                        run(images)
+                except Exception as error:  # whatever the compiler, or the lack of one, raises
+                    why = str(error).strip().partition("\n")[0][:150]
+                    raise EngineError(
+                        f"features.engine: torch.compile fails here: {why}. Use another engine, such as torch, or auto."
+                    ) from error
+                self._run = run
+                self._compiled = True
+        return self._run(images)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images. A batch that is not full is filled up where each size would be compiled anew."""
+        count = len(images)
+        if hasattr(self, "_prefix") and count < self.batch_size:
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        # no_grad rather than inference_mode: inductor freezes under it alone
+        with torch.no_grad():
+            if self._device.type == "cuda" and not images.is_pinned():
+                images = images.pin_memory()
+            images = images.to(self._device, non_blocking=True)
+            rows = self._run(images.contiguous(memory_format=torch.channels_last))
+        return rows[:count].cpu()
 
 
-def _seal(file: Path) -> None:
-    file.with_suffix(".sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
+class Onnx:
+    """ONNX Runtime on the CPU, one thread a call.
+
+    Args:
+        path: The network, as ``project.features.onnx_export`` writes it.
+    """
+
+    side_by_side = True
+    batch_size = LANE_BATCH
+    grows = False
+    ahead = 0
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Rows of images, float32."""
+        (rows,) = self._session.run(None, {self._input: images.numpy()})
+        return torch.from_numpy(rows)
 
 
-@contextmanager
-def _kept(file: Path) -> Iterator[None]:
-    """An error of the disk is one of the store's folder."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters and compilers say much that is nothing to the user; their errors are exceptions all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise unwritable(file.parent, error) from error
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a package under another name, such as a build of onnxruntime for one device
-            found[name] = "unknown"
-    return found
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

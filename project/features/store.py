@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from project.atomic import TEMPORARY, appearing, replacing
 from project.errors import StoreError
+from project.runtime.atomic_write import TEMPORARY, appearing, replacing
 
 Keys = np.ndarray
 """Keys of rows, uint64 ``(N, 2)``: 128 bits each."""

@@ -144,7 +144,7 @@ def lightning(options: argparse.Namespace) -> dict[str, Any]:
 
 def limits(options: argparse.Namespace) -> dict[str, Any]:
     """Operations a second of a matrix product, and operations of the network's frozen prefix for one image."""
-    from project.features.choose import ceiling, cost
+    from project.features.engine_selection import ceiling, cost
     from project.models.backbone import load_backbone
 
     cpu = torch.device("cpu")

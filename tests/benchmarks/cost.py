@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from project.data.order import Order
-from project.data.samples import Sample
-from project.data.sources import Folder
+from project.data.samplers import Order
+from project.data.sources.base import Sample
+from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.engines import Engines
-from project.features.extract import digest_all, extract, load_image, views_of
-from project.features.ranks import Ranks
-from project.features.rows import RowLoader, Rows
+from project.features.engine_options import Engines
+from project.features.extraction import digest_all, extract, load_image, views_of
+from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 from project.models.backbone import load_backbone
+from project.runtime.distributed import Ranks
 from tests.benchmarks.decoding import ours, rate
 from tests.benchmarks.measure import progress, some, stored, table
 

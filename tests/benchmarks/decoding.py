@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from project.data.dataset import Images
-from project.data.sources import Folder
+from project.data.sources.folder import Folder
 from project.data.transforms import Transform, evaluation
 from project.models.backbone import load_backbone
 from project.preprocessing import Preprocessing

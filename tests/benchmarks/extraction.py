@@ -27,15 +27,15 @@ from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
 from project.data.dataset import Images
-from project.data.samples import Sample, Source
-from project.data.sources import Folder
+from project.data.sources.base import Sample, Source
+from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.choose import ceiling, cost
-from project.features.engines import Engines, Option
-from project.features.extract import Image, digest_all, extract, load_image, run, views_of
-from project.features.ranks import Ranks
-from project.models.accelerate import Engine
+from project.features.engine_options import Engines, Option
+from project.features.engine_selection import ceiling, cost
+from project.features.engines import Engine
+from project.features.extraction import Image, digest_all, extract, load_image, run, views_of
 from project.models.backbone import Backbone, load_backbone
+from project.runtime.distributed import Ranks
 from tests.benchmarks.measure import middle, progress, table
 
 CPU = torch.device("cpu")

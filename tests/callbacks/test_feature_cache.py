@@ -11,10 +11,10 @@ from PIL import Image
 
 from project import ImageClassifier, ImageDataModule, Trainer, load
 from project.callbacks.feature_cache import FeatureCache
-from project.cli import main
-from project.data.samples import Sample
-from project.data.sources import Folder
-from project.features.rows import RowBatch
+from project.cli.main import main
+from project.data.sources.base import Sample
+from project.data.sources.folder import Folder
+from project.features.row_loader import RowBatch
 from tests.conftest import STORED, scalars, told
 
 Fit = Callable[..., int]

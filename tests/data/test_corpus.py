@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from project.data.facts import examine
-from project.data.images import decode_image, read_image
-from project.data.manifest import Manifest
-from project.data.samples import Sample
-from project.data.sources import Files
+from project.data.image_index import examine
+from project.data.image_io import decode_image, read_image
+from project.data.sources.base import Sample
+from project.data.sources.files import Files
+from project.data.sources.manifest import Manifest
 from project.errors import DataError
 from tests.data.corpus import UNREADABLE, UNUSUAL, encoded, picture
 

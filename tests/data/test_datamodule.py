@@ -8,10 +8,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
-from project.data.sources import Digits, Folder, name_findings
-from project.data.transforms import Mix, evaluation, training
+from project.data.mixup import Mix
+from project.data.samplers import IGNORED
+from project.data.sources.digits import Digits
+from project.data.sources.findings import name_findings
+from project.data.sources.folder import Folder
+from project.data.transforms import evaluation, training
 from project.errors import ConfigError, DataError
-from project.padding import IGNORED
 from project.preprocessing import Preprocessing
 from tests.conftest import draw
 

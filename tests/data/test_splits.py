@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.facts import Facts
-from project.data.samples import Sample
+from project.data.image_index import Facts
+from project.data.sources.base import Sample
 from project.data.splits import HoldOut, hold_out, parse_fold, place, split
 from project.errors import ConfigError
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from project.features.rows import Rows
+from project.features.row_loader import Rows
 from project.features.store import Space, as_keys, evict, row_key
 from tests.conftest import STORED, draw
 

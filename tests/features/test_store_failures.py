@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from project.atomic import TEMPORARY
 from project.errors import StoreError
 from project.features.store import Space, as_keys, row_key
+from project.runtime.atomic_write import TEMPORARY
 from tests.conftest import SMALL, STORED, told
 
 Fit = Callable[..., int]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from project.cli import main
-from project.data.facts import FILE
+from project.cli.main import main
+from project.data.image_index import FILE
 from tests.data.corpus import UNREADABLE, UNUSUAL, encoded, picture
 
 
@@ -120,10 +120,10 @@ def test_a_second_run_reads_only_what_is_new(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (clean / "train/cat/bad.jpg").write_bytes(b"no")
     read: list[str] = []
-    from project.data import sources
+    from project.data.sources import files
 
-    real = sources.read_bytes
-    monkeypatch.setattr(sources, "read_bytes", lambda path: (read.append(Path(path).name), real(path))[1])
+    real = files.read_bytes
+    monkeypatch.setattr(files, "read_bytes", lambda path: (read.append(Path(path).name), real(path))[1])
     first = check("--data.root", "photos")
     assert len(set(read)) == 13
     read.clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from project.cli import main
+from project.cli.main import main
 from tests.conftest import draw, scalars
 
 Fit = Callable[..., int]

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from project import Classifier, demo, load
-from project.artifacts.gallery import Gallery, data_of
-from project.cli import main
+from project import Classifier, load
+from project.cli.main import main
 from project.errors import ModelError
+from project.inference import demo
+from project.inference.gallery import Gallery, data_of
 from tests.conftest import draw
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

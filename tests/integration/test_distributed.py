@@ -17,7 +17,7 @@ DDP = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.stra
 COUNTING = """
 import sys
 from project import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 
 def count(self):
     print(f"rank {self.global_rank} has had {self.trainer.global_step} steps", flush=True)
@@ -79,7 +79,7 @@ def test_an_unreadable_image_met_in_training_is_what_is_said(ddp: Ddp, album: Pa
 DYING = """
 import os, signal, sys
 from project import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 
 step = ImageClassifier.predict_step
 

@@ -12,7 +12,7 @@ import torch
 
 from project import load
 from project.classifier import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 from project.errors import ProjectError
 from tests.conftest import SMALL
 from tests.integration.hostile import CALLS, CONFIGS, FILES, FLAGS, INERT, NAMES, PLACES, hostile_checkpoints

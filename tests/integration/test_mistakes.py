@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from project.cli import main
+from project.cli.main import main
 
 Fit = Callable[..., int]
 Mistake = Callable[[Path, Path], list[str]]

@@ -16,8 +16,8 @@ from tests.integration.launched import TORCHRUN, run_all
 RUNS = """
 import json, os, sys
 from pathlib import Path
-from project.cli import TransferCLI
-from project.signals import Signals
+from project.cli.transfer_cli import TransferCLI
+from project.runtime.signals import Signals
 
 for line in json.loads(Path(sys.argv[1]).read_text()):
     name, *arguments = line

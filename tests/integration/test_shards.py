@@ -14,16 +14,16 @@ import pytest
 import yaml
 
 from project import load
-from project.cli import main
-from project.data.samples import Sample
-from project.data.shards import Shards
+from project.cli.main import main
+from project.data.sources.base import Sample
+from project.data.sources.webdataset import Shards
 from tests.conftest import SMALL, STORED, told
 
 #: The command line in one of two processes, which says what it has read.
 READING = """
 import sys
 from project import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 from project.data.shards import Shards
 
 def content(self, sample):

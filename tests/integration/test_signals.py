@@ -24,7 +24,7 @@ SECONDS = 10  # within which it has to be gone
 SLOW = """
 import os, sys, time
 from project import ImageClassifier
-from project.cli import main
+from project.cli.main import main
 
 step = ImageClassifier.training_step
 

@@ -10,7 +10,8 @@ import yaml
 from lightning_utilities.core.imports import RequirementCache
 
 from project import ImageClassifier, load
-from project.cli import main, reserve_version
+from project.cli.main import main
+from project.cli.transfer_cli import reserve_version
 from project.models.backbone import load_backbone
 from tests.conftest import draw, scalars
 

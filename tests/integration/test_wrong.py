@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from project import load
-from project.cli import main
+from project.cli.main import main
 from project.errors import CheckpointError
 
 Checkpoint = dict[str, Any]

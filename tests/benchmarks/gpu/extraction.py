@@ -12,16 +12,17 @@ from typing import cast
 
 import torch
 
-from project.data.samples import Source
-from project.data.sources import Folder
+from project.data.sources.base import Source
+from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.choose import measure
-from project.features.engines import Engines
-from project.features.extract import Image, digest_all, extract, load_image, views_of
-from project.features.ranks import Ranks
+from project.features.engine_options import Engines
+from project.features.engine_selection import measure
+from project.features.engines import DTYPES, Engine
+from project.features.extraction import Image, digest_all, extract, load_image, views_of
+from project.features.frozen_prefix import Prefix
 from project.features.store import Space
-from project.models.accelerate import DTYPES, Engine, Prefix
 from project.models.backbone import Backbone, load_backbone
+from project.runtime.distributed import Ranks
 from tests.benchmarks.gpu.busy import measure_busy
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.photographs import repeat

@@ -13,7 +13,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from project.cli import main
+from project.cli.main import main
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.scale import Scale
 from tests.benchmarks.gpu.watch import WATCH, Watch

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from project import load
-from project.cli import main
+from project.cli.main import main
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.scale import Scale
 

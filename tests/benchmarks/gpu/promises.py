@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from project import load
-from project.cli import main
-from project.models.accelerate import DTYPES, Exact, Prefix, Torch
+from project.cli.main import main
+from project.features.engines import DTYPES, Exact, Torch
+from project.features.frozen_prefix import Prefix
 from project.models.backbone import load_backbone
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.finetune import Setting, run_project

@@ -1,0 +1,1 @@
+"""Checks of the data: what would spoil a result, and labels that look wrong."""

@@ -1,0 +1,157 @@
+"""Labels that look wrong: what images of other classes are like, by the frozen features alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from project.data.datamodule import ImageDataModule
+from project.data.image_index import Facts
+from project.data.sources.base import Sample
+from project.data.splits import place
+from project.errors import ConfigError, DataError
+from project.features.provider import RowComputation, RowSupply
+
+NEIGHBOURS = 10
+FOLDS = 5
+TEMPERATURE = 0.1  # of the neighbours' votes, in cosines
+
+
+class Suspect(NamedTuple):
+    """An image whose label looks wrong.
+
+    Attributes:
+        name: Its path.
+        label: Its class, as labelled.
+        looks_like: The class that it looks like.
+        score: Probability of its label, less that of the likeliest other class: from -1, surely wrong, to 1.
+        neighbour: The image of that class that is most like it.
+    """
+
+    name: str
+    label: str
+    looks_like: str
+    score: float
+    neighbour: str
+
+
+def suspects_of(
+    computation: RowComputation,
+    data: ImageDataModule,
+    facts: Mapping[str, Facts],
+    supply: RowSupply,
+    most: int,
+) -> list[Suspect]:
+    """Find the labels of some data that look wrong: see :func:`find_suspects`.
+
+    Args:
+        computation: Of the frozen backbone that tells what images are like.
+        data: The data, all splits of it.
+        facts: What is known of each image, by its name; those that cannot be read are left out.
+        supply: Has their features.
+        most: How many to return.
+
+    Raises:
+        ConfigError: None is to be returned.
+        DataError: The data cannot be trained on, or no image can be read.
+    """
+    if most < 1:
+        raise ConfigError(f"--top has to be at least 1, not {most}.")
+    source = data.source
+    assert source is not None  # there would be no facts
+    source.require()
+    samples = [sample for split in source.splits.values() for sample in split if not facts[sample.name].error]
+    if not samples:
+        raise DataError("--suspects: no image can be read.")
+    families = [where.family for _, where in place(samples, [facts[sample.name] for sample in samples], 0)]
+    return find_suspects(supply.rows_of(computation, data, samples), samples, families, source.classes, most)
+
+
+def find_suspects(
+    features: torch.Tensor, samples: Sequence[Sample], families: Sequence[int], classes: Sequence[str], most: int
+) -> list[Suspect]:
+    """Find the labels that other images contradict most.
+
+    Each image is judged by those that are not of its family, in two ways whose probabilities are averaged: by a probe
+    that was trained on the other folds, and by a vote of its nearest neighbours. Labels are ranked by their margin, as
+    in Northcutt and others, "Confident learning" (2021).
+
+    Args:
+        features: ``(N, D)``.
+        samples: N samples.
+        families: Number of each image's family: copies of one picture say nothing of each other.
+        classes: Names of the classes.
+        most: How many to return.
+
+    Returns:
+        The most suspect first; only those that look more like another class than like their own.
+    """
+    labels = torch.tensor([sample.label for sample in samples])
+    family = torch.tensor(families)
+    rows = functional.normalize(features - features.mean(0), dim=1)
+    likely = (_probe(rows, labels, family, len(classes)) + _vote(rows, labels, family, len(classes))) / 2
+    own = likely.gather(1, labels[:, None])[:, 0]
+    others = likely.scatter(1, labels[:, None], -1.0)
+    rival, looks = others.max(1)
+    margin = own - rival
+    found: list[Suspect] = []
+    for at in margin.argsort()[:most].tolist():
+        if margin[at] < 0:
+            like = (rows @ rows[at]).masked_fill((labels != looks[at]) | (family == family[at]), -2.0)
+            found.append(
+                Suspect(
+                    samples[at].name,
+                    classes[int(labels[at])],
+                    classes[int(looks[at])],
+                    float(margin[at]),
+                    samples[int(like.argmax())].name,
+                )
+            )
+    return found
+
+
+def _vote(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classes: int) -> torch.Tensor:
+    """Probabilities ``(N, C)`` by the nearest neighbours outside the family, the nearer the weightier."""
+    found = torch.zeros(len(rows), classes)
+    for at in range(0, len(rows), 1024):  # not all pairs at once
+        part = slice(at, at + 1024)
+        cosines = (rows[part] @ rows.T).masked_fill(family[part, None] == family, -torch.inf)
+        nearest, who = cosines.topk(min(NEIGHBOURS, len(rows) - 1))
+        weights = (nearest / TEMPERATURE).softmax(1).nan_to_num(0.0)
+        found[part].scatter_add_(1, labels[who], weights)
+    return found
+
+
+def _probe(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classes: int) -> torch.Tensor:
+    """Probabilities ``(N, C)`` by linear probes, each image by the one that has not seen its family."""
+    generator = torch.Generator().manual_seed(0)
+    fold = torch.randint(FOLDS, (int(family.max()) + 1,), generator=generator)[family]
+    found = torch.full((len(rows), classes), 1 / classes)
+    for number in range(FOLDS):
+        seen, held = fold != number, fold == number
+        if seen.any() and held.any():
+            found[held] = _fit(rows[seen], labels[seen], classes)(rows[held]).softmax(1)
+    return found
+
+
+def _fit(rows: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.nn.Linear:
+    """A logistic regression, with a penalty that keeps a wrong label from being learnt by heart."""
+    probe = torch.nn.Linear(rows.shape[1], classes)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(probe(rows), labels) + PENALTY / 2 * probe.weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return probe.requires_grad_(False)
+
+
+PENALTY = 1e-3

@@ -1,0 +1,170 @@
+"""What ``--ckpt_path`` does: find the checkpoint, take its arguments as defaults, and go on from it or refuse it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from project.checkpoints.metadata import epochs_of, seed_of, split_settings
+from project.checkpoints.reader import hyper_parameters, read_checkpoint
+from project.checkpoints.restore import PARTS
+from project.classifier import ImageClassifier
+from project.cli.parser_errors import explain, explain_part
+from project.cli.run_folders import RUNS, WORDS, newest
+from project.data.datamodule import ImageDataModule
+from project.errors import ConfigError, ProjectError, damaged, nearest
+from project.runtime.console import say
+from project.trainer import Trainer
+
+
+class CheckpointCLI(LightningCLI):
+    """A command line whose flags and files beat what a checkpoint says.
+
+    Args:
+        args: Command line, without the program's name.
+        options: Of LightningCLI.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, args: Sequence[str], **options: Any) -> None:
+        self._args = list(args)
+        self._checkpoint: dict[str, Any] | None = None
+        super().__init__(ImageClassifier, ImageDataModule, args=self._args, **options)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and put a mistake into words.
+
+        Raises:
+            ConfigError: A flag or key is unknown, or its value is not of its kind.
+        """
+        verb = next((word for word in args if word in self._subcommand_parsers), None)
+        path, _ = without_checkpoint(args)
+        if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
+            self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise explain(error, self._parser(verb)) from error
+        except RecursionError as error:
+            raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
+
+        Lightning's own puts them over the flags (issue 21455).
+
+        Raises:
+            CheckpointError: It is missing, damaged, unsafe, or not one of this project's.
+            ConfigError: There is nothing left to train.
+        """
+        verb = self.config.subcommand
+        path = self.config[verb].get("ckpt_path")
+        if path == "":
+            raise ConfigError("--ckpt_path: '' is no file. Name one, or leave the flag out.")
+        if path in WORDS:
+            path = self.config[verb].ckpt_path = self._find(verb, path)
+        if not path:
+            return
+        if self._checkpoint is None:  # a word or a config file names it
+            self._take_defaults(verb, path)
+            self.parse_arguments(self.parser, self._args)
+        self.config[verb].ckpt_path = str(path)
+        assert self._checkpoint is not None
+        if verb in ("validate", "test"):
+            self._tell_of_another_split(verb, path)
+        epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
+        if verb == "fit" and most is not None and -1 < most <= epochs:
+            raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
+        steps, most = self._checkpoint["global_step"], self.config[verb].trainer.max_steps
+        if verb == "fit" and -1 < most <= steps:
+            raise ConfigError(f"{path} has had {steps} steps: raise --trainer.max_steps, which is {most}, to go on.")
+
+    def _tell_of_another_split(self, verb: str, path: str) -> None:
+        """Say where images are held out otherwise than in the fit."""
+        assert self._checkpoint is not None
+        then, now = split_settings(self._checkpoint, path), self.config[verb].data
+        others = [f"data.{key} was {value}" for key, value in then.items() if now.get(key) != value]
+        if others:
+            say(
+                f"Checkpoint: its fit held images out otherwise ({', '.join(others)}): if these are its images, some "
+                "of those that are evaluated now were trained on."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Make the parts.
+
+        Raises:
+            ConfigError: One does not take what it was given, or needs a library that is not here.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError) as error:
+            raise explain_part(error) from error
+
+    def _find(self, verb: str, word: str) -> str | None:
+        """The checkpoint that a word stands for, of the runs on this data."""
+        config = self.config[verb]
+        if config.trainer.logger not in (None, True, False):
+            raise ConfigError(f"--ckpt_path {word} is looked for under {RUNS}/; with another logger, name the file.")
+        if not config.name and config.data.root is None and config.data.source is None:
+            raise ConfigError(
+                f"--ckpt_path {word} of which run? Name it with --name NAME, or the data with --data.root."
+            )
+        name = config.name or self._name_of_data(verb)
+        folder = Path(config.trainer.default_root_dir or RUNS) / name
+        found = newest(folder, word)
+        if found is None and verb != "fit":
+            raise ConfigError(f"There is no {word}.ckpt under {folder}: name a checkpoint with --ckpt_path FILE.")
+        say(f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit")
+        return str(found) if found else None
+
+    def _name_of_data(self, verb: str) -> str:
+        parser = LightningArgumentParser()  # of its own: the verb's would make the model and the trainer as well
+        parser.add_lightning_class_args(ImageDataModule, "data")
+        only = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
+        return str(parser.instantiate_classes(only).data.name)
+
+    def _take_defaults(self, verb: str, path: str) -> None:
+        if not Path(path).expanduser().is_file() and nearest(path, WORDS):
+            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {nearest(path, WORDS)}")
+        self._checkpoint = read_checkpoint(path)
+        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
+        defaults = {f"model.{key}": value for key, value in arguments.items()}
+        # As well as how images were held out: or what is validated, or trained on from here, would be others.
+        defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
+        if verb == "fit" and seed_of(self._checkpoint) is not None:  # it goes on with the same chance
+            defaults["seed_everything"] = seed_of(self._checkpoint)
+        self._subcommand_parsers[verb].set_defaults(defaults)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; say so where a checkpoint's states are such that Lightning cannot take them.
+
+        Raises:
+            CheckpointError: They are damaged.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except ProjectError:
+            raise
+        except Exception as error:
+            # What is loaded is let go of once all of it has been restored: an error after that is of something else.
+            if not self.trainer._checkpoint_connector._loaded_checkpoint:
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise damaged(
+                f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
+            ) from error
+
+
+def without_checkpoint(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``--ckpt_path`` says on a command line, and the rest of it."""
+    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument("--ckpt_path", nargs="?")
+    known, rest = flag.parse_known_args(args)
+    return known.ckpt_path, rest

@@ -1,0 +1,94 @@
+"""The entry point: one command line, its exit code, and errors for people."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from project.cli.checkpoint_defaults import without_checkpoint
+from project.cli.parser_errors import explain_late
+from project.cli.transfer_cli import PROGRAM, TransferCLI
+from project.config.import_allowlist import allowed_imports, imports_limited
+from project.errors import ProjectError
+from project.runtime.distributed import is_rank_zero, launched, launcher, lost
+from project.runtime.signals import Interrupted, Signals
+
+
+def _again(args: Sequence[str]) -> str:
+    """The command that goes on with a fit, but for the checkpoint."""
+    if launched():
+        return "the command that it was started with, and"
+    return shlex.join([*PROGRAM.split(), *without_checkpoint(args)[1]])
+
+
+#: What Lightning warns of that is as it should be here.
+EXPECTED = (
+    ".*does not have many workers.*",  # data.num_workers knows the machine
+    ".*module.s. in eval mode at the start of training.*",  # the frozen ones
+    ".*smaller than the logging interval.*",  # metrics are logged an epoch
+    ".*callbacks used to create the checkpoint need to be provided.*",  # validate, test and predict save none
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # it is: the order is one of the epoch
+    ".*sync_dist=True.*when logging on epoch level.*",  # what is logged is the same in all processes
+    "The dirpath has changed from.*",  # a resumed fit has a folder of its own
+    r".*monitor='val/accuracy'.* could not find the monitored key.*",  # a fit that ended before it validated
+    ".*decompression bomb DOS attack.*",  # a large photograph; of twice that size it would be an error
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.14
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a verb.
+
+    Args:
+        args: Command line, without the program's name.
+
+    Returns:
+        Exit code: 0; 1 where ``check`` found problems, or another process has failed; 2 after a mistake of the user's,
+            which is told in a line or two; 143 and 130 after SIGTERM and SIGINT.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: "try installing" not in r.getMessage()
+    )
+    try:
+        more, rest = allowed_imports(args)
+        with Signals(launcher()) as signals, imports_limited(more):
+            code = TransferCLI(rest, signals, _again(args)).exit_code
+            if signals.received:
+                raise Interrupted(signals.received, "It was done already, and everything is saved.")
+            return code
+    except Interrupted as stop:
+        if is_rank_zero():
+            print(stop.told, file=sys.stderr)
+        return stop.exit_code
+    except (ProjectError, MisconfigurationException) as error:
+        if "--debug" in args:
+            raise
+        if not getattr(error, "told", False):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if "--debug" in args or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error}. What was saved before is whole.", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        said = explain_late(error)
+        if "--debug" in args or not (said or lost(error)):
+            raise
+        if said:
+            print(f"error: {said}", file=sys.stderr)
+            return 2
+        print("error: another process of this run has ended, and said why; so this one ends too.", file=sys.stderr)
+        return 1

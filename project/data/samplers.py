@@ -1,0 +1,102 @@
+"""In which order images come: from the seed and the epoch alone, each process its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import DistributedSampler
+
+from project.runtime.seeding import order_seed
+
+#: In the place of an image's index: what fills up the share of a process that has fewer images than others. It stands
+#: for the last image, without its label.
+PADDING = -1
+#: The label of padding, the one that torch's cross-entropy ignores as well.
+IGNORED = -100
+
+
+class Order:
+    """Indices of an epoch.
+
+    Process r of W takes images r, r + W, r + 2 W, … of the order, so the b images that each takes next are together the
+    b * W that one process would take. What is lacking to shares of equal length is padding, which counts for nothing.
+
+    Args:
+        count: Images.
+        shuffle: Whether the order is another one in each epoch, for training.
+        seed: Of the order.
+        weights: How often each image is to come, relative to the others, float ``(N,)``: it is drawn with replacement.
+        rank: Of this process; each takes its share of the images.
+        world_size: Number of processes.
+        batch_size: Images a batch of one process. BatchNorm cannot train on one image: where one would be left for the
+            last batch of all processes, it is left out, another one in each epoch.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shuffle: bool,
+        seed: int = 0,
+        weights: torch.Tensor | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+    ) -> None:
+        self.count = count
+        self.shuffle = shuffle
+        self._seed = seed
+        self._weights = weights
+        self._rank = rank
+        self._world = world_size
+        together = batch_size * world_size
+        alone = shuffle and 1 < together < count and count % together == 1
+        self._taken = count - alone
+        self._share = -(-self._taken // world_size)
+        if shuffle and batch_size > 1 and self._share % batch_size == 1 and world_size > 1:
+            self._share += 1  # nor can it where each process has one image of the last batch
+
+    def __len__(self) -> int:
+        return self._share
+
+    def __call__(self, epoch: int) -> torch.Tensor:
+        """Indices of this process's images, int64, with padding at their end."""
+        order = torch.arange(self.count)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(order_seed(self._seed, epoch))
+            if self._weights is not None:
+                order = torch.multinomial(self._weights, self.count, replacement=True, generator=generator)
+            else:
+                order = torch.randperm(self.count, generator=generator)
+        mine = order[: self._taken][self._rank :: self._world]
+        return functional.pad(mine, (0, self._share - len(mine)), value=PADDING)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``; padding stays what it is.
+
+    So what a worker makes of an image can be drawn from the epoch. Lightning sets the epoch, and as this is a
+    DistributedSampler already, it puts none of its own in its place, which would pad with duplicates.
+
+    Args:
+        order: The order.
+        behind: How many images of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
+    """
+
+    def __init__(self, order: Order, behind: Callable[[], int] = lambda: 0) -> None:
+        self._order = order
+        self._behind = behind
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._order(self.epoch)[self._behind() :]
+        yield from torch.where(order == PADDING, order, order + self.epoch * self._order.count).tolist()

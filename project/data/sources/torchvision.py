@@ -1,0 +1,55 @@
+"""torchvision's data sets for classification as a source."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+
+from PIL import ImageOps
+from torchvision.datasets import VisionDataset
+
+from project.data.image_io import read_bytes, stamp
+from project.data.sources.base import Sample
+from project.data.sources.files import Published
+from project.data.sources.torchvision_reader import class_name, open_splits, read_item, what_is_kept
+
+
+class Torchvision(Published):
+    """A data set of torchvision, or another one made like them, for classification.
+
+    Of a class with an argument ``train`` or ``split`` all splits are taken; if that argument is given another value
+    than its default, that split alone, as train.
+
+    Args:
+        dataset: The class, with its arguments bound by :func:`functools.partial`; or a data set, which is all train.
+
+    Raises:
+        DataError: It is not there, cannot be downloaded or read, or is not for classification.
+    """
+
+    def __init__(self, dataset: Callable[[], VisionDataset] | VisionDataset) -> None:
+        opened = {"train": dataset} if isinstance(dataset, VisionDataset) else open_splits(dataset)
+        self.name = type(opened["train"]).__name__.lower()
+        self._items: dict[str, tuple[VisionDataset, int]] = {}
+        rows: dict[str, list[tuple[str, int | None]]] = {}
+        for split, one in opened.items():
+            labels, names = what_is_kept(one, f"{self.name}/{split}")
+            if names is None:
+                names = [f"{self.name}/{split}/{number:05d}" for number in range(len(one))]
+                self._items.update((name, (one, number)) for number, name in enumerate(names))
+            rows[split] = list(zip(names, labels, strict=True))
+        self._take(rows, functools.partial(class_name, opened["train"]))
+
+    def content(self, sample: Sample) -> bytes:
+        """The bytes of the image's file; of an image that comes from no file of its own, those of a TIFF file."""
+        if sample.name not in self._items:
+            return read_bytes(sample.name)
+        file = io.BytesIO()
+        image = read_item(*self._items[sample.name], sample.name)
+        ImageOps.exif_transpose(image).save(file, "TIFF")  # not compressed, and pixels of any kind as they are
+        return file.getvalue()
+
+    def stamp(self, sample: Sample) -> str | None:
+        """Size, time of the last change, and inode of the file, where there is one."""
+        return None if sample.name in self._items else stamp(sample.name)

@@ -1,0 +1,1 @@
+"""How good a classifier is: metrics, confusion, calibration, intervals, and figures of them."""

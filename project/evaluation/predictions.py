@@ -1,0 +1,177 @@
+"""What a validation found out image by image, as far as it is to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from project.data.samplers import IGNORED
+from project.evaluation.confusion import Each
+
+#: Probabilities that are kept, as many as 16 MB hold, of at most so many images.
+MOST_VALUES, MOST_IMAGES = 4_000_000, 10_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The classes that images have and got; all tensors are on the CPU.
+
+    Attributes:
+        places: Which image of the split each is, int64 ``(N,)``, ascending.
+        labels: Their classes, int64 ``(N,)``.
+        predicted: The classes that they got, int64 ``(N,)``.
+        confidence: Probabilities of those, float32 ``(N,)``.
+        some: Which of the N probabilities are kept of, int64 ``(n,)``.
+        probabilities: Of these, float32 ``(n, C)``.
+        pointed: Which of the N features are kept of, int64 ``(m,)``.
+        features: Of these, float32 ``(m, D)``.
+    """
+
+    places: torch.Tensor
+    labels: torch.Tensor
+    predicted: torch.Tensor
+    confidence: torch.Tensor
+    some: torch.Tensor
+    probabilities: torch.Tensor
+    pointed: torch.Tensor
+    features: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """Whether each got its own class, bool ``(N,)``."""
+        return self.labels == self.predicted
+
+    def counts(self, classes: int) -> torch.Tensor:
+        """Images by class, the rows, and by the class that they got, int64 ``(C, C)``."""
+        return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
+
+    def by_class(self, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many images of each class got it, how many have it, and how many got it: int64 ``(C,)`` each."""
+        hits, had, got = (
+            torch.bincount(each, minlength=classes) for each in (self.labels[self.correct], self.labels, self.predicted)
+        )
+        return hits, had, got
+
+    def mistakes(self, most: int) -> torch.Tensor:
+        """Which images got another class with the greatest confidence, int64 ``(<= most,)``."""
+        wrong = (~self.correct).nonzero().squeeze(1)
+        return wrong[self.confidence[wrong].argsort(descending=True, stable=True)[:most]]
+
+    def doubtful(self, most: int) -> torch.Tensor:
+        """Which images got their class with the least confidence, right or wrong, int64 ``(<= most,)``."""
+        return self.confidence.argsort(stable=True)[:most]
+
+
+@dataclass
+class _Parts:
+    """Rows of an epoch: every so many-th, from the beginning on, up to a number of them."""
+
+    every: int
+    most: int
+    indices: list[torch.Tensor] = field(default_factory=list)
+    rows: list[torch.Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, rows: torch.Tensor, before: int) -> None:
+        first = min(-before % self.every, len(rows))
+        taken = torch.arange(first, len(rows), self.every)[: max(self.most - self.count, 0)]
+        if len(taken):
+            whole = len(taken) == len(rows)
+            self.rows.append(rows.detach() if whole else rows.detach()[taken.to(rows.device)])
+            self.indices.append(taken + before)
+            self.count += len(taken)
+
+
+class Collector:
+    """Keeps what an :class:`Outcome` needs of each batch, where it is: nothing waits for a device before the end.
+
+    It holds probabilities of as many images as 16 MB hold, and features of some. These are taken from all over the
+    split, as a split often lies class by class. What became of each image is known: see
+    :class:`~project.evaluation.confusion.Each`.
+
+    Args:
+        expected: Images of the epoch, of this process, where that is known.
+        points: Images of which features are kept.
+        classes: Number of classes.
+        rank: Of this process, which has images ``rank, rank + world_size, …`` of the split.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, expected: int | None, points: int, classes: int, rank: int = 0, world_size: int = 1) -> None:
+        images = max(min(MOST_IMAGES, MOST_VALUES // max(classes, 1)) // world_size, 1)
+        self._rank, self._world = rank, world_size
+        self._probabilities = _Parts(_stride(expected, images), images)
+        points = -(-points // world_size)
+        self._features = _Parts(_stride(expected, points), points)
+        self._count = 0
+
+    def features(self, features: torch.Tensor) -> None:
+        """Take the features ``(B, D)`` of a batch, before the batch itself."""
+        self._features.add(features, self._count)
+
+    def batch(self, probabilities: torch.Tensor) -> None:
+        """Take a batch: probabilities ``(B, C)``."""
+        self._probabilities.add(probabilities, self._count)
+        self._count += len(probabilities)
+
+    def outcome(self, each: Each) -> Outcome:
+        """All that was taken, without the padding.
+
+        Args:
+            each: What became of the same images.
+        """
+        real = each.labels != IGNORED
+        place = real.cumsum(0) - 1  # where each is once padding is left out
+
+        def kept(parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
+            indices, rows = _joined(parts.indices, torch.int64), _joined(parts.rows, torch.float32)
+            return place[indices[real[indices]]], rows[real[indices]]
+
+        return Outcome(
+            (torch.arange(len(real)) * self._world + self._rank)[real],
+            each.labels[real],
+            each.predicted[real],
+            each.confidence[real],
+            *kept(self._probabilities),
+            *kept(self._features),
+        )
+
+
+def _stride(expected: int | None, most: int) -> int:
+    return max(-(-(expected or 0) // max(most, 1)), 1)
+
+
+def _joined(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat(list(parts)).to("cpu", dtype) if parts else torch.zeros(0, dtype=dtype)
+
+
+def merged(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of all processes, in the order of the split."""
+    starts = torch.tensor([0, *(len(one) for one in outcomes)]).cumsum(0).tolist()
+    places = torch.cat([one.places for one in outcomes])
+    order = places.argsort()
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+
+    def all_of(name: str) -> torch.Tensor:
+        parts = [getattr(one, name) for one in outcomes]
+        return torch.cat([part for part in parts if part.numel()] or parts[:1])
+
+    def moved(name: str) -> torch.Tensor:
+        return torch.cat([back[getattr(one, name) + start] for one, start in zip(outcomes, starts, strict=False)])
+
+    return Outcome(
+        places=places[order],
+        labels=all_of("labels")[order],
+        predicted=all_of("predicted")[order],
+        confidence=all_of("confidence")[order],
+        some=moved("some"),
+        probabilities=all_of("probabilities"),
+        pointed=moved("pointed"),
+        features=all_of("features"),
+    )

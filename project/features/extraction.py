@@ -1,0 +1,268 @@
+"""The prefix over images: decoded, transformed, computed, and written as it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from project.data.image_io import DECODING
+from project.data.sources.base import Sample, Source, decoder_name
+from project.data.transforms import Drawn, Transform
+from project.errors import DataError
+from project.features.engines import Engine
+from project.features.store import SHARD, Keys, Space, as_keys, row_key
+from project.runtime.distributed import Ranks
+from project.runtime.seeding import seed_of
+from project.runtime.signals import leave_to_the_parent
+from project.runtime.system import cores
+
+FLUSH = 15.0  # seconds of work that a killed run may lose
+PART = 32  # images that a process decodes at a time; batches of a GPU are multiples of it
+MANY = 4096  # images for which it pays to start processes
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A view of an image, of which a row is to be had.
+
+    Attributes:
+        sample: Whose image.
+        digest: SHA-256 of the bytes that the image is made from.
+        transform: From the image to uint8 ``(3, H, W)``.
+        key: Of its row; what is random in the transform is drawn from it.
+    """
+
+    sample: Sample
+    digest: bytes
+    transform: Transform
+    key: bytes
+
+
+def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> list[bytes]:
+    """SHA-256 of the bytes that each sample's image is made from; those that the source does not know are read.
+
+    Each is read by one process, in order.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    digests = [source.digest(sample) or b"" for sample in samples]
+    unknown = [at for at, digest in enumerate(digests) if not digest]
+    mine: list[bytes] = []
+    with ranks.together(), ThreadPoolExecutor(cores()) as pool:
+        part = [samples[at] for at in unknown[ranks.part(len(unknown))]]
+        for at in range(0, len(part), 4096):  # a pool holds all that it is given at once
+            mine += pool.map(lambda sample: hashlib.sha256(source.content(sample)).digest(), part[at : at + 4096])
+    read = itertools.chain.from_iterable(ranks.gather(mine))
+    for at, digest in zip(unknown, read, strict=True):
+        digests[at] = digest
+    return digests
+
+
+def views_of(
+    source: Source, samples: Sequence[Sample], digests: Sequence[bytes], transform: Transform, views: Sequence[str]
+) -> list[list[Image]]:
+    """The images of each view, ``[V][N]``.
+
+    Args:
+        source: What decodes them: another decoder makes other images of the same bytes.
+        samples: N samples.
+        digests: Their digests.
+        transform: The same for all; its ``repr`` has all its parameters.
+        views: What tells one view from another; V different words.
+    """
+    texts = [f"{decoder_name(source)} {DECODING} {transform!r} {view}" for view in views]
+    return [
+        [
+            Image(sample, digest, transform, row_key(digest, text))
+            for sample, digest in zip(samples, digests, strict=True)
+        ]
+        for text in texts
+    ]
+
+
+def load_image(source: Source, image: Image) -> torch.Tensor:
+    """Read, decode and transform a view: uint8 ``(3, H, W)``.
+
+    Raises:
+        DataError: It cannot be read, or is no longer what it was.
+    """
+    content = source.content(image.sample)
+    if hashlib.sha256(content).digest() != image.digest:
+        raise DataError(f"{image.sample.name} was changed while its features were computed. Run again.")
+    picture = source.decode(content, image.sample, image.transform.enough)
+    with Drawn(seed_of(image.key)):
+        return image.transform(picture)
+
+
+def run(
+    engine: Engine, images: Sequence[Image], load: Callable[[Image], torch.Tensor], workers: int = 0
+) -> Iterator[tuple[Sequence[Image], torch.Tensor]]:
+    """Compute the rows of images, in order.
+
+    Decoding and computing never have more threads than there are cores: an engine whose calls run side by side decodes
+    a batch on the thread that computes it; a GPU is fed by threads or processes that decode ahead of it; and one that
+    takes all cores of a CPU at once takes turns with the decoding.
+
+    Args:
+        engine: What computes.
+        images: What of.
+        load: Reads one, uint8 ``(3, H, W)``; called from several threads or processes.
+        workers: Processes that decode ahead of a GPU; 0 for threads. Threads start at once but share one interpreter
+            lock, which an image holds for up to 0.37 ms: some 2,700 images/s at most, however many cores there are.
+
+    Yields:
+        A batch of images, and its rows.
+    """
+    batches = [images[at : at + engine.batch_size] for at in range(0, len(images), engine.batch_size)]
+    threads = torch.get_num_threads()
+
+    def lane(batch: Sequence[Image]) -> torch.Tensor:
+        return engine(torch.stack([load(image) for image in batch]))
+
+    def decode(batch: Sequence[Image]) -> Callable[[], torch.Tensor]:
+        parts = from_processes
+        if parts is None:
+            pending = [pool.submit(load, image) for image in batch]
+            parts = (future.result()[None] for future in pending)
+        # Put together on a thread of its own, so that a GPU does not wait for it.
+        return together.submit(_fill, parts, len(batch), pin).result
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        if engine.side_by_side:
+            pool = ThreadPoolExecutor(threads, "lane", torch.set_num_threads, (1,))
+            results = _ahead(lambda batch: pool.submit(lane, batch).result, batches, threads)
+        else:
+            pool = ThreadPoolExecutor(cores(), "decode")
+            from_processes = _from_processes(images, load, workers) if workers else None
+            if from_processes is not None:
+                stack.callback(from_processes.close)
+            together = ThreadPoolExecutor(1, "together")
+            stack.callback(together.shutdown, cancel_futures=True)
+            pin = engine.ahead > 0 and torch.cuda.is_available()
+            results = map(engine, _ahead(decode, batches, engine.ahead))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield from zip(batches, results, strict=True)
+
+
+def _from_processes(
+    images: Sequence[Image], load: Callable[[Image], torch.Tensor], workers: int
+) -> Generator[torch.Tensor]:
+    """Decoded images ``(B, 3, H, W)`` in order, a few at a time: what is under way lies in shared memory."""
+    yield from DataLoader(
+        _Decoded(images, load),
+        batch_size=PART,
+        num_workers=workers,
+        prefetch_factor=4,
+        collate_fn=torch.stack,
+        worker_init_fn=leave_to_the_parent,
+    )
+
+
+class _Decoded(Dataset[torch.Tensor]):
+    """Decoded images, for the processes of a DataLoader."""
+
+    def __init__(self, images: Sequence[Image], load: Callable[[Image], torch.Tensor]) -> None:
+        self._images = images
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._load(self._images[index])
+
+
+def _fill(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.Tensor:
+    """The next so many images as one batch ``(B, 3, H, W)``, page-locked for a GPU; parts end where batches do."""
+    batch, at = torch.empty(0), 0
+    for part in parts:
+        if at == 0:
+            batch = torch.empty((count, *part.shape[1:]), dtype=part.dtype, pin_memory=pin)
+        batch[at : at + len(part)] = part
+        at += len(part)
+        if at == count:
+            break
+    return batch
+
+
+def _ahead(start: Callable[[T], Callable[[], R]], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Results in order, while so many of the next items are under way."""
+    waiting: deque[Callable[[], R]] = deque()
+    for item in items:
+        waiting.append(start(item))
+        if len(waiting) > ahead:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def extract(
+    engine: Engine,
+    images: Sequence[Image],
+    source: Source,
+    space: Space,
+    shard: int = SHARD,
+    done: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Compute rows and write them to a space, some at a time: what is written when a run is killed is not lost.
+
+    Args:
+        engine: What computes.
+        images: What of, each key once.
+        source: Reads them.
+        space: Where the rows go.
+        shard: Bytes to write at a time, about.
+        done: Told of each batch how many images it had.
+
+    Raises:
+        DataError: An image cannot be read.
+        StoreError: The rows cannot be written.
+    """
+    # Processes cannot share what a source has open, so one whose reads depend on each other is read by threads.
+    reads_apart = type(source).expect is Source.expect
+    workers = cores() if engine.ahead and engine.batch_size % PART == 0 and len(images) >= MANY and reads_apart else 0
+    keys: list[bytes] = []
+    rows = torch.empty(0)
+    written = time.monotonic()
+
+    def flush() -> None:
+        nonlocal keys, written
+        if keys:
+            space.write(as_keys(keys), rows[: len(keys)])
+        keys, written = [], time.monotonic()
+
+    try:
+        for batch, computed in run(engine, images, functools.partial(load_image, source), workers):
+            if len(keys) + len(computed) > len(rows):
+                flush()
+                size = max(shard // (computed[0].numel() * computed.element_size()), len(computed))
+                if len(rows) < size:
+                    rows = torch.empty((size, *computed.shape[1:]), dtype=computed.dtype)
+            rows[len(keys) : len(keys) + len(computed)] = computed
+            keys += [image.key for image in batch]
+            done(len(batch))
+            if time.monotonic() - written > FLUSH:
+                flush()
+    finally:
+        flush()
+
+
+def keys_of(images: Iterable[Image]) -> Keys:
+    """The keys of images, uint64 ``(N, 2)``."""
+    return as_keys([image.key for image in images])

@@ -1,0 +1,214 @@
+"""Rows of images on demand: from the store, and computed where it lacks them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from project.errors import ConfigError
+from project.models.backbone import Backbone
+from project.runtime.console import counting, say
+
+if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
+    from project.data.datamodule import ImageDataModule
+    from project.data.sources.base import Sample, Source
+    from project.features.builder import Progress, Supplied
+    from project.features.engine_options import Engines, Option
+    from project.features.extraction import Image
+    from project.runtime.distributed import Ranks
+
+CALIBRATION = 128  # images that int8 is calibrated on
+EngineName = Literal["auto", "torch", "compile", "onnxruntime"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class RowComputation:
+    """A frozen computation, and where and how it computes rows.
+
+    Attributes:
+        backbone: Whose frozen stages.
+        encode: Images on the device to rows, as the live model does it.
+        layout: Memory format that ``encode`` gives its images: channels_last or contiguous.
+        device: Where to compute.
+        precision: Lightning's name of the trainer's precision.
+        log: Takes numbers by name, and a text, for the loggers of a run.
+    """
+
+    backbone: Backbone
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    layout: str
+    device: torch.device
+    precision: str
+    log: Callable[[Mapping[str, float], str], None] = field(default=lambda values, text: None)
+
+
+class RowSupply:
+    """Has rows of images, and says how many were reused and how many computed.
+
+    Args:
+        engine: What computes: torch, compile, onnxruntime, or auto.
+        precision: Of the computation, or auto.
+        budget: Gigabytes that all stored rows may take.
+        root: Folder of the store.
+
+    Raises:
+        ConfigError: The budget is out of its range.
+    """
+
+    def __init__(self, engine: EngineName, precision: PrecisionName, budget: float, root: Path) -> None:
+        if not 0 < budget < math.inf:
+            raise ConfigError(f"features.budget has to be more than 0 gigabytes, not {budget:g}.")
+        self._engine = engine
+        self._precision = None if precision == "auto" else precision
+        self._budget = round(budget * 1e9)
+        self._root = root
+
+    def have(
+        self,
+        computation: RowComputation,
+        source: Source,
+        images: Sequence[Image],
+        typical: Sequence[Image],
+    ) -> tuple[Supplied, Engines]:
+        """Have a row of each image.
+
+        Args:
+            computation: What makes the rows.
+            source: Reads the images.
+            images: Each key once.
+            typical: What int8 is calibrated on.
+
+        Raises:
+            OverBudgetError: They alone take more than the budget.
+            StoreError: They cannot be kept.
+            DataError: An image cannot be read.
+        """
+        from project.features.builder import supply
+        from project.features.engine_options import Engines
+        from project.features.extraction import load_image
+        from project.runtime.distributed import Ranks
+
+        ranks = Ranks()
+
+        def calibration() -> torch.Tensor:
+            return torch.stack([load_image(source, image) for image in typical[:: -(-len(typical) // CALIBRATION)]])
+
+        task = " ".join([source.name, *source.classes])
+        engines = Engines(
+            self._root,
+            computation.backbone,
+            computation.encode,
+            computation.device,
+            task,
+            calibration,
+            computation.layout,
+        )
+        options = self._options(engines, computation.precision, ranks)
+        with _progress(len(images), ranks) as progress:
+            supplied = supply(
+                images,
+                source,
+                options,
+                computation.backbone,
+                computation.device,
+                self._root,
+                self._budget,
+                ranks,
+                progress,
+            )
+        self._tell(computation, supplied, len(images))
+        return supplied, engines
+
+    def rows_of(self, computation: RowComputation, data: ImageDataModule, samples: Sequence[Sample]) -> torch.Tensor:
+        """What the frozen prefix makes of images, without augmentation; what is stored is not computed again.
+
+        Args:
+            computation: What makes them.
+            data: Reads the images.
+            samples: N samples.
+
+        Returns:
+            Rows ``(N, ...)``, float32, on the CPU.
+        """
+        from project.features.extraction import digest_all, views_of
+        from project.features.row_loader import Rows
+        from project.runtime.distributed import Ranks
+
+        source = data.source
+        assert source is not None  # there would be no samples
+        data.preprocessing = computation.backbone.preprocessing
+        digests = digest_all(source, samples, Ranks())
+        (view,) = views_of(source, samples, digests, data.evaluation_transform(), [""])
+        images = list({image.key: image for image in view}.values())
+        supplied, _ = self.have(computation, source, images, images)
+        place = {image.key: index for index, image in enumerate(images)}
+        rows = Rows(supplied.found, memory(torch.device("cpu")), torch.device("cpu"))
+        try:
+            return rows[torch.tensor([place[image.key] for image in view])].float()
+        finally:
+            rows.close()
+
+    def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
+        options: list[Option] = []
+        for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
+            with ranks.together():
+                if (ranks.rank == 0) == (turn == 0):
+                    options = engines.options(self._engine, self._precision, trainer_precision)
+        return options
+
+    def _tell(self, computation: RowComputation, supplied: Supplied, count: int) -> None:
+        if supplied.damaged:
+            say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
+        reused, how = count - supplied.computed, ""
+        if supplied.computed:
+            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s"
+            how += f", {supplied.prepared:.1f} s to choose and build the engine before)"
+        option = supplied.option
+        text = f"{reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}"
+        say(f"Features: {text}")
+        values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
+        computation.log(values, f"{text} ({supplied.reason}) in {option.space.path}")
+
+
+@contextmanager
+def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
+    """A bar on a terminal, lines elsewhere; from the first process."""
+    from project.features.builder import Progress
+
+    done, total = 0, 0
+    with counting("Features", ranks.rank == 0) as show:
+
+        def begins(option: Option, reason: str, computed: int, mine: int) -> None:
+            nonlocal total
+            total = mine
+            show(0, total)
+            say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            show(done, total)
+
+        yield Progress(
+            begins, advance, lambda: say("Features: another process is computing these rows; waiting for it")
+        )
+
+
+def memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU.
+
+    Args:
+        device: Where they are held.
+        processes: Of this run on this machine. They share its memory, while each has a GPU of its own.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // processes

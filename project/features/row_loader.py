@@ -1,0 +1,142 @@
+"""Stored rows as batches: slices of one tensor in memory, or reads from the shards where that would be too large."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from project.data.samplers import IGNORED, PADDING, Order
+from project.errors import StoreError
+from project.features.store import Found, Shard
+
+#: Bytes of a batch of evaluation, about.
+EVALUATED = 16 * 2**20
+OPEN = 256  # files at a time
+
+
+class RowBatch(NamedTuple):
+    """A batch whose images have been through the frozen prefix already.
+
+    Attributes:
+        rows: Rows at the cut, ``(B, D)`` or ``(B, K, h, w)``.
+        labels: int64 ``(B,)``.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+
+
+class Rows:
+    """Rows by index.
+
+    Args:
+        found: Where they are; none is missing.
+        memory: Bytes that may be held in memory. Rows that take more are read from disk, batch by batch.
+        device: Where those in memory are held.
+    """
+
+    def __init__(self, found: Found, memory: int, device: torch.device) -> None:
+        self._found = found
+        self._files: dict[int, int] = {}
+        for number in range(min(len(found.shards), OPEN)):  # once they are open, they stay, whoever removes them
+            self._file(number)
+        self._held: torch.Tensor | None = None
+        if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
+            self._held = self._read(np.arange(len(found.index))).to(device)
+            self.close()
+
+    def __len__(self) -> int:
+        return len(self._found.index)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk."""
+        return self._found.shards[0].row_bytes
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether they are in memory."""
+        return self._held is not None
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``(B, ...)`` at indices ``(B,)``, int64 on the CPU; they are where they are held."""
+        if self._held is None:
+            return self._read(index.numpy())
+        return self._held[index.to(self._held.device)]
+
+    def _read(self, index: np.ndarray) -> torch.Tensor:
+        shard: Shard = self._found.shards[0]
+        rows = torch.empty((len(index), *shard.shape), dtype=shard.dtype)
+        into = rows.view(-1).view(torch.uint8).numpy().data
+        which, where = self._found.shard[index], self._found.index[index]
+        for place in np.lexsort((where, which)).tolist():
+            at = self._found.shards[which[place]]
+            offset = at.offset + int(where[place]) * at.row_bytes
+            target = into[place * at.row_bytes : (place + 1) * at.row_bytes]
+            if os.preadv(self._file(int(which[place])), [target], offset) != at.row_bytes:
+                raise OSError(f"{at.path} ended before its row {where[place]}")
+        return rows
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            if len(self._files) >= OPEN:
+                self.close()
+            path = self._found.shards[number].path
+            try:
+                self._files[number] = os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise StoreError(f"{path} was removed by a fit that is short of budget. Run again.") from error
+        return self._files[number]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+
+class RowLoader:
+    """Batches of rows, in place of a DataLoader: no process, no collation, an index a batch.
+
+    Args:
+        rows: All rows.
+        views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
+        labels: int64 ``(N,)``.
+        batch_size: Images a batch.
+        order: In which order they come.
+        epoch: Says which epoch it is.
+        evaluates: Nothing is learnt, so that batches may be larger.
+        behind: How many batches of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        views: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        order: Order,
+        epoch: Callable[[], int],
+        evaluates: bool = False,
+        behind: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._rows = rows
+        self._views = views
+        self._labels = labels
+        self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
+        self._order = order
+        self._epoch = epoch
+        self._behind = behind
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        epoch = self._epoch()
+        view = self._views[epoch % len(self._views)]
+        for batch in torch.split(self._order(epoch), self.batch_size)[self._behind() :]:
+            yield RowBatch(self._rows[view[batch]], self._labels[batch].masked_fill(batch == PADDING, IGNORED))

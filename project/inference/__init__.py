@@ -1,0 +1,1 @@
+"""Trained classifiers in use: prediction, heat maps, the gallery of a run's images, the demo page."""

@@ -1,0 +1,132 @@
+"""``load``: the notebook's way in, preprocessing included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as image_functions
+
+from project.classifier import ImageClassifier
+from project.data.image_io import read_image
+from project.data.transforms import evaluation
+from project.errors import DataError, WeightsError
+from project.models.grad_cam import heat_maps
+
+Images = Sequence[str | Path | Image.Image] | torch.Tensor
+
+
+class Classifier:
+    """A trained classifier that takes images as people have them.
+
+    Images are paths, PIL images, or a uint8 tensor ``(B, 3, H, W)``. They are computed where the model is.
+
+    Args:
+        model: The trained module; it is put in ``eval()``.
+        batch_size: Images that go through the network at a time.
+
+    Attributes:
+        model: The module itself.
+        classes_: Names of the classes, in the order of the columns of :meth:`predict_proba`.
+    """
+
+    def __init__(self, model: ImageClassifier, batch_size: int = 32) -> None:
+        self.model = model.eval()
+        self.classes_ = list(model.classes)
+        self.batch_size = batch_size
+        self._transform = evaluation(model.backbone.preprocessing)
+
+    def predict(self, images: Images) -> list[str]:
+        """Name the class of each image."""
+        return [self.classes_[index] for index in self.predict_proba(images).argmax(1)]
+
+    def predict_proba(self, images: Images) -> np.ndarray:
+        """Probabilities ``(N, C)``, float32; rows sum to 1."""
+        found = [self.model(batch).float().softmax(1).cpu().numpy() for batch in self._batches(images)]
+        return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *found])
+
+    def features(self, images: Images) -> np.ndarray:
+        """Features ``(N, D)``, float32."""
+        backbone = self.model.backbone
+        found = [backbone.refine(self.model.encode(batch)).float().cpu().numpy() for batch in self._batches(images)]
+        return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
+
+    def heat_map(self, images: Images, classes: Sequence[str] | None = None) -> np.ndarray:
+        """Where in each image its class is seen: see :func:`project.models.grad_cam.heat_maps`.
+
+        Args:
+            images: N of them.
+            classes: Name of the class to look for in each; by default the predicted one.
+
+        Returns:
+            Float32 ``(N, S, S)`` in [0, 1], pixel by pixel of :meth:`crop`.
+
+        Raises:
+            ModelError: The network pools no maps, as a vision transformer does not.
+            DataError: There is no class of that name.
+            TypeError: There is not one class for each image.
+        """
+        if classes is not None and (isinstance(classes, str) or len(classes) != len(images)):
+            raise TypeError("Give a class for each image, by its name: a list as long as that of the images.")
+        size, backbone, found = self.model.backbone.preprocessing.crop, self.model.backbone, []
+        wanted = iter(() if classes is None else self._indices(classes))
+        for batch in self._batches(images):
+            chosen = None if classes is None else torch.tensor([*islice(wanted, len(batch))], device=self.model.device)
+            found.append(heat_maps(backbone, self.model.head, batch, chosen).cpu().numpy())
+        return np.concatenate([np.empty((0, size, size), np.float32), *found])
+
+    def crop(self, images: Images) -> list[Image.Image]:
+        """What the network gets of each image: resized and cropped, ``(S, S)`` pixels."""
+        return [image_functions.to_pil_image(image.cpu()) for batch in self._batches(images) for image in batch]
+
+    def _indices(self, classes: Sequence[str]) -> list[int]:
+        unknown = [name for name in classes if name not in self.classes_]
+        if unknown:
+            raise DataError(f"There is no class {unknown[0]!r} here, but {', '.join(self.classes_)}.")
+        return [self.classes_.index(name) for name in classes]
+
+    def _batches(self, images: Images) -> Iterator[torch.Tensor]:
+        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
+        if single or (isinstance(images, torch.Tensor) and images.dim() != 4):
+            raise TypeError("Give several images: a list of paths or PIL images, or a tensor (B, 3, H, W).")
+        if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
+            raise TypeError(f"A tensor of images has to be uint8, not {images.dtype}.")
+        items = iter(images)
+        with torch.inference_mode():
+            while batch := [self._transform(_as_pil(image)) for image in islice(items, self.batch_size)]:
+                yield torch.stack(batch).to(self.model.device)
+
+
+def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Classifier:
+    """Load a trained classifier from its checkpoint of kilobytes, and its backbone from where it came from.
+
+    Args:
+        path: A checkpoint of a fit.
+        weights: Where the backbone's weights are, if they are no longer where they were; they have to be the same.
+        device: Device that computes, such as ``"cuda"``.
+
+    Returns:
+        The classifier, on that device.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit its backbone.
+        WeightsError: The backbone's weights are not to be had on this machine.
+    """
+    changes = {"compile": False} if weights is None else {"compile": False, "weights": weights}
+    try:
+        model = ImageClassifier.load_from_checkpoint(path, **changes)
+    except WeightsError as error:
+        raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
+    return Classifier(model.to(device))
+
+
+def _as_pil(image: str | Path | Image.Image | torch.Tensor) -> Image.Image:
+    if isinstance(image, torch.Tensor):
+        # By way of PIL, so that a tensor is resized just as the file that it came from would be.
+        picture: Image.Image = image_functions.to_pil_image(image)
+        return picture.convert("RGB")
+    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)

@@ -1,0 +1,194 @@
+"""What is said to people: lines, tables, and a bar for what takes its time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from project.runtime.distributed import is_rank_zero
+
+REFRESH = 2.0  # times a second that a bar is drawn: a drawing takes a millisecond of what is being counted
+QUIET = 30.0  # seconds, at least, between two lines that stand in for a bar
+STEPS = 10  # such lines, at most
+WIDE = 1000  # columns of what is no terminal
+BESIDE = 50  # columns that are kept for what stands beside a bar
+
+_shown: list[Console] = []  # the one that has a bar on it: what is said meanwhile goes above that
+
+
+def say(what: str | Table) -> None:
+    """Print a line or a table, from one process of a distributed run."""
+    if is_rank_zero():
+        _console().print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def say_rows(title: str, rows: Mapping[str, str]) -> None:
+    """Print a word and what there is to say to it, row by row: a table on a terminal, lines elsewhere."""
+    if not on_a_terminal():
+        say("\n".join([f"{title}:", *(f"  {word}: {value}" for word, value in rows.items())]))
+        return
+    table = Table(show_header=False, title=title, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for word, value in rows.items():
+        table.add_row(word, value)
+    say(table)
+
+
+def _console() -> Console:
+    if _shown:
+        return _shown[-1]
+    # A file has no edge at which a path would have to be broken in two.
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    # No markup: a folder of the user's may be called [bold].
+    return Console(markup=False, width=WIDE if wide else None)
+
+
+def on_a_terminal() -> bool:
+    """Whether there is one that can draw a line anew; of a distributed run, the first process's alone counts."""
+    drawable = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return drawable and is_rank_zero()
+
+
+class Pace:
+    """How long something still takes, at its mean pace since it began.
+
+    A mean from the beginning: threads hand in what they have done two or more at a time, so that the time between the
+    last two counts says nothing.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.total: int | None = None
+        self._first = 0
+        self._began = self._told = time.monotonic()
+
+    def count(self, done: int, total: int | None) -> None:
+        """Tell how many of how many are done; the clock starts with the last count that is not more than the first."""
+        self._told = time.monotonic()
+        if total != self.total or done <= self._first:
+            self._first, self._began = done, self._told
+        self.done, self.total = done, total
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, or ``None`` as long as nothing is known."""
+        fresh = self.done - self._first
+        if self.total is None or fresh <= 0:
+            return None
+        rest = (self._told - self._began) / fresh * (self.total - self.done)
+        return max(0.0, rest - (time.monotonic() - self._told))
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as ``H:MM:SS``."""
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+class Bar:
+    """A bar with the time left, drawn a few times a second by a thread of its own: to count costs next to nothing.
+
+    Args:
+        what: Is counted.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._notes: Sequence[str] = ()
+        self._pace = Pace()
+        self._began = time.monotonic()
+        self._screen = Console(markup=False)
+        self._live = Live(console=self._screen, get_renderable=self._line, refresh_per_second=REFRESH, transient=True)
+
+    def start(self) -> None:
+        """Show it."""
+        _shown.append(self._screen)
+        self._live.start()
+
+    def stop(self) -> None:
+        """Take it away."""
+        self._live.stop()
+        _shown.remove(self._screen)
+
+    def count(self, done: int, total: int | None) -> None:
+        """Tell how many of how many are done."""
+        self._pace.count(done, total)
+
+    def tell(self, what: str, notes: Sequence[str] = ()) -> None:
+        """Tell what is being counted, and more for which there may be room."""
+        self._what, self._notes = what, notes
+
+    def _line(self) -> Table:
+        pace, width = self._pace, self._screen.width
+        cells: list[Text | ProgressBar] = [Text(self._what, no_wrap=True, overflow="ellipsis")]
+        if pace.total:
+            room = max(4, min(30, width - BESIDE))
+            cells.append(ProgressBar(total=pace.total, completed=pace.done, width=room))
+            cells.append(Text(f"{clock(pace.left)} left", no_wrap=True))
+            free = width - room - len(self._what) - len("0:00:00 left") - 3
+            for note in self._notes:
+                if len(note) + 1 <= free:
+                    cells.append(Text(note, no_wrap=True))
+                    free -= len(note) + 1
+        else:
+            cells.append(Text(clock(time.monotonic() - self._began), no_wrap=True))
+        line = Table.grid(padding=(0, 1))
+        line.add_row(*cells)
+        return line
+
+
+@contextmanager
+def counting(what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line now and then of what takes long. From one process of a distributed run.
+
+    Args:
+        what: Is counted.
+        enabled: Whether there is any of it.
+
+    Yields:
+        A function that takes how many of how many are done.
+    """
+    if not enabled:
+        yield lambda done, count: None
+    elif not on_a_terminal():
+        yield _Lines(what).count
+    else:
+        bar = Bar(what)
+
+        def count(done: int, total: int) -> None:
+            bar.count(done, total)
+            bar.tell(what, (f"{done:,}/{total:,}",))
+
+        bar.start()
+        try:
+            yield count
+        finally:
+            bar.stop()
+
+
+class _Lines:
+    """What stands in for a bar in a file of a run's output: few lines, and none of what is done soon."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._pace = Pace()
+        self._said = time.monotonic()
+        self._next = 0.0
+
+    def count(self, done: int, total: int) -> None:
+        self._pace.count(done, total)
+        now = time.monotonic()
+        if now - self._said < QUIET or done < self._next or done >= total:
+            return
+        self._said, self._next = now, done + total / STEPS
+        say(f"{self._what}: {done:,} of {total:,}, {clock(self._pace.left)} left")

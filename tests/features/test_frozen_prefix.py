@@ -1,0 +1,84 @@
+"""Folding BatchNorm into convolutions changes no row."""
+
+import pytest
+import torch
+from torch import nn
+
+from project.features.frozen_prefix import Prefix, fold
+from project.models.backbone import Backbone, load_backbone
+from tests.features.test_engines import relative
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        *(("resnet18", 0), ("densenet121", None), ("mobilenet_v3_small", 0), ("timm/tf_efficientnet_lite0", 0)),
+        *(("convnext_tiny", 0), ("swin_t", 0), ("googlenet", 0)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_folding_changes_no_row(name: str, left: int | None) -> None:
+    backbone, _ = load_backbone(name, None, "head", 64)
+    _scatter(backbone)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    prefix = Prefix(backbone)
+    with torch.no_grad():
+        exact, rows = backbone.encode(images), prefix(images)
+    assert relative(rows, exact) < 1e-4
+    assert left is None or norms(prefix) == left
+
+
+def _scatter(backbone: Backbone) -> None:
+    """Statistics as of a network that has been trained: those of a new one are all 0 and 1."""
+    torch.manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+
+
+class Forked(nn.Module):
+    """A convolution that a BatchNorm reads, and something else too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.norm.running_mean.fill_(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Twice(Forked):
+    """A convolution that is used twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) + self.conv(x + 1)
+
+
+@pytest.mark.parametrize("network", [Forked, Twice])
+@torch.no_grad()
+def test_a_convolution_that_is_read_twice_is_left_alone(network: type[Forked]) -> None:
+    torch.manual_seed(0)
+    stages = nn.Sequential(network()).eval()
+    example = torch.randn(2, 3, 8, 8)
+    before = stages(example)
+    assert fold(stages, example) == 0
+    assert torch.equal(stages(example), before)
+    assert norms(stages) == 1
+
+
+@torch.no_grad()
+def test_a_fork_costs_the_rest_of_the_network_nothing() -> None:
+    torch.manual_seed(0)
+    stages = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Forked()).eval()
+    example = torch.randn(2, 3, 8, 8)
+    before = stages(example)
+    fold(stages, example)
+    assert relative(stages(example), before) < 1e-6
