@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,23 +13,27 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from project.checkpoints.restore import Kept
-from project.config.class_path import construct, describe
-from project.data.samplers import IGNORED
+from project.checkpoints.restore import CheckpointMixin
+from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
 from project.evaluation.epoch_metrics import Tally
-from project.evaluation.metrics import evaluation_metrics, training_metrics
 from project.features.provider import RowComputation
 from project.features.row_loader import RowBatch
-from project.models.backbone import load_backbone
+from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
-from project.models.loss import Weight, cross_entropy, shared
+from project.models.loss import mean_over_processes
 from project.runtime.distributed import processes
 from project.runtime.logger_adapters import log_text
+from project.task import SingleLabel, Task, Weight
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
+#: The command line knows a name alone; from Python a loaded backbone is taken as well.
+if TYPE_CHECKING:
+    BackboneName = str | Backbone
+else:
+    BackboneName = str
 
 
 #: The article's recipe.
@@ -37,12 +41,12 @@ SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 
 
 class Step(NamedTuple):
-    """What a step makes of a batch.
+    """What a step makes of a batch, its padding left out.
 
     Attributes:
         loss: Its sum over the batch, and the weight to divide that by.
         probabilities: ``(B, C)``, float32, without a gradient.
-        labels: int64 ``(B,)``; those of padding are :data:`~project.data.samplers.IGNORED`.
+        labels: int64 ``(B,)``.
     """
 
     loss: tuple[torch.Tensor, Weight]
@@ -50,13 +54,14 @@ class Step(NamedTuple):
     labels: torch.Tensor
 
 
-class ImageClassifier(Kept):
+class ImageClassifier(CheckpointMixin, pl.LightningModule):
     """A pretrained backbone and a new head; what is frozen stays bit for bit what it was.
 
     ``encode`` and ``classify`` are its two halves: images to rows at the cut, rows to logits.
 
     Args:
-        backbone: A torchvision classifier, or ``timm/NAME``.
+        backbone: A torchvision classifier, or ``timm/NAME``. From Python also a loaded
+            :class:`~project.models.backbone.Backbone`, whose frozen stages are then shared, not copied.
         weights: A name of torchvision's or timm's weights, a file, ``pkg:NAME`` of an installed package, or null for
             random ones.
         trainable: What trains besides the head: head (nothing), a stage such as layer4 (from it to the end), or all.
@@ -78,7 +83,7 @@ class ImageClassifier(Kept):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: BackboneName = "resnet50",
         weights: str | None = "IMAGENET1K_V1",
         trainable: str = "head",
         image_size: int | None = None,
@@ -96,16 +101,28 @@ class ImageClassifier(Kept):
         self.hparams.pop("_instantiator", None)
         for part in ("head", "optimizer", "scheduler"):  # plain types alone, so that the checkpoint loads safely
             if self.hparams[part] is not None:
-                self.hparams[part] = describe(self.hparams[part])
+                self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing has to be at least 0 and less than 1, not {label_smoothing}.")
 
-        self.backbone, self.origin = load_backbone(backbone, weights, trainable, image_size)
+        loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
+        self.cut = loaded.cut_at(trainable)
+        if loaded is backbone:
+            self.backbone = loaded.specialized(self.cut)
+            self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
+        else:
+            self.backbone = loaded
+            self.backbone.freeze(self.cut)
+        #: SHA-256 of the frozen stages as they were loaded.
+        self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
-        self.hparams["weights"] = self.origin.weights  # of a file, the whole path: checkpoints are loaded from anywhere
+        self.hparams["weights"] = (
+            loaded.origin.weights
+        )  # of a file, the whole path: checkpoints are loaded from anywhere
         if compile:
             self.backbone.compile_halves()
+        self.task: Task = SingleLabel()
         self.head: nn.Module = nn.Identity()
         if classes is not None:
             self._name_classes(classes)
@@ -113,7 +130,8 @@ class ImageClassifier(Kept):
     def _name_classes(self, classes: Sequence[str]) -> None:
         """Make the parts whose size is the number of classes: head, loss weights, metrics."""
         self.hparams["classes"] = list(classes)
-        self.head = construct("model.head", self.hparams["head"], nn.Module, self.backbone.feature_dim, len(classes))
+        head = ClassSpec.from_dict(self.hparams["head"])
+        self.head = head.construct("model.head", nn.Module, self.backbone.feature_dim, len(classes))
         weights = self.hparams["class_weights"]
         if weights is not None and len(weights) != len(classes):
             raise ConfigError(f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}).")
@@ -122,8 +140,7 @@ class ImageClassifier(Kept):
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         for stage in ("train", "val", "test"):
-            metrics = training_metrics(len(classes)) if stage == "train" else evaluation_metrics(classes, stage)
-            self.add_module(f"{stage}_tally", Tally(stage, metrics, len(classes)))
+            self.add_module(f"{stage}_tally", Tally(stage, self.task, classes))
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data, and tell the data what the weights ask of an image.
@@ -133,7 +150,7 @@ class ImageClassifier(Kept):
             ConfigError: Nothing names the classes, or the precision would change the frozen weights.
         """
         precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true" and self.backbone.frozen_names:
+        if precision.endswith("-true") and precision != "32-true" and self.cut.frozen:
             raise ConfigError(
                 f"trainer.precision {precision} would round the frozen weights. Use {precision.split('-')[0]}-mixed."
                 if precision != "64-true"
@@ -142,7 +159,7 @@ class ImageClassifier(Kept):
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         if any(isinstance(each, (StochasticWeightAveraging, WeightAveraging)) for each in callbacks):
             raise ConfigError("trainer.callbacks: weights are averaged from before there is a head. Leave that out.")
-        self.backbone.freeze()  # somebody may have called unfreeze() since
+        self.backbone.freeze(self.cut)  # somebody may have called unfreeze() since
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
@@ -171,11 +188,15 @@ class ImageClassifier(Kept):
         Returns:
             Features ``(B, D)`` with ``trainable: head``, else maps ``(B, K, h, w)``.
         """
-        return self.backbone.encode(images.contiguous(memory_format=self._layout))
+        return self.backbone.encode(images.contiguous(memory_format=self._layout), self.cut)
+
+    def refine(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the trainable stages of the backbone: rows at the cut to features ``(B, D)``."""
+        return self.backbone.refine(rows, self.cut)
 
     def classify(self, rows: torch.Tensor) -> torch.Tensor:
         """Run the trained half: rows at the cut to logits ``(B, C)``."""
-        logits: torch.Tensor = self.head(self.backbone.refine(rows))
+        logits: torch.Tensor = self.head(self.refine(rows))
         return logits
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -192,20 +213,19 @@ class ImageClassifier(Kept):
 
         layout = "channels_last" if self.hparams["channels_last"] else "contiguous"
         device = trainer.strategy.root_device
-        return RowComputation(self.backbone, self.encode, layout, device, str(trainer.precision), log)
+        return RowComputation(self.backbone, self.cut, self.encode, layout, device, str(trainer.precision), log)
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Step:
-        inputs, labels = batch
+    def _step(self, batch: Any, stage: str) -> Step:
+        inputs, targets, *rest = batch
         stored = isinstance(batch, RowBatch)
         logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
-        # Of mixed images, labels are the share of each class: the largest counts as theirs. Padding has none.
-        largest = labels if labels.dim() == 1 else labels.argmax(1).where(labels.any(1), IGNORED)
-        probabilities = logits.detach().softmax(1)
-        if processes() > 1:  # one that has nothing but padding takes part with a loss of 0: the others wait for it
-            logits, labels = logits[largest != IGNORED], labels[largest != IGNORED]
-        loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
-        self.tally(stage).add(loss, probabilities, largest)
-        return Step(loss, probabilities, largest)
+        if rest and processes() > 1:  # one that has nothing but padding takes part with a loss of 0: the others wait
+            logits, targets = logits[rest[0]], targets[rest[0]]
+        probabilities = self.task.probabilities(logits.detach())
+        loss = self.task.loss(logits, targets, self.loss_weights, self.hparams["label_smoothing"])
+        labels = self.task.labels(targets)
+        self.tally(stage).add(loss, probabilities, labels)
+        return Step(loss, probabilities, labels)
 
     def tally(self, stage: str) -> Tally:
         """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
@@ -240,24 +260,24 @@ class ImageClassifier(Kept):
             for logger in self.loggers:
                 logger.log_metrics(numbers, step)
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
-        return shared(*self._step(batch, "train").loss)
+        return mean_over_processes(*self._step(batch, "train").loss)
 
     def validation_step(  # type: ignore[override]
-        self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int
+        self, batch: Any, batch_idx: int
     ) -> Step:
         """Loss and metrics of a batch; what is known of each image is for callbacks to look at."""
         return self._step(batch, "val")
 
-    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and metrics of a batch."""
         self._step(batch, "test")
 
     def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
         """Paths and probabilities ``(B, C)``, float32, of a batch of images and their paths."""
         images, paths = batch
-        return paths, self(images).float().softmax(1)
+        return paths, self.task.probabilities(self(images))
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
@@ -273,7 +293,7 @@ class ImageClassifier(Kept):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over all that trains, and the injected scheduler."""
-        optimizer, scheduler = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer
         monitor = getattr(scheduler, "monitor", "val/loss")
@@ -298,7 +318,7 @@ class ImageClassifier(Kept):
         self._check_frozen("in training")
 
     def _check_frozen(self, when: str) -> None:
-        loaded, now = self.backbone.frozen_sha256, self.backbone.fingerprint()
+        loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)
         if now != loaded:
             raise FrozenError(
                 f"The frozen part of {self.backbone.name} has changed {when}: SHA-256 {loaded} as loaded, now {now}."

@@ -7,8 +7,10 @@ import torch
 
 from project import ImageClassifier, ImageDataModule
 from project.errors import ConfigError
-from project.evaluation.metrics import evaluation_metrics
+from project.evaluation.epoch_metrics import Tally
+from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, MLPHead
+from project.task import SingleLabel
 
 
 def build(weights: Path, **options: object) -> ImageClassifier:
@@ -34,6 +36,7 @@ def test_only_what_trains_is_given_to_the_optimizer(weights: Path) -> None:
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     expected = [*model.backbone.stages["layer4"].parameters(), *model.head.parameters()]
     assert given == {id(parameter) for parameter in expected}
+    assert [group["name"] for group in optimizer.param_groups] == ["layer4", "head"]
 
 
 def test_works_with_lightnings_own_trainer_and_nothing_typed(weights: Path, photos: Path, tmp_path: Path) -> None:
@@ -52,7 +55,7 @@ def test_works_with_lightnings_own_trainer_and_nothing_typed(weights: Path, phot
 
 def test_nobody_can_thaw_it_by_lightnings_own_calls(weights: Path) -> None:
     model = build(weights, classes=["a", "b"])
-    before = model.backbone.fingerprint()
+    before = model.backbone.fingerprint(model.cut)
     model.unfreeze()
     model.train()
     for module in model.modules():
@@ -60,7 +63,7 @@ def test_nobody_can_thaw_it_by_lightnings_own_calls(weights: Path) -> None:
     loss = model(IMAGES).sum()
     loss.backward()
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
-    assert model.backbone.fingerprint() == before
+    assert model.backbone.fingerprint(model.cut) == before
 
 
 def test_float_images_in_0_1_and_uint8_images_are_the_same(weights: Path) -> None:
@@ -69,13 +72,13 @@ def test_float_images_in_0_1_and_uint8_images_are_the_same(weights: Path) -> Non
 
 
 def test_top5_is_there_above_five_classes_only() -> None:
-    assert not any("top5" in name for name in evaluation_metrics(list("abcde"), "val"))
-    metrics = evaluation_metrics(list("abcdef"), "val")
-    probabilities = torch.eye(6)[[0, 1, 2, 3, 4, 5]] * 0.9 + 0.1 / 6
-    metrics.update(probabilities, torch.tensor([0, 1, 2, 3, 4, 0]))
-    values = metrics.compute()
+    probabilities, labels = torch.eye(6)[[0, 1, 2, 3, 4, 5]] * 0.9 + 0.1 / 6, torch.tensor([0, 1, 2, 3, 4, 0])
+    five, metrics = (Tally("val", SingleLabel(), list(names)) for names in ("abcde", "abcdef"))
+    five.add((torch.tensor(1.0), 5), probabilities[:5, :5], labels[:5])
+    assert not any("top5" in name for name in five.take(torch.device("cpu")))
+    metrics.add((torch.tensor(1.0), 6), probabilities, labels)
+    values = metrics.take(torch.device("cpu"))
     assert values["val/accuracy"] == pytest.approx(5 / 6)
-    assert any("top5" in name for name in metrics)
     assert values["val/recall_of/a"] == pytest.approx(0.5)
     assert values["val/top5"] >= values["val/accuracy"]
     assert values["val/ece"] == pytest.approx(abs(probabilities[0, 0].item() - 5 / 6), abs=1e-5)
@@ -100,3 +103,13 @@ def test_hyper_parameters_are_plain_types(weights: Path) -> None:
 def test_an_optimizer_that_no_checkpoint_could_keep_is_refused(weights: Path) -> None:
     with pytest.raises(ConfigError, match=r"functools\.partial"):
         build(weights, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_a_loaded_backbone_is_injected_and_comes_back_from_a_checkpoints_arguments(weights: Path) -> None:
+    backbone = load_backbone("resnet18", str(weights), 32)
+    one, other = (ImageClassifier(backbone, trainable="layer4", classes=["a", "b"]) for _ in range(2))
+    assert one.backbone.stages["layer3"] is other.backbone.stages["layer3"]
+    assert one.backbone.stages["layer4"] is not other.backbone.stages["layer4"]
+    arguments = {name: one.hparams[name] for name in ("backbone", "weights", "image_size")}
+    assert arguments == {"backbone": "resnet18", "weights": str(weights), "image_size": 32}
+    assert one.identity() == ImageClassifier(**arguments, trainable="layer4", classes=["a", "b"]).identity()

@@ -102,7 +102,7 @@ class FeatureCache(pl.Callback):
             return "the fit was given loaders of its own"
         if type(data.source).read is not Source.read:
             return f"{type(data.source).__name__} reads its images past decode(), which is what features are kept of"
-        if not module.backbone.frozen_names:
+        if not module.cut.frozen:
             return "model.trainable is all, so nothing is frozen, and every row changes with every step"
         if getattr(trainer, "fast_dev_run", False):
             return "trainer.fast_dev_run takes a batch or so"

@@ -95,11 +95,10 @@ class Best(_AtEnds):
 def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     counts = module.tally("val").counts if isinstance(module, ImageClassifier) else None
-    if counts is None or counts.calibration is None:
+    if counts is None:
         return EvaluationSummary(trainer.current_epoch, metrics)
-    images = int(counts.calibration[:, 0].sum())
-    confusion = None if counts.confusion is None else counts.confusion.int().numpy()  # in half the bytes: it is saved
-    return EvaluationSummary(trainer.current_epoch, metrics, images, confusion, counts.calibration.numpy())
+    confusion = counts.confusion.int().numpy()  # in half the bytes: it is saved
+    return EvaluationSummary(trainer.current_epoch, metrics, counts.images, confusion, counts.calibration.numpy())
 
 
 class Last(_AtEnds):

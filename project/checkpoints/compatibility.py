@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, damaged
 
 FORMAT = 1  # of what a checkpoint holds under "transfer"
@@ -76,15 +78,39 @@ def refuse_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
             raise damaged(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
 
 
-def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any]) -> None:
+def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give the optimizer's state the groups of this version: earlier ones had one group without a name.
+
+    Args:
+        checkpoint: Changed in place.
+        groups: The groups that the optimizer will have, by ``name`` and ``params``.
+    """
+    states = checkpoint.get("optimizer_states")
+    for state in states if isinstance(states, list) else ():
+        saved = state.get("param_groups") if isinstance(state, dict) else None
+        if not (isinstance(saved, list) and len(saved) == 1 and isinstance(saved[0], dict)) or "name" in saved[0]:
+            continue
+        ids = saved[0].get("params")
+        if not isinstance(ids, list) or len(ids) != sum(len(group["params"]) for group in groups):
+            continue  # refused with the rest of the state
+        left = iter(ids)
+        state["param_groups"] = [
+            {**saved[0], "name": group["name"], "params": [*itertools.islice(left, len(group["params"]))]}
+            for group in groups
+        ]
+
+
+def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]) -> None:
     """On a resume, let an optimizer and a scheduler that were asked for anew beat those of the checkpoint.
 
-    What is another class begins with no state; of the same class, the arguments that differ are taken over.
+    What is another class begins with no state; of the same class, the arguments that differ are taken over, in each
+    parameter group those of the group of the same name.
 
     Args:
         checkpoint: Changed in place: the states of its optimizer and its scheduler.
         asked: The model's hyper-parameters; ``optimizer`` and ``scheduler`` are ``{"class_path": ..., "init_args":
             {...}}``, the scheduler may be ``None``.
+        fresh: Parameter groups of the optimizer that was asked for.
     """
     kept = checkpoint["hyper_parameters"]
     optimizers, schedulers = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
@@ -93,24 +119,34 @@ def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any]) -> None:
         if changed is None:
             checkpoint["optimizer_states"] = []
         elif changed:
-            if "lr" in changed:
-                changed["initial_lr"] = changed["lr"]
-                for schedule in schedulers or []:
-                    schedule["base_lrs"] = [changed["lr"] for _ in schedule.get("base_lrs", [])]
+            by_name = {group["name"]: group for group in fresh}
             for group in optimizers[0]["param_groups"]:
-                group.update({key: value for key, value in changed.items() if key in group})
+                own = by_name.get(group.get("name"), fresh[0])
+                group.update({key: own[key] for key in changed if key in group})
+                if "lr" in changed and "initial_lr" in group:
+                    group["initial_lr"] = own["lr"]
+            if "lr" in changed:
+                for schedule in schedulers or []:
+                    if len(schedule.get("base_lrs", [])) == len(fresh):
+                        schedule["base_lrs"] = [group["lr"] for group in fresh]
     if schedulers:
         changed = _changed(kept["scheduler"], asked["scheduler"])
         if changed is None:
             checkpoint["lr_schedulers"] = []
         else:
             schedulers[0].update({key: value for key, value in changed.items() if key in schedulers[0]})
+            lengthen(schedulers[0], len(fresh))
+
+
+def lengthen(schedule: dict[str, Any], groups: int) -> None:
+    """Repeat what a schedule of one parameter group holds for each group: earlier versions had one."""
+    for key in ("base_lrs", "_last_lr"):
+        if isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
+            schedule[key] = schedule[key] * groups
 
 
 def _changed(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The arguments that differ; ``None`` where the class does."""
     if then is None or now is None:
         return {} if then is now else None
-    if then["class_path"].rpartition(".")[2] != now["class_path"].rpartition(".")[2]:
-        return None
-    return {key: value for key, value in now["init_args"].items() if then["init_args"].get(key) != value}
+    return ClassSpec.from_dict(now).changed_arguments(ClassSpec.from_dict(then))

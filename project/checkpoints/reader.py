@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from project.config.class_path import resolve
+from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, damaged, shown
 
 Checkpoint = dict[str, Any]
@@ -120,7 +120,7 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, 
             try:
                 if not isinstance(value, dict) or _names_classes(value.get("init_args")):
                     raise ConfigError(f"it cannot be {shown(value)}.")
-                resolve(value, parts[name])
+                ClassSpec.from_dict(value).resolve(parts[name])
             except ConfigError as error:
                 raise CheckpointError(f"{path}: model.{name}: {error}") from error
     if (values.get("image_size") or 0) > LARGEST:

@@ -1,9 +1,10 @@
-"""What a checkpoint keeps of a classifier, and how it comes back."""
+"""Save and restore an ImageClassifier: what was trained, and which backbone it belongs to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -11,27 +12,43 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from project.checkpoints.compatibility import FORMAT, let_flags_win, refuse_another, refuse_tensors, versions
+from project.checkpoints.compatibility import (
+    FORMAT,
+    let_flags_win,
+    name_groups,
+    refuse_another,
+    refuse_tensors,
+    versions,
+)
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, refuse_malformed
-from project.checkpoints.resume_checks import refuse_progress, refuse_states
-from project.config.class_path import construct
+from project.checkpoints.resume_checks import on_meta, refuse_progress, refuse_states
+from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ProjectError, WeightsError
-from project.models.backbone import Backbone, Origin
+from project.models.backbone import Backbone, BackboneFactory
+from project.models.cut import Cut
 
 #: The arguments of a classifier that name a class, and what kind of class it has to be.
 PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
 
+if TYPE_CHECKING:
+    Module = pl.LightningModule
+else:
+    Module = object
 
-class Kept(pl.LightningModule):
-    """A module whose checkpoints hold what was trained, and say which backbone that belongs to.
+
+class CheckpointMixin(Module):
+    """The part of a classifier that writes and reads checkpoints.
 
     Attributes:
-        backbone: The network, a part of which is frozen.
-        origin: Where its weights came from.
+        backbone: The network.
+        cut: Which of its stages are frozen.
+        frozen_sha256: SHA-256 of these as they were loaded.
     """
 
     backbone: Backbone
-    origin: Origin
+    cut: Cut
+    head: nn.Module
+    frozen_sha256: str
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -40,13 +57,18 @@ class Kept(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: str | torch.device | None = None, **changes: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device | None = None,
+        backbones: BackboneFactory | None = None,
+        **changes: Any,
     ) -> Self:
         """Load a trained model, safely; Lightning's own would parse classes that a checkpoint's arguments name.
 
         Args:
             checkpoint_path: A checkpoint of a fit.
             map_location: Device that the model is moved to; by default the CPU.
+            backbones: Loads the backbone; models that share one share its frozen stages.
             changes: Arguments other than the checkpoint's.
 
         Raises:
@@ -56,7 +78,10 @@ class Kept(pl.LightningModule):
         checkpoint = read_checkpoint(checkpoint_path)
         arguments = hyper_parameters(checkpoint, checkpoint_path, cls, **PARTS)
         try:
-            model = cls(**arguments | changes)
+            arguments |= changes
+            if backbones is not None:
+                arguments["backbone"] = backbones(*(arguments[key] for key in ("backbone", "weights", "image_size")))
+            model = cls(**arguments)
             model.on_load_checkpoint(checkpoint)
         except WeightsError as error:
             raise WeightsError(f"{checkpoint_path}: {error}") from error
@@ -65,18 +90,27 @@ class Kept(pl.LightningModule):
         model.load_state_dict(checkpoint["state_dict"])
         return model if map_location is None else model.to(map_location)
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler | None]:
-        """The injected optimizer over some parameters, and the injected scheduler.
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, stage by stage: ``{"name": "layer4", "params": [...]}``; the head comes last."""
+        parts = [(name, self.backbone.stages[name]) for name in self.cut.trainable] + [("head", self.head)]
+        groups = [{"name": name, "params": [p for p in part.parameters() if p.requires_grad]} for name, part in parts]
+        return [group for group in groups if group["params"]]
+
+    def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
+        """The injected optimizer over some parameter groups, and the injected scheduler.
 
         Args:
-            parameters: What trains.
+            groups: As :meth:`parameter_groups` gives them.
 
         Raises:
             ConfigError: They do not take their arguments.
         """
-        optimizer = construct("model.optimizer", self.hparams["optimizer"], Optimizer, parameters)
+        own = [dict(group) for group in groups]  # an optimizer adds its settings to them
+        optimizer = ClassSpec.from_dict(self.hparams["optimizer"]).construct("model.optimizer", Optimizer, own)
         given = self.hparams["scheduler"]
-        return optimizer, None if given is None else construct("model.scheduler", given, LRScheduler, optimizer)
+        if given is None:
+            return optimizer, None
+        return optimizer, ClassSpec.from_dict(given).construct("model.scheduler", LRScheduler, optimizer)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of the model besides its tensors, in plain types."""
@@ -86,20 +120,24 @@ class Kept(pl.LightningModule):
             "preprocessing": self.backbone.preprocessing.as_dict(),
             "backbone": {
                 "name": self.backbone.name,
-                "weights": self.origin.weights,
-                "source": self.origin.source,
+                "weights": self.backbone.origin.weights,
+                "source": self.backbone.origin.source,
                 "sha256": self.backbone.sha256,
             },
-            "frozen": {"stages": list(self.backbone.frozen_names), "sha256": self.backbone.frozen_sha256},
+            "frozen": {"stages": list(self.cut.frozen), "sha256": self.frozen_sha256},
             "versions": dict(versions()),
         }
 
-    def _is_frozen(self, key: str) -> bool:
-        return key.startswith(tuple(f"backbone.stages.{name}." for name in self.backbone.frozen_names))
+    def _trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a state dict, what a fit may change: parameters that train, and buffers outside of frozen stages."""
+        frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
+        fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        fixed |= {name for name, _ in self.named_buffers() if name.startswith(frozen)}
+        return {name: value for name, value in state.items() if name not in fixed}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
+        checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
         data: Any = getattr(self.trainer, "datamodule", None)
         split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         checkpoint["transfer"] = {**self.identity(), "split": dict(split)}
@@ -113,12 +151,14 @@ class Kept(pl.LightningModule):
         refuse_malformed(checkpoint)
         refuse_another(checkpoint["transfer"], self.identity())
         state = self.state_dict()
-        refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
+        refuse_tensors(self._trained(state), checkpoint["state_dict"])
         verb = self.trainer.state.fn if self._trainer is not None else None
         if verb is not None:
             loop = f"{verb.value}_loop"
             refuse_progress(checkpoint.get("loops"), {loop: getattr(self.trainer, loop).state_dict()}, "loops")
         if verb == "fit":
-            let_flags_win(checkpoint, self.hparams)
-            refuse_states(checkpoint, [p for p in self.parameters() if p.requires_grad], self.make_optimizer)
+            groups = on_meta(self.parameter_groups())
+            name_groups(checkpoint, groups)
+            let_flags_win(checkpoint, self.hparams, self.make_optimizer(groups)[0].param_groups)
+            refuse_states(checkpoint, groups, self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

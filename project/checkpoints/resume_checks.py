@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,30 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.errors import CheckpointError, damaged, shown
 
+#: Parameter groups, by ``name`` and ``params``.
+Groups = Sequence[Mapping[str, Any]]
 #: Makes the optimizer and the scheduler of what trains.
-Make = Callable[[list[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
+Make = Callable[[Groups], tuple[Optimizer, LRScheduler | None]]
 #: Where a state of ModelCheckpoint has the path of a file that it may remove later.
 PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
 
 
-def refuse_states(checkpoint: Mapping[str, Any], parameters: Iterable[nn.Parameter], make: Make) -> None:
+def on_meta(groups: Groups) -> list[dict[str, Any]]:
+    """The same groups of parameters without memory."""
+    return [
+        {**group, "params": [nn.Parameter(torch.empty_like(each, device="meta")) for each in group["params"]]}
+        for group in groups
+    ]
+
+
+def refuse_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -> None:
     """Refuse callbacks that name other files, and an optimizer and a scheduler that cannot go on.
 
     Torch and Lightning take these over as they are: what is wrong with them shows a step later, or an epoch.
 
     Args:
         checkpoint: As read, plain types and tensors.
-        parameters: What trains.
+        groups: What trains, without memory: see :func:`on_meta`.
         make: Makes their optimizer and scheduler.
 
     Raises:
@@ -38,9 +48,8 @@ def refuse_states(checkpoint: Mapping[str, Any], parameters: Iterable[nn.Paramet
     states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
     if not states and not schedules:
         return
-    shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
-    failed = _rehearse(make, shapes, states, schedules)
-    if failed and not _rehearse(make, shapes, None, None):  # else this optimizer cannot be tried in this way
+    failed = _rehearse(make, groups, states, schedules)
+    if failed and not _rehearse(make, groups, None, None):  # else this optimizer cannot be tried in this way
         raise damaged(
             "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
             f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
@@ -83,17 +92,17 @@ def _refuse_paths(callbacks: Any) -> None:
                     raise CheckpointError(f"The checkpoint's {name!s:.40} has a {key} that is no plain path: {path!r}.")
 
 
-def _rehearse(make: Make, parameters: list[nn.Parameter], states: Any, schedules: Any) -> Exception | None:
+def _rehearse(make: Make, groups: Groups, states: Any, schedules: Any) -> Exception | None:
     """Take a step without memory or arithmetic; gives what it raises."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer, scheduler = make(parameters)
+            optimizer, scheduler = make(groups)
             if states:
                 optimizer.load_state_dict(_copied(states[0]))
             if schedules and scheduler is not None:
                 scheduler.load_state_dict(copy.deepcopy(dict(schedules[0])))
-            for parameter in parameters:
+            for parameter in (each for group in groups for each in group["params"]):
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
             if isinstance(scheduler, ReduceLROnPlateau):

@@ -8,10 +8,14 @@ from argparse import ArgumentError, ArgumentParser
 
 import torch
 
-from project.config.class_path import resolve
+from project.config.class_path import ClassSpec
 from project.config.import_allowlist import refused
 from project.errors import ConfigError, nearest
 
+#: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
+OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
+)
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
     r"|(?:Group '(?P<group>[\w.]+)'|Parser|Subcommand '\w+') does not accept option '(?P<key>[\w.]+)'"
@@ -99,7 +103,7 @@ def explain_late(error: RuntimeError) -> str | None:
         error: What a library raised.
     """
     message = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in message:
+    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(message):
         return _out_of_memory(message)
     if "Could not determine home directory" in message:
         return "A path begins with ~ and the name of somebody who is not known here. Write it out."
@@ -127,7 +131,7 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
     part = found.groupdict()
     if part["argument"]:
         word, place = part["argument"], f" in {part['part']} ({part['path']})"
-        known = list(inspect.signature(resolve({"class_path": part["path"]}, object)).parameters)
+        known = list(inspect.signature(ClassSpec(part["path"]).resolve(object)).parameters)
         return ConfigError(f"unknown key {word!r}{place}. {nearest(word, known)}It takes {', '.join(known)}.")
     keys = [action.dest for action in parser._actions if action.dest != "help"]
     if part["flag"]:

@@ -19,7 +19,7 @@ from project.callbacks.model_checkpoint import Best, Last
 from project.classifier import SGD, ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS, reserve_version
-from project.config.class_path import describe
+from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
@@ -74,7 +74,7 @@ class TransferCLI(CheckpointCLI):
         """Flags of all verbs besides those of the model, the data and the trainer."""
         parser.add_lightning_class_args(FeatureCache, "features")
         parser.add_lightning_class_args(Dashboard, "dashboard")
-        parser.set_defaults({"model.optimizer": describe(SGD)})  # the parser cannot read a partial
+        parser.set_defaults({"model.optimizer": ClassSpec.of(SGD).as_dict()})  # the parser cannot read a partial
         parser.add_argument(
             "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
         )

@@ -1,4 +1,4 @@
-"""Parts named by ``class_path``: heads, optimizers and schedulers, as plain types that a checkpoint can hold."""
+"""A class with its arguments, as the command line reads it, a checkpoint holds it and a report prints it."""
 
 from __future__ import annotations
 
@@ -6,97 +6,134 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from project.config.import_allowlist import is_importable, refused, takes_if_imported
 from project.errors import ConfigError, ProjectError, shown
 
-Spec = Mapping[str, Any]
 
+@dataclass(frozen=True)
+class ClassSpec:
+    """A class by its path, and its arguments, in plain types that a checkpoint can hold.
 
-def describe(factory: Callable[..., Any] | Spec) -> dict[str, Any]:
-    """Put a factory into plain types: ``{"class_path": ..., "init_args": {...}}``.
-
-    Args:
-        factory: A class, a :func:`functools.partial` of a class with keyword arguments, or a description already.
-
-    Raises:
-        ConfigError: It is something else, such as a lambda, that a checkpoint could not bring back.
+    Attributes:
+        class_path: ``package.module.Class``.
+        init_args: Keyword arguments.
     """
-    if isinstance(factory, Mapping):
-        return {"class_path": factory["class_path"], "init_args": dict(factory.get("init_args") or {})}
-    target, arguments = factory, {}
-    if isinstance(factory, functools.partial) and not factory.args:
-        target, arguments = factory.func, dict(factory.keywords)
-    if not isinstance(target, type) or "<locals>" in target.__qualname__:
-        raise ConfigError(
-            f"{factory!r} cannot be kept in a checkpoint: "
-            "use a class of a module, or functools.partial(Class, key=value)."
+
+    class_path: str
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, factory: Callable[..., Any] | Mapping[str, Any]) -> ClassSpec:
+        """Describe a factory.
+
+        Args:
+            factory: A class, a :func:`functools.partial` of a class with keyword arguments, or ``{"class_path": ...,
+                "init_args": {...}}``.
+
+        Raises:
+            ConfigError: It is something else, such as a lambda, that a checkpoint could not bring back.
+        """
+        if isinstance(factory, Mapping):
+            return cls.from_dict(factory)
+        target, arguments = factory, {}
+        if isinstance(factory, functools.partial) and not factory.args:
+            target, arguments = factory.func, dict(factory.keywords)
+        if not isinstance(target, type) or "<locals>" in target.__qualname__:
+            raise ConfigError(
+                f"{factory!r} cannot be kept in a checkpoint: "
+                "use a class of a module, or functools.partial(Class, key=value)."
+            )
+        return cls(f"{target.__module__}.{target.__qualname__}", arguments)
+
+    @classmethod
+    def from_dict(cls, found: Any) -> ClassSpec:
+        """Read ``{"class_path": ..., "init_args": {...}}``.
+
+        Raises:
+            ConfigError: It is of another form.
+        """
+        path, arguments = (
+            (found.get("class_path"), found.get("init_args") or {}) if isinstance(found, Mapping) else 2 * (None,)
         )
-    return {"class_path": f"{target.__module__}.{target.__qualname__}", "init_args": arguments}
+        if (
+            not isinstance(path, str)
+            or not path
+            or not isinstance(arguments, Mapping)
+            or not all(isinstance(key, str) for key in arguments)
+        ):
+            raise ConfigError(f"no class_path with init_args, but {shown(found)}.")
+        return cls(path, dict(arguments))
 
+    def as_dict(self) -> dict[str, Any]:
+        """``{"class_path": ..., "init_args": {...}}``."""
+        return {"class_path": self.class_path, "init_args": dict(self.init_args)}
 
-def resolve(spec: Spec, base: type | tuple[type, ...]) -> Callable[..., Any]:
-    """Find the class that a description names, and bind its arguments.
+    @property
+    def name(self) -> str:
+        """The class's name without its module."""
+        return self.class_path.rpartition(".")[2]
 
-    Only what :mod:`project.config.import_allowlist` lists is imported. From Python, a class of another package is
-    accepted once its module has been imported by the caller; from the command line, where nobody has, it is not. So a
-    checkpoint from a stranger cannot make this process import or call what it likes.
+    def resolve(self, base: type | tuple[type, ...]) -> Callable[..., Any]:
+        """Find the class, and bind its arguments.
 
-    Args:
-        spec: ``{"class_path": ..., "init_args": {...}}``.
-        base: What the class has to be a subclass of.
+        Only what :mod:`project.config.import_allowlist` lists is imported. From Python, a class of another package is
+        accepted once its module has been imported by the caller; from the command line, where nobody has, it is not.
+        So a checkpoint from a stranger cannot make this process import or call what it likes.
 
-    Returns:
-        The class with its arguments bound.
+        Args:
+            base: What the class has to be a subclass of.
 
-    Raises:
-        ConfigError: The class is not there, not allowed, or not of that kind.
-    """
-    path, arguments = spec.get("class_path", ""), spec.get("init_args") or {}
-    if (
-        not isinstance(path, str)
-        or not path
-        or not isinstance(arguments, Mapping)
-        or not all(isinstance(k, str) for k in arguments)
-    ):
-        raise ConfigError(f"no class_path with init_args, but {shown(spec)}.")
-    module_name, _, name = path.rpartition(".")
-    if is_importable(path):
+        Returns:
+            The class with its arguments bound.
+
+        Raises:
+            ConfigError: The class is not there, not allowed, or not of that kind.
+        """
+        module_name, _, name = self.class_path.rpartition(".")
+        if is_importable(self.class_path):
+            try:
+                module = importlib.import_module(module_name)
+            except ImportError as error:
+                raise ConfigError(f"class_path {self.class_path!r} cannot be imported: {error}.") from error
+        elif takes_if_imported(self.class_path) and module_name in sys.modules:
+            module = sys.modules[module_name]
+        else:
+            raise ConfigError(refused(self.class_path))
+        found = getattr(module, name, None)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            kinds = base if isinstance(base, tuple) else (base,)
+            raise ConfigError(
+                f"class_path {self.class_path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}."
+            )
+        real = f"{found.__module__}.{found.__qualname__}"  # a module has other modules' classes too
+        if not is_importable(real) and not takes_if_imported(real):
+            raise ConfigError(refused(real))
+        return functools.partial(found, **self.init_args)
+
+    def construct(self, key: str, base: type | tuple[type, ...], *inputs: Any) -> Any:
+        """Make an object of the class.
+
+        Args:
+            key: Where the class stands in the configuration, for the message.
+            base: What the class has to be a subclass of.
+            inputs: Positional arguments that the class takes before its own.
+
+        Raises:
+            ConfigError: The class may not be used, or does not take these arguments.
+        """
         try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ConfigError(f"class_path {path!r} cannot be imported: {error}.") from error
-    elif takes_if_imported(path) and module_name in sys.modules:
-        module = sys.modules[module_name]
-    else:
-        raise ConfigError(refused(path))
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        kinds = base if isinstance(base, tuple) else (base,)
-        raise ConfigError(f"class_path {path!r} is not a {' or '.join(kind.__name__ for kind in kinds)}.")
-    real = f"{found.__module__}.{found.__qualname__}"  # a module has other modules' classes too
-    if not is_importable(real) and not takes_if_imported(real):
-        raise ConfigError(refused(real))
-    return functools.partial(found, **arguments)
+            return self.resolve(base)(*inputs)
+        except ProjectError as error:
+            raise type(error)(f"{key}: {error}") from error
+        except Exception as error:  # what a class makes of arguments that are not for it can be anything
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ConfigError(f"{key}: {self.class_path} does not take these arguments: {reason}.") from error
 
-
-def construct(key: str, spec: Spec, base: type | tuple[type, ...], *inputs: Any) -> Any:
-    """Make what a description names.
-
-    Args:
-        key: Where the description stands in the configuration, for the message.
-        spec: ``{"class_path": ..., "init_args": {...}}``.
-        base: What the class has to be a subclass of.
-        inputs: Positional arguments that the class takes before those of the description.
-
-    Raises:
-        ConfigError: The class may not be used, or does not take these arguments.
-    """
-    try:
-        return resolve(spec, base)(*inputs)
-    except ProjectError as error:
-        raise type(error)(f"{key}: {error}") from error
-    except Exception as error:  # what a class makes of arguments that are not for it can be anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{key}: {spec['class_path']} does not take these arguments: {reason}.") from error
+    def changed_arguments(self, other: ClassSpec) -> dict[str, Any] | None:
+        """The arguments that differ from those of the same class; ``None`` where the class differs."""
+        if self.name != other.name:
+            return None
+        return {key: value for key, value in self.init_args.items() if other.init_args.get(key) != value}

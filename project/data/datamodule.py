@@ -265,8 +265,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.mixes and self.trainer is not None and self.trainer.training:
             batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             seed = seed_at(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-            images, labels = batch
-            return Mix(len(self.classes or ()), *self._mix)(images, labels, seed)
+            return Mix(len(self.classes or ()), *self._mix)(batch, seed)
         return batch
 
     def _known(self) -> Preprocessing:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torchvision.transforms import v2
 
-from project.data.samplers import IGNORED
+from project.data.dataset import ImageBatch
 from project.data.transforms import Drawn
 
 
@@ -30,15 +30,16 @@ class Mix:
             ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
         self._mix = v2.RandomChoice(ways)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix images ``(B, 3, H, W)``, uint8, with labels ``(B,)``, as the seed says.
+    def __call__(self, batch: ImageBatch, seed: int) -> ImageBatch:
+        """Mix the valid images of a batch, uint8 ``(B, 3, H, W)`` with targets ``(B,)``, as the seed says.
 
         Returns:
-            Images, float in [0, 1], and the share of each class, float ``(B, C)``; of what is to be ignored, none.
+            Images, float in [0, 1], and the share of each class, float ``(B, C)``; padding has none.
         """
+        images, labels, valid = batch
+        assert isinstance(labels, torch.Tensor) and isinstance(valid, torch.Tensor)
         mixed, shares = images.float() / 255, torch.zeros(len(labels), self._classes, device=labels.device)
-        counts = labels != IGNORED
-        if counts.any():
+        if valid.any():
             with Drawn(seed):
-                mixed[counts], shares[counts] = self._mix(mixed[counts], labels[counts])
-        return mixed, shares
+                mixed[valid], shares[valid] = self._mix(mixed[valid], labels[valid])
+        return ImageBatch(mixed, shares, valid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -11,11 +11,24 @@ from torch.utils.data import DistributedSampler
 
 from project.runtime.seeding import order_seed
 
-#: In the place of an image's index: what fills up the share of a process that has fewer images than others. It stands
-#: for the last image, without its label.
-PADDING = -1
-#: The label of padding, the one that torch's cross-entropy ignores as well.
-IGNORED = -100
+
+class Padding(int):
+    """An index that fills up the share of a process with fewer images than others; the image at it counts for nothing.
+
+    Processes take the same number of steps, so their shares have to be equally long.
+    """
+
+
+class Share(NamedTuple):
+    """One process's images of an epoch.
+
+    Attributes:
+        indices: int64 ``(N,)``; padding has that of the last image.
+        valid: Whether each counts, bool ``(N,)``: false for padding.
+    """
+
+    indices: torch.Tensor
+    valid: torch.Tensor
 
 
 class Order:
@@ -61,8 +74,8 @@ class Order:
     def __len__(self) -> int:
         return self._share
 
-    def __call__(self, epoch: int) -> torch.Tensor:
-        """Indices of this process's images, int64, with padding at their end."""
+    def __call__(self, epoch: int) -> Share:
+        """This process's images, with padding at their end."""
         order = torch.arange(self.count)
         if self.shuffle:
             generator = torch.Generator().manual_seed(order_seed(self._seed, epoch))
@@ -71,11 +84,12 @@ class Order:
             else:
                 order = torch.randperm(self.count, generator=generator)
         mine = order[: self._taken][self._rank :: self._world]
-        return functional.pad(mine, (0, self._share - len(mine)), value=PADDING)
+        indices = functional.pad(mine, (0, self._share - len(mine)), value=self.count - 1)
+        return Share(indices, torch.arange(self._share) < len(mine))
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``; padding stays what it is.
+    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``; padding is marked as such.
 
     So what a worker makes of an image can be drawn from the epoch. Lightning sets the epoch, and as this is a
     DistributedSampler already, it puts none of its own in its place, which would pad with duplicates.
@@ -98,5 +112,7 @@ class EpochSampler(DistributedSampler[Any]):
         return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        order = self._order(self.epoch)[self._behind() :]
-        yield from torch.where(order == PADDING, order, order + self.epoch * self._order.count).tolist()
+        indices, valid = self._order(self.epoch)
+        numbers = (indices + self.epoch * self._order.count).tolist()
+        for number, counts in [*zip(numbers, valid.tolist(), strict=True)][self._behind() :]:
+            yield number if counts else Padding(number)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
-from project.config.class_path import Spec, construct
+from project.config.class_path import ClassSpec
 from project.errors import ConfigError
 from project.preprocessing import Preprocessing
 
@@ -78,7 +78,9 @@ def evaluation(preprocessing: Preprocessing) -> Transform:
 MARGIN = 2
 
 
-def training(preprocessing: Preprocessing, augment: Augment | Sequence[Spec | Callable[..., Any]]) -> Transform:
+def training(
+    preprocessing: Preprocessing, augment: Augment | Sequence[Mapping[str, Any] | Callable[..., Any]]
+) -> Transform:
     """The evaluation transform, augmented.
 
     Args:
@@ -112,8 +114,11 @@ def training(preprocessing: Preprocessing, augment: Augment | Sequence[Spec | Ca
     return _chain(enough, crop, flip, colour[augment], v2.PILToTensor())
 
 
-def _own(preprocessing: Preprocessing, transforms: Sequence[Spec | Callable[..., Any]]) -> Transform:
-    made = [construct("data.augment", one, nn.Module) if isinstance(one, Mapping) else one for one in transforms]
+def _own(preprocessing: Preprocessing, transforms: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> Transform:
+    made = [
+        ClassSpec.from_dict(one).construct("data.augment", nn.Module) if isinstance(one, Mapping) else one
+        for one in transforms
+    ]
     steps = [*made, *_evaluation_steps(preprocessing)]
     try:  # a transform's repr need not have all that it does
         described = hashlib.sha256(pickle.dumps(steps)).hexdigest()

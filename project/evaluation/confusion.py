@@ -1,84 +1,82 @@
-"""What became of an epoch's images, counted: which classes were confused, and what a probability is worth."""
+"""Counts of an epoch's answers over all processes: confusion matrix and calibration bins."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from project.data.samplers import IGNORED
+from project.evaluation.metrics import calibration_bins
 from project.runtime.distributed import processes
 
-BINS = 10  # of probability, for people to read
 MOST_CLASSES = 100  # for which all confusions are counted: a table of more is mostly zeros
 
 
 class Each(NamedTuple):
-    """What became of each image of an epoch, in this process's order, padding included; on the CPU.
+    """The answer to each image of an epoch, in this process's order; on the CPU.
 
     Attributes:
         confidence: Probability of the predicted class, float32 ``(N,)``.
         predicted: That class, int64 ``(N,)``.
-        labels: int64 ``(N,)``; those of padding are :data:`~project.data.samplers.IGNORED`.
+        labels: The right class, int64 ``(N,)``.
+        in_top5: Whether the right class is among the five most probable, bool ``(N,)``.
     """
 
     confidence: torch.Tensor
     predicted: torch.Tensor
     labels: torch.Tensor
+    in_top5: torch.Tensor
 
 
-NOTHING = Each(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-
-
+@dataclass(frozen=True)
 class Counts:
-    """Counts over an epoch, of all processes; adding a batch costs a few microseconds.
-
-    Args:
-        classes: Number C of classes.
+    """Counts of the images of an epoch, of all processes.
 
     Attributes:
-        confusion: Of the last epoch that is over: how many images of one class (row) were taken for another (column),
-            int64 ``(C, C)``. Of more than 100 classes, ``(C, 2)``: how many of each there are, and how many were right.
-        calibration: For each tenth of the probability of the predicted class: images, the sum of their probabilities,
-            and how many were right; float64 ``(10, 3)``.
-        each: The images of the last epoch that is over, those of this process.
+        confusion: Images of each class (row) by predicted class (column), int64 ``(C, C)``. Of more than 100 classes,
+            ``(C, 2)``: images of each class, and how many of them are right.
+        calibration: Images, summed confidence and correct answers in each bin of confidence, float64 ``(15, 3)``.
+        hits: True positives of each class, int64 ``(C,)``.
+        support: Images of each class, int64 ``(C,)``.
+        predicted: Images predicted as each class, int64 ``(C,)``.
+        in_top5: Images whose class is among the five most probable.
     """
 
-    def __init__(self, classes: int) -> None:
-        self._classes = classes
-        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.confusion: torch.Tensor | None = None
-        self.calibration: torch.Tensor | None = None
-        self.each = NOTHING
+    confusion: torch.Tensor
+    calibration: torch.Tensor
+    hits: torch.Tensor
+    support: torch.Tensor
+    predicted: torch.Tensor
+    in_top5: int
 
-    def add(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: probabilities ``(B, C)``, labels int64 ``(B,)``, of which those of padding are ignored."""
-        self._parts.append((*probabilities.max(1), labels))
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return int(self.support.sum())
 
-    def take(self, device: torch.device) -> None:
-        """End the epoch; all processes do it together."""
-        joined = [torch.cat(parts).cpu() for parts in zip(*self._parts, strict=True)]
-        self.each = Each(*joined) if joined else NOTHING
-        self._parts, count = [], self._classes
-        real = self.each.labels != IGNORED
-        sure, predicted, labels = (values[real] for values in self.each)
-        sure = sure.double().nan_to_num(0.0)  # of a network that has diverged
-        right = predicted == labels
-        if count <= MOST_CLASSES:
-            confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
-        else:
-            confusion = torch.stack([torch.bincount(each, minlength=count) for each in (labels, labels[right])], 1)
-        # To the right of a probability of 1 there is no bin.
-        bins = (sure * BINS).long().clamp(max=BINS - 1)
-        columns = [torch.bincount(bins, each, BINS) for each in (torch.ones_like(sure), sure, right.double())]
-        found = confusion, torch.stack(columns, 1)
+    @classmethod
+    def of(cls, each: Each, classes: int, device: torch.device) -> Counts:
+        """Count this process's images, and add the counts of all processes; they call it together.
+
+        Args:
+            each: This process's images.
+            classes: Number C of classes.
+            device: Where processes exchange their counts.
+        """
+        right = each.predicted == each.labels
+        hits, support, predicted = (
+            torch.bincount(which, minlength=classes) for which in (each.labels[right], each.labels, each.predicted)
+        )
+        confusion = torch.stack([support, hits], 1)
+        if classes <= MOST_CLASSES:
+            pairs = torch.bincount(each.labels * classes + each.predicted, minlength=classes**2)
+            confusion = pairs.view(classes, classes)
+        parts = [confusion, calibration_bins(each.confidence, right), hits, support, predicted, each.in_top5.sum()]
         if processes() > 1:
-            found = found[0].to(device), found[1].to(device)
-            for each in found:
-                dist.all_reduce(each)
-        self.confusion, self.calibration = found[0].cpu(), found[1].cpu()
-
-    def reset(self) -> None:
-        """Forget what was added to an epoch that is not over."""
-        self._parts = []
+            parts = [part.to(device) for part in parts]
+            for part in parts:
+                dist.all_reduce(part)
+        confusion, calibration, hits, support, predicted, in_top5 = (part.cpu() for part in parts)
+        return cls(confusion, calibration, hits, support, predicted, int(in_top5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torchmetrics import MetricCollection
 
-from project.evaluation.confusion import Counts
-from project.models.loss import Weight
+from project.evaluation.confusion import Counts, Each
+from project.evaluation.metrics import MOST_CURVES, calibration_error, class_scores, macro_f1
 from project.runtime.distributed import processes
+from project.task import Task, Weight
+
+NOTHING = Each(*(torch.zeros(0, dtype=kind) for kind in (torch.float32, torch.int64, torch.int64, torch.bool)))
 
 
 class MeanLoss:
@@ -53,24 +56,31 @@ class MeanLoss:
 
 
 class Tally(nn.Module):
-    """The mean loss of an epoch and its metrics, over all processes.
+    """Mean loss and metrics of an epoch, over all processes.
+
+    In evaluation, the answer to each image is kept, and every metric is derived from these once, at the end.
 
     Args:
-        stage: ``train``, ``val`` or ``test``.
-        metrics: Of probabilities ``(B, C)`` and labels ``(B,)``.
-        classes: Number C of classes.
+        stage: ``train``, ``val`` or ``test``: the names of the metrics begin with it.
+        task: What a target means.
+        classes: Names of the classes.
     """
 
-    def __init__(self, stage: str, metrics: MetricCollection, classes: int) -> None:
+    def __init__(self, stage: str, task: Task, classes: Sequence[str]) -> None:
         super().__init__()
-        self.metrics = metrics
-        self._loss_name = f"{stage}/loss"
+        self._stage = stage
+        self._task = task
+        self._classes = tuple(classes)
         self._loss = MeanLoss()
-        #: What evaluation came to, image by image; nothing is kept of training.
-        self.counts = None if stage == "train" else Counts(classes)
+        self._answers: list[Each] = []
+        #: Of training alone.
+        self.metrics = task.training_metrics(len(classes)) if stage == "train" else MetricCollection({})
+        #: This process's images of the last evaluation that is over, and the counts of all processes.
+        self.each = NOTHING
+        self.counts: Counts | None = None
 
     def add(self, loss: tuple[torch.Tensor, Weight], probabilities: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch.
+        """Add a batch, without padding.
 
         Args:
             loss: Its sum over the batch, and the weight to divide that by.
@@ -78,25 +88,48 @@ class Tally(nn.Module):
             labels: int64 ``(B,)``.
         """
         self._loss.add(*loss)
-        self.metrics.update(probabilities, labels)
-        if self.counts is not None:
-            self.counts.add(probabilities, labels)
+        if self._stage == "train":
+            self.metrics.update(probabilities, labels)
+            return
+        within = self._task.is_among(probabilities, labels, 5) if len(self._classes) > 5 else labels >= 0
+        self._answers.append(Each(*self._task.answer(probabilities), labels, within))
 
     def take(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The loss and the metrics by name, and begin anew; all processes take them together."""
         # Computed here rather than logged as objects: a metric of each class is a dict, which log() does not take.
-        values = {self._loss_name: self._loss.take(device), **self.metrics.compute()}
-        self.metrics.reset()
-        if self.counts is not None:
-            self.counts.take(device)
-        return values
+        values = {f"{self._stage}/loss": self._loss.take(device)}
+        if self._stage == "train":
+            values |= {f"{self._stage}/{name}": value for name, value in self.metrics.compute().items()}
+            self.metrics.reset()
+            return values
+        self.each = Each(*(torch.cat(parts).cpu() for parts in zip(*self._answers or [NOTHING], strict=True)))
+        self._answers = []
+        self.counts = counts = Counts.of(self.each, len(self._classes), device)
+        return values | {f"{self._stage}/{name}": value for name, value in self._scores(counts).items()}
+
+    def _scores(self, counts: Counts) -> dict[str, torch.Tensor]:
+        """Accuracy, macro F1, calibration error, top-5 of more than five classes, scores of each class."""
+        by_class = counts.hits, counts.support, counts.predicted
+        found = {
+            "accuracy": counts.hits.sum() / counts.support.sum(),
+            "f1": macro_f1(*by_class),
+            "ece": calibration_error(counts.calibration),
+        }
+        if len(self._classes) > 5:
+            found["top5"] = torch.tensor(counts.in_top5) / counts.support.sum()
+        if len(self._classes) <= MOST_CURVES:
+            found |= {
+                f"{name}_of/{which}": value
+                for name, values in class_scores(*by_class).items()
+                for which, value in zip(self._classes, values, strict=True)
+            }
+        return found
 
     def reset(self) -> None:
         """Forget what was added."""
         self._loss = MeanLoss()
         self.metrics.reset()
-        if self.counts is not None:
-            self.counts.reset()
+        self._answers = []
 
     def state(self) -> dict[str, Any]:
         """What this process has added since the epoch began, as tensors."""

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+
+from project.evaluation.metrics import BINS, calibration_bins, calibration_error
 
 if TYPE_CHECKING:  # importing it takes a fifth of a second, which a fit spends when there is something to draw
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 100
-BINS = 15  # of confidence, as the calibration error has
 #: Up to so many classes, the cells of a confusion matrix have their numbers.
 ANNOTATED = 25
 #: Up to so many, each class has a line or a label of its own.
@@ -155,13 +157,10 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    confidence = np.nan_to_num(confidence)  # of a network that has diverged
-    which = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(which, minlength=BINS)
-    filled = np.maximum(count, 1)
-    accuracy = np.bincount(which, correct, BINS) / filled
-    mean = np.bincount(which, confidence, BINS) / filled
-    error = float((np.abs(accuracy - mean) * count).sum() / max(len(confidence), 1))
+    bins = calibration_bins(torch.from_numpy(confidence), torch.from_numpy(correct))
+    error = float(calibration_error(bins))
+    count, mean, accuracy = bins.numpy().T
+    mean, accuracy = (each / np.maximum(count, 1) for each in (mean, accuracy))
     figure = Figure(figsize=(5, 5.6), dpi=DPI)  # laid out by hand: there are no names of unknown length
     places = {"left": 0.13, "right": 0.97, "top": 0.94, "bottom": 0.15, "hspace": 0.18}
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), gridspec_kw=places)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from project.data.samplers import IGNORED
 from project.evaluation.confusion import Each
 
 #: Probabilities that are kept, as many as 16 MB hold, of at most so many images.
@@ -120,23 +119,22 @@ class Collector:
         self._count += len(probabilities)
 
     def outcome(self, each: Each) -> Outcome:
-        """All that was taken, without the padding.
+        """All that was taken.
 
         Args:
-            each: What became of the same images.
+            each: The answers to the same images.
         """
-        real = each.labels != IGNORED
-        place = real.cumsum(0) - 1  # where each is once padding is left out
 
         def kept(parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
             indices, rows = _joined(parts.indices, torch.int64), _joined(parts.rows, torch.float32)
-            return place[indices[real[indices]]], rows[real[indices]]
+            there = indices < len(each.labels)  # features come with padding at their end, answers without
+            return indices[there], rows[there]
 
         return Outcome(
-            (torch.arange(len(real)) * self._world + self._rank)[real],
-            each.labels[real],
-            each.predicted[real],
-            each.confidence[real],
+            torch.arange(len(each.labels)) * self._world + self._rank,
+            each.labels,
+            each.predicted,
+            each.confidence,
             *kept(self._probabilities),
             *kept(self._features),
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from project.evaluation.confusion import BINS
+from project.evaluation.metrics import BINS
 
 #: Of counts and sums.
 TABLE_TYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -25,8 +25,8 @@ class EvaluationSummary:
         images: How many were validated; 0 where that is not known.
         confusion: Counts ``(C, C)``, or ``(C, 2)`` of a great many classes: see
             :class:`~project.evaluation.confusion.Counts`; ``None`` where it is not known.
-        calibration: Images, sums of their probabilities, and how many were right, ``(10, 3)``; ``None`` where it is not
-            known.
+        calibration: Images, summed confidence and correct answers in each bin of confidence, ``(15, 3)``; ``(10, 3)``
+            in checkpoints of earlier versions; ``None`` where it is not known.
     """
 
     epoch: int | None
@@ -65,7 +65,7 @@ class EvaluationSummary:
         if not all(type(name) is str and type(value) is float for name, value in metrics.items()):
             return None
         confusion = _table(found.get("confusion"), (classes, classes), (classes, 2))
-        calibration = _table(found.get("calibration"), (BINS, 3))
+        calibration = _table(found.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
             return cls(epoch, metrics, images)
         return cls(epoch, metrics, images, confusion, calibration)

@@ -14,11 +14,12 @@ import torch
 from project.data.sources.base import Source
 from project.errors import EngineError, ProjectError, StoreError
 from project.features.engine_options import Option
-from project.features.engine_selection import Choice, Rates, choose, cost
+from project.features.engine_selection import Choice, Cost, Rates, choose, cost
 from project.features.engines import DTYPES, Engine
 from project.features.extraction import Image, extract, keys_of, load_image
 from project.features.store import SHARD, Found, evict, unwritable
 from project.models.backbone import Backbone
+from project.models.cut import Cut
 from project.runtime.distributed import Ranks
 
 MEASURED = 32  # images that engines are measured with
@@ -71,6 +72,7 @@ def supply(
     source: Source,
     options: Sequence[Option],
     backbone: Backbone,
+    cut: Cut,
     device: torch.device,
     root: Path,
     budget: int,
@@ -86,6 +88,7 @@ def supply(
         source: Reads them.
         options: The engines to choose among.
         backbone: Whose frozen prefix.
+        cut: Where the prefix ends.
         device: Where to compute.
         root: Folder of the store.
         budget: Bytes that the store may take.
@@ -101,12 +104,12 @@ def supply(
     keys = keys_of(images)
     lacking = [len(option.space.find(keys, verify=False).missing) for option in options]
     if all(lacking):
-        _refuse_too_much(len(images), options, backbone, device, budget)
+        _refuse_too_much(len(images), options, cost(backbone, cut, device), budget)
     ranks.gather(None)  # nobody computes before all have looked
     choice: Choice | None = None
     with ranks.together():
         if ranks.rank == 0:
-            choice = _choose(options, lacking, images, source, backbone, device, root)
+            choice = _choose(options, lacking, images, source, backbone, cut, device, root)
     index, reason = ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
     option = options[index]
     found = option.space.find(keys)
@@ -162,10 +165,7 @@ def _refuse_unshared(option: Option, ranks: Ranks) -> None:
             sign.unlink(missing_ok=True)
 
 
-def _refuse_too_much(
-    count: int, options: Sequence[Option], backbone: Backbone, device: torch.device, budget: int
-) -> None:
-    one = cost(backbone, device)
+def _refuse_too_much(count: int, options: Sequence[Option], one: Cost, budget: int) -> None:
     itemsize = min(DTYPES[option.precision].itemsize if option.precision in DTYPES else 4 for option in options)
     needed = count * one.elements * itemsize
     if needed > budget:
@@ -181,14 +181,15 @@ def _choose(
     images: Sequence[Image],
     source: Source,
     backbone: Backbone,
+    cut: Cut,
     device: torch.device,
     root: Path,
 ) -> Choice:
     def some() -> torch.Tensor:
         return torch.stack([load_image(source, image) for image in images[:MEASURED]])
 
-    network = f"{backbone.name} to {backbone.frozen_names[-1]} at {backbone.preprocessing.crop} px"
-    flops = cost(backbone, device).flops if all(lacking) and len(options) > 1 else 0
+    network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+    flops = cost(backbone, cut, device).flops if all(lacking) and len(options) > 1 else 0
     return choose(options, lacking, some, flops, device, Rates(root / "rates.json", network, device))
 
 

@@ -20,6 +20,7 @@ from project.features.engines import DTYPES, Engine, EngineName, Exact, Onnx, Pr
 from project.features.frozen_prefix import Prefix
 from project.features.store import Space, unwritable
 from project.models.backbone import Backbone
+from project.models.cut import Cut
 
 FORMAT = 1  # of what a row means
 #: Seconds to build: measured on two cores of a server CPU with ResNet50.
@@ -57,6 +58,7 @@ class Engines:
     Args:
         root: Folder of the store; exported networks are kept in it.
         backbone: Whose frozen prefix.
+        cut: Where the prefix ends.
         encode: Images on the device to rows, as the live model does it.
         device: Where to compute.
         task: What int8 is calibrated for, in a word: another task has its own calibration.
@@ -68,6 +70,7 @@ class Engines:
         self,
         root: Path,
         backbone: Backbone,
+        cut: Cut,
         encode: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
         task: str,
@@ -76,6 +79,7 @@ class Engines:
     ) -> None:
         self._root = root
         self._backbone = backbone
+        self._cut = cut
         self._encode = encode
         self._device = device
         self._task = task
@@ -84,8 +88,8 @@ class Engines:
         self.network: dict[str, Any] = {
             "format": FORMAT,
             "backbone": backbone.name,
-            "stages": list(backbone.frozen_names),
-            "sha256": backbone.fingerprint(),
+            "stages": list(cut.frozen),
+            "sha256": backbone.fingerprint(cut),
             "preprocessing": backbone.preprocessing.as_dict(),
             "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),
         }
@@ -144,7 +148,7 @@ class Engines:
             build = lambda: Exact(self._encode, self._device)  # noqa: E731
         else:
             dtype = DTYPES[precision]
-            build = lambda: Torch(Prefix(self._backbone, dtype), self._device, name == "compile")  # noqa: E731
+            build = lambda: Torch(Prefix(self._backbone, self._cut, dtype), self._device, name == "compile")  # noqa: E731
         return Option(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
 
     def reference(self) -> Engine:
@@ -158,7 +162,7 @@ class Engines:
     def _exported(self) -> Path:
         file = self._file("")
         if not _is_sound(file):
-            prefix = Prefix(self._backbone, layout=torch.contiguous_format)
+            prefix = Prefix(self._backbone, self._cut, layout=torch.contiguous_format)
             with _kept(file):
                 onnx_export.export(prefix, self._backbone.preprocessing.crop, file)
                 _seal(file)

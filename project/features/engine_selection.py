@@ -27,6 +27,7 @@ from project.errors import DataError, StoreError
 from project.features.engine_options import Option
 from project.features.engines import DTYPES, Engine, Precision
 from project.models.backbone import Backbone
+from project.models.cut import Cut
 from project.runtime.atomic_write import replacing
 
 SLACK = 1.25  # how much faster than the matrix product that is measured here an engine has been seen to be
@@ -67,11 +68,11 @@ class Cost:
         return math.prod(self.shape)
 
 
-def cost(backbone: Backbone, device: torch.device) -> Cost:
+def cost(backbone: Backbone, cut: Cut, device: torch.device) -> Cost:
     """Count what the frozen prefix does to one image, by running it."""
     size = backbone.preprocessing.crop
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
+        rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), cut)
     return Cost(counter.get_total_flops() // 2, tuple(rows.shape[1:]))
 
 

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,11 +27,12 @@ from project.features.store import SHARD, Keys, Space, as_keys, row_key
 from project.runtime.distributed import Ranks
 from project.runtime.seeding import seed_of
 from project.runtime.signals import leave_to_the_parent
-from project.runtime.system import cores
+from project.runtime.system import cores, shared_memory
 
 FLUSH = 15.0  # seconds of work that a killed run may lose
 PART = 32  # images that a process decodes at a time; batches of a GPU are multiples of it
-MANY = 4096  # images for which it pays to start processes
+MANY = 4096  # images: threads take about as long for these as processes with their start
+PREFETCH = 4  # parts that each process decodes ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -168,7 +171,7 @@ def _from_processes(
         _Decoded(images, load),
         batch_size=PART,
         num_workers=workers,
-        prefetch_factor=4,
+        prefetch_factor=PREFETCH,
         collate_fn=torch.stack,
         worker_init_fn=leave_to_the_parent,
     )
@@ -234,9 +237,7 @@ def extract(
         DataError: An image cannot be read.
         StoreError: The rows cannot be written.
     """
-    # Processes cannot share what a source has open, so one whose reads depend on each other is read by threads.
-    reads_apart = type(source).expect is Source.expect
-    workers = cores() if engine.ahead and engine.batch_size % PART == 0 and len(images) >= MANY and reads_apart else 0
+    workers = _workers(source, images) if engine.ahead and engine.batch_size % PART == 0 else 0
     keys: list[bytes] = []
     rows = torch.empty(0)
     written = time.monotonic()
@@ -261,6 +262,18 @@ def extract(
                 flush()
     finally:
         flush()
+
+
+def _workers(source: Source, images: Sequence[Image]) -> int:
+    """How many processes decode for a GPU; 0 where threads are better, or all that there can be."""
+    # A source whose reads depend on each other has something open that processes cannot share; and where processes do
+    # not begin as forks, each would get a copy of all images first.
+    if len(images) < MANY or type(source).expect is not Source.expect or multiprocessing.get_start_method() != "fork":
+        return 0
+    workers = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    under_way = workers * PREFETCH * PART * load_image(source, images[0]).numel()
+    # Where it does not fit, as in containers with 64 MB of it, a DataLoader waits for ever.
+    return workers if shared_memory() > 2 * under_way else 0
 
 
 def keys_of(images: Iterable[Image]) -> Keys:

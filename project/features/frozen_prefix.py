@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from project.models.backbone import Backbone
+from project.models.cut import Cut
 
 
 class Prefix(nn.Module):
@@ -17,6 +18,7 @@ class Prefix(nn.Module):
 
     Args:
         backbone: What is copied, onto the CPU.
+        cut: Where the prefix ends.
         dtype: Of the copy's weights, its arithmetic and its rows; normalisation is done in float32.
         layout: Memory format of the copy's weights; ONNX knows the contiguous one alone.
     """
@@ -24,13 +26,12 @@ class Prefix(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
+        cut: Cut,
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         super().__init__()
-        self.stages = (
-            nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in backbone.frozen_names)).cpu().float()
-        )
+        self.stages = nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in cut.frozen)).cpu().float()
         self.register_buffer("scale", 1 / (255 * backbone.std.detach().float().cpu()))
         self.register_buffer("shift", -backbone.mean.detach().float().cpu() / backbone.std.detach().float().cpu())
         self.scale: torch.Tensor

@@ -14,6 +14,7 @@ from project.features.builder import Supplied
 from project.features.engines import Engine
 from project.features.extraction import Image, load_image, run
 from project.features.row_loader import Rows
+from project.task import SingleLabel
 
 TRAINED = 2000  # rows that the probe is trained on, at most
 COMPARED = 256  # images that are computed in full precision too, at most
@@ -88,7 +89,7 @@ def compare(
     """
     train, rows, exact = _pooled(train), _pooled(rows), _pooled(exact)
     weights = ridge(train, labels, int(labels.max()) + 1)
-    guesses, right = ((_with_one(part) @ weights).argmax(1) for part in (rows, exact))
+    guesses, right = (SingleLabel().answer(_with_one(part) @ weights).label for part in (rows, exact))
     accuracy, other = ((guess == truth).float().mean() for guess in (guesses, right))
     same = (guesses == right).float().mean()
     return (

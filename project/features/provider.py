@@ -14,6 +14,7 @@ import torch
 
 from project.errors import ConfigError
 from project.models.backbone import Backbone
+from project.models.cut import Cut
 from project.runtime.console import counting, say
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
@@ -35,6 +36,7 @@ class RowComputation:
 
     Attributes:
         backbone: Whose frozen stages.
+        cut: Where they end.
         encode: Images on the device to rows, as the live model does it.
         layout: Memory format that ``encode`` gives its images: channels_last or contiguous.
         device: Where to compute.
@@ -43,6 +45,7 @@ class RowComputation:
     """
 
     backbone: Backbone
+    cut: Cut
     encode: Callable[[torch.Tensor], torch.Tensor]
     layout: str
     device: torch.device
@@ -105,6 +108,7 @@ class RowSupply:
         engines = Engines(
             self._root,
             computation.backbone,
+            computation.cut,
             computation.encode,
             computation.device,
             task,
@@ -118,6 +122,7 @@ class RowSupply:
                 source,
                 options,
                 computation.backbone,
+                computation.cut,
                 computation.device,
                 self._root,
                 self._budget,

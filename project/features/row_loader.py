@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from project.data.samplers import IGNORED, PADDING, Order
+from project.data.samplers import Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
 
@@ -23,11 +24,13 @@ class RowBatch(NamedTuple):
 
     Attributes:
         rows: Rows at the cut, ``(B, D)`` or ``(B, K, h, w)``.
-        labels: int64 ``(B,)``.
+        targets: int64 ``(B,)``.
+        valid: Whether each row counts, bool ``(B,)``: false for padding.
     """
 
     rows: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
+    valid: torch.Tensor
 
 
 class Rows:
@@ -138,5 +141,6 @@ class RowLoader:
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()
         view = self._views[epoch % len(self._views)]
-        for batch in torch.split(self._order(epoch), self.batch_size)[self._behind() :]:
-            yield RowBatch(self._rows[view[batch]], self._labels[batch].masked_fill(batch == PADDING, IGNORED))
+        parts = zip(*(torch.split(part, self.batch_size) for part in self._order(epoch)), strict=True)
+        for indices, valid in itertools.islice(parts, self._behind(), None):
+            yield RowBatch(self._rows[view[indices]], self._labels[indices], valid)

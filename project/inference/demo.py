@@ -68,7 +68,7 @@ def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) ->
         what = str(error).replace(file, Path(file).name).removesuffix(" Mend or remove it.")
         return Answer(None, _heading(what))
     (row,) = classifier.predict_proba([picture])
-    name = classifier.classes_[row.argmax()]
+    (name,) = classifier.names(row[None])
     (crop,) = classifier.crop([picture])
     pictures, lacking = [(crop, "What the network gets")], ""
     try:

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
-from project.config.class_path import resolve
+from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Sample, Source
 from project.errors import ConfigError, DataError
@@ -82,9 +82,10 @@ class Gallery:
         finally:
             model.cpu()
         with torch.inference_mode():
-            features = torch.cat([model.backbone.refine(batch).float() for batch in torch.split(rows, 256)])
+            features = torch.cat([model.refine(batch).float() for batch in torch.split(rows, 256)])
             self.features = features.numpy()
-            self.probabilities = model.head(features).float().softmax(1).numpy()
+            self.probabilities = model.task.probabilities(model.head(features)).numpy()
+        self.answers = model.task.answer(torch.from_numpy(self.probabilities))
         self._mean = self.features.mean(0)
         self._directions = _unit(self.features - self._mean)
 
@@ -111,8 +112,8 @@ class Gallery:
 
     def mistakes(self) -> np.ndarray:
         """Indices of the images that are taken for another class, int64 ``(M,)``; the surest mistake comes first."""
-        wrong = np.flatnonzero(self.probabilities.argmax(1) != self.labels)
-        sure: np.ndarray = self.probabilities[wrong].max(1)
+        wrong = np.flatnonzero(self.answers.label.numpy() != self.labels)
+        sure: np.ndarray = self.answers.confidence.numpy()[wrong]
         return wrong[np.argsort(-sure, kind="stable")]
 
     def read(self, sample: Sample) -> Image.Image:
@@ -143,5 +144,5 @@ def data_of(checkpoint: str | Path) -> ImageDataModule:
         raise ConfigError(f"{file} is not there, or is no run's config.") from error
     if root is None and source is None:
         raise ConfigError(f"{file} names no data.")
-    factory = None if source is None else resolve(source, (Source, VisionDataset))
+    factory = None if source is None else ClassSpec.from_dict(source).resolve((Source, VisionDataset))
     return ImageDataModule(root, factory, **{key: settings[key] for key in SETTINGS if key in settings})

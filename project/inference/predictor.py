@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from project.classifier import ImageClassifier
 from project.data.image_io import read_image
 from project.data.transforms import evaluation
 from project.errors import DataError, WeightsError
+from project.models.backbone import BackboneFactory
 from project.models.grad_cam import heat_maps
+from project.task import names_of
 
 Images = Sequence[str | Path | Image.Image] | torch.Tensor
 
@@ -42,17 +45,21 @@ class Classifier:
 
     def predict(self, images: Images) -> list[str]:
         """Name the class of each image."""
-        return [self.classes_[index] for index in self.predict_proba(images).argmax(1)]
+        return self.names(self.predict_proba(images))
+
+    def names(self, probabilities: np.ndarray) -> list[str]:
+        """Name the class that each row of probabilities ``(N, C)`` stands out for."""
+        return names_of(self.model.task.answer(torch.from_numpy(probabilities)), self.classes_)
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities ``(N, C)``, float32; rows sum to 1."""
-        found = [self.model(batch).float().softmax(1).cpu().numpy() for batch in self._batches(images)]
+        found = [self.model.task.probabilities(self.model(batch)).cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *found])
 
     def features(self, images: Images) -> np.ndarray:
         """Features ``(N, D)``, float32."""
         backbone = self.model.backbone
-        found = [backbone.refine(self.model.encode(batch)).float().cpu().numpy() for batch in self._batches(images)]
+        found = [self.model.refine(self.model.encode(batch)).float().cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *found])
 
     def heat_map(self, images: Images, classes: Sequence[str] | None = None) -> np.ndarray:
@@ -76,7 +83,7 @@ class Classifier:
         wanted = iter(() if classes is None else self._indices(classes))
         for batch in self._batches(images):
             chosen = None if classes is None else torch.tensor([*islice(wanted, len(batch))], device=self.model.device)
-            found.append(heat_maps(backbone, self.model.head, batch, chosen).cpu().numpy())
+            found.append(heat_maps(backbone, self.model.head, self.model.task, batch, chosen).cpu().numpy())
         return np.concatenate([np.empty((0, size, size), np.float32), *found])
 
     def crop(self, images: Images) -> list[Image.Image]:
@@ -101,27 +108,42 @@ class Classifier:
                 yield torch.stack(batch).to(self.model.device)
 
 
-def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Classifier:
+@overload
+def load(  # type: ignore[overload-overlap]  # a str is a Sequence of str too
+    path: str | Path, weights: str | None = None, device: str | torch.device = "cpu"
+) -> Classifier: ...
+@overload
+def load(
+    path: Sequence[str | Path], weights: str | None = None, device: str | torch.device = "cpu"
+) -> list[Classifier]: ...
+def load(
+    path: str | Path | Sequence[str | Path], weights: str | None = None, device: str | torch.device = "cpu"
+) -> Classifier | list[Classifier]:
     """Load a trained classifier from its checkpoint of kilobytes, and its backbone from where it came from.
 
     Args:
-        path: A checkpoint of a fit.
+        path: A checkpoint of a fit; or several, whose classifiers then share each backbone that they have in common.
+            Moving one of these to a device moves what they share.
         weights: Where the backbone's weights are, if they are no longer where they were; they have to be the same.
         device: Device that computes, such as ``"cuda"``.
 
     Returns:
-        The classifier, on that device.
+        The classifier, or a list of them, on that device.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit its backbone.
         WeightsError: The backbone's weights are not to be had on this machine.
     """
-    changes = {"compile": False} if weights is None else {"compile": False, "weights": weights}
+    paths = [path] if isinstance(path, (str, Path)) else [*path]
+    several = not isinstance(path, (str, Path))
+    backbones = BackboneFactory() if several else None
+    changes: dict[str, Any] = {"compile": False} if weights is None else {"compile": False, "weights": weights}
     try:
-        model = ImageClassifier.load_from_checkpoint(path, **changes)
+        models = [ImageClassifier.load_from_checkpoint(each, backbones=backbones, **changes) for each in paths]
     except WeightsError as error:
         raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
-    return Classifier(model.to(device))
+    classifiers = [Classifier(model.to(device)) for model in models]
+    return classifiers if several else classifiers[0]
 
 
 def _as_pil(image: str | Path | Image.Image | torch.Tensor) -> Image.Image:

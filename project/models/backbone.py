@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from project.errors import ModelError, nearest
+from project.errors import ModelError
 from project.models import weights as files
+from project.models.cut import Cut
 from project.models.fingerprint import fingerprint
 from project.models.registry import Architecture, architecture
-from project.models.stages import cut
+from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
 
 RANDOM_SEED = 0  # random weights are the same ones every time, so that a checkpoint of kilobytes can come back to them
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a backbone's weights came from.
+
+    Attributes:
+        weights: What brings them back: as written, or the whole path of a file.
+        source: The file that was read, for people.
+        repository: Of the Hugging Face hub, where the file came from one.
+        image_size: Side of the input in pixels that was asked for; ``None`` for what the weights ask for.
+    """
+
+    weights: str | None
+    source: str
+    repository: str | None = None
+    image_size: int | None = None
 
 
 class Stages(nn.ModuleDict):
@@ -35,24 +54,23 @@ class Stages(nn.ModuleDict):
 
 
 class Backbone(nn.Module):
-    """Images ``(B, 3, H, W)`` to features ``(B, D)``, in two halves: a frozen prefix and a trainable suffix.
+    """A pretrained network without its classifier: a chain of stages, images ``(B, 3, H, W)`` to features ``(B, D)``.
 
-    The prefix is in ``eval()`` whatever anyone calls, has ``requires_grad=False``, and runs under ``no_grad``: its
-    parameters and its BatchNorm buffers do not change by a bit.
+    A :class:`~project.models.cut.Cut` divides it into two halves, a frozen prefix and a trainable suffix. Frozen stages
+    are in ``eval()`` whatever anyone calls, have ``requires_grad=False`` and run under ``no_grad``: their parameters
+    and BatchNorm buffers do not change by a bit. A new backbone is frozen whole.
 
     Args:
         name: Name of the architecture.
         stages: The stages in order; together they map normalised images to features ``(B, D)``.
         feature_dim: Width D of the features.
         preprocessing: What the weights ask of an image. Normalisation is done here, the rest where images are read.
-        trainable: ``head`` (nothing of the backbone), a stage's name (from it to the end), or ``all``.
+        origin: Where the weights came from.
+        sha256: Fingerprint of the stages, if it is known.
 
     Attributes:
-        sha256: Fingerprint of the whole backbone as it was loaded.
-        frozen_sha256: Fingerprint of its frozen stages as they were loaded.
-
-    Raises:
-        ModelError: There is no stage of that name.
+        sha256: Fingerprint of all stages as they were loaded.
+        cut: Where it was last frozen; :meth:`forward` is the two halves of it.
     """
 
     def __init__(
@@ -61,46 +79,53 @@ class Backbone(nn.Module):
         stages: Mapping[str, nn.Module],
         feature_dim: int,
         preprocessing: Preprocessing,
-        trainable: str = "head",
+        origin: Origin,
+        sha256: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.stages = Stages(stages)
         self.feature_dim = feature_dim
         self.preprocessing = preprocessing
+        self.origin = origin
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self.sha256 = fingerprint(self.stages.items())
-        names = list(self.stages)
-        choices = {"head": len(names), "all": 0} | {name: index for index, name in enumerate(names)}
-        if trainable not in choices:
-            raise ModelError(
-                f"model.trainable: {self.name} has no stage {trainable!r}. {nearest(trainable, choices)}"
-                f"It has {', '.join(names)}; or say head, or all."
-            )
-        self.trainable = trainable
-        self.frozen_names = names[: choices[trainable]]
-        self.trainable_names = names[choices[trainable] :]
-        self.frozen_sha256 = self.fingerprint() if self.trainable_names else self.sha256
-        self.freeze()
+        self.sha256 = sha256 or fingerprint(self.stages.items())
+        self.freeze(Cut(tuple(self.stages)))
 
-    def freeze(self) -> None:
+    def cut_at(self, trainable: str) -> Cut:
+        """The cut before a stage: see :meth:`project.models.cut.Cut.at`."""
+        return Cut.at(list(self.stages), trainable, self.name)
+
+    def freeze(self, cut: Cut) -> None:
         """Let gradients reach the trainable stages alone, and put the frozen ones in ``eval()``."""
-        self.stages.frozen = tuple(self.frozen_names)
+        self.cut = cut
+        self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
-            stage.requires_grad_(name in self.trainable_names)
+            stage.requires_grad_(name in cut.trainable)
         self.train(self.training)
+
+    def specialized(self, cut: Cut) -> Backbone:
+        """A backbone with the same frozen stages, not a copy of them, and copies of the stages that train.
+
+        So any number of classifiers share one frozen network, and none trains another's stages. Moving one of them to
+        a device moves the shared stages.
+        """
+        stages = {name: copy.deepcopy(stage) if name in cut.trainable else stage for name, stage in self.stages.items()}
+        own = Backbone(self.name, stages, self.feature_dim, self.preprocessing, self.origin, self.sha256)
+        own.freeze(cut)
+        return own
 
     def compile_halves(self) -> None:
         """Run each half through ``torch.compile``, as one graph: stage by stage, they would use up its cache."""
-        self._run_prefix = torch.compile(self._run_prefix)  # type: ignore[method-assign]
-        self.refine = torch.compile(self.refine)  # type: ignore[method-assign]
+        self._prefix = torch.compile(self._prefix)  # type: ignore[method-assign]
+        self._suffix = torch.compile(self._suffix)  # type: ignore[method-assign]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, cut: Cut) -> str:
         """SHA-256 of the parameters and buffers of the frozen stages, as they are now."""
-        return fingerprint((name, self.stages[name]) for name in self.frozen_names)
+        return fingerprint((name, self.stages[name]) for name in cut.frozen)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Bring images ``(B, 3, H, W)``, uint8 or float in [0, 1], to the mean and deviation the weights ask for."""
@@ -108,73 +133,57 @@ class Backbone(nn.Module):
         return ((values - self.mean) / self.std).to(self.mean.dtype)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, cut: Cut) -> torch.Tensor:
         """Run the frozen prefix.
 
         Args:
             images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
+            cut: Where the prefix ends.
 
         Returns:
             Rows at the cut: features ``(B, D)`` or maps ``(B, K, h, w)``, with no gradient graph.
         """
-        for name in self.frozen_names:
+        for name in cut.frozen:
             self.stages[name].eval()  # somebody may have called train() on the stage itself, past the backbone
-        return self._run_prefix(images)
+        return self._prefix(images, cut.frozen)
 
-    def _run_prefix(self, images: torch.Tensor) -> torch.Tensor:
-        rows = self.normalize(images)
-        for name in self.frozen_names:
-            rows = self.stages[name](rows)
-        return rows
-
-    def refine(self, rows: torch.Tensor) -> torch.Tensor:
+    def refine(self, rows: torch.Tensor, cut: Cut) -> torch.Tensor:
         """Run the trainable suffix: rows at the cut to features ``(B, D)``."""
-        for name in self.trainable_names:
-            rows = self.stages[name](rows)
-        return rows
+        return self._suffix(rows, cut.trainable)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to features ``(B, D)``."""
-        return self.refine(self.encode(images))
+        return self.refine(self.encode(images, self.cut), self.cut)
+
+    def _prefix(self, images: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        return self._run(self.normalize(images), names)
+
+    def _suffix(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        return self._run(rows, names)
+
+    def _run(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        for name in names:
+            rows = self.stages[name](rows)
+        return rows
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a backbone's weights came from.
-
-    Attributes:
-        weights: What brings them back: as written, or the whole path of a file.
-        source: The file that was read, for people.
-        repository: Of the Hugging Face hub, where the file came from one.
-    """
-
-    weights: str | None
-    source: str
-    repository: str | None = None
-
-
-def load_backbone(
-    name: str,
-    weights: str | None = "IMAGENET1K_V1",
-    trainable: str = "head",
-    image_size: int | None = None,
-) -> tuple[Backbone, Origin]:
+def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:
     """Build a backbone and load its weights, verified.
 
     Args:
         name: A torchvision classifier, or ``timm/NAME``.
         weights: A name of the zoo, a file, ``pkg:NAME`` of an installed package, or ``None`` for random ones.
-        trainable: ``head``, a stage's name, or ``all``.
         image_size: Side of the input in pixels; ``None`` is what the weights ask for.
 
     Raises:
-        ModelError: Unknown backbone or stage, or an input size that it cannot take.
+        ModelError: Unknown backbone, or an input size that it cannot take.
         WeightsError: Weights that are unknown, missing, altered, unsafe, or of another network.
     """
     if image_size is not None and image_size < 1:
         raise ModelError(f"model.image_size has to be at least 1, not {image_size}.")
     arch = architecture(name)
     state, origin = _read(weights, arch)
+    origin = replace(origin, image_size=image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         model, feature_dim = arch.build(state)
@@ -184,10 +193,24 @@ def load_backbone(
         if image_size not in (None, fixed):
             raise ModelError(f"model.image_size: {name} takes images of {fixed} px only, not {image_size}.")
         preprocessing = preprocessing.at(fixed)
-    backbone = Backbone(name, cut(model), feature_dim, preprocessing.at(image_size), trainable)
+    backbone = Backbone(name, split_into_stages(model), feature_dim, preprocessing.at(image_size), origin)
     if image_size is not None:
         _try(backbone, image_size)
-    return backbone, origin
+    return backbone
+
+
+class BackboneFactory:
+    """Loads each backbone once, however many classifiers are built on it."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[str, str | None, int | None], Backbone] = {}
+
+    def __call__(self, name: str, weights: str | None, image_size: int | None) -> Backbone:
+        """The backbone that :func:`load_backbone` gives for the same arguments."""
+        key = name, weights, image_size
+        if key not in self._loaded:
+            self._loaded[key] = load_backbone(*key)
+        return self._loaded[key]
 
 
 def _try(backbone: Backbone, image_size: int) -> None:

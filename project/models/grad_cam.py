@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from project.errors import ModelError
 from project.models.backbone import Backbone
+from project.task import Task
 
 
 def heat_maps(
-    backbone: Backbone, head: nn.Module, images: torch.Tensor, wanted: torch.Tensor | None = None
+    backbone: Backbone, head: nn.Module, task: Task, images: torch.Tensor, wanted: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Say how much each place of an image speaks for a class.
 
@@ -24,6 +25,7 @@ def heat_maps(
     Args:
         backbone: In ``eval()``.
         head: Features ``(B, D)`` to logits ``(B, C)``.
+        task: Answers where no class is asked for.
         images: ``(B, 3, S, S)``, uint8 or float in [0, 1].
         wanted: Index of the class for each image, int64 ``(B,)``; by default the likeliest.
 
@@ -47,7 +49,7 @@ def heat_maps(
             logits = head(_features(backbone, images)).float()
         finally:
             hook.remove()
-        chosen = logits.argmax(1) if wanted is None else wanted.clone()
+        chosen = task.answer(logits).label if wanted is None else wanted.clone()
         (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
     values, slopes = (each.detach().float().movedim(-1 if channels_last else 1, 1) for each in (maps[0], gradient))
     heat = (values * slopes.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
@@ -56,7 +58,7 @@ def heat_maps(
 
 
 def _features(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
-    """What ``Backbone.forward`` gives; that runs the frozen stages under ``no_grad``."""
+    """Features with a gradient graph: ``Backbone.forward`` runs the frozen stages under ``no_grad``."""
     rows = backbone.normalize(images)
     for stage in backbone.stages.values():
         rows = stage(rows)

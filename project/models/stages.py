@@ -99,8 +99,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def cut(model: nn.Module) -> OrderedDict[str, nn.Module]:
-    """Cut a network without its classifier into named stages.
+def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
+    """Split a network without its classifier into named stages.
 
     Args:
         model: Maps images ``(B, 3, H, W)`` to features ``(B, D)``.

@@ -169,9 +169,7 @@ class Dashboard(pl.Callback):
             self._overall = {"score": score, "values": _compared(trainer, "best")}
             if collector is not None:
                 assert isinstance(pl_module, ImageClassifier)
-                counts = pl_module.tally("val").counts
-                assert counts is not None
-                outcomes = Ranks().gather(collector.outcome(counts.each))
+                outcomes = Ranks().gather(collector.outcome(pl_module.tally("val").each))
                 self._best, self._drawn = (merged(outcomes), trainer.global_step), False
                 epochs = trainer.current_epoch + 1
                 if self._painter is not None and self._painter.affords(epochs):

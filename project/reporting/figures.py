@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from project.evaluation import plots
-from project.evaluation.metrics import scores
+from project.evaluation.metrics import class_scores
 from project.evaluation.predictions import Outcome
 from project.reporting.thumbnails import Thumbnails, square
 from project.runtime.logger_adapters import Points
@@ -37,7 +37,7 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
         thumbnails: Of the split; without them there are no grids of images.
     """
     hits, had, got = outcome.by_class(len(classes))
-    by_class = {name: values.numpy() for name, values in scores(hits, had, got).items()}
+    by_class = {name: values.numpy() for name, values in class_scores(hits, had, got).items()}
     pictures: Pictures = {}
     if len(classes) <= MATRIX:
         matrix = outcome.counts(len(classes)).numpy()

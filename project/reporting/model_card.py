@@ -166,14 +166,15 @@ def interval_of(key: str, scores: EvaluationSummary) -> tuple[Interval | None, s
 def _calibration(scores: EvaluationSummary) -> list[str]:
     if scores.calibration is None:
         return []
+    bins = len(scores.calibration)
     rows = [
-        (f"{at / 10:.1f} to {at / 10 + 0.1:.1f}", f"{int(count):,}", f"{sure / count:.3f}", f"{right / count:.3f}")
+        (f"{at / bins:.2f} to {(at + 1) / bins:.2f}", f"{int(count):,}", f"{sure / count:.3f}", f"{right / count:.3f}")
         for at, (count, sure, right) in enumerate(scores.calibration)
         if count
     ]
     return [
         "### Calibration\n",
-        "Of predictions of a certainty, which share is right: a probability to rely on is equal to it.\n",
+        "Accuracy per confidence bin; equal values mean good calibration.\n",
         table(("probability of the predicted class", "images", "its mean", "share that is right"), rows),
     ]
 

@@ -93,7 +93,7 @@ def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, 
         epochs=trainer.current_epoch,
         validated=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1),
         known=known,
-        base_model=module.origin.repository,
+        base_model=module.backbone.origin.repository,
         validates=best is not None,
         checkpoint=f"checkpoints/{'last' if measured is None else 'best'}.ckpt",
     )
@@ -122,15 +122,15 @@ def _about_data(data: ImageDataModule, fingerprints: Mapping[str, str]) -> dict[
 
 def _about_backbone(module: ImageClassifier, checked: str) -> dict[str, str]:
     backbone, image = module.backbone, module.backbone.preprocessing
-    weights = module.origin.weights or "random"
+    weights = module.backbone.origin.weights or "random"
     return {
         "network": code(backbone.name),
         # Of a file, its name: the folder is nobody's business.
         "weights": code(Path(weights).name if Path(weights).is_absolute() else weights),
-        "their file": code(module.origin.source),
+        "their file": code(module.backbone.origin.source),
         "SHA-256 of all of it": code(backbone.sha256),
-        "frozen stages": ", ".join(backbone.frozen_names) or "none",
-        f"SHA-256 of these, taken {checked}": code(backbone.frozen_sha256),
+        "frozen stages": ", ".join(module.cut.frozen) or "none",
+        f"SHA-256 of these, taken {checked}": code(module.frozen_sha256),
         "input": f"resized to {image.resize} ({image.interpolation}), of that the middle {image.crop} x {image.crop}",
     }
 
@@ -144,7 +144,7 @@ def _about_training(
     augment = data.augment if isinstance(data.augment, str) else "transforms of its own"
     accumulated = trainer.accumulate_grad_batches
     return {
-        "trained": ", ".join([*module.backbone.trainable_names, "head"]),
+        "trained": ", ".join([*module.cut.trainable, "head"]),
         "parameters": f"{trains:,} of {every:,} trained",
         "head": code(_call(hparams["head"])),
         "optimizer": code(_call(hparams["optimizer"])),

@@ -40,8 +40,8 @@ def parameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, float 
     settings: Mapping[str, Any] = trainer.optimizers[0].defaults if trainer.optimizers else {}
     found: dict[str, Any] = {
         "backbone": module.backbone.name,
-        "weights": module.origin.weights or "random",
-        "trainable": module.backbone.trainable,
+        "weights": module.backbone.origin.weights or "random",
+        "trainable": given["trainable"],
         "image_size": module.backbone.preprocessing.crop,
         "head": _said(given["head"], module.head),
         "optimizer": _said(given["optimizer"], *trainer.optimizers),

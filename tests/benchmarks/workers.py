@@ -47,7 +47,7 @@ def main() -> None:
     for epoch in range(options.epochs):
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         began = time.perf_counter()
-        count = sum(len(labels) for _, labels in loader)
+        count = sum(len(labels) for _, labels, _ in loader)
         seconds = time.perf_counter() - began
         megabytes, files, threads = taken()
         rows.append([str(epoch), f"{count / seconds:.0f}", f"{megabytes:.0f}", str(files), str(threads)])

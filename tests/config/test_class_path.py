@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.config.class_path import describe, resolve
+from project.config.class_path import ClassSpec
 from project.errors import ConfigError
 from project.models.heads import LinearHead, MLPHead
 
@@ -29,41 +29,42 @@ def stranger(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", [LinearHead, torch.optim.SGD, torch.optim.lr_scheduler.StepLR])
 def test_class_comes_back_from_its_description(target):
-    spec = json.loads(json.dumps(describe(target)))
+    spec = json.loads(json.dumps(ClassSpec.of(target).as_dict()))
     assert spec["init_args"] == {}
-    assert resolve(spec, target.__mro__[-2]).func is target
+    assert ClassSpec.from_dict(spec).resolve(target.__mro__[-2]).func is target
 
 
 def test_partial_comes_back_with_its_arguments():
-    spec = json.loads(json.dumps(describe(functools.partial(MLPHead, hidden=16, dropout=0.5))))
+    spec = json.loads(json.dumps(ClassSpec.of(functools.partial(MLPHead, hidden=16, dropout=0.5)).as_dict()))
     assert spec == {"class_path": "project.models.heads.MLPHead", "init_args": {"hidden": 16, "dropout": 0.5}}
-    head = resolve(spec, nn.Module)(8, 3)
+    head = ClassSpec.from_dict(spec).resolve(nn.Module)(8, 3)
     assert isinstance(head, MLPHead)
     assert (head[1].out_features, head[3].p) == (16, 0.5)
 
 
 def test_partial_of_a_partial_keeps_all_arguments():
     inner = functools.partial(MLPHead, hidden=16)
-    assert describe(functools.partial(inner, dropout=0.5))["init_args"] == {"hidden": 16, "dropout": 0.5}
+    assert ClassSpec.of(functools.partial(inner, dropout=0.5)).as_dict()["init_args"] == {"hidden": 16, "dropout": 0.5}
 
 
 def test_description_of_a_description_is_a_copy_of_it():
     spec = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-    copied = describe(spec)
+    copied = ClassSpec.of(spec).as_dict()
     assert copied == spec
     copied["init_args"]["lr"] = 1.0
     assert spec["init_args"]["lr"] == 0.1
-    assert describe({"class_path": "torch.optim.SGD", "init_args": None})["init_args"] == {}
+    assert ClassSpec.of({"class_path": "torch.optim.SGD", "init_args": None}).as_dict()["init_args"] == {}
 
 
 @pytest.mark.parametrize(
-    "factory", [lambda: None, len, describe, functools.partial(nn.Linear, 8), LinearHead(2, 2), "torch.optim.SGD", None]
+    "factory",
+    [lambda: None, len, json.dumps, functools.partial(nn.Linear, 8), LinearHead(2, 2), "torch.optim.SGD", None],
 )
 def test_what_a_checkpoint_could_not_bring_back_is_refused(factory):
     with pytest.raises(
         ConfigError, match=r"cannot be kept in a checkpoint: use a class of a module, or functools\.partial"
     ):
-        describe(factory)
+        ClassSpec.of(factory).as_dict()
 
 
 @pytest.mark.parametrize(
@@ -82,28 +83,30 @@ def test_what_a_checkpoint_could_not_bring_back_is_refused(factory):
 )
 def test_what_is_not_a_class_of_the_kind_asked_for_is_refused(path):
     with pytest.raises(ConfigError, match=path.replace(".", r"\.")):
-        resolve({"class_path": path}, nn.Module)
+        ClassSpec.from_dict({"class_path": path}).resolve(nn.Module)
 
 
 @pytest.mark.parametrize("path", ["", "nn", "LinearHead", "torch."])
 def test_a_name_without_a_class_is_refused(path):
     with pytest.raises(ConfigError, match="class_path"):
-        resolve({"class_path": path}, nn.Module)
+        ClassSpec.from_dict({"class_path": path}).resolve(nn.Module)
 
 
 def test_no_class_path_is_refused():
     with pytest.raises(ConfigError, match="class_path"):
-        resolve({}, nn.Module)
+        ClassSpec.from_dict({}).resolve(nn.Module)
 
 
 def test_message_names_the_kinds_that_would_do():
     with pytest.raises(ConfigError, match=r"'torch\.nn\.Linear' is not a Optimizer or LRScheduler\."):
-        resolve({"class_path": "torch.nn.Linear"}, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))
+        ClassSpec.from_dict({"class_path": "torch.nn.Linear"}).resolve(
+            (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+        )
 
 
 def test_a_stranger_module_is_not_imported(stranger):
     with pytest.raises(ConfigError, match=r"'stranger_part\.Head' is outside project, torch(?s:.)*import its module"):
-        resolve({"class_path": "stranger_part.Head"}, nn.Module)
+        ClassSpec.from_dict({"class_path": "stranger_part.Head"}).resolve(nn.Module)
     assert not stranger.exists()
     assert "stranger_part" not in sys.modules
 
@@ -112,13 +115,13 @@ def test_a_stranger_module_that_the_caller_imported_is_taken(stranger):
     import stranger_part
 
     assert stranger.exists()  # so the mark of the test above would have been seen
-    assert resolve({"class_path": "stranger_part.Head"}, nn.Module).func is stranger_part.Head
+    assert ClassSpec.from_dict({"class_path": "stranger_part.Head"}).resolve(nn.Module).func is stranger_part.Head
 
 
 def test_own_class_goes_there_and_back():
-    assert resolve(describe(OwnHead), nn.Module).func is OwnHead
+    assert ClassSpec.of(OwnHead).resolve(nn.Module).func is OwnHead
 
 
 def test_module_that_cannot_be_imported_is_a_plain_message():
     with pytest.raises(ConfigError, match=r"'torch\.nn\.nowhere\.Head' cannot be imported: No module named"):
-        resolve({"class_path": "torch.nn.nowhere.Head"}, nn.Module)
+        ClassSpec.from_dict({"class_path": "torch.nn.nowhere.Head"}).resolve(nn.Module)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from project.cli.main import main
-from project.config.class_path import resolve
+from project.config.class_path import ClassSpec
 from project.config.import_allowlist import allowed_imports, imports_limited, is_importable
 from project.errors import ConfigError
 
@@ -94,9 +94,9 @@ def test_the_parser_and_the_reader_of_checkpoints_go_by_the_same_list(name: str)
 
 def test_on_the_command_line_a_class_is_not_accepted_for_being_imported_already() -> None:
     spec = {"class_path": f"{__name__}.Mine"}
-    assert resolve(spec, nn.Module).func is Mine
+    assert ClassSpec.from_dict(spec).resolve(nn.Module).func is Mine
     with imports_limited(), pytest.raises(ConfigError, match="outside"):
-        resolve(spec, nn.Module)
+        ClassSpec.from_dict(spec).resolve(nn.Module)
 
 
 @pytest.mark.parametrize("name", ["torch.fx.GraphModule", "torchmetrics.functional.image.lpips.Vgg16"])
@@ -104,10 +104,10 @@ def test_nor_what_libraries_have_imported_in_python(name: str) -> None:
     """The second of these would download its weights."""
     importlib.import_module(name.rpartition(".")[0])
     with pytest.raises(ConfigError, match=r"is outside .*\n.*use it in a class of your own"):
-        resolve({"class_path": name}, nn.Module)
+        ClassSpec.from_dict({"class_path": name}).resolve(nn.Module)
 
 
 def test_nor_for_another_name_of_it_being_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn, "Another", torch.fx.GraphModule, raising=False)
     with imports_limited(), pytest.raises(ConfigError, match=r"'torch\.fx\.graph_module\.GraphModule' is outside"):
-        resolve({"class_path": "torch.nn.Another"}, nn.Module)
+        ClassSpec.from_dict({"class_path": "torch.nn.Another"}).resolve(nn.Module)

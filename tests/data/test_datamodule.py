@@ -8,8 +8,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
+from project.data.dataset import ImageBatch, Images
 from project.data.mixup import Mix
-from project.data.samplers import IGNORED
+from project.data.samplers import Padding
 from project.data.sources.digits import Digits
 from project.data.sources.findings import name_findings
 from project.data.sources.folder import Folder
@@ -24,7 +25,8 @@ PREPROCESSING = Preprocessing(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.
 def test_batches_are_uint8_images_and_labels(photos: Path) -> None:
     data = ImageDataModule(root=str(photos), batch_size=5, num_workers=0)
     data.preprocessing = PREPROCESSING
-    images, labels = next(iter(data.val_dataloader()))
+    images, labels, valid = next(iter(data.val_dataloader()))
+    assert valid.all()
     assert images.dtype == torch.uint8 and images.shape == (5, 3, 32, 32)
     assert labels.tolist() == [0, 0, 0, 0, 1]
     assert sum(len(batch[1]) for batch in data.train_dataloader()) == 24
@@ -144,7 +146,9 @@ def unequal(tmp_path: Path) -> Path:
 def test_a_sampler_draws_each_class_equally_often(unequal: Path) -> None:
     data = ImageDataModule(root=str(unequal), balance="sampler", batch_size=10, num_workers=0)
     order = data.order("train")
-    drawn = torch.cat([torch.tensor([data.splits["train"][i].label for i in order(e).tolist()]) for e in range(30)])
+    drawn = torch.cat(
+        [torch.tensor([data.splits["train"][i].label for i in order(e).indices.tolist()]) for e in range(30)]
+    )
     assert len(drawn) == 30 * 33 and drawn.float().mean() == pytest.approx(0.5, abs=0.06)
     assert order(0).tolist() != order(1).tolist()
     assert data.order("val")(0).tolist() == list(range(33)), "what is measured with is left as it is"
@@ -189,19 +193,22 @@ def test_arguments_out_of_range_are_refused(photos: Path, arguments: dict[str, A
 def test_mixed_images_have_shares_of_classes(mixup: float, cutmix: float) -> None:
     torch.manual_seed(0)
     images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 3
-    mixed, shares = Mix(3, mixup, cutmix)(images, labels, 1)
+    batch = ImageBatch(images, labels, torch.ones(8, dtype=torch.bool))
+    mixed, shares, _ = Mix(3, mixup, cutmix)(batch, 1)
     torch.rand(5)
-    again, other = Mix(3, mixup, cutmix)(images, labels, 1), Mix(3, mixup, cutmix)(images, labels, 2)
+    again, other = Mix(3, mixup, cutmix)(batch, 1), Mix(3, mixup, cutmix)(batch, 2)
     assert torch.equal(mixed, again[0]) and not torch.equal(mixed, other[0]), "it is the seed's alone"
     assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.min() >= 0 and mixed.max() <= 1
     assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8))
     assert ((shares > 0) & (shares < 1)).any(), "some are mixed"
-    padded = torch.cat([labels[:6], torch.tensor([IGNORED, IGNORED])])
-    alone, parts = Mix(3, mixup, cutmix)(images[:6], labels[:6], 1), Mix(3, mixup, cutmix)(images, padded, 1)
+    padded = batch._replace(valid=torch.arange(8) < 6)
+    alone, parts = (Mix(3, mixup, cutmix)(each, 1) for each in (ImageBatch(*(part[:6] for part in batch)), padded))
     assert all(torch.equal(part[:6], whole) for part, whole in zip(parts, alone, strict=True)), (
         "none is mixed with padding"
     )
-    assert not Mix(3, mixup, cutmix)(images[:2], padded[6:], 1)[1].any(), "which is of no class"
+    assert not parts.targets[6:].any(), "which is of no class"
+    nothing = ImageBatch(*(part[6:] for part in padded))
+    assert not Mix(3, mixup, cutmix)(nothing, 1).targets.any()
 
 
 def test_a_class_that_nothing_is_left_of_is_refused(unequal: Path) -> None:
@@ -234,3 +241,11 @@ def test_a_transform_that_fails_is_told(transform: Any) -> None:
 )
 def test_names_that_differ_by_case_or_space_are_told(names: tuple[str, str], alike: bool) -> None:
     assert bool([*name_findings(names)]) == alike
+
+
+def test_item_minus_one_is_the_last_image_and_padding_is_one_that_does_not_count(photos: Path) -> None:
+    source = Folder(str(photos))
+    images = Images(source.splits["val"], source, evaluation(PREPROCESSING))
+    last, again, padding = images[len(images) - 1], images[-1], images[Padding(len(images) - 1)]
+    assert torch.equal(last.images, again.images) and last[1:] == again[1:] == (2, True)
+    assert torch.equal(padding.images, last.images) and padding[1:] == (2, False)

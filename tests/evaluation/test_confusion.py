@@ -1,49 +1,43 @@
-"""Counts of an epoch are those of its images, padding left out."""
+"""Counts of an epoch are those of its images."""
 
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from project.data.samplers import IGNORED
-from project.evaluation.confusion import Counts
+from project.evaluation.confusion import Counts, Each
+from project.evaluation.epoch_metrics import NOTHING
+from project.evaluation.metrics import BINS
 
 CPU = torch.device("cpu")
 
 
-def _batches(classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _answers(classes: int) -> tuple[torch.Tensor, torch.Tensor, Each]:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randn(40, classes, generator=generator).mul(3).softmax(1)
-    return probabilities, torch.randint(0, classes, (40,), generator=generator)
+    labels = torch.randint(0, classes, (40,), generator=generator)
+    return probabilities, labels, Each(*probabilities.max(1), labels, labels >= 0)
 
 
-def test_confusion_and_calibration_are_those_of_all_batches() -> None:
-    probabilities, labels = _batches(5)
-    counts = Counts(5)
-    for at in range(0, 40, 16):
-        counts.add(probabilities[at : at + 16], labels[at : at + 16])
-    counts.add(probabilities[:3], torch.full((3,), IGNORED))
-    counts.take(CPU)
+def test_confusion_and_calibration_are_those_of_all_images() -> None:
+    probabilities, labels, answers = _answers(5)
+    counts = Counts.of(answers, 5, CPU)
     expected = multiclass_confusion_matrix(probabilities, labels, 5)
-    assert counts.confusion is not None and torch.equal(counts.confusion, expected)
-    assert counts.calibration is not None
+    assert torch.equal(counts.confusion, expected)
     images, sure, right = counts.calibration.sum(0).tolist()
-    assert images == 40 and right == float(expected.diagonal().sum())
+    assert images == counts.images == 40 and right == float(expected.diagonal().sum())
     assert abs(sure - float(probabilities.max(1).values.sum())) < 1e-4
+    assert torch.equal(counts.hits, expected.diagonal())
+    assert torch.equal(counts.support, expected.sum(1)) and torch.equal(counts.predicted, expected.sum(0))
 
 
 def test_of_many_classes_only_the_right_ones_are_counted() -> None:
-    probabilities, labels = _batches(200)
-    counts = Counts(200)
-    counts.add(probabilities, labels)
-    counts.take(CPU)
-    assert counts.confusion is not None and counts.confusion.shape == (200, 2)
+    probabilities, labels, answers = _answers(200)
+    counts = Counts.of(answers, 200, CPU)
+    assert counts.confusion.shape == (200, 2)
     assert torch.equal(counts.confusion[:, 0], labels.bincount(minlength=200))
     assert int(counts.confusion[:, 1].sum()) == int((probabilities.argmax(1) == labels).sum())
 
 
-def test_certainty_of_one_and_an_epoch_of_nothing_are_counted() -> None:
-    counts = Counts(2)
-    counts.add(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    counts.take(CPU)
-    assert counts.calibration is not None and counts.calibration[9].tolist() == [1, 1, 1]
-    counts.take(CPU)
-    assert counts.calibration.sum() == 0
+def test_a_confidence_of_one_is_in_the_last_bin_and_an_epoch_of_nothing_is_counted() -> None:
+    one = Each(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
+    assert Counts.of(one, 2, CPU).calibration[BINS - 1].tolist() == [1, 1, 1]
+    assert Counts.of(NOTHING, 2, CPU).calibration.sum() == 0

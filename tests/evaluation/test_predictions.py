@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from project.data.samplers import IGNORED
-from project.evaluation.confusion import Counts
-from project.evaluation.metrics import scores
+from project.evaluation.confusion import Each
+from project.evaluation.metrics import class_scores
 from project.evaluation.predictions import MOST_IMAGES, Collector, Outcome, merged
 
 CLASSES = 4
@@ -24,15 +23,12 @@ def collect(count: int, points: int, batch: int = 5, rank: int = 0, world: int =
     share = -(-count // world)
     mine = torch.arange(count)[rank::world]
     padded = torch.cat([mine, torch.full((share - len(mine),), count - 1)])
-    labels = torch.cat([labels[mine], torch.full((share - len(mine),), IGNORED)])
-    collector, counts = Collector(share if known else None, points, CLASSES, rank, world), Counts(CLASSES)
+    collector = Collector(share if known else None, points, CLASSES, rank, world)
     for at in range(0, share, batch):
-        these = padded[at : at + batch]
-        collector.features(features[these])
-        collector.batch(probabilities[these])
-        counts.add(probabilities[these], labels[at : at + batch])
-    counts.take(torch.device("cpu"))
-    return collector.outcome(counts.each)
+        collector.features(features[padded[at : at + batch]])
+        collector.batch(probabilities[mine[at : at + batch]])
+    labels = labels[mine]
+    return collector.outcome(Each(*probabilities[mine].max(1), labels, labels >= 0))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 100])
@@ -84,7 +80,7 @@ def test_counts_and_scores_are_those_of_scikit_learn() -> None:
     expected = metrics.precision_recall_fscore_support(
         outcome.labels, outcome.predicted, labels=labels, zero_division=0.0
     )
-    found = scores(counts.diagonal(), counts.sum(1), counts.sum(0))
+    found = class_scores(counts.diagonal(), counts.sum(1), counts.sum(0))
     for values, name in zip(expected, ("precision", "recall", "f1"), strict=False):
         assert found[name].tolist() == pytest.approx(list(values))
 

@@ -15,8 +15,8 @@ from tests.features.test_engines import CPU, SOME, relative
 
 @pytest.fixture
 def engines(weights: Path, tmp_path: Path) -> Engines:
-    backbone, _ = load_backbone("resnet18", str(weights), "head", 32)
-    return Engines(tmp_path, backbone, backbone.encode, CPU, "a task", lambda: SOME, "channels_last")
+    backbone = load_backbone("resnet18", str(weights), 32)
+    return Engines(tmp_path, backbone, backbone.cut, backbone, CPU, "a task", lambda: SOME, "channels_last")
 
 
 def build(engines: Engines, name: str, precision: str) -> Engine:
@@ -36,12 +36,12 @@ def test_a_compiled_network_agrees_whatever_the_batch(engines: Engines) -> None:
 
 
 def test_no_engine_touches_the_network_it_copies(engines: Engines, weights: Path) -> None:
-    pretrained, _ = load_backbone("resnet18", str(weights), "head", 32)
-    loaded, backbone = pretrained.fingerprint(), engines._backbone
+    pretrained = load_backbone("resnet18", str(weights), 32)
+    loaded, backbone = pretrained.sha256, engines._backbone
     layouts = [parameter.stride() for parameter in backbone.parameters()]
     for name, precision in [("torch", "fp32"), ("torch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]:
         build(engines, name, precision)(SOME)
-        assert backbone.fingerprint() == loaded
+        assert backbone.fingerprint(backbone.cut) == loaded
         assert [parameter.stride() for parameter in backbone.parameters()] == layouts
         assert not any(stage.training for stage in backbone.stages.values())
 

@@ -182,8 +182,9 @@ def test_a_measurement_leaves_the_threads_and_the_batch_as_they_were() -> None:
 
 
 def test_what_an_image_costs_is_counted(weights: Path) -> None:
-    backbone, _ = load_backbone("resnet18", str(weights), "head", 224)
-    assert cost(backbone, CPU).flops == pytest.approx(2 * 1.814e9, rel=0.01)  # torchvision: 1.81 GFLOPS
-    assert cost(backbone, CPU).shape == (512,)
-    partial, _ = load_backbone("resnet18", str(weights), "layer4", 32)
-    assert cost(partial, CPU).shape == (256, 2, 2) and cost(partial, CPU).elements == 1024
+    backbone = load_backbone("resnet18", str(weights), 224)
+    assert cost(backbone, backbone.cut, CPU).flops == pytest.approx(2 * 1.814e9, rel=0.01)  # torchvision: 1.81 GFLOPS
+    assert cost(backbone, backbone.cut, CPU).shape == (512,)
+    partial = load_backbone("resnet18", str(weights), 32)
+    cut = partial.cut_at("layer4")
+    assert cost(partial, cut, CPU).shape == (256, 2, 2) and cost(partial, cut, CPU).elements == 1024

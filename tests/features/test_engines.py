@@ -25,11 +25,11 @@ def both(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[torch
 
     def compare(self: ImageClassifier) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        stored = torch.cat([rows for rows, _ in data.val_dataloader()])
+        stored = torch.cat([rows for rows, *_ in data.val_dataloader()])
         instead, data.instead = data.instead, {}
         assert instead
         with torch.no_grad():
-            live = torch.cat([self.encode(images) for images, _ in data.val_dataloader()])
+            live = torch.cat([self.encode(images) for images, *_ in data.val_dataloader()])
         data.instead = instead
         kept.append((stored, live))
 
@@ -69,8 +69,8 @@ def test_so_are_those_of_efficientnet_in_whole_batches(
 
 
 def test_a_row_does_not_depend_on_how_many_others_are_computed_with_it(tmp_path: Path) -> None:
-    backbone, _ = load_backbone("timm/tf_efficientnet_lite0", LITE[-1], "head", 32)
-    engine = Exact(backbone.encode, CPU)
+    backbone = load_backbone("timm/tf_efficientnet_lite0", LITE[-1], 32)
+    engine = Exact(backbone, CPU)
     images = SOME.repeat(3, 1, 1, 1)[:32]
     whole = engine(images)
     for count in (1, 4, 13):

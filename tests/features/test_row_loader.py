@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.samplers import IGNORED, Order
+from project.data.samplers import Order
 from project.features.row_loader import RowBatch, RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 
@@ -51,10 +51,8 @@ def parts(batches: RowLoader) -> list[list[int]]:
     assert len(found) == len(batches)
     for batch in found:
         assert isinstance(batch, RowBatch)
-        real = batch.labels != IGNORED
-        assert torch.equal(batch.rows[real, 0].long() + 100, batch.labels[real]), "each row has its label"
-        assert len(batch.rows) == len(batch.labels)
-    return [[label - 100 for label in batch.labels.tolist() if label != IGNORED] for batch in found]
+        assert torch.equal(batch.rows[:, 0].long() + 100, batch.targets), "each row has its label"
+    return [(batch.targets[batch.valid] - 100).tolist() for batch in found]
 
 
 def order(batches: RowLoader) -> list[int]:
@@ -120,7 +118,7 @@ def test_rows_read_from_disk_are_those_in_memory(shuffle: bool, tmp_path: Path) 
     for epoch in range(3):
         parts = [list(loader(20, 6, shuffle, epoch, rows)) for rows in (held, read)]
         for one, other in zip(*parts, strict=True):
-            assert torch.equal(one.rows, other.rows) and torch.equal(one.labels, other.labels)
+            assert torch.equal(one.rows, other.rows) and torch.equal(one.targets, other.targets)
     read.close()
 
 

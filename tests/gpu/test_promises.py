@@ -1,12 +1,12 @@
 """What holds on a GPU as it does on a CPU; the GPU benchmark measures with the same functions."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from project.runtime.system import cores
 from tests.benchmarks.gpu import promises
 from tests.benchmarks.gpu.finetune import Setting
 from tests.benchmarks.gpu.photographs import generate, repeat
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # other versions of the libraries than CI's
 ]
 
-SCALE = full(os.cpu_count() or 1).for_promises()
+SCALE = full(cores()).for_promises()
 WAYS = promises.resumed_ways(SCALE)
 
 
@@ -38,9 +38,9 @@ def scale() -> Iterator[Scale]:
 
 
 @pytest.mark.parametrize("precision", promises.CLOSE)
-@pytest.mark.parametrize("network", ["resnet50", "vit_b_16"])
+@pytest.mark.parametrize("network", promises.NETWORKS)
 def test_rows_agree_with_those_of_the_cpu(network: str, precision: str, scale: Scale) -> None:
-    found = promises.rows_agree(scale, precision, network)
+    found = promises.rows_agree(scale, precision, network, *promises.NETWORKS[network])
     assert found.holds(precision), found
 
 

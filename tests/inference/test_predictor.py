@@ -120,3 +120,13 @@ def test_a_heat_map_is_of_the_pixels_that_the_network_gets(trained: Path, photos
     assert classifier.heat_map([]).shape == (0, 32, 32)
     with pytest.raises(DataError, match="no class 'pink' here, but blue, green, red"):
         classifier.heat_map(paths, ["pink"] * 5)
+
+
+def test_checkpoints_loaded_together_share_their_backbone(trained: Path, photos: Path) -> None:
+    paths = [trained / f"checkpoints/{name}.ckpt" for name in ("best", "last")]
+    one, other = load(paths)
+    assert one.model.backbone.stages["layer4"] is other.model.backbone.stages["layer4"]
+    assert one.model.head is not other.model.head
+    images = [photos / "val/red/0.png", photos / "val/blue/0.png"]
+    for path, together in zip(paths, (one, other), strict=True):
+        assert np.array_equal(load(path).predict_proba(images), together.predict_proba(images))

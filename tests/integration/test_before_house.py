@@ -121,9 +121,11 @@ def test_stored_rows_are_reused(before: Path, weights: Path, capsys: pytest.Capt
 def test_the_keys_of_rows_are_what_they_were(before: Path, weights: Path) -> None:
     (space,) = (BEFORE / "store").iterdir()
     (shard,) = space.glob("*.safetensors")
-    backbone, _ = load_backbone("resnet18", str(weights), "head", 32)
+    backbone = load_backbone("resnet18", str(weights), 32)
     description = json.loads((space / "space.json").read_text())
-    engines = Engines(before / "store", backbone, backbone.encode, torch.device("cpu"), "", list, "channels_last")  # type: ignore[arg-type]
+    engines = Engines(
+        before / "store", backbone, backbone.cut, backbone, torch.device("cpu"), "", list, "channels_last"
+    )  # type: ignore[arg-type]
     engines.network["versions"] = description["versions"]
     (option,) = engines.options("torch", "fp32", "32-true")
     assert option.space.path.name == space.name

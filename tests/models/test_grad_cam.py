@@ -11,6 +11,7 @@ from project.models.backbone import Backbone, load_backbone
 from project.models.grad_cam import heat_maps
 from project.models.heads import LinearHead
 from project.preprocessing import Preprocessing
+from project.task import SingleLabel
 
 PLAIN = Preprocessing(32, 32, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -67,15 +68,16 @@ def test_the_likeliest_class_is_looked_for_unless_one_is_named(by_colour: Linear
     image = coloured()
     image[0, 1] //= 2
     backbone = colours(Pool(2, 3))
-    likeliest = heat_maps(backbone, by_colour, image)
-    assert torch.equal(likeliest, heat_maps(backbone, by_colour, image, torch.tensor([0])))
+    likeliest = heat_maps(backbone, by_colour, SingleLabel(), image)
+    assert torch.equal(likeliest, heat_maps(backbone, by_colour, SingleLabel(), image, torch.tensor([0])))
 
 
 @pytest.mark.filterwarnings(RANDOM)
 @pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
 def test_of_a_linear_head_it_is_the_class_activation_map(trainable: str) -> None:
     # Selvaraju and others, section 3.1: Grad-CAM generalises CAM, the maps weighted by the head's own weights.
-    backbone, _ = load_backbone("resnet18", None, trainable, 64)
+    backbone = load_backbone("resnet18", None, 64)
+    backbone.freeze(backbone.cut_at(trainable))
     backbone.eval()
     head, images = LinearHead(512, 3), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     head.weight.data.abs_()  # so that all places, which are not negative, speak for each class
@@ -85,7 +87,7 @@ def test_of_a_linear_head_it_is_the_class_activation_map(trainable: str) -> None
             maps = stage[0](maps) if name == "layer4" else stage(maps)  # without the pooling
         expected = torch.einsum("bkhw,k->bhw", maps, head.weight[1]).relu()
     with torch.inference_mode():
-        found = heat_maps(backbone, head, images, torch.tensor([1, 1]))
+        found = heat_maps(backbone, head, SingleLabel(), images, torch.tensor([1, 1]))
     expected = nn.functional.interpolate(expected[:, None], (64, 64), mode="bilinear")[:, 0]
     expected = expected / expected.amax((1, 2), keepdim=True)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
@@ -93,12 +95,13 @@ def test_of_a_linear_head_it_is_the_class_activation_map(trainable: str) -> None
 
 @pytest.mark.filterwarnings(RANDOM)
 def test_the_network_is_left_as_it_was() -> None:
-    backbone, _ = load_backbone("resnet18", None, "layer4", 64)
+    backbone = load_backbone("resnet18", None, 64)
+    backbone.freeze(backbone.cut_at("layer4"))
     head, images = LinearHead(512, 3), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     backbone.eval()
-    before = backbone.fingerprint()
-    heat_maps(backbone, head, images)
-    assert backbone.fingerprint() == before
+    before = backbone.fingerprint(backbone.cut)
+    heat_maps(backbone, head, SingleLabel(), images)
+    assert backbone.fingerprint(backbone.cut) == before
     assert all(parameter.grad is None for parameter in [*backbone.parameters(), *head.parameters()])
     assert not any(module._forward_hooks for module in backbone.modules())
     assert {name for name, p in backbone.named_parameters() if p.requires_grad} == {
@@ -112,14 +115,14 @@ def test_the_network_is_left_as_it_was() -> None:
     ["squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "timm/convnext_atto", "timm/tf_efficientnet_lite0"],
 )
 def test_networks_that_pool_maps_have_them(name: str) -> None:
-    backbone, _ = load_backbone(name, None, image_size=96)
+    backbone = load_backbone(name, None, image_size=96)
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
-    found = heat_maps(backbone.eval(), nn.Linear(backbone.feature_dim, 4), images)
+    found = heat_maps(backbone.eval(), nn.Linear(backbone.feature_dim, 4), SingleLabel(), images)
     assert found.shape == (2, 96, 96) and found.min() >= 0 and found.max() <= 1
 
 
 @pytest.mark.filterwarnings(RANDOM)
 def test_a_transformer_says_that_it_has_none() -> None:
-    backbone, _ = load_backbone("timm/vit_tiny_patch16_224", None)
+    backbone = load_backbone("timm/vit_tiny_patch16_224", None)
     with pytest.raises(ModelError, match="no heat map of timm/vit_tiny_patch16_224: it pools no maps"):
-        heat_maps(backbone.eval(), nn.Linear(192, 2), torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+        heat_maps(backbone.eval(), nn.Linear(192, 2), SingleLabel(), torch.zeros(1, 3, 224, 224, dtype=torch.uint8))

@@ -50,9 +50,9 @@ def test_the_zoo_is_all_of_torchvision():
 def test_every_classifier_of_torchvision_is_a_backbone(name, memory):
     if name in GIANTS:
         with WithoutDice():
-            backbone, _ = load_backbone(name, None, trainable="head")
+            backbone = load_backbone(name, None)
     else:
-        backbone, _ = load_backbone(name, None, trainable="head")
+        backbone = load_backbone(name, None)
     size = backbone.preprocessing.crop if name.startswith("vit") else SIDES.get(name, 32)
     batch = 1 if name.startswith("vit") else 2
     features = backbone.eval()(pictures(batch, size))
@@ -82,7 +82,7 @@ def test_every_classifier_of_torchvision_is_a_backbone(name, memory):
     ],
 )
 def test_feature_dim_is_what_the_papers_say(name, width):
-    assert load_backbone(name, None)[0].feature_dim == width
+    assert load_backbone(name, None).feature_dim == width
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,18 @@ def test_unknown_weights_are_refused_with_those_there_are(name):
 
 
 def test_inception_has_no_auxiliary_head_and_normalises_as_its_weights_were_trained():
-    backbone, _ = load_backbone("inception_v3", None)
+    backbone = load_backbone("inception_v3", None)
     (inception,) = backbone.stages.values()
     assert not [name for name in backbone.state_dict() if "aux" in name.lower()]
     assert inception.transform_input
     assert (backbone.preprocessing.crop, backbone.preprocessing.resize) == (299, 342)
     # In train mode, with an auxiliary head, its own forward would give a pair.
-    assert backbone.train().refine(backbone.encode(pictures(1, 75))).shape == (1, 2048)
+    assert backbone.train()(pictures(1, 75)).shape == (1, 2048)
 
 
 def test_inception_that_trains_whole_gives_plain_features():
-    backbone, _ = load_backbone("inception_v3", None, trainable="all")
+    backbone = load_backbone("inception_v3", None)
+    backbone.freeze(backbone.cut_at("all"))
     assert backbone.train()(pictures(2, 75)).shape == (2, 2048)
 
 
@@ -138,13 +139,13 @@ def test_file_with_auxiliary_heads_loads(name):
 def test_vit_takes_its_own_size_only():
     with pytest.raises(ModelError, match=r"model\.image_size: vit_b_32 takes images of 224 px only, not 192\."):
         load_backbone("vit_b_32", None, image_size=192)
-    assert load_backbone("vit_b_32", None, image_size=224)[0].preprocessing.crop == 224
+    assert load_backbone("vit_b_32", None, image_size=224).preprocessing.crop == 224
 
 
 def test_vit_takes_the_size_that_its_file_was_trained_at(tmp_path):
     """Some of torchvision's own weights, such as SWAG's, are of 384 or 512 px."""
     torch.save(torchvision.models.vit_b_32(image_size=64).state_dict(), tmp_path / "small.pth")
-    backbone, _ = load_backbone("vit_b_32", str(tmp_path / "small.pth"))
+    backbone = load_backbone("vit_b_32", str(tmp_path / "small.pth"))
     assert backbone.preprocessing.crop == 64
     assert backbone.eval()(pictures(1, 64)).shape == (1, 768)
 
@@ -153,12 +154,12 @@ def test_vit_takes_the_size_that_its_file_was_trained_at(tmp_path):
 def test_network_of_one_size_refuses_another(name, fixed):
     with pytest.raises(ModelError, match=rf"model\.image_size: {name} takes images of {fixed} px only, not 128\."):
         load_backbone(name, None, image_size=128)
-    assert load_backbone(name, None)[0].preprocessing.crop == fixed
-    assert load_backbone(name, None, image_size=fixed)[0].preprocessing.crop == fixed
+    assert load_backbone(name, None).preprocessing.crop == fixed
+    assert load_backbone(name, None, image_size=fixed).preprocessing.crop == fixed
 
 
 def test_other_networks_take_any_size():
-    backbone, _ = load_backbone("resnet18", None, image_size=96)
+    backbone = load_backbone("resnet18", None, image_size=96)
     assert (backbone.preprocessing.crop, backbone.preprocessing.resize) == (96, 110)
     assert backbone.eval()(pictures(1, 96)).shape == (1, 512)
 

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from project.models.registry import architecture
-from project.models.stages import FAMILIES, cut
+from project.models.stages import FAMILIES, split_into_stages
 
 RESNET = ["stem", "layer1", "layer2", "layer3", "layer4"]
 BLOCKS = ["stem", "block1", "block2", "block3", "block4"]
@@ -101,7 +101,7 @@ def test_chain_of_stages_is_bit_for_bit_the_network(name):
     model, width = architecture(name).build(dict(original.state_dict()))
     with torch.no_grad():
         own = model.eval()(images)
-    stages = cut(model)
+    stages = split_into_stages(model)
     assert list(stages) == NAMES[name]
     # All parameters and buffers, each once.
     for kind in ("parameters", "buffers"):
@@ -122,7 +122,7 @@ def test_network_outside_the_table_is_one_stage(name):
     torch.manual_seed(0)
     original, images = whole_network(name), images_for(name)
     model, width = architecture(name).build(dict(original.state_dict()))
-    stages = cut(model.eval())
+    stages = split_into_stages(model.eval())
     assert list(stages) == ["body"]
     with torch.no_grad():
         features = stages["body"](images)
@@ -138,7 +138,7 @@ def test_resolution_halves_from_stage_to_stage(name):
     sizes, rows = [], torch.randn(1, 3, 128, 128)
     channels_last = name.startswith("swin")
     with torch.no_grad():
-        for stage in list(cut(model.eval()).values())[:-1]:
+        for stage in list(split_into_stages(model.eval()).values())[:-1]:
             rows = stage(rows)
             sizes.append(rows.shape[1 if channels_last else 2])
     assert len(sizes) >= 3
@@ -161,10 +161,10 @@ def test_resolution_halves_from_stage_to_stage(name):
 def test_stage_begins_with_the_networks_own_part_of_that_name(name, stage, own):
     model, _ = architecture(name).build(None)
     first = next(model.get_submodule(own).parameters())
-    assert next(cut(model)[stage].parameters()) is first
+    assert next(split_into_stages(model)[stage].parameters()) is first
 
 
 def test_vgg_fc_is_its_two_hidden_linear_layers():
     model, _ = architecture("vgg11").build(None)
-    inner = [module for module in cut(model)["fc"].modules() if isinstance(module, nn.Linear)]
+    inner = [module for module in split_into_stages(model)["fc"].modules() if isinstance(module, nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in inner] == [(25088, 4096), (4096, 4096)]

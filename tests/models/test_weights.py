@@ -91,7 +91,8 @@ def test_zoo_weights_load_from_the_hub_cache_without_a_network(weights, cache, n
     original = torchvision.models.resnet18().state_dict()
     path = zoo_file(cache, original, "resnet18")
     publish(monkeypatch, f"https://download.pytorch.org/models/{path.name}", "resnet18")
-    backbone, origin = load_backbone("resnet18", weights)
+    backbone = load_backbone("resnet18", weights)
+    origin = backbone.origin
     assert holds(backbone, original)
     assert (origin.weights, origin.source) == (weights, path.name)
     assert no_network == []
@@ -101,10 +102,10 @@ def test_zoo_weights_are_downloaded_once_and_verified(cache, tmp_path, state, mo
     """Through torch's own downloader, from a ``file:`` URL."""
     source = zoo_file(tmp_path / "server", state)
     publish(monkeypatch, source.as_uri())
-    assert holds(load_backbone(SMALL, "IMAGENET1K_V1")[0], state)
+    assert holds(load_backbone(SMALL, "IMAGENET1K_V1"), state)
     assert [path.name for path in cache.iterdir()] == [source.name]
     source.unlink()
-    assert holds(load_backbone(SMALL, "IMAGENET1K_V1")[0], state)
+    assert holds(load_backbone(SMALL, "IMAGENET1K_V1"), state)
 
 
 def test_download_that_is_not_what_its_name_says_is_refused_and_not_kept(cache, tmp_path, state, monkeypatch):
@@ -172,7 +173,8 @@ def test_file_loads(suffix, name, tmp_path):
         safetensors.torch.save_file(original, path)
     else:
         torch.save(original, path)
-    backbone, origin = load_backbone(name, str(path))
+    backbone = load_backbone(name, str(path))
+    origin = backbone.origin
     own = {key.partition(".")[2]: tensor for key, tensor in backbone.stages.state_dict().items()}
     assert len(own) == len(original) - 2
     values = {tensor.numpy().tobytes() for tensor in original.values()}
@@ -196,7 +198,7 @@ def test_file_of_a_training_script_loads(wrap, name, tmp_path, state):
         torch.manual_seed(5)
         state = timm.create_model("test_resnet").state_dict()
     torch.save(wrap(dict(state)), tmp_path / "mine.pth")
-    backbone, _ = load_backbone(name, str(tmp_path / "mine.pth"))
+    backbone = load_backbone(name, str(tmp_path / "mine.pth"))
     tensors = {tensor.numpy().tobytes() for tensor in state.values()}
     assert {tensor.numpy().tobytes() for tensor in backbone.stages.state_dict().values()} <= tensors
 
@@ -204,7 +206,7 @@ def test_file_of_a_training_script_loads(wrap, name, tmp_path, state):
 def test_home_folder_is_found(tmp_path, monkeypatch, state):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(state, tmp_path / "mine.pth")
-    assert holds(load_backbone(SMALL, "~/mine.pth")[0], state)
+    assert holds(load_backbone(SMALL, "~/mine.pth"), state)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_file_that_lacks_one_tensor_is_refused(name, tmp_path, state):
 )
 def test_date_or_version_in_a_name_is_not_taken_for_a_hash(name, tmp_path, state):
     torch.save(state, tmp_path / name)
-    assert holds(load_backbone(SMALL, str(tmp_path / name))[0], state)
+    assert holds(load_backbone(SMALL, str(tmp_path / name)), state)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,8 @@ def test_own_file_is_held_to_the_hash_in_its_name(suffix, tmp_path, state):
 
 
 def test_package_weights_load_in_order():
-    backbone, origin = load_backbone("timm/tf_efficientnet_lite0", PACKAGE)
+    backbone = load_backbone("timm/tf_efficientnet_lite0", PACKAGE)
+    origin = backbone.origin
     path = files.from_package(PACKAGE.removeprefix("pkg:"))
     assert holds(backbone, torch.load(path, weights_only=True))
     assert (origin.weights, origin.source) == (PACKAGE, f"{PACKAGE}/{path.name}")
@@ -358,7 +361,7 @@ def test_package_weights_load_in_order():
 @pytest.mark.parametrize(("picture", "category"), [("china.jpg", 698), ("flower.jpg", 985)])
 def test_package_weights_see_a_palace_and_a_daisy(picture, category):
     """The proof that tensors under other names came into the right places, and that preprocessing is theirs."""
-    backbone, _ = load_backbone("timm/tf_efficientnet_lite0", PACKAGE)
+    backbone = load_backbone("timm/tf_efficientnet_lite0", PACKAGE)
     *_, weight, bias = files.read_state(files.from_package(PACKAGE.removeprefix("pkg:"))).values()
     image = evaluation(backbone.preprocessing)(Image.fromarray(load_sample_image(picture)))
     logits = backbone.eval()(image[None]) @ weight.T + bias
@@ -379,7 +382,7 @@ def test_package_is_not_imported_and_has_to_hold_one_file(tmp_path, monkeypatch,
     with pytest.raises(WeightsError, match="'heavy_weights' holds 0 files of weights; it has to hold one"):
         load_backbone(SMALL, "pkg:heavy_weights")
     torch.save(state, package / "one.pth")
-    assert holds(load_backbone(SMALL, "pkg:heavy_weights")[0], state)
+    assert holds(load_backbone(SMALL, "pkg:heavy_weights"), state)
     torch.save(state, package / "two.pth")
     with pytest.raises(WeightsError, match="holds 2 files"):
         load_backbone(SMALL, "pkg:heavy_weights")
@@ -427,7 +430,8 @@ def no_hub(monkeypatch):
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT", "r160_in1k"])
 def test_timm_weights_load_from_the_hubs_cache_without_a_network(name, weights, hub, no_hub):
     _, state = hub
-    backbone, origin = load_backbone(name, weights)
+    backbone = load_backbone(name, weights)
+    origin = backbone.origin
     own = backbone.stages.state_dict()
     assert len(own) == len(state) - 2
     assert {tensor.numpy().tobytes() for tensor in own.values()} <= {t.numpy().tobytes() for t in state.values()}

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from project.runtime.system import cores
 from tests.benchmarks.gpu.figures import Figure, FigureFile, environment, read_figures, table
 from tests.benchmarks.gpu.photographs import generate, repeat
 from tests.benchmarks.gpu.scale import Scale, full, small
@@ -35,14 +35,15 @@ from tests.benchmarks.measure import ROOT
 Section = Callable[[Scale, Path, Path, FigureFile], None]
 #: Each section's function, and the seconds that it may take on a card: together less than eight minutes.
 SECTIONS = {
-    "extraction": ("extraction.extraction", 105),
-    "fit": ("stored_fit.stored_fit", 65),
-    "promises": ("promises.promises", 115),
-    "finetune": ("finetune.finetune", 65),
+    "extraction": ("extraction.extraction", 110),
+    "fit": ("stored_fit.stored_fit", 60),
+    "promises": ("promises.promises", 110),
+    "finetune": ("finetune.finetune", 60),
     "inference": ("inference.inference", 25),
     "config": ("shipped_config.shipped_config", 30),
-    "finetune_compiled": ("finetune.finetune_compiled", 60),
+    "finetune_compiled": ("finetune.finetune_compiled", 70),
 }
+TOTAL = 470  # seconds of all sections
 
 
 def run_section(name: str, scale: Scale, photographs: Path, work: Path, figures: Path) -> bool:
@@ -54,36 +55,49 @@ def run_section(name: str, scale: Scale, photographs: Path, work: Path, figures:
     module, _, function = SECTIONS[name][0].partition(".")
     out, began = FigureFile(figures, name), time.perf_counter()
     print(f"== {name}", flush=True)
-    try:
+    ran = False
+    with out.attempt("the section runs to its end"):
         section: Section = getattr(import_module(f"tests.benchmarks.gpu.{module}"), function)
         section(scale, photographs, work / name, out)
-    except Exception as error:  # whatever failed in it: the other sections run all the same
-        traceback.print_exc()
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        out.promise("the section runs to its end", False, f"{type(error).__name__}: {first[:200]}")
-        return False
+        ran = True
     out.add("seconds of the section", time.perf_counter() - began, "s")
-    return True
+    return ran
 
 
-def run_sections(names: Sequence[str], photographs: Path, work: Path, figures: Path) -> None:
-    """Run each section in a process of its own, killed with its children when its time is over."""
-    for name in names:
+def run_sections(
+    names: Sequence[str], photographs: Path, work: Path, figures: Path, report: Callable[[], object] = lambda: None
+) -> None:
+    """Run each section in a process of its own, killed with its children when its time is over.
+
+    A section may also use the time that those before it have left over.
+
+    Args:
+        names: Of the sections.
+        photographs: ``{train,val}/CLASS/*.jpg``.
+        work: Folder to write to.
+        figures: File that figures are appended to.
+        report: Called after each section.
+    """
+    until = time.monotonic() + min(TOTAL, sum(SECTIONS[name][1] for name in names))
+    for at, name in enumerate(names):
+        later = sum(SECTIONS[each][1] for each in names[at + 1 :])
+        seconds = max(until - time.monotonic() - later, 1)
         command = [sys.executable, "-m", "tests.benchmarks.gpu", "--photographs", str(photographs)]
         command += ["--only", name, "--figures", str(figures), "--work", str(work)]
         child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         why = ""
         try:
-            if code := child.wait(SECTIONS[name][1]):
+            if code := child.wait(seconds):
                 why = f"its process ended with exit code {code}"
         except subprocess.TimeoutExpired:
-            why = f"stopped after {SECTIONS[name][1]} s"
+            why = f"stopped after {seconds:.0f} s"
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         if why:
-            FigureFile(figures, name).promise("the section runs to its end", False, why)
+            FigureFile(figures, name).promise("the section's process ends well", False, why)
+        report()
 
 
 def main() -> int:
@@ -102,30 +116,36 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     has_card = torch.cuda.is_available() and not options.small
-    scale = full(os.cpu_count() or 1) if has_card else small()
+    scale = full(cores()) if has_card else small()
     if options.figures is not None:
         return 0 if run_section(options.only[0], scale, options.photographs, options.work, options.figures) else 1
     if has_card and options.photographs is None:
         parser.error("--photographs is needed")
-    with tempfile.TemporaryDirectory() as folder:
+    # A killed section may leave a process that still writes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work, figures = Path(folder), Path(folder, "figures.jsonl")
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
         given = options.photographs or generate(work / "noise")
         photographs = repeat(given, work / "photographs", scale.train, scale.val)
         if has_card:
-            run_sections(options.only, photographs, work, figures)
+            run_sections(options.only, photographs, work, figures, lambda: write_json(options.json, figures, scale))
         else:
             torch.set_num_threads(1)  # the sections' own processes need the other cores
             for name in options.only:
                 run_section(name, scale, photographs, work, figures)
-        found = read_figures(figures)
-    machine = environment(scale.device)
+        found, machine = write_json(options.json, figures, scale)
     print("\n" + "\n".join(table(found, machine)))
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "figures": [asdict(each) for each in found]}, indent=1))
     failed = [each for each in found if each.holds is False]
     _report(failed)
     return 1 if failed else 0
+
+
+def write_json(path: Path | None, figures: Path, scale: Scale) -> tuple[list[Figure], dict[str, str]]:
+    """Write all figures so far, with their machine; after each section, so that nothing is lost when time is over."""
+    found, machine = read_figures(figures), environment(scale.device)
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine, "figures": [asdict(each) for each in found]}, indent=1))
+    return found, machine
 
 
 def _report(failed: Sequence[Figure]) -> None:

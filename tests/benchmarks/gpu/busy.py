@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from project.runtime.system import cores
 
 
 @dataclass
@@ -38,7 +41,8 @@ def measure_busy(device: torch.device) -> Iterator[Busy]:
 
     def sample() -> None:
         while not over.wait(0.05):
-            samples.append(torch.cuda.utilization(device) / 100)
+            with contextlib.suppress(Exception):
+                samples.append(torch.cuda.utilization(device) / 100)
 
     watcher = threading.Thread(target=sample, daemon=True) if _can_sample(device) else None
     if watcher is not None:
@@ -48,7 +52,7 @@ def measure_busy(device: torch.device) -> Iterator[Busy]:
         yield found
     finally:
         found.seconds = time.perf_counter() - began
-        found.cpu = (_cpu_seconds() - used) / found.seconds / (os.cpu_count() or 1)
+        found.cpu = (_cpu_seconds() - used) / found.seconds / cores()
         over.set()
         if watcher is not None:
             watcher.join()
@@ -60,7 +64,7 @@ def _can_sample(device: torch.device) -> bool:
         return False
     try:
         torch.cuda.utilization(device)
-    except (ImportError, ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is missing, or the driver refuses
+    except Exception:  # nvidia-ml-py is missing, or refuses in one of many ways
         return False
     return True
 

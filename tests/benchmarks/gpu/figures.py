@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +68,16 @@ class FigureFile:
             file.write(json.dumps(asdict(figure)) + "\n")
         print(f"  {name}: {figure.text()} {note}", flush=True)
 
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Measure something that may fail: a failure becomes a figure, and what follows is measured all the same."""
+        try:
+            yield
+        except Exception as error:  # whatever a compiler, a driver or a fit raises
+            traceback.print_exc()
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.promise(name, False, f"{type(error).__name__}: {first[:200]}")
+
     def promise(self, name: str, holds: bool, note: str = "") -> None:
         """Append a promise that holds or does not."""
         self.add(name, holds, "", note, holds=holds)
@@ -94,10 +107,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    path = Path("/proc/driver/nvidia/version")
-    words = path.read_text().split() if path.exists() else []
-    numbers = [word for word in words if word.count(".") >= 2 and word.replace(".", "").isdigit()]
-    return numbers[0] if numbers else "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def _cpuinfo() -> list[str]:

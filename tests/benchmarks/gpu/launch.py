@@ -11,14 +11,19 @@ from tests.benchmarks.measure import Ran, process
 from tests.forked import start
 
 
-def timed_fit(scale: Scale, *flags: object) -> Ran:
+def timed_fit(scale: Scale, *flags: object, cache: Path) -> Ran:
     """Run ``python -m project fit`` to its end.
+
+    Args:
+        scale: Where to run it.
+        flags: Of the fit.
+        cache: Folder of what torch.compile keeps.
 
     Raises:
         RuntimeError: It failed; the message has what it printed.
     """
     if scale.device.type == "cuda":
-        return process("project", "fit", *flags)
+        return process("project", "fit", *flags, cache=cache)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         fit = start(Path(folder), ["fit", *map(str, flags)])

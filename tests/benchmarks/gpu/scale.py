@@ -16,7 +16,7 @@ class Scale:
     Attributes:
         device: Where to compute.
         networks: Name of each measured network, with the side of its input in pixels.
-        finetuned: Network of fits and its side in pixels.
+        finetuned: Network that fits use, and the side of its input in pixels.
         seconds: Time that a rate is measured for.
         train: Training images of a fit.
         val: Validation images of a fit.
@@ -31,8 +31,8 @@ class Scale:
     networks: dict[str, int] = field(default_factory=lambda: {"resnet50": 224, "vit_b_16": 224})
     finetuned: tuple[str, int] = ("resnet50", 224)
     seconds: float = 1.0
-    train: int = 4096
-    val: int = 512
+    train: int = 2048
+    val: int = 256
     images: int = 12_288
     batch_size: int = 128
     precisions: Sequence[str] = ("bf16-mixed", "16-mixed", "32-true")
@@ -50,9 +50,13 @@ class Scale:
         return tuple(each for each in self.precisions if each.endswith("-mixed"))
 
     def for_promises(self) -> Scale:
-        """The scale of what holds or does not, whatever the size."""
+        """The scale of what holds or does not, whatever the size: few images, and few workers to start for them."""
         return replace(
-            self, finetuned=("resnet18", min(96, self.finetuned[1])), train=min(512, self.train), val=min(128, self.val)
+            self,
+            finetuned=("resnet18", min(96, self.finetuned[1])),
+            train=min(512, self.train),
+            val=min(128, self.val),
+            workers=min(4, self.workers),
         )
 
     def flags(self, root: Path, store: Path, runs: Path) -> list[str]:

@@ -13,11 +13,12 @@ from tests.benchmarks.measure import ROOT
 def shipped_config(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
     """Run the file's own command on an empty store and on a full one; on a CPU with a small network."""
     flags: tuple[object, ...] = ("--model.weights", "null", "--trainer.default_root_dir", work / "runs")
+    flags += ("--features.folder", work / "store")
     if scale.device.type == "cpu":
         name, size = scale.finetuned
         flags += ("--trainer.accelerator", "cpu", "--model.backbone", name, "--model.image_size", size)
         flags += ("--model.compile", "false", "--data.batch_size", scale.batch_size, "--trainer.max_epochs", 2)
     config = ROOT / "configs" / "gpu.yaml"
     for state in ("cold", "warm"):
-        ran = timed_fit(scale, "-c", config, "--data.root", photographs, "--features.folder", work / "store", *flags)
+        ran = timed_fit(scale, "-c", config, "--data.root", photographs, *flags, cache=work / "inductor")
         out.add(f"configs/gpu.yaml, {state}, whole process", ran.seconds, "s", features_lines(ran.output))

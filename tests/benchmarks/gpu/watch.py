@@ -56,7 +56,7 @@ class Watch(pl.Callback):
         """Note the peak and the fingerprint."""
         if pl_module.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(pl_module.device)
-        self.fingerprint = pl_module.backbone.fingerprint()  # type: ignore[union-attr,operator]
+        self.fingerprint = pl_module.backbone.fingerprint(pl_module.cut)  # type: ignore[union-attr,operator]
 
     @staticmethod
     def _wait(device: torch.device) -> None:

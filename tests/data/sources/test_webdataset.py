@@ -517,7 +517,7 @@ def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monke
         return bytes(real(files, path, start, end))
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    ((images, labels),) = data.train_dataloader()
+    ((images, labels, _),) = data.train_dataloader()
     assert images.shape == (8, 3, 16, 16)
     assert sorted(labels.tolist()) == [0] * 4 + [1] * 4
 
