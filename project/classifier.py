@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from project.checkpoints.restore import Kept
+from project.checkpoints.restore import CheckpointMixin
 from project.config.class_path import construct, describe
 from project.data.samplers import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
@@ -50,7 +50,7 @@ class Step(NamedTuple):
     labels: torch.Tensor
 
 
-class ImageClassifier(Kept):
+class ImageClassifier(CheckpointMixin, pl.LightningModule):
     """A pretrained backbone and a new head; what is frozen stays bit for bit what it was.
 
     ``encode`` and ``classify`` are its two halves: images to rows at the cut, rows to logits.

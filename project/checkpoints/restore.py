@@ -1,9 +1,9 @@
-"""What a checkpoint keeps of a classifier, and how it comes back."""
+"""Save and restore an ImageClassifier."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -22,8 +22,14 @@ from project.models.backbone import Backbone, Origin
 PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
 
 
-class Kept(pl.LightningModule):
-    """A module whose checkpoints hold what was trained, and say which backbone that belongs to.
+if TYPE_CHECKING:
+    _Module = pl.LightningModule
+else:
+    _Module = object
+
+
+class CheckpointMixin(_Module):
+    """For a LightningModule whose checkpoints hold what was trained, and say which backbone that belongs to.
 
     Attributes:
         backbone: The network, a part of which is frozen.
