@@ -97,7 +97,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
         self.hparams.pop("_instantiator", None)
         for part in ("head", "optimizer", "scheduler"):  # plain types alone, so that the checkpoint loads safely
             if self.hparams[part] is not None:
