@@ -19,11 +19,12 @@ from project.data.samplers import IGNORED
 from project.errors import ConfigError, DataError, FrozenError
 from project.evaluation.epoch_metrics import Tally
 from project.evaluation.metrics import evaluation_metrics, training_metrics
-from project.features.provider import RowComputation
+from project.features.provider import RowComputation, StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.backbone import load_backbone
 from project.models.heads import LinearHead
 from project.models.loss import Weight, cross_entropy, shared
+from project.runtime import lightning_internals
 from project.runtime.distributed import processes
 from project.runtime.logger_adapters import log_text
 
@@ -43,11 +44,13 @@ class Step(NamedTuple):
         loss: Its sum over the batch, and the weight to divide that by.
         probabilities: ``(B, C)``, float32, without a gradient.
         labels: int64 ``(B,)``; those of padding are :data:`~project.data.samplers.IGNORED`.
+        features: ``(B, D)``, what the head is given, without a gradient.
     """
 
     loss: tuple[torch.Tensor, Weight]
     probabilities: torch.Tensor
     labels: torch.Tensor
+    features: torch.Tensor
 
 
 class ImageClassifier(Kept):
@@ -107,6 +110,8 @@ class ImageClassifier(Kept):
         if compile:
             self.backbone.compile_halves()
         self.head: nn.Module = nn.Identity()
+        #: The stored rows that the present or the last fit trains on; ``None`` where it computes features anew.
+        self.stored_features: StoredFeatures | None = None
         if classes is not None:
             self._name_classes(classes)
 
@@ -197,7 +202,8 @@ class ImageClassifier(Kept):
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Step:
         inputs, labels = batch
         stored = isinstance(batch, RowBatch)
-        logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
+        features = self.backbone.refine(inputs.to(self.backbone.mean.dtype) if stored else self.encode(inputs))
+        logits = self.head(features).float()
         # Of mixed images, labels are the share of each class: the largest counts as theirs. Padding has none.
         largest = labels if labels.dim() == 1 else labels.argmax(1).where(labels.any(1), IGNORED)
         probabilities = logits.detach().softmax(1)
@@ -205,7 +211,7 @@ class ImageClassifier(Kept):
             logits, labels = logits[largest != IGNORED], labels[largest != IGNORED]
         loss = cross_entropy(logits, labels, self.loss_weights, self.hparams["label_smoothing"])
         self.tally(stage).add(loss, probabilities, largest)
-        return Step(loss, probabilities, largest)
+        return Step(loss, probabilities, largest, features.detach())
 
     def tally(self, stage: str) -> Tally:
         """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
@@ -235,7 +241,7 @@ class ImageClassifier(Kept):
         for known in (self.trainer.callback_metrics, self.trainer.logged_metrics):
             known.update(values)
         if not self.trainer.sanity_checking:
-            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts for all else
+            step = lightning_internals.logging_step(self.trainer)  # as Lightning counts for all else
             numbers = {**{name: float(value) for name, value in values.items()}, "epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(numbers, step)

@@ -17,6 +17,7 @@ from project.checkpoints.resume_checks import refuse_progress, refuse_states
 from project.config.class_path import construct
 from project.errors import CheckpointError, ProjectError, WeightsError
 from project.models.backbone import Backbone, Origin
+from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The arguments of a classifier that name a class, and what kind of class it has to be.
 PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
@@ -114,11 +115,10 @@ class Kept(pl.LightningModule):
         refuse_another(checkpoint["transfer"], self.identity())
         state = self.state_dict()
         refuse_tensors({k: v for k, v in state.items() if not self._is_frozen(k)}, checkpoint["state_dict"])
-        verb = self.trainer.state.fn if self._trainer is not None else None
-        if verb is not None:
-            loop = f"{verb.value}_loop"
-            refuse_progress(checkpoint.get("loops"), {loop: getattr(self.trainer, loop).state_dict()}, "loops")
-        if verb == "fit":
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            refuse_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
+        if trainer is not None and trainer.state.fn == "fit":
             let_flags_win(checkpoint, self.hparams)
             refuse_states(checkpoint, [p for p in self.parameters() if p.requires_grad], self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

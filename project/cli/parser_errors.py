@@ -11,6 +11,7 @@ import torch
 from project.config.class_path import resolve
 from project.config.import_allowlist import refused
 from project.errors import ConfigError, nearest
+from project.runtime.lightning_cli import option_names
 
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
@@ -129,7 +130,7 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
         word, place = part["argument"], f" in {part['part']} ({part['path']})"
         known = list(inspect.signature(resolve({"class_path": part["path"]}, object)).parameters)
         return ConfigError(f"unknown key {word!r}{place}. {nearest(word, known)}It takes {', '.join(known)}.")
-    keys = [action.dest for action in parser._actions if action.dest != "help"]
+    keys = option_names(parser)
     if part["flag"]:
         word = part["flag"]
         return ConfigError(f"unknown flag {word}. {nearest(word, [f'--{key}' for key in keys])}See --help for all.")
