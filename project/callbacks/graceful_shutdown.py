@@ -65,9 +65,7 @@ class Interruption(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._signals.awaited = False
         if isinstance(exception, Interrupted):
-            for process in lightning_internals.release_subprocesses(
-                trainer
-            ):  # that wait for this one, wherever they are
+            for process in lightning_internals.release_subprocesses(trainer):  # they wait for this one
                 process.kill()
             for process in self._leaving:
                 with contextlib.suppress(subprocess.TimeoutExpired):

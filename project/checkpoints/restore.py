@@ -60,9 +60,9 @@ class Kept(pl.LightningModule):
             model = cls(**arguments | changes)
             model.on_load_checkpoint(checkpoint)
         except WeightsError as error:
-            raise WeightsError(f"{checkpoint_path}: {error}") from error
+            raise WeightsError("{path}: {reason}", path=checkpoint_path, reason=error) from error
         except ProjectError as error:
-            raise CheckpointError(f"{checkpoint_path}: {error}") from error
+            raise CheckpointError("{path}: {reason}", path=checkpoint_path, reason=error) from error
         model.load_state_dict(checkpoint["state_dict"])
         return model if map_location is None else model.to(map_location)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from project.data.dataset import Images, NamedImages
+from project.data.dataset import ImageLoader, Images, NamedImages, collate
 from project.data.image_index import Facts, Index
 from project.data.image_io import list_images
 from project.data.mixup import Mix
@@ -284,12 +284,13 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Images, sampler: EpochSampler) -> DataLoader[Any]:
-        return DataLoader(
+        return ImageLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
             worker_init_fn=leave_to_the_parent,
             pin_memory=self.pin_memory,
         )

@@ -72,8 +72,7 @@ def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) ->
     try:
         picture = read_image(file)
     except DataError as error:
-        what = str(error).replace(file, Path(file).name).removesuffix(" Mend or remove it.")
-        return Answer(None, _heading(what))
+        return Answer(None, _heading(f"{Path(file).name} {error.reason}"))
     (row,) = classifier.predict_proba([picture])
     name = classifier.classes_[row.argmax()]
     (crop,) = classifier.crop([picture])

@@ -120,7 +120,8 @@ def load(path: str | Path, weights: str | None = None, device: str | torch.devic
     try:
         model = ImageClassifier.load_from_checkpoint(path, **changes)
     except WeightsError as error:
-        raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
+        hint = "Say where they are now: load(path, weights=...)."
+        raise WeightsError("{reason} {hint}", path=path, reason=error, hint=hint) from error
     return Classifier(model.to(device))
 
 
