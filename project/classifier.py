@@ -17,11 +17,12 @@ from project.checkpoints.restore import CheckpointMixin
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
 from project.evaluation.epoch_metrics import Tally
-from project.features.provider import RowComputation
+from project.features.provider import RowComputation, StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
 from project.models.loss import mean_over_processes
+from project.runtime import lightning_internals
 from project.runtime.distributed import processes
 from project.runtime.logger_adapters import log_text
 from project.task import SingleLabel, Task, Weight
@@ -47,11 +48,13 @@ class Step(NamedTuple):
         loss: Its sum over the batch, and the weight to divide that by.
         probabilities: ``(B, C)``, float32, without a gradient.
         labels: int64 ``(B,)``.
+        features: ``(B, D)``, what the head is given, without a gradient.
     """
 
     loss: tuple[torch.Tensor, Weight]
     probabilities: torch.Tensor
     labels: torch.Tensor
+    features: torch.Tensor
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
@@ -124,6 +127,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.backbone.compile_halves()
         self.task: Task = SingleLabel()
         self.head: nn.Module = nn.Identity()
+        #: The stored rows that the present or the last fit trains on; ``None`` where it computes features anew.
+        self.stored_features: StoredFeatures | None = None
         if classes is not None:
             self._name_classes(classes)
 
@@ -218,14 +223,16 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
     def _step(self, batch: Any, stage: str) -> Step:
         inputs, targets, *rest = batch
         stored = isinstance(batch, RowBatch)
-        logits = (self.classify(inputs.to(self.backbone.mean.dtype)) if stored else self(inputs)).float()
+        features = self.refine(inputs.to(self.backbone.mean.dtype) if stored else self.encode(inputs))
+        logits = self.head(features).float()
         if rest and processes() > 1:  # one that has nothing but padding takes part with a loss of 0: the others wait
-            logits, targets = logits[rest[0]], targets[rest[0]]
+            valid = rest[0]
+            logits, targets, features = logits[valid], targets[valid], features[valid]
         probabilities = self.task.probabilities(logits.detach())
         loss = self.task.loss(logits, targets, self.loss_weights, self.hparams["label_smoothing"])
         labels = self.task.labels(targets)
         self.tally(stage).add(loss, probabilities, labels)
-        return Step(loss, probabilities, labels)
+        return Step(loss, probabilities, labels, features.detach())
 
     def tally(self, stage: str) -> Tally:
         """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
@@ -255,7 +262,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         for known in (self.trainer.callback_metrics, self.trainer.logged_metrics):
             known.update(values)
         if not self.trainer.sanity_checking:
-            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts for all else
+            step = lightning_internals.logging_step(self.trainer)  # as Lightning counts for all else
             numbers = {**{name: float(value) for name, value in values.items()}, "epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(numbers, step)

@@ -7,21 +7,27 @@ from collections.abc import Iterable
 
 
 class ProjectError(Exception):
-    """A mistake that the user can mend: shown as one or two lines, exit code 2, no traceback.
+    """A mistake that the user can fix: shown as one or two lines, exit code 2, no traceback.
 
     Args:
-        message: What, where, and how to mend it.
+        message: What is wrong, where, and how to fix it. If fields are given, it is a template of ``{path}``,
+            ``{reason}`` and ``{hint}``.
+        path: The file, folder or key that it concerns.
+        reason: What is wrong with that; by default the message.
+        hint: How to fix it.
 
     Attributes:
-        told: Whether another process of a distributed run says it, so that this one need not.
+        told: Whether another process of a distributed run reports it, so that this one need not.
     """
 
     told = False
 
-    def __init__(self, message: str) -> None:
-        # A DataLoader worker raises again in the main process, with the worker's whole traceback as the message:
-        # only what was said at its end is for people.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+    def __init__(self, message: str, *, path: object = None, reason: object = None, hint: str = "") -> None:
+        self.path = None if path is None else str(path)
+        self.reason = message if reason is None else str(reason)
+        self.hint = hint
+        has_fields = path is not None or reason is not None or hint
+        super().__init__(message.format(path=self.path, reason=self.reason, hint=hint) if has_fields else message)
 
 
 class ConfigError(ProjectError):
@@ -63,7 +69,9 @@ def damaged(what: str) -> CheckpointError:
         what: Which checkpoint, and what is wrong with it, in a sentence.
     """
     return CheckpointError(
-        f"{' '.join(what.splitlines())}\nTake another one of its run, best.ckpt or last.ckpt, or fit anew."
+        "{reason}\n{hint}",
+        reason=" ".join(what.splitlines()),
+        hint="Take another one of its run, best.ckpt or last.ckpt, or fit anew.",
     )
 
 

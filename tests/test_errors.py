@@ -1,3 +1,6 @@
+import pickle
+from pathlib import Path
+
 import pytest
 
 from project.errors import (
@@ -21,13 +24,18 @@ def test_every_mistake_is_a_project_error_and_says_what_it_was_given(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_workers_traceback_is_not_shown(kind):
-    """A DataLoader raises a worker's error again with the traceback as its message."""
-    from_worker = (
-        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        f'  File "x.py", line 1, in y\nproject.errors.{kind.__name__}: a.jpg is truncated.\nDelete it.\n'
-    )
-    assert str(kind(from_worker)) == "a.jpg is truncated.\nDelete it."
+def test_fields_make_the_message_and_survive_another_process(kind):
+    error = kind("{path} {reason} {hint}", path=Path("a {b}.jpg"), reason="is {empty}.", hint="Remove it.")
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert type(each) is kind
+        assert str(each) == "a {b}.jpg is {empty}. Remove it."
+        assert (each.path, each.reason, each.hint) == ("a {b}.jpg", "is {empty}.", "Remove it.")
+
+
+def test_a_message_without_fields_is_taken_as_it_is():
+    error = ProjectError("data.augment: {'class_path': 3}.")
+    assert str(error) == error.reason == "data.augment: {'class_path': 3}."
+    assert (error.path, error.hint) == (None, "")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,45 @@ from pathlib import Path
 from rich.table import Table
 
 from project.audit.checks import Audit, audit
-from project.audit.label_issues import Suspect
+from project.audit.label_issues import Suspect, suspects_of
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
+from project.features.provider import RowComputation, RowSupply
 from project.runtime.console import say
 
 SHOWN = 3  # names a finding
+
+
+def check(
+    data: ImageDataModule | None,
+    computation: RowComputation | None = None,
+    supply: RowSupply | None = None,
+    json: str | None = None,
+    fix: str | None = None,
+    top: int = 20,
+) -> bool:
+    """Examine the data: read every image whole, and say what would spoil a result.
+
+    Args:
+        data: The data.
+        computation: Of the frozen backbone that compares images; without it, no suspects are looked for.
+        supply: Has the rows of these images.
+        json: File for everything that was found, as JSON.
+        fix: CSV file for a manifest without the bad images, to be given as data.root; no image is touched.
+        top: How many of them.
+
+    Returns:
+        Whether there is no problem.
+
+    Raises:
+        ConfigError: No data was named, or a file cannot be written.
+        DataError: No manifest can be made of the data, or no image can be read.
+    """
+    data = data or ImageDataModule()
+    found = examine(data, json, fix)
+    if computation is not None and supply is not None:
+        report(found, suspects_of(computation, data, found.facts, supply, top), json)
+    return found.clean
 
 
 def examine(data: ImageDataModule, json: str | None = None, fix: str | None = None) -> Audit:

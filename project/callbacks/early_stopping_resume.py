@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from project.runtime import lightning_internals
 
 
 def reason(trainer: pl.Trainer) -> str | None:
@@ -53,7 +54,7 @@ def go_on(
             trainer.should_stop = True  # as soon as it may
         else:  # whatever ends the fit now, it is something else
             state |= {"stopping_reason": EarlyStoppingReason.NOT_STOPPED.value, "stopping_reason_message": None}
-        if counted and not stopping._check_on_train_epoch_end:
+        if counted and not lightning_internals.checks_after_training_epoch(stopping):
             state["wait_count"] -= 1
     return None
 
@@ -65,13 +66,13 @@ def _ends(stopping: EarlyStopping, state: Mapping[str, Any], watched: Mapping[st
         return False
     again = copy.deepcopy(stopping)
     again.load_state_dict({**state, "wait_count": state["wait_count"] - 1})  # what it is asked about is counted in it
-    return again._evaluate_stopping_criteria(torch.tensor(value))[0]
+    return lightning_internals.would_stop(again, value)
 
 
 def _may_end(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> bool:
     """Whether a fit has had the epochs and the steps that it is to have at least."""
-    loop, epochs = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return bool(epochs >= (loop.min_epochs or 0) and checkpoint["global_step"] >= (loop.min_steps or 0))
+    epochs = lightning_internals.epochs_of_checkpoint(checkpoint)
+    return bool(epochs >= (trainer.min_epochs or 0) and checkpoint["global_step"] >= (trainer.min_steps or 0))
 
 
 def _plain(message: str) -> str:

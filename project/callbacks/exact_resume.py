@@ -18,6 +18,7 @@ from project.callbacks import early_stopping_resume
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, damaged, shown
+from project.runtime import lightning_internals
 from project.runtime.console import say
 from project.runtime.distributed import Ranks
 from project.runtime.seeding import reseed, run_seed
@@ -45,10 +46,8 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop = trainer.fit_loop
-        progress: Any = loop.epoch_progress.current
+        progress, validation = lightning_internals.epochs(trainer), lightning_internals.validation_batches(trainer)
         within = progress.processed < progress.ready
-        validation: Any = loop.epoch_loop.val_loop.batch_progress
         mine: dict[str, Any] = {"chance": _chance()}
         if within and isinstance(pl_module, ImageClassifier):
             mine["train"] = pl_module.tally("train").state()
@@ -59,12 +58,13 @@ class ExactResume(Callback):
             "within": within,
             "validating": within and trainer.validating,
             # What has seen a validation's end has counted it; it is repeated all the same when the epoch goes on.
-            "counted": within and trainer.validating and validation.current.completed == validation.current.ready,
+            "counted": within and trainer.validating and validation.completed == validation.ready,
             "watched": _watched(trainer),
             "processes": _of_all(trainer, mine),
         }
         if within:
-            _as_lightning_resumes(checkpoint["loops"]["fit_loop"], trainer.validating, loop._should_accumulate())
+            accumulates = lightning_internals.accumulates_gradients(trainer)
+            lightning_internals.make_resumable(checkpoint, trainer.validating, accumulates)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -110,15 +110,14 @@ class ExactResume(Callback):
         with _refusing_damage():
             mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
             if kept["within"]:
-                validated = _count_anew(trainer)
+                validated = lightning_internals.discard_started_batches(trainer)
                 self._validated = None if kept.get("validating", True) else validated
                 if isinstance(pl_module, ImageClassifier):
                     pl_module.tally("train").merge(mine["train"])
             for config in trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau and kept["watched"] and not kept["within"]:
                     config.scheduler.step(kept["watched"][str(config.monitor)])
-                    trainer.fit_loop.epoch_loop.scheduler_progress.increment_ready()
-                    trainer.fit_loop.epoch_loop.scheduler_progress.increment_completed()
+                    lightning_internals.count_scheduler_step(trainer)
             _take_up(mine["chance"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,14 +130,13 @@ class ExactResume(Callback):
         if self._accumulated is not None:
             trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
         if self._validated is not None:  # Lightning counts the validation before this batch once more
-            total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-            total.completed, self._validated = self._validated, None
-            total.reset_on_restart()
+            lightning_internals.set_validated_batches(trainer, self._validated)
+            self._validated = None
         reseed(pl_module.device, run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Or else Lightning, in an epoch that was resumed within, leaves out the schedulers that watch a metric.
-        trainer.fit_loop._restarting = False
+        lightning_internals.end_restart(trainer)
 
 
 @contextmanager
@@ -149,32 +147,6 @@ def _refusing_damage() -> Iterator[None]:
         raise damaged(
             f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({shown(error)})."
         ) from error
-
-
-def _as_lightning_resumes(loops: dict[str, Any], validating: bool, accumulates: bool) -> None:
-    """Say of an epoch that is not over what makes Lightning go on exactly where it was."""
-    if validating:  # all over again: what has been counted of it is lost
-        progress = loops["epoch_loop.val_loop.batch_progress"]
-        before = progress["total"]["completed"] - progress["current"]["completed"]  # of the epoch's other validations
-        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        total = {name: count + before for name, count in begun.items()}
-        progress.update(total=total, current=begun, is_last_batch=False)
-    elif not accumulates:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it adds one when it resumes
-
-
-def _count_anew(trainer: pl.Trainer) -> int:
-    """Let no batch count twice of which only the beginning was counted: the next resume would misread the sums.
-
-    Returns:
-        How many batches of this epoch's validations are over.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    total: Any = loop.batch_progress.total
-    total.ready = total.started = total.processed
-    validation: Any = loop.val_loop.batch_progress.total
-    validation.reset_on_restart()
-    return int(validation.completed)
 
 
 def _batches_of(trainer: pl.Trainer) -> dict[str, int]:

@@ -15,7 +15,8 @@ from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Source
 from project.data.split_fingerprint import split_fingerprint
 from project.errors import ConfigError
-from project.features.provider import EngineName, PrecisionName, RowSupply, memory
+from project.features.provider import EngineName, PrecisionName, RowSupply, StoredFeatures, memory
+from project.runtime import lightning_internals
 from project.runtime.console import say
 from project.runtime.system import cache_folder
 
@@ -63,17 +64,11 @@ class FeatureCache(pl.Callback):
         self._asked = (engine, precision) != ("auto", "auto")
         #: Has rows of images, for this fit and for others.
         self.supply = RowSupply(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
-        #: A few training images in the views that this fit has of them, to be looked at.
-        self.examples: list[list[Image]] = []
-        self._in_use: tuple[ImageDataModule, Rows] | None = None
-        #: SHA-256 of train and val, images and labels; empty where features are computed in every epoch.
-        self.fingerprints: dict[str, str] = {}
-        #: How many images are in train and in val.
-        self.in_both = 0
-        #: What has computed the features, and of how many views of an image.
-        self.made = ""
+        self._in_use: tuple[ImageDataModule, Rows, StoredFeatures] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, ImageClassifier):
+            pl_module.stored_features = None
         if self._cache == "off":
             return
         from project.features.builder import OverBudgetError
@@ -98,7 +93,7 @@ class FeatureCache(pl.Callback):
     def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
         if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule) or data.source is None:
             return "the data does not come from an ImageDataModule"
-        if trainer.fit_loop._data_source.instance is not data:
+        if lightning_internals.training_data(trainer) is not data:
             return "the fit was given loaders of its own"
         if type(data.source).read is not Source.read:
             return f"{type(data.source).__name__} reads its images past decode(), which is what features are kept of"
@@ -122,13 +117,14 @@ class FeatureCache(pl.Callback):
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
         digests = digest_all(source, [*train, *val], ranks)
-        self.fingerprints = {
+        fingerprints = {
             "train": split_fingerprint(train, digests[: len(train)], source.classes),
             "val": split_fingerprint(val, digests[len(train) :], source.classes),
         }
-        self.in_both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
-        if self.in_both:
-            say(f"Data: images that are in train and in val: {self.in_both}; python -m project check names them")
+        in_both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
+        stored = module.stored_features = StoredFeatures(fingerprints, in_both)
+        if in_both:
+            say(f"Data: images that are in train and in val: {in_both}; python -m project check names them")
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
         count = self._views or min(VIEWS, epochs)
         names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
@@ -140,21 +136,23 @@ class FeatureCache(pl.Callback):
             augment = data.augment if isinstance(data.augment, str) else "of transforms"
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
         each = -(-len(train) // max(EXAMPLES // len(views), 1))  # from all over the split, which lies class by class
-        self.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
+        stored.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
         # All views of an image come together, so that what it is read from is passed over once.
         ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
         images = list({image.key: image for image in ordered}.values())
 
         supplied, engines = self.supply.have(module.row_computation(trainer), source, images, views[0])
-        self.made = f"{supplied.option.name} {supplied.option.precision}, {len(views)} view(s) of a training image"
+        stored.computed_by = (
+            f"{supplied.option.name} {supplied.option.precision}, {len(views)} view(s) of a training image"
+        )
         rows = Rows(supplied.found, memory(device, trainer.num_devices), device)
         place = {image.key: index for index, image in enumerate(images)}
         data.instead = {
             "train": _loader(trainer, rows, views, place, data, "train"),
             "val": _loader(trainer, rows, plain, place, data, "val"),
         }
-        trainer.fit_loop._combined_loader = None  # somebody may have looked at the loaders before
-        self._in_use = data, rows
+        lightning_internals.reset_training_loader(trainer)  # somebody may have looked at the loaders before
+        self._in_use = data, rows, stored
         if supplied.option.precision == "int8" and ranks.rank == 0:
             from project.features.int8_report import report
 
@@ -178,11 +176,11 @@ class FeatureCache(pl.Callback):
 
     def _let_go(self) -> None:
         if self._in_use is not None:
-            data, rows = self._in_use
+            data, rows, stored = self._in_use
             data.instead = {}
             rows.close()
             self._in_use = None
-            self.examples = []
+            stored.examples = ()
 
 
 def _loader(

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.model_checkpoint import Last
+from project.runtime import lightning_internals
 from project.runtime.signals import Interrupted, Signals
 
 
@@ -64,7 +65,7 @@ class Interruption(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._signals.awaited = False
         if isinstance(exception, Interrupted):
-            for process in _released(trainer):  # that wait for this one, wherever they are
+            for process in lightning_internals.release_subprocesses(trainer):  # they wait for this one
                 process.kill()
             for process in self._leaving:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,22 +82,11 @@ class Interruption(pl.Callback):
         last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
         if last is None:
             raise Interrupted(number, f"Stopped by {name}. Nothing was saved, as this fit keeps no last.ckpt.")
-        self._leaving = _released(trainer)
+        self._leaving = lightning_internals.release_subprocesses(trainer)
         trainer.save_checkpoint(last, weights_only=False)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = lightning_internals.training_batches(trainer).completed
         raise Interrupted(
             number,
             f"Stopped by {name} after batch {done} of epoch {trainer.current_epoch}, which is saved. Go on with:\n"
             f"{self._command} --ckpt_path {shlex.quote(str(last))}",
         )
-
-
-def _released(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """The processes that Lightning has started beside this one.
-
-    It looks after them no longer: or it would kill this one, in the middle of its work, once one of them has ended.
-    """
-    processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-    found = list(processes)
-    processes.clear()
-    return found

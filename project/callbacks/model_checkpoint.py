@@ -20,11 +20,17 @@ KEY = "best"
 
 
 class _AtEnds(ModelCheckpoint):
-    """Saves at each epoch's end, where nothing of it is left to be done, and after validations within an epoch."""
+    """Saves at each epoch's end, where nothing of it is left to be done, and after validations within an epoch.
 
-    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
-        # Lightning's own saves at validations alone where not each epoch has one at its end, and loses those without.
-        return not trainer.validating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    Lightning's own saves at validations alone where not each epoch has one at its end, and loses the other epochs.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(save_on_train_epoch_end=True, enable_version_counter=False, **options)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_last_batch:
+            self.on_train_epoch_end(trainer, pl_module)
 
 
 class Best(_AtEnds):
@@ -35,7 +41,7 @@ class Best(_AtEnds):
     """
 
     def __init__(self) -> None:
-        super().__init__(filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False)
+        super().__init__(filename="best", monitor="val/accuracy", mode="max")
         self._before: tuple[Path, torch.Tensor] | None = None
         self._writes = True
         self.measured: EvaluationSummary | None = None
@@ -108,7 +114,7 @@ class Last(_AtEnds):
     """
 
     def __init__(self) -> None:
-        super().__init__(filename="last", enable_version_counter=False)
+        super().__init__(filename="last")
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
+from project.runtime import lightning_internals
 from project.runtime.console import Bar, Pace, clock, on_a_terminal, say
 
 MOST_LINES = 40  # of a fit, whatever its number of epochs
@@ -60,7 +61,7 @@ class Progress(ProgressBar):
         self._validated = 0
         self._show("")
         self._name_epoch(trainer)
-        self._count_batches(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Of the epoch before: what its training came to was not known yet when it ended.
@@ -86,7 +87,7 @@ class Progress(ProgressBar):
             self._count_evaluated(trainer.num_val_batches, *given[3:])
         elif not trainer.sanity_checking:
             self._validated += 1
-            self._count_batches(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+            self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 
     def _count_batches(self, trainer: pl.Trainer, trained: int) -> None:
         """Count what is done of all epochs, those of validation included."""
@@ -168,11 +169,10 @@ def _epochs(trainer: pl.Trainer) -> int | None:
 
 def _validation_batches(trainer: pl.Trainer) -> int:
     """Of an epoch, on average."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    batches = sum(loop.max_batches) if trainer.enable_validation else 0
+    batches = sum(trainer.num_val_batches) if trainer.enable_validation else 0
     if not math.isfinite(batches):
         return 0
-    times = max(1, int(trainer.num_training_batches / trainer.val_check_batch)) if trainer.val_check_batch else 1
+    times = lightning_internals.validations_per_epoch(trainer)
     return int(batches) * times // (trainer.check_val_every_n_epoch or 1)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from project.errors import damaged
+from project.runtime.lightning_internals import epochs_of_checkpoint
 
 #: How a fit has held images out, and of what type each setting is.
 SPLIT: dict[str, tuple[type, ...]] = {
@@ -40,7 +41,7 @@ def epochs_of(checkpoint: Mapping[str, Any]) -> int:
         CheckpointError: It does not say.
     """
     try:
-        return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+        return epochs_of_checkpoint(checkpoint)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged("The checkpoint is damaged: it does not say how many epochs it has had.") from error
 

@@ -79,7 +79,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         refuse_malformed(checkpoint)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
 
 

@@ -26,6 +26,7 @@ from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ProjectError, WeightsError
 from project.models.backbone import Backbone, BackboneFactory
 from project.models.cut import Cut
+from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The arguments of a classifier that name a class, and what kind of class it has to be.
 PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
@@ -84,9 +85,9 @@ class CheckpointMixin(Module):
             model = cls(**arguments)
             model.on_load_checkpoint(checkpoint)
         except WeightsError as error:
-            raise WeightsError(f"{checkpoint_path}: {error}") from error
+            raise WeightsError("{path}: {reason}", path=checkpoint_path, reason=error) from error
         except ProjectError as error:
-            raise CheckpointError(f"{checkpoint_path}: {error}") from error
+            raise CheckpointError("{path}: {reason}", path=checkpoint_path, reason=error) from error
         model.load_state_dict(checkpoint["state_dict"])
         return model if map_location is None else model.to(map_location)
 
@@ -152,11 +153,10 @@ class CheckpointMixin(Module):
         refuse_another(checkpoint["transfer"], self.identity())
         state = self.state_dict()
         refuse_tensors(self._trained(state), checkpoint["state_dict"])
-        verb = self.trainer.state.fn if self._trainer is not None else None
-        if verb is not None:
-            loop = f"{verb.value}_loop"
-            refuse_progress(checkpoint.get("loops"), {loop: getattr(self.trainer, loop).state_dict()}, "loops")
-        if verb == "fit":
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            refuse_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
+        if trainer is not None and trainer.state.fn == "fit":
             groups = on_meta(self.parameter_groups())
             name_groups(checkpoint, groups)
             let_flags_win(checkpoint, self.hparams, self.make_optimizer(groups)[0].param_groups)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from project.checkpoints.metadata import epochs_of, seed_of, split_settings
 from project.checkpoints.reader import hyper_parameters, read_checkpoint
@@ -18,11 +19,13 @@ from project.cli.parser_errors import explain, explain_part
 from project.cli.run_folders import RUNS, WORDS, newest
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError, damaged, nearest
+from project.runtime import lightning_internals
 from project.runtime.console import say
+from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
 
 
-class CheckpointCLI(LightningCLI):
+class CheckpointCLI(VerbCLI):
     """A command line whose flags and files beat what a checkpoint says.
 
     Args:
@@ -43,18 +46,18 @@ class CheckpointCLI(LightningCLI):
         Raises:
             ConfigError: A flag or key is unknown, or its value is not of its kind.
         """
-        verb = next((word for word in args if word in self._subcommand_parsers), None)
+        verb = next((word for word in args if word in self.subcommands()), None)
         path, _ = without_checkpoint(args)
         if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise explain(error, self._parser(verb)) from error
+            raise explain(error, self.verb_parser(verb) if verb else self.parser) from error
         except RecursionError as error:
             raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
 
-    def _parse_ckpt_path(self) -> None:
+    def apply_checkpoint(self) -> None:
         """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
 
         Lightning's own puts them over the flags (issue 21455).
@@ -140,26 +143,25 @@ class CheckpointCLI(LightningCLI):
         defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
         if verb == "fit" and seed_of(self._checkpoint) is not None:  # it goes on with the same chance
             defaults["seed_everything"] = seed_of(self._checkpoint)
-        self._subcommand_parsers[verb].set_defaults(defaults)
+        self.verb_parser(verb).set_defaults(defaults)
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb; say so where a checkpoint's states are such that Lightning cannot take them.
+    @contextmanager
+    def blaming_checkpoint(self) -> Iterator[None]:
+        """Report an error while Lightning restores a checkpoint as damage of that checkpoint.
 
         Raises:
-            CheckpointError: They are damaged.
+            CheckpointError: Its states are damaged.
         """
         try:
-            super()._run_subcommand(subcommand)
+            yield
         except ProjectError:
             raise
         except Exception as error:
-            # What is loaded is let go of once all of it has been restored: an error after that is of something else.
-            if not self.trainer._checkpoint_connector._loaded_checkpoint:
+            if not lightning_internals.is_restoring(self.trainer):
                 raise
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise damaged(
-                f"{self._get(self.config, 'ckpt_path')} is damaged: its states cannot be restored ({reason})."
-            ) from error
+            path = self.config[self.config.subcommand].ckpt_path
+            raise damaged(f"{path} is damaged: its states cannot be restored ({reason}).") from error
 
 
 def without_checkpoint(args: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
-import logging
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -18,6 +16,7 @@ from project.cli.transfer_cli import PROGRAM, TransferCLI
 from project.config.import_allowlist import allowed_imports, imports_limited
 from project.errors import ProjectError
 from project.runtime.distributed import is_rank_zero, launched, launcher, lost
+from project.runtime.process_state import process_state
 from project.runtime.signals import Interrupted, Signals
 
 
@@ -43,6 +42,15 @@ EXPECTED = (
 )
 
 
+def _process_state() -> AbstractContextManager[None]:
+    return process_state(
+        ignored_warnings=EXPECTED,
+        format_warning=lambda message, *_: f"warning: {message}\n",
+        ignored_records={"lightning.pytorch.utilities.rank_zero": "try installing"},  # Lightning's advertisements
+        stdout_errors="backslashreplace",  # a file's name need not be text
+    )
+
+
 def main(args: Sequence[str]) -> int:
     """Run a verb.
 
@@ -53,17 +61,9 @@ def main(args: Sequence[str]) -> int:
         Exit code: 0; 1 where ``check`` found problems, or another process has failed; 2 after a mistake of the user's,
             which is told in a line or two; 143 and 130 after SIGTERM and SIGINT.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
-    for message in EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda r: "try installing" not in r.getMessage()
-    )
     try:
         more, rest = allowed_imports(args)
-        with Signals(launcher()) as signals, imports_limited(more):
+        with _process_state(), Signals(launcher()) as signals, imports_limited(more):
             code = TransferCLI(rest, signals, _again(args)).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")

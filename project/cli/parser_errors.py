@@ -11,6 +11,7 @@ import torch
 from project.config.class_path import ClassSpec
 from project.config.import_allowlist import refused
 from project.errors import ConfigError, nearest
+from project.runtime.lightning_cli import option_names
 
 #: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
 OUT_OF_MEMORY = re.compile(
@@ -133,7 +134,7 @@ def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
         word, place = part["argument"], f" in {part['part']} ({part['path']})"
         known = list(inspect.signature(ClassSpec(part["path"]).resolve(object)).parameters)
         return ConfigError(f"unknown key {word!r}{place}. {nearest(word, known)}It takes {', '.join(known)}.")
-    keys = [action.dest for action in parser._actions if action.dest != "help"]
+    keys = option_names(parser)
     if part["flag"]:
         word = part["flag"]
         return ConfigError(f"unknown flag {word}. {nearest(word, [f'--{key}' for key in keys])}See --help for all.")

@@ -8,14 +8,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import project
+from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import Interruption
 from project.callbacks.model_checkpoint import Best, Last
+from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import SGD, ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS, reserve_version
@@ -26,6 +29,7 @@ from project.inference import demo
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import RunCard, card_path
 from project.reporting.run_summary import Report, evaluated
+from project.runtime.lightning_cli import Verb, VerbCLI
 from project.runtime.signals import Signals
 from project.trainer import Trainer
 
@@ -80,46 +84,18 @@ class TransferCLI(CheckpointCLI):
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The verbs, and the arguments of their methods that are not flags."""
-        inherited = LightningCLI.subcommands()
-        verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
-        return {**verbs, "check": {"model", "datamodule", "suspects"}, "demo": {"model", "datamodule"}}
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let ``--suspects`` be said without a value."""
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "check":
-            parser.add_argument("--suspects", action="store_true", help="Name images that look like another class.")
-        return parser
-
-    def _add_instantiators(self) -> None:
-        """Refuse data before any weights are read for it; ``check`` takes any data, and reads none."""
-        super()._add_instantiators()
-        self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
-        if self.subcommand == "check" and not self.config.check.suspects:
-            self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
-
-    def _make_data(self, kind: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
-        data = kind(*args, **kwargs)
-        if self.subcommand != "check" and data.source is not None:
-            data.source.require()
-        return data
-
-    def check(self, **arguments: Any) -> None:
-        """Examine the data; the exit code says whether it is clean."""
-        suspects = self.config.check.suspects
-        self.exit_code = 0 if self.trainer.check(**arguments, suspects=suspects) else 1
-
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before any weights are read.
 
         Raises:
             ConfigError: There is no checkpoint to evaluate, or no data.
         """
-        data, verb = self._get(self.config, "data"), self.subcommand
-        model, trainer = self._get(self.config, "model"), self._get(self.config, "trainer")
+        verb, config = self.subcommand, self.config[self.subcommand]
+        data, model, trainer = config.data, config.model, config.trainer
+        # Data is refused before any weights are read for it. ``check`` takes any data, and reads no weights.
+        self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
+        if verb == "check" and not config.suspects:
+            self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
         wanted = trainer["accelerator"]
         if wanted in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
             raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
@@ -128,14 +104,14 @@ class TransferCLI(CheckpointCLI):
         if verb == "check":
             model["trainable"] = "head"  # labels are judged by the whole backbone
         if verb == "demo":
-            demo.require(self._get(self.config, "port"))
+            demo.require(config.port)
             model["compile"] = False  # a page would wait for it longer than for its answers
-        name = self._get(self.config, "name")
+        name = config.name
         if name and (Path(name).name != name or name == ".."):
             raise ConfigError(
                 f"--name: {name!r} is no name of one folder. For another place: --trainer.default_root_dir"
             )
-        if verb not in ("fit", "check") and not self._get(self.config, "ckpt_path"):
+        if verb not in ("fit", "check") and not config.ckpt_path:
             raise ConfigError(
                 f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt"
             )
@@ -145,55 +121,125 @@ class TransferCLI(CheckpointCLI):
         elif verb != "demo" and data["root"] is None and data["source"] is None:
             raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
 
+    def _make_data(self, kind: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
+        data = kind(*args, **kwargs)
+        if self.subcommand != "check" and data.source is not None:
+            data.source.require()
+        return data
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the arguments of their functions that are not flags."""
+        inherited = VerbCLI.subcommands()
+        verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
+        return verbs | {
+            "predict": set(),
+            "check": {"data", "computation", "supply"},
+            "demo": {"model", "data", "trainer", "supply"},
+        }
+
+    def verbs(self) -> dict[str, Verb]:
+        """What the flags of each verb come from."""
+        lightning: dict[str, Verb] = {verb: (Trainer, verb) for verb in ("fit", "validate", "test")}
+        return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo}
+
+    def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
+        """Add ``--suspects``, which takes no value."""
+        if verb == "check":
+            parser.add_argument("--suspects", action="store_true", help="Name images that look like another class.")
+
+    def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
+        """Run a verb and print its result. The exit code of ``check`` says whether the data is clean."""
+        given = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
+        supply = self._section.features.supply
+        with self.blaming_checkpoint():
+            if verb == "fit":
+                self.trainer.fit(**given, weights_only=True)  # a checkpoint is never unpickled
+                self._report.show(self.trainer, self.model, card_path(self.trainer))
+            elif verb in ("validate", "test"):
+                getattr(self.trainer, verb)(**given, verbose=False, weights_only=True)
+                if flags["verbose"]:  # in fewer digits than Lightning's, and with an interval
+                    evaluated(self.trainer, self.model, "val" if verb == "validate" else "test")
+            elif verb == "predict":
+                self.predict(**flags)
+            elif verb == "demo":
+                demo.demo(self.model, data=self.datamodule, trainer=self.trainer, supply=supply, **flags)
+            elif self.trainer.global_rank == 0:  # one process checks the data for all
+                computation = self.model.row_computation(self.trainer) if self._section.suspects else None
+                self.exit_code = 0 if check(self.datamodule, computation, supply, **flags) else 1
+
+    def predict(self, ckpt_path: str | None = None, output: str = "predictions.csv") -> None:
+        """Predict images, and write a CSV file with a row for each.
+
+        Args:
+            ckpt_path: Checkpoint whose model predicts.
+            output: The CSV file: path, predicted class, its probability, and the next two classes with theirs.
+        """
+        del output  # build_callbacks gives it to the callback that writes the file
+        self.trainer.predict(
+            self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True
+        )
+
+    @property
+    def _section(self) -> Namespace:
+        """Configuration of the verb, with its classes instantiated."""
+        section: Namespace = self.config_init[self.subcommand]
+        return section
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Give a fit its folder, its checkpoints and its dashboard; the other verbs write no logs."""
-        given = self._get(self.config_init, "trainer")
-        interruption = Interruption(self._signals, self._command)
-        if self.subcommand == "fit":
+        """Make the trainer: a fit gets its folder, its checkpoints and its dashboard; other verbs write no logs."""
+        section, verb = self._section, str(self.subcommand)
+        options = {**section.trainer, **kwargs}
+        if verb == "fit":
             self._signals.meanwhile = "No batch has been trained since it began: give the same command again."
-        if self.subcommand != "fit":
-            self.save_config_callback = None
-            silent = {"logger": given["logger"] or False, "enable_checkpointing": False}
-            self.trainer_defaults["callbacks"] = [interruption]
-            return super().instantiate_trainer(**silent, **kwargs)
-        self._report = Report(self._get(self.config_init, "dashboard"))
-        callbacks: list[pl.Callback] = [interruption, self._report]
-        if not given["fast_dev_run"]:
-            if not given["logger"]:  # a logger of the user's has a folder of its own
-                runs = Path(given["default_root_dir"] or RUNS)
-                name = self._get(self.config_init, "name") or self.datamodule.name
-                number = reserve_version(runs / name)
-                if number is not None:
-                    kwargs["default_root_dir"] = runs / name / f"version_{number}"
-                if given["logger"] is None:
-                    kwargs["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
-            elif self._get(self.config_init, "name"):
+            options |= self._run_folder(section)
+        else:
+            options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
+        self._report = Report(section.dashboard)
+        callbacks = build_callbacks(verb, section, Interruption(self._signals, self._command), self._report)
+        if verb == "fit" and not section.trainer.fast_dev_run:
+            callbacks.append(SaveConfigCallback(self.verb_parser(verb), self.config[verb]))
+        return Trainer(**{**options, "callbacks": callbacks})
+
+    def _run_folder(self, section: Namespace) -> dict[str, Any]:
+        """Reserve the folder of a fit, and point the trainer's options to it."""
+        given = section.trainer
+        if given.fast_dev_run:
+            return {}
+        if given.logger:  # a logger of the user's has a folder of its own
+            if section.name:
                 raise ConfigError("--name is of the usual logger. Call yours by its own: --trainer.logger.name NAME")
-            if given["logger"] is not False:
-                callbacks.append(LearningRateMonitor())
-            if given["enable_checkpointing"] is not False:
-                callbacks += [*([Best()] if given["limit_val_batches"] != 0 else []), Last(), RunCard()]
-        self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+            return {}
+        runs, name = Path(given.default_root_dir or RUNS), section.name or self.datamodule.name
+        number = reserve_version(runs / name)
+        options: dict[str, Any] = {}
+        if number is not None:
+            options["default_root_dir"] = runs / name / f"version_{number}"
+        if given.logger is None:
+            options["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
+        return options
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Never unpickle a checkpoint."""
-        if subcommand in ("check", "demo"):
-            return super()._prepare_subcommand_kwargs(subcommand)
-        given = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
-        self._tells = given.get("verbose", False)
-        return given | ({"verbose": False} if self._tells else {})  # told here, in fewer digits and with an interval
 
-    def after_validate(self) -> None:
-        """Print the result."""
-        if self._tells:
-            evaluated(self.trainer, self.model, "val")
+def build_callbacks(verb: str, section: Namespace, interruption: Interruption, report: Report) -> list[pl.Callback]:
+    """The callbacks of a verb, in the order in which Lightning calls them: first those that the user has configured.
 
-    def after_test(self) -> None:
-        """Print the result."""
-        if self._tells:
-            evaluated(self.trainer, self.model, "test")
-
-    def after_fit(self) -> None:
-        """Print the result."""
-        self._report.show(self.trainer, self.model, card_path(self.trainer))
+    Args:
+        verb: Its name.
+        section: Its configuration, with instantiated classes.
+        interruption: Ends a fit when a signal is received.
+        report: Prints what a fit trains, and its result.
+    """
+    given, trainer = section.trainer.callbacks or [], section.trainer
+    callbacks: list[pl.Callback] = [*(given if isinstance(given, list) else [given])]
+    callbacks += [section.features, section.dashboard, interruption]
+    if verb == "predict":
+        callbacks.append(PredictionWriter(section.output))
+    if verb != "fit":
+        return callbacks
+    callbacks.append(report)
+    if not trainer.fast_dev_run:
+        if trainer.logger is not False:
+            callbacks.append(LearningRateMonitor())
+        if trainer.enable_checkpointing is not False:
+            callbacks += [*([Best()] if trainer.limit_val_batches != 0 else []), Last(), RunCard()]
+    return callbacks

@@ -127,7 +127,7 @@ class ClassSpec:
         try:
             return self.resolve(base)(*inputs)
         except ProjectError as error:
-            raise type(error)(f"{key}: {error}") from error
+            raise type(error)("{path}: {reason}", path=key, reason=error) from error
         except Exception as error:  # what a class makes of arguments that are not for it can be anything
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConfigError(f"{key}: {self.class_path} does not take these arguments: {reason}.") from error

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from project.data.dataset import Images, NamedImages
+from project.data.dataset import ImageLoader, Images, NamedImages, collate
 from project.data.image_index import Facts, Index
 from project.data.image_io import list_images
 from project.data.mixup import Mix
@@ -25,6 +25,7 @@ from project.data.splits import HoldOut, lacking, split
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
+from project.runtime import lightning_internals
 from project.runtime.console import counting, say
 from project.runtime.seeding import run_seed, seed_at
 from project.runtime.signals import leave_to_the_parent
@@ -214,9 +215,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def behind(self, split_name: str) -> int:
         """How many batches of the present epoch a fit that was resumed within it has behind it."""
-        loop: Any = getattr(self.trainer, "fit_loop", None)
-        resumes = split_name == "train" and loop is not None and loop.restarting
-        return int(loop.epoch_loop.batch_progress.current.processed) if resumes else 0
+        if split_name != "train" or self.trainer is None or not lightning_internals.is_resuming_epoch(self.trainer):
+            return 0
+        return lightning_internals.training_batches(self.trainer).processed
 
     def training_transform(self) -> Transform:
         """What is done to an image of the train split."""
@@ -263,7 +264,7 @@ class ImageDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""
         if self.mixes and self.trainer is not None and self.trainer.training:
-            batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            batch_idx = lightning_internals.training_batches(self.trainer).ready
             seed = seed_at(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
             return Mix(len(self.classes or ()), *self._mix)(batch, seed)
         return batch
@@ -277,18 +278,18 @@ class ImageDataModule(pl.LightningDataModule):
         assert self.source is not None  # setup() has refused it
         dataset = Images(self.splits[name], self.source, transform, run_seed())
         sampler = EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size)
-        loop: Any = getattr(self.trainer, "fit_loop", None)
-        if loop is not None:  # Lightning says it when workers have begun already on the epoch of a fit that is resumed
-            sampler.set_epoch(loop.epoch_progress.current.processed)
+        if self.trainer is not None:  # Lightning says it when workers have begun on the epoch of a resumed fit
+            sampler.set_epoch(lightning_internals.epochs(self.trainer).processed)
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Images, sampler: EpochSampler) -> DataLoader[Any]:
-        return DataLoader(
+        return ImageLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
             worker_init_fn=leave_to_the_parent,
             pin_memory=self.pin_memory,
         )

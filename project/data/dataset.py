@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from project.data.samplers import Padding
 from project.data.sources.base import Sample, Source
 from project.data.transforms import Drawn, Transform
+from project.errors import ProjectError
 from project.runtime.seeding import seed_at
 
 
@@ -63,9 +64,14 @@ class Images(Dataset[Any]):
             return self._transform(image)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
-        """The items of a batch."""
-        self._source.expect([self._sample(number) for number in numbers])
-        return [self[number] for number in numbers]
+        """The items of a batch; in a worker process, a mistake in the data is an item: see :class:`ImageLoader`."""
+        try:
+            self._source.expect([self._sample(number) for number in numbers])
+            return [self[number] for number in numbers]
+        except ProjectError as error:
+            if get_worker_info() is None:
+                raise
+            return [error]
 
 
 class NamedImages(Images):
@@ -73,3 +79,25 @@ class NamedImages(Images):
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:
         return self._image(number), "" if isinstance(number, Padding) else self._sample(number).name
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader of images, with :func:`collate`, that raises a worker's mistake in the data as it was.
+
+    torch's own makes an exception of the same class, without its fields, whose message is the worker's traceback.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return _raising(super().__iter__())  # workers start now, not with the first batch
+
+
+def collate(items: list[Any]) -> Any:
+    """A batch of items; the error where a worker has one in their place."""
+    return items[0] if isinstance(items[0], ProjectError) else default_collate(items)
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, ProjectError):
+            raise batch
+        yield batch

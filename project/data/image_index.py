@@ -67,7 +67,7 @@ def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None
     try:
         content = source.content(sample)
     except DataError as error:
-        return Facts(b"", _without(str(error), sample), "unreadable")
+        return Facts(b"", _about(error, sample), "unreadable")
     digest = hashlib.sha256(content).digest()
     known = kept(digest)
     if known is not None:
@@ -86,16 +86,17 @@ def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None
             kind = "empty"
         elif isinstance(error.__cause__, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             kind = "too large"
-        elif "truncated" in str(error):
+        elif "truncated" in str(error.__cause__):  # as Pillow says it
             kind = "truncated"
-        return Facts(digest, _without(str(error), sample), kind, width, height, found)
+        return Facts(digest, _about(error, sample), kind, width, height, found)
     if not width:  # a source that decodes in a way of its own
         width, height = image.size
     return Facts(digest, "", "", width, height, found, *looks(image))
 
 
-def _without(message: str, sample: Sample) -> str:
-    return message.removeprefix(sample.name).removeprefix(" ")
+def _about(error: DataError, sample: Sample) -> str:
+    """What an error says of a sample whose name is known."""
+    return f"{error.reason} {error.hint}" if error.path == sample.name else str(error)
 
 
 def _cosines(size: int, most: int) -> np.ndarray:

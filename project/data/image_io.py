@@ -97,7 +97,7 @@ def read_bytes(path: str | Path) -> bytes:
         gone = f" It links to {link.readlink()}, which is gone." if link.is_symlink() else ""
         raise DataError(f"{path} is not there.{gone}") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise DataError(f"{path} cannot be read: {error}. Mend or remove it.") from error
+        raise _unreadable(path, f"cannot be read: {error}.") from error
 
 
 def stamp(path: str | Path) -> str | None:
@@ -137,7 +137,7 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
         DataError: It is truncated, or no image.
     """
     if not content:
-        raise DataError(f"{name} is empty: it has 0 bytes. Mend or remove it.")
+        raise _unreadable(name, "is empty: it has 0 bytes.")
     try:
         with open_image(content) as image:
             if enough:
@@ -148,9 +148,13 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{name} is not an image that can be read. Mend or remove it.") from error
+        raise _unreadable(name, "is not an image that can be read.") from error
     except Exception as error:  # Pillow's readers of a format raise whatever comes of damaged bytes
-        raise DataError(f"{name} cannot be read: {str(error) or type(error).__name__}. Mend or remove it.") from error
+        raise _unreadable(name, f"cannot be read: {str(error) or type(error).__name__}.") from error
+
+
+def _unreadable(name: str | Path, reason: str) -> DataError:
+    return DataError("{path} {reason} {hint}", path=name, reason=reason, hint="Mend or remove it.")
 
 
 def _rgb(image: Image.Image, name: str | Path) -> Image.Image:

@@ -109,13 +109,10 @@ class Collector:
         self._features = _Parts(_stride(expected, points), points)
         self._count = 0
 
-    def features(self, features: torch.Tensor) -> None:
-        """Take the features ``(B, D)`` of a batch, before the batch itself."""
-        self._features.add(features, self._count)
-
-    def batch(self, probabilities: torch.Tensor) -> None:
-        """Take a batch: probabilities ``(B, C)``."""
+    def batch(self, probabilities: torch.Tensor, features: torch.Tensor) -> None:
+        """Take a batch, without padding: probabilities ``(B, C)`` and features ``(B, D)``."""
         self._probabilities.add(probabilities, self._count)
+        self._features.add(features, self._count)
         self._count += len(probabilities)
 
     def outcome(self, each: Each) -> Outcome:
@@ -126,9 +123,7 @@ class Collector:
         """
 
         def kept(parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
-            indices, rows = _joined(parts.indices, torch.int64), _joined(parts.rows, torch.float32)
-            there = indices < len(each.labels)  # features come with padding at their end, answers without
-            return indices[there], rows[there]
+            return _joined(parts.indices, torch.int64), _joined(parts.rows, torch.float32)
 
         return Outcome(
             torch.arange(len(each.labels)) * self._world + self._rank,

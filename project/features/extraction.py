@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from project.data.dataset import ImageLoader, collate
 from project.data.image_io import DECODING
 from project.data.sources.base import Sample, Source, decoder_name
 from project.data.transforms import Drawn, Transform
-from project.errors import DataError
+from project.errors import DataError, ProjectError
 from project.features.engines import Engine
 from project.features.store import SHARD, Keys, Space, as_keys, row_key
 from project.runtime.distributed import Ranks
@@ -167,12 +168,12 @@ def _from_processes(
     images: Sequence[Image], load: Callable[[Image], torch.Tensor], workers: int
 ) -> Generator[torch.Tensor]:
     """Decoded images ``(B, 3, H, W)`` in order, a few at a time: what is under way lies in shared memory."""
-    yield from DataLoader(
+    yield from ImageLoader(
         _Decoded(images, load),
         batch_size=PART,
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        collate_fn=torch.stack,
+        collate_fn=collate,
         worker_init_fn=leave_to_the_parent,
     )
 
@@ -187,8 +188,12 @@ class _Decoded(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self._load(self._images[index])
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor | ProjectError]:
+        """Decoded images ``(3, H, W)``; an error is an item: see :class:`~project.data.dataset.ImageLoader`."""
+        try:
+            return [self._load(self._images[index]) for index in indices]
+        except ProjectError as error:
+            return [error]
 
 
 def _fill(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.Tensor:

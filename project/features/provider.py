@@ -53,6 +53,23 @@ class RowComputation:
     log: Callable[[Mapping[str, float], str], None] = field(default=lambda values, text: None)
 
 
+@dataclass
+class StoredFeatures:
+    """The stored rows of a fit, for reports on it.
+
+    Attributes:
+        fingerprints: SHA-256 of train and val, images and labels.
+        in_both: Number of images that are in train and in val.
+        examples: A few training images, each in all its views, while the fit runs.
+        computed_by: What has computed the rows, and of how many views of an image.
+    """
+
+    fingerprints: Mapping[str, str]
+    in_both: int
+    examples: Sequence[Sequence[Image]] = ()
+    computed_by: str = ""
+
+
 class RowSupply:
     """Has rows of images, and says how many were reused and how many computed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import importlib.util
 import io
@@ -14,14 +15,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 from PIL import Image
 
+from project.checkpoints.reader import read_checkpoint
+from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
 from project.data.image_io import read_image
-from project.errors import ConfigError, DataError, ModelError
-from project.inference.gallery import Gallery
+from project.errors import ConfigError, DataError, ModelError, ProjectError
+from project.features.provider import RowSupply
+from project.inference.gallery import Gallery, data_of
 from project.inference.heatmap_overlay import overlay
 from project.inference.predictor import Classifier
 from project.runtime.console import say
+from project.runtime.process_state import process_state
 
 HOST = "127.0.0.1"
 NEAREST = 6
@@ -65,8 +72,7 @@ def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) ->
     try:
         picture = read_image(file)
     except DataError as error:
-        what = str(error).replace(file, Path(file).name).removesuffix(" Mend or remove it.")
-        return Answer(None, _heading(what))
+        return Answer(None, _heading(f"{Path(file).name} {error.reason}"))
     (row,) = classifier.predict_proba([picture])
     (name,) = classifier.names(row[None])
     (crop,) = classifier.crop([picture])
@@ -134,6 +140,50 @@ def _free(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def demo(
+    model: ImageClassifier,
+    ckpt_path: str | None = None,
+    port: int = 7860,
+    open: bool = True,
+    data: ImageDataModule | None = None,
+    trainer: pl.Trainer | None = None,
+    supply: RowSupply | None = None,
+) -> None:
+    """Open a page on this machine to try the classifier on photographs: classes, heat map, nearest training images.
+
+    Args:
+        model: The classifier.
+        ckpt_path: Checkpoint whose model answers.
+        port: Port of the page on 127.0.0.1; 0 for any that is free.
+        open: Show the page in a browser.
+        data: Has the training images; by default those that the config.yaml of the checkpoint's run names.
+        trainer: Whose device and precision compute the training images' rows.
+        supply: Has these rows.
+
+    Raises:
+        ConfigError: No checkpoint is named, or the port is taken.
+        CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit the model.
+        DataError: The data's classes are not the checkpoint's, or an image cannot be read.
+    """
+    if ckpt_path is None:
+        raise ConfigError("demo needs a checkpoint. Name one with --ckpt_path FILE.")
+    checkpoint = read_checkpoint(ckpt_path)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    classifier, gallery = Classifier(model), None
+    given = data if data is not None and data.source is not None else None
+    about = f"{len(model.classes)} classes on {model.backbone.name}: {ckpt_path}"
+    try:
+        gallery = Gallery(classifier, given or data_of(ckpt_path), "train", trainer, supply)
+    except ProjectError as error:
+        if given:
+            raise
+        lacking = f"No training images are shown: {error} (--data.root PATH shows others)"
+        say(f"Demo: {lacking}")
+        about += f"\n{lacking}"
+    serve(classifier, gallery, about, port, open)
+
+
 def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int, show: bool) -> None:
     """Open the page, until the process is told to stop.
 
@@ -145,13 +195,14 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
         show: Whether to open a browser.
     """
     # Nothing is told to anybody, and no proxy is asked for what is on this machine.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    variables = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     for key in ("no_proxy", "NO_PROXY"):
-        os.environ[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
+        variables[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # what is dropped is gone with the page
-        page = _page(classifier, gallery, about)
-        try:
+        variables["GRADIO_TEMP_DIR"] = folder  # what is dropped is gone with the page
+        with process_state(environment=variables), contextlib.ExitStack() as opened:
+            page = _page(classifier, gallery, about)
+            opened.callback(page.close, verbose=False)
             _, url, _ = page.launch(
                 server_name=HOST,
                 server_port=_free(port),
@@ -168,8 +219,6 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
             say(f"Demo: {url} (Ctrl-C ends it)")
             while True:
                 time.sleep(0.5)
-        finally:
-            page.close(verbose=False)
 
 
 def _page(classifier: Classifier, gallery: Gallery | None, about: str) -> Any:

@@ -141,7 +141,8 @@ def load(
     try:
         models = [ImageClassifier.load_from_checkpoint(each, backbones=backbones, **changes) for each in paths]
     except WeightsError as error:
-        raise WeightsError(f"{error} Say where they are now: load(path, weights=...).") from error
+        hint = "Say where they are now: load(path, weights=...)."
+        raise WeightsError("{reason} {hint}", path=path, reason=error, hint=hint) from error
     classifiers = [Classifier(model.to(device)) for model in models]
     return classifiers if several else classifiers[0]
 

@@ -10,9 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import re
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from project.errors import WeightsError
+from project.runtime.process_state import process_state
 
 State = dict[str, torch.Tensor]
 
@@ -84,7 +83,7 @@ def from_url(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         digits = HASH_IN_NAME.search(target.name)
         try:
-            with _socket_timeout(TIMEOUT):
+            with process_state(socket_timeout=TIMEOUT):  # torch.hub sets none of its own
                 torch.hub.download_url_to_file(url, str(target), digits and digits.group(1))
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
             raise WeightsError(_unreachable(url, error, f"put it into {folder}")) from error
@@ -103,9 +102,9 @@ def from_hub(repository: str, file: str) -> Path:
     cached = try_to_load_from_cache(repository, file)
     if isinstance(cached, str):
         return Path(cached)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would print each of its retries
     try:
-        return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT))
+        with process_state(log_levels={"huggingface_hub": logging.ERROR}):  # it would print each of its retries
+            return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT))
     except (OSError, HfHubHTTPError) as error:
         url = f"{constants.ENDPOINT}/{repository}/resolve/main/{file}"
         mend = f"give its path as model.weights, or copy another machine's cache to {constants.HF_HUB_CACHE}"
@@ -193,14 +192,3 @@ def _unreachable(url: str, error: Exception, by_hand: str) -> str:
         f"Weights could not be downloaded from {url} ({reason}).\n"
         f"Download it elsewhere and {by_hand}; without any download: python -m project fit -c configs/quickstart.yaml"
     )
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """``torch.hub`` opens its connections with no timeout of its own, so the default is lent one."""
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(previous)

@@ -84,7 +84,6 @@ class Dashboard(pl.Callback):
         self._painter: Painter | None = None  # in the first process alone
         self._shows_input = False
         self._collector: Collector | None = None
-        self._hook: Any = None
         self._overall: dict[str, Any] = {"score": -math.inf, "values": {}}
         self._best: tuple[Outcome, int] | None = None
         self._drawn = True
@@ -152,18 +151,16 @@ class Dashboard(pl.Callback):
         assert isinstance(pl_module, ImageClassifier)
         expected = _expected(trainer)
         ranks, classes = Ranks(), len(pl_module.classes)
-        collector = self._collector = Collector(expected, self._points, classes, ranks.rank, ranks.size)
-        # What the head is given: features are there already, whatever of the backbone trains, stored or live.
-        self._hook = pl_module.head.register_forward_pre_hook(lambda _, given: collector.features(given[0]))
+        self._collector = Collector(expected, self._points, classes, ranks.rank, ranks.size)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         if self._collector is not None and isinstance(outputs, Step):
-            self._collector.batch(outputs.probabilities)
+            self._collector.batch(outputs.probabilities, outputs.features)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        collector = self._unhook()
+        collector, self._collector = self._collector, None
         score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
         if self._logs and not trainer.sanity_checking and score > self._overall["score"]:  # the same in all processes
             self._overall = {"score": score, "values": _compared(trainer, "best")}
@@ -210,16 +207,9 @@ class Dashboard(pl.Callback):
         self._before = {"score": float(state_dict["score"]), "values": values}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._unhook()
+        self._collector = None
         if isinstance(exception, Interrupted) and trainer.state.fn == "fit":  # figures would take of the time to leave
             self._log_result(trainer, pl_module)
-
-    def _unhook(self) -> Collector | None:
-        """The collector, which gets nothing more."""
-        if self._hook is not None:
-            self._hook.remove()
-        collector, self._hook, self._collector = self._collector, None, None
-        return collector
 
 
 def _expected(trainer: pl.Trainer) -> int | None:

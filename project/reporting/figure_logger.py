@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.callbacks.feature_cache import FeatureCache
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.predictions import Outcome
 from project.reporting.thumbnails import Thumbnails
-from project.runtime import logger_adapters
+from project.runtime import lightning_internals, logger_adapters
 
 #: Share of a fit's time that drawing may take while it goes on.
 SHARE = 0.05
@@ -81,17 +80,15 @@ class Painter:
 
     def stored_input(self) -> bool:
         """Draw the training images of stored rows, in all their views; says whether there are any."""
-        callbacks: list[pl.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        cache = next((each for each in callbacks if isinstance(each, FeatureCache)), None)
-        data = getattr(self._trainer, "datamodule", None)
-        if cache is None or not cache.examples or not isinstance(data, ImageDataModule) or data.source is None:
+        stored, data = self._module.stored_features, getattr(self._trainer, "datamodule", None)
+        if stored is None or not stored.examples or not isinstance(data, ImageDataModule) or data.source is None:
             return False
         with self.attempt("train/input"):
             from project.features.extraction import load_image
             from project.reporting import figures
 
-            views = [view for of_one in cache.examples for view in of_one]
-            count = len(cache.examples[0])
+            views = [view for of_one in stored.examples for view in of_one]
+            count = len(stored.examples[0])
             captions = figures.named(torch.tensor([view.sample.label for view in views]), self._module.classes)
             if count > 1:
                 captions = [f"{caption}\nview {at % count + 1} of {count}" for at, caption in enumerate(captions)]
@@ -99,12 +96,12 @@ class Painter:
             self._log("train/input", figures.of_input(images, captions, count if count > 2 else 6))
         return True
 
-    def live_input(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def live_input(self, batch: Sequence[torch.Tensor]) -> None:
         """Draw the first images of a training batch."""
         with self.attempt("train/input"):
             from project.reporting import figures
 
-            images, labels = (part[: figures.INPUTS].cpu() for part in batch)
+            images, labels = (part[: figures.INPUTS].cpu() for part in batch[:2])
             self._log("train/input", figures.of_input(list(images), figures.named(labels, self._module.classes)))
 
     def affords(self, epochs: int) -> bool:
@@ -166,5 +163,4 @@ class Painter:
 def validates(trainer: pl.Trainer) -> bool:
     """Whether a fit validates the images of an ImageDataModule."""
     data = getattr(trainer, "datamodule", None)
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source.instance
-    return isinstance(data, ImageDataModule) and source is data
+    return isinstance(data, ImageDataModule) and lightning_internals.validation_data(trainer) is data

@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.model_checkpoint import Best, Last
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
@@ -70,11 +69,11 @@ def card_path(trainer: pl.Trainer) -> Path | None:
 
 def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, ended: str, checked: str) -> Facts:
     best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
-    cache = next((each for each in trainer.callbacks if isinstance(each, FeatureCache)), None)  # type: ignore[attr-defined]
+    stored = module.stored_features
     measured = best.measured if best is not None else None
     known = [f"Known of the data before any image was read: {each.kind}." for each in data.source.findings]  # type: ignore[union-attr]
-    if cache is not None and cache.in_both:
-        known.append(f"{cache.in_both} images are in train and in val to the byte, so they were trained on.")
+    if stored is not None and stored.in_both:
+        known.append(f"{stored.in_both} images are in train and in val to the byte, so they were trained on.")
     known.append("The data itself was not examined by this fit: python -m project check does that.")
     if measured is not None and measured.confusion is None:
         known.append("The best epoch was in the fit that this one went on from, which kept no figures of each class.")
@@ -84,9 +83,9 @@ def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, 
         classes=module.classes,
         counts=data.class_counts,
         about={
-            "data": _about_data(data, cache.fingerprints if cache is not None else {}),
+            "data": _about_data(data, stored.fingerprints if stored is not None else {}),
             "backbone": _about_backbone(module, checked),
-            "training": _about_training(trainer, module, data, cache.made if cache is not None else "", ended),
+            "training": _about_training(trainer, module, data, stored.computed_by if stored is not None else "", ended),
             "versions": _versions(trainer),
         },
         scores=measured,

@@ -41,7 +41,7 @@ class Report(pl.Callback):
         if not isinstance(pl_module, ImageClassifier):
             return
         trains = ", ".join([*pl_module.cut.trainable, "head"])
-        count = self._dashboard.parameters["trainable"]
+        count = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         say(f"Trains: {trains} ({count:,} parameters) for {len(pl_module.classes)} classes")
         say(_stages(pl_module))
         frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.frozen_sha256}"

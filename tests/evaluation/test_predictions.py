@@ -18,15 +18,14 @@ def images(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def collect(count: int, points: int, batch: int = 5, rank: int = 0, world: int = 1, known: bool = True) -> Outcome:
-    """What a process collects of its share, which padding fills up."""
+    """What a process collects of its share; padding that fills it up is left out before."""
     probabilities, labels, features = images(count)
     share = -(-count // world)
     mine = torch.arange(count)[rank::world]
-    padded = torch.cat([mine, torch.full((share - len(mine),), count - 1)])
     collector = Collector(share if known else None, points, CLASSES, rank, world)
     for at in range(0, share, batch):
-        collector.features(features[padded[at : at + batch]])
-        collector.batch(probabilities[mine[at : at + batch]])
+        these = mine[at : at + batch]
+        collector.batch(probabilities[these], features[these])
     labels = labels[mine]
     return collector.outcome(Each(*probabilities[mine].max(1), labels, labels >= 0))
 

@@ -1,0 +1,76 @@
+"""The private hooks of LightningCLI and of its parser, under public names."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
+from inspect import cleandoc
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+#: What a verb's flags and help come from: a function, or a class and the name of its method.
+Verb = Callable[..., Any] | tuple[type, str]
+
+
+class VerbCLI(LightningCLI):
+    """LightningCLI whose verbs are any functions, and which leaves a checkpoint's arguments to its subclass.
+
+    Relies on when LightningCLI calls ``_add_subcommands()``, ``_parse_ckpt_path()`` and ``_run_subcommand()``, and on
+    its reading a verb's parser from ``_subcommand_parsers``.
+    """
+
+    def verbs(self) -> Mapping[str, Verb]:
+        """What each verb's flags and help come from; :meth:`subcommands` names the arguments that are no flags."""
+        raise NotImplementedError
+
+    def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
+        """Add flags of one verb that its function's signature cannot express."""
+
+    def apply_checkpoint(self) -> None:
+        """Apply ``--ckpt_path`` to the parsed configuration; Lightning overrides flags with the checkpoint's values."""
+
+    def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
+        """Run a verb.
+
+        Args:
+            verb: Its name.
+            flags: The values of its own flags.
+        """
+        raise NotImplementedError
+
+    def verb_parser(self, verb: str) -> LightningArgumentParser:
+        """The parser of a verb."""
+        return self._subcommand_parsers[verb]
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
+        subcommands = parser.add_subcommands()
+        self._own_flags: dict[str, list[str]] = {}
+        for name, verb in self.verbs().items():
+            function = getattr(*verb) if isinstance(verb, tuple) else verb
+            description = cleandoc(function.__doc__ or "").partition("\n")[0]
+            one = self.init_parser(description=description, **kwargs.get(name, {}))
+            self.add_default_arguments_to_parser(one)
+            self.add_core_arguments_to_parser(one)
+            self.add_arguments_to_parser(one)
+            skip: set[str | int] = {*self.subcommands()[name]}
+            if isinstance(verb, tuple):
+                self._own_flags[name] = one.add_method_arguments(*verb, skip=skip)
+            else:
+                self._own_flags[name] = one.add_function_arguments(verb, skip=skip)
+            self.add_verb_arguments(name, one)
+            self._subcommand_parsers[name] = one
+            subcommands.add_subcommand(name, one, help=description)
+
+    def _parse_ckpt_path(self) -> None:
+        self.apply_checkpoint()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        section = self.config_init[subcommand]
+        self.run_verb(subcommand, {name: section[name] for name in self._own_flags[subcommand]})
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Names of the options of a parser, such as ``trainer.max_epochs``. Relies on ``ArgumentParser._actions``."""
+    return [action.dest for action in parser._actions if action.dest != "help"]

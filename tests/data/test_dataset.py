@@ -1,0 +1,45 @@
+"""Images as a torch dataset, and their loader."""
+
+import functools
+
+import pytest
+import torch
+
+from project.data.dataset import ImageLoader, Images, collate
+from project.data.sources.base import Sample
+from project.data.sources.files import Files
+from project.data.transforms import evaluation
+from project.errors import DataError
+from project.preprocessing import Preprocessing
+from tests.conftest import draw
+
+
+@pytest.fixture
+def loader(tmp_path):
+    draw(tmp_path / "good.png", (0, 0, 0), 0)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    samples = [Sample(str(tmp_path / name), 0) for name in ("good.png", "bad.png")]
+    preprocessing = Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    dataset = Images(samples, Files(), evaluation(preprocessing))
+    return functools.partial(ImageLoader, dataset, batch_size=1, collate_fn=collate)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_the_same_error_in_a_worker_as_in_the_process_itself(loader, workers, tmp_path):
+    batches = iter(loader(num_workers=workers))
+    images, labels = next(batches)
+    assert images.shape == (1, 3, 32, 32)
+    assert labels.tolist() == [0]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    bad = str(tmp_path / "bad.png")
+    assert str(caught.value) == f"{bad} is not an image that can be read. Mend or remove it."
+    assert caught.value.path == bad
+    assert caught.value.reason == "is not an image that can be read."
+
+
+def test_workers_start_with_the_iterator(loader):
+    ready = loader(num_workers=1, persistent_workers=True)
+    iter(ready)
+    assert ready._iterator is not None
+    assert isinstance(ready, torch.utils.data.DataLoader)
