@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -51,16 +52,65 @@ class Finding(NamedTuple):
 class Source(ABC):
     """Labelled images, some of them already in splits.
 
-    A source is made even of data that nothing can be trained on: what is wrong is in :attr:`findings`, so that all of
-    it can be told in one go, and :meth:`require` refuses it.
+    A constructor takes arguments and reads nothing. :meth:`prepare` reads the folder, table or index, once;
+    :attr:`classes`, :attr:`splits` and :attr:`findings` call it when they are read before it. Data that cannot be
+    trained on does not fail there: what is wrong is in :attr:`findings`, so that ``check`` reports all of it, and
+    :meth:`require` refuses it.
+
+    A subclass defines :meth:`_prepare`, which sets the three attributes; or sets them in its constructor.
     """
 
+    #: Names the data in folders of runs. Cheap: it reads no image, table or index.
     name: str
-    classes: tuple[str, ...]
-    #: By ``train``, ``val`` and ``test``; a source without splits of its own has ``train`` alone.
-    splits: Mapping[str, list[Sample]]
-    #: What is to be known of the data before any image is read.
-    findings: tuple[Finding, ...] = ()
+    _is_prepared = False
+
+    def prepare(self) -> None:
+        """Read the folder, table or index. Later calls return at once.
+
+        Raises:
+            DataError: It does not exist, or cannot be read.
+        """
+        if not self._is_prepared:
+            self._prepare()
+            self._is_prepared = True
+
+    def _prepare(self) -> None:  # noqa: B027 - a source may set its attributes in its constructor
+        """Set :attr:`classes`, :attr:`splits` and, if there are any, :attr:`findings`."""
+
+    def _after_prepare(self, attribute: str) -> Any:
+        self.prepare()
+        if attribute not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} does not set {attribute}.")
+        return self.__dict__[attribute]
+
+    # An attribute of an instance or of a subclass hides these.
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices. Calls :meth:`prepare` if needed."""
+        found: tuple[str, ...] = self._after_prepare("classes")
+        return found
+
+    @functools.cached_property
+    def splits(self) -> Mapping[str, list[Sample]]:
+        """Samples by ``train``, ``val`` and ``test``; ``train`` alone if the data has no splits of its own.
+
+        Calls :meth:`prepare` if needed.
+        """
+        found: Mapping[str, list[Sample]] = self._after_prepare("splits")
+        return found
+
+    @functools.cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is known of the data before any image is read. Calls :meth:`prepare` if needed."""
+        self.prepare()
+        found: tuple[Finding, ...] = self.__dict__.get("findings", ())
+        return found
+
+    @property
+    def decoder(self) -> type[Source]:
+        """The class whose :meth:`decode` and :meth:`read` make the images."""
+        return type(self)
 
     @abstractmethod
     def content(self, sample: Sample) -> bytes:
@@ -95,11 +145,12 @@ class Source(ABC):
         return self.decode(self.content(sample), sample, enough)
 
     def require(self) -> None:
-        """Refuse data that nothing can be trained on.
+        """Prepare, and refuse data that nothing can be trained on.
 
         Raises:
             DataError: With the first such finding, and how many more there are.
         """
+        self.prepare()
         refused = [finding for finding in self.findings if finding.level == "refused"]
         if refused:
             more = f"\nand {len(refused) - 1} more: see all with python -m project check" if len(refused) > 1 else ""
@@ -115,7 +166,7 @@ MOVED_DECODERS = {
 
 def decoder_name(source: Source) -> str:
     """What tells the decoder of a source from others that make other images of the same bytes."""
-    decode = type(source).decode
+    decode = source.decoder.decode
     name = f"{decode.__module__}.{decode.__qualname__}"
     return MOVED_DECODERS.get(name, name)
 
