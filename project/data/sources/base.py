@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -62,6 +61,12 @@ class Source(ABC):
 
     #: Names the data in folders of runs. Cheap: it reads no image, table or index.
     name: str
+    #: Names of the classes, in the order of their indices.
+    classes: tuple[str, ...]
+    #: By ``train``, ``val`` and ``test``; a source without splits of its own has ``train`` alone.
+    splits: Mapping[str, list[Sample]]
+    #: What is known of the data before any image is read.
+    findings: tuple[Finding, ...]
     _is_prepared = False
 
     def prepare(self) -> None:
@@ -77,35 +82,16 @@ class Source(ABC):
     def _prepare(self) -> None:  # noqa: B027 - a source may set its attributes in its constructor
         """Set :attr:`classes`, :attr:`splits` and, if there are any, :attr:`findings`."""
 
-    def _after_prepare(self, attribute: str) -> Any:
-        self.prepare()
-        if attribute not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} does not set {attribute}.")
-        return self.__dict__[attribute]
+    if not TYPE_CHECKING:  # where it would give every name a type
 
-    # An attribute of an instance or of a subclass hides these.
-
-    @functools.cached_property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their indices. Calls :meth:`prepare` if needed."""
-        found: tuple[str, ...] = self._after_prepare("classes")
-        return found
-
-    @functools.cached_property
-    def splits(self) -> Mapping[str, list[Sample]]:
-        """Samples by ``train``, ``val`` and ``test``; ``train`` alone if the data has no splits of its own.
-
-        Calls :meth:`prepare` if needed.
-        """
-        found: Mapping[str, list[Sample]] = self._after_prepare("splits")
-        return found
-
-    @functools.cached_property
-    def findings(self) -> tuple[Finding, ...]:
-        """What is known of the data before any image is read. Calls :meth:`prepare` if needed."""
-        self.prepare()
-        found: tuple[Finding, ...] = self.__dict__.get("findings", ())
-        return found
+        def __getattr__(self, name: str) -> Any:
+            """Prepare, for an attribute that is not set yet."""
+            if name == "findings" and self._is_prepared:
+                return ()
+            if name not in ("classes", "splits", "findings") or self._is_prepared:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.prepare()
+            return getattr(self, name)
 
     @property
     def decoder(self) -> type[Source]:
