@@ -246,6 +246,14 @@ def test_a_missing_folder_is_told_before_any_download(
     assert asked, "or this test says nothing"
 
 
+def test_suspects_without_scikit_learn_are_refused_before_anything_is_read(
+    here: Path, photos: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.audit.label_issues.find_spec", lambda name: None)
+    said = refused(main(["check", "--data.root", str(photos), "--suspects"]))
+    assert "--suspects needs scikit-learn: pip install 'frozen-backbone[audit]'" in said
+
+
 def test_nothing_to_train_on_is_told_before_any_download(here: Path, refused: Callable[[int], str]) -> None:
     assert "--data.root PATH" in refused(main(["fit"]))
 
