@@ -10,12 +10,16 @@ from pathlib import Path
 # Of the processes that tests start: on tensors this small, a second thread only waits, and spins while others compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from project.classifier import ImageClassifier
 from project.cli.main import main
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -174,3 +178,31 @@ def mount() -> Iterator[Callable[..., None]]:
     yield run_mount
     for folder in reversed(mounted):
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+class _Products(TorchDispatchMode):
+    """Notes the type of the results of matrix products and convolutions."""
+
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        super().__init__()
+        self.dtypes = dtypes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm", "linear", "convolution", "convolution_overrideable"):
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """The types that a fit's training steps multiply in."""
+    dtypes: set[torch.dtype] = set()
+    step = ImageClassifier.training_step
+
+    def watched(self: ImageClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        with _Products(dtypes):
+            return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", watched)
+    return dtypes

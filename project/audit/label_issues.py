@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -18,6 +22,7 @@ from project.features.provider import RowComputation, RowSupply
 NEIGHBOURS = 10
 FOLDS = 5
 TEMPERATURE = 0.1  # of the neighbours' votes, in cosines
+PENALTY = 1e-3  # on the probes' squared weights: it keeps a wrong label from being learnt by heart
 
 
 class Suspect(NamedTuple):
@@ -55,11 +60,12 @@ def suspects_of(
         most: How many to return.
 
     Raises:
-        ConfigError: None is to be returned.
+        ConfigError: None is to be returned, or scikit-learn is not installed.
         DataError: The data cannot be trained on, or no image can be read.
     """
     if most < 1:
         raise ConfigError(f"--top has to be at least 1, not {most}.")
+    require_scikit_learn()
     source = data.source
     assert source is not None  # there would be no facts
     source.require()
@@ -68,6 +74,16 @@ def suspects_of(
         raise DataError("--suspects: no image can be read.")
     families = [where.family for _, where in place(samples, [facts[sample.name] for sample in samples], 0)]
     return find_suspects(supply.rows_of(computation, data, samples), samples, families, source.classes, most)
+
+
+def require_scikit_learn() -> None:
+    """Refuse a search for suspect labels without its library.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise ConfigError("--suspects needs scikit-learn: pip install 'frozen-backbone[audit]'")
 
 
 def find_suspects(
@@ -126,32 +142,22 @@ def _vote(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classe
 
 
 def _probe(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classes: int) -> torch.Tensor:
-    """Probabilities ``(N, C)`` by linear probes, each image by the one that has not seen its family."""
-    generator = torch.Generator().manual_seed(0)
-    fold = torch.randint(FOLDS, (int(family.max()) + 1,), generator=generator)[family]
-    found = torch.full((len(rows), classes), 1 / classes)
-    for number in range(FOLDS):
-        seen, held = fold != number, fold == number
-        if seen.any() and held.any():
-            found[held] = _fit(rows[seen], labels[seen], classes)(rows[held]).softmax(1)
-    return found
+    """Probabilities ``(N, C)`` by linear probes, each image by the one that has not seen its family.
 
-
-def _fit(rows: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.nn.Linear:
-    """A logistic regression, with a penalty that keeps a wrong label from being learnt by heart."""
-    probe = torch.nn.Linear(rows.shape[1], classes)
-    torch.nn.init.zeros_(probe.weight)
-    torch.nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(probe(rows), labels) + PENALTY / 2 * probe.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return probe.requires_grad_(False)
-
-
-PENALTY = 1e-3
+    Not ``cross_val_predict``: it fails where a class lies in one fold alone and leaves only one to train on.
+    """
+    linear_model, model_selection = import_module("sklearn.linear_model"), import_module("sklearn.model_selection")
+    found = np.full((len(rows), classes), 1 / classes, np.float32)
+    x, y, groups = rows.numpy(), labels.numpy(), family.numpy()
+    count = min(FOLDS, len(np.unique(groups)), int(np.bincount(y).max()))
+    folds = model_selection.StratifiedGroupKFold(count, shuffle=True, random_state=0).split if count > 1 else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class in y")
+        parts = list(folds(x, y, groups)) if folds else []
+    for seen, held in parts:
+        if len(held) and len(np.unique(y[seen])) > 1:
+            # Its penalty is that of the sum of the losses, PENALTY that of their mean.
+            probe = linear_model.LogisticRegression(C=1 / (PENALTY * len(seen)), max_iter=200).fit(x[seen], y[seen])
+            found[held] = 0
+            found[np.ix_(held, probe.classes_)] = probe.predict_proba(x[held])
+    return torch.from_numpy(found)

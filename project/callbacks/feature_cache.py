@@ -95,8 +95,8 @@ class FeatureCache(pl.Callback):
             return "the data does not come from an ImageDataModule"
         if lightning_internals.training_data(trainer) is not data:
             return "the fit was given loaders of its own"
-        if type(data.source).read is not Source.read:
-            return f"{type(data.source).__name__} reads its images past decode(), which is what features are kept of"
+        if data.source.decoder.read is not Source.read:
+            return f"{data.source.decoder.__name__} reads its images past decode(), which is what features are kept of"
         if not module.cut.frozen:
             return "model.trainable is all, so nothing is frozen, and every row changes with every step"
         if getattr(trainer, "fast_dev_run", False):

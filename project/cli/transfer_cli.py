@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import project
+from project.audit.label_issues import require_scikit_learn
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import Interruption
@@ -103,6 +104,8 @@ class TransferCLI(CheckpointCLI):
             raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
         if verb == "check":
             model["trainable"] = "head"  # labels are judged by the whole backbone
+            if self.config.check.suspects:
+                require_scikit_learn()
         if verb == "demo":
             demo.require(config.port)
             model["compile"] = False  # a page would wait for it longer than for its answers

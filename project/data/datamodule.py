@@ -35,6 +35,9 @@ from project.runtime.system import cache_folder, cores
 class ImageDataModule(pl.LightningDataModule):
     """Batches of images, uint8 ``(B, 3, H, W)``, and labels ``(B,)``, int64.
 
+    The constructor reads no data: :meth:`prepare_data`, :meth:`setup`, :attr:`splits` and :attr:`classes` prepare the
+    source, once.
+
     How an image is resized and cropped comes from the backbone's weights: :class:`~project.classifier.ImageClassifier`
     sets :attr:`preprocessing` when Lightning sets both up. Without it, set it yourself.
 
@@ -94,7 +97,6 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("data.mixup and data.cutmix have to be 0, or from 0.01 to 100.")
         self.root = root
         self.source = open_source(root if root is not None else source)
-        self.name = self.source.name if self.source else "data"
         self.predict_path = predict
         self.batch_size = batch_size
         self.num_workers = min(max(cores() - 1, 1), 8) if num_workers is None else num_workers
@@ -110,14 +112,22 @@ class ImageDataModule(pl.LightningDataModule):
         self._mix = mixup, cutmix
         self._skip = on_bad_image == "skip"
 
+    @functools.cached_property
+    def name(self) -> str:  # type: ignore[override]  # cached, so that Lightning may set it as well
+        """Name of the data, in folders of runs. It is known without reading the data."""
+        return self.source.name if self.source else "data"
+
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, in the order of their indices; ``None`` without labelled data."""
+        """Names of the classes, in the order of their indices; ``None`` without labelled data.
+
+        Calls :meth:`Source.prepare` if needed.
+        """
         return self.source.classes if self.source else None
 
     @functools.cached_property
     def splits(self) -> dict[str, list[Sample]]:
-        """Samples by ``train``, ``val`` and ``test``. The first time, images may have to be read for it.
+        """Samples by ``train``, ``val`` and ``test``. The first time, the data is prepared and images may be read.
 
         Raises:
             DataError: The data is not fit to be trained on.
@@ -156,7 +166,7 @@ class ImageDataModule(pl.LightningDataModule):
         return [sample for sample, facts in zip(samples, known, strict=True) if not facts.error]
 
     def prepare_data(self) -> None:
-        """Read what has to be read before images are split: in one process, so that the others find it known."""
+        """Prepare and split the data, in one process, so that the others find in the caches what it has read."""
         _ = self.splits
         if self._skip and self.predict_path is not None:
             _ = self.predicted

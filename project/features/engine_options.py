@@ -28,6 +28,7 @@ STARTUP = {"torch": 0.3, "compile": 20.0, "onnxruntime": 6.0}
 #: What a trainer's precision allows rows to be computed in: full precision nothing less.
 ALLOWED: Mapping[str, tuple[Precision, ...]] = {"bf16": ("bf16", "fp32"), "16": ("fp16", "fp32")}
 ONNX = ("onnxruntime", "onnx", "onnxscript")
+INSTALL_ONNX = "pip install 'frozen-backbone[onnx]'"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Engines:
         self._task = task
         self._calibration = calibration
         self._layout = layout
+        #: Why :meth:`options` left an engine out, to be added to a message; empty if it left out none.
+        self.left_out = ""
         self.network: dict[str, Any] = {
             "format": FORMAT,
             "backbone": backbone.name,
@@ -118,6 +121,8 @@ class Engines:
         lacking = [name for name in ONNX if find_spec(name) is None]
         if lacking and engine == "auto" and precision != "int8":
             names.remove("onnxruntime")
+            if set(wanted) & set(offered["onnxruntime"]):
+                self.left_out = f"; onnxruntime is left out, it needs {', '.join(lacking)}: {INSTALL_ONNX}"
         pairs = [(name, kind) for kind in wanted for name in names if kind in offered[name]]
         if not pairs:
             raise ConfigError(
@@ -125,9 +130,7 @@ class Engines:
                 f"{' or '.join(sorted({kind for name in names for kind in offered[name]})) or 'none'}."
             )
         if lacking and ("onnxruntime" in [name for name, _ in pairs]):
-            raise ConfigError(
-                f"features.engine onnxruntime needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
-            )
+            raise ConfigError(f"features.engine onnxruntime needs {', '.join(lacking)}: {INSTALL_ONNX}")
         return [self._option(name, kind) for name, kind in pairs]
 
     def _option(self, name: EngineName, precision: Precision) -> Option:

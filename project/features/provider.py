@@ -133,7 +133,7 @@ class RowSupply:
             computation.layout,
         )
         options = self._options(engines, computation.precision, ranks)
-        with _progress(len(images), ranks) as progress:
+        with _progress(len(images), ranks, engines.left_out) as progress:
             supplied = supply(
                 images,
                 source,
@@ -201,7 +201,7 @@ class RowSupply:
 
 
 @contextmanager
-def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
+def _progress(count: int, ranks: Ranks, left_out: str) -> Iterator[Progress]:
     """A bar on a terminal, lines elsewhere; from the first process."""
     from project.features.builder import Progress
 
@@ -212,7 +212,8 @@ def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
             nonlocal total
             total = mine
             show(0, total)
-            say(f"Features: {computed} of {count} rows to compute, by {option.name} {option.precision} ({reason})")
+            how = f"{option.name} {option.precision} ({reason}{left_out})"
+            say(f"Features: {computed} of {count} rows to compute, by {how}")
 
         def advance(more: int) -> None:
             nonlocal done

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import yaml
@@ -74,7 +76,7 @@ def card(facts: Facts) -> str:
     """The whole card."""
     about = facts.about
     parts = [
-        f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n",
+        f"---\n{header(facts)}---\n",
         f"# {plain(facts.name)}\n",
         f"A classifier of images into {len(facts.classes)} classes, trained on {plain(facts.data)}. This card was "
         "written by the fit from what it has measured; what it cannot know is marked as the author's to write.\n",
@@ -104,28 +106,36 @@ def card(facts: Facts) -> str:
     return "\n".join(parts)
 
 
+def header(facts: Facts) -> str:
+    """The header as YAML, checked by Hugging Face's own class where it is installed."""
+    if find_spec("huggingface_hub") is not None:
+        return f"{import_module('huggingface_hub').ModelCardData(**metadata(facts)).to_yaml()}\n"
+    text: str = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def metadata(facts: Facts) -> dict[str, object]:
-    """The header, in plain types."""
+    """The header in plain types, in the order of Hugging Face's class."""
+    measured = {} if facts.scores is None else facts.scores.metrics
+    metrics = [
+        {"type": kind, "value": round(measured[key], 6), "name": name}
+        for key, (name, kind) in NAMES.items()
+        if key in measured
+    ]
+    results = {
+        "task": {"type": "image-classification", "name": "Image Classification"},
+        "dataset": {"name": facts.data, "type": slug(facts.data), "split": "validation"},
+        "metrics": metrics,
+    }
     header: dict[str, object] = {
+        "base_model": facts.base_model,
         "library_name": "pytorch",
+        "metrics": [metric["type"] for metric in metrics],
         "pipeline_tag": "image-classification",
         "tags": list(facts.tags),
+        "model-index": [{"name": facts.name, "results": [results]}] if metrics else None,
     }
-    if facts.base_model is not None:
-        header["base_model"] = facts.base_model
-    if facts.scores is not None:
-        metrics = [
-            {"type": kind, "value": round(facts.scores.metrics[key], 6), "name": name}
-            for key, (name, kind) in NAMES.items()
-            if key in facts.scores.metrics
-        ]
-        header["metrics"] = [metric["type"] for metric in metrics]
-        task = {"type": "image-classification", "name": "Image Classification"}
-        dataset = {"name": facts.data, "type": slug(facts.data), "split": "validation"}
-        header["model-index"] = [
-            {"name": facts.name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}
-        ]
-    return header
+    return {key: value for key, value in header.items() if value}
 
 
 def _scores(facts: Facts) -> list[str]:

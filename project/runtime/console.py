@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -95,6 +94,22 @@ def clock(seconds: float | None) -> str:
     return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
+class _TimeLeft(ProgressColumn):
+    """The time left, at the mean pace; the time spent, where nobody knows how much there is to do.
+
+    Not rich's own ``TimeRemainingColumn``: its pace is of the last seconds, in which threads hand in several at once.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        """Seconds as ``H:MM:SS``."""
+        text = clock(task.elapsed) if task.total is None else f"{clock(self._pace.left)} left"
+        return Text(text, no_wrap=True)
+
+
 class Bar:
     """A bar with the time left, drawn a few times a second by a thread of its own: to count costs next to nothing.
 
@@ -103,48 +118,38 @@ class Bar:
     """
 
     def __init__(self, what: str) -> None:
-        self._what = what
-        self._notes: Sequence[str] = ()
         self._pace = Pace()
-        self._began = time.monotonic()
         self._screen = Console(markup=False)
-        self._live = Live(console=self._screen, get_renderable=self._line, refresh_per_second=REFRESH, transient=True)
+        self._width = max(4, min(30, self._screen.width - BESIDE))
+        words = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[notes]")]
+        columns = words[0], BarColumn(self._width), _TimeLeft(self._pace), words[1]
+        self._bar = Progress(*columns, console=self._screen, refresh_per_second=REFRESH, transient=True)
+        self._task = self._bar.add_task(what, total=None, notes="")
 
     def start(self) -> None:
         """Show it."""
         _shown.append(self._screen)
-        self._live.start()
+        self._bar.start()
 
     def stop(self) -> None:
         """Take it away."""
-        self._live.stop()
+        self._bar.stop()
         _shown.remove(self._screen)
 
     def count(self, done: int, total: int | None) -> None:
         """Tell how many of how many are done."""
         self._pace.count(done, total)
+        self._bar.update(self._task, completed=done, total=total)
 
     def tell(self, what: str, notes: Sequence[str] = ()) -> None:
         """Tell what is being counted, and more for which there may be room."""
-        self._what, self._notes = what, notes
-
-    def _line(self) -> Table:
-        pace, width = self._pace, self._screen.width
-        cells: list[Text | ProgressBar] = [Text(self._what, no_wrap=True, overflow="ellipsis")]
-        if pace.total:
-            room = max(4, min(30, width - BESIDE))
-            cells.append(ProgressBar(total=pace.total, completed=pace.done, width=room))
-            cells.append(Text(f"{clock(pace.left)} left", no_wrap=True))
-            free = width - room - len(self._what) - len("0:00:00 left") - 3
-            for note in self._notes:
-                if len(note) + 1 <= free:
-                    cells.append(Text(note, no_wrap=True))
-                    free -= len(note) + 1
-        else:
-            cells.append(Text(clock(time.monotonic() - self._began), no_wrap=True))
-        line = Table.grid(padding=(0, 1))
-        line.add_row(*cells)
-        return line
+        free = self._screen.width - self._width - len(what) - len("0:00:00 left") - 3
+        fitting: list[str] = []
+        for note in notes:
+            if len(note) + 1 <= free:
+                fitting.append(note)
+                free -= len(note) + 1
+        self._bar.update(self._task, description=what, notes=" ".join(fitting))
 
 
 @contextmanager

@@ -165,10 +165,18 @@ def test_stored_and_live_features_give_the_same_first_losses_to_the_bit(fit: Fit
         assert stored == pytest.approx(live, rel=1e-5)
 
 
-def test_mixed_precision_trains_on_rows(fit: Fit, batches: set[str]) -> None:
-    assert fit(*STORED, "--trainer.precision", "bf16-mixed") == 0
-    assert batches == {"rows"}
-    assert fit(*STORED, "--trainer.precision", "bf16-mixed", "--model.trainable", "layer4") == 0
+def test_mixed_precision_trains_on_rows(fit: Fit, batches: set[str], products: set[torch.dtype]) -> None:
+    for trainable in ("head", "layer4"):
+        assert fit(*STORED, "--trainer.precision", "bf16-mixed", "--model.trainable", trainable) == 0
+        assert batches == {"rows"} and products == {torch.bfloat16}
+
+
+def test_an_engine_that_is_left_out_is_named(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("project.features.engine_options.find_spec", lambda name: None)
+    assert fit("--features.folder", "store", "--trainer.accelerator", "cpu") == 0
+    assert "onnxruntime is left out, it needs onnxruntime, onnx, onnxscript: pip install" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def test_cells_have_numbers_up_to_25_classes() -> None:
 
 
 def test_a_class_without_images_is_drawn() -> None:
-    plots.picture(plots.confusion(np.array([[3, 0], [0, 0]]), ["a", "b"], normalised=True))
+    figure = plots.confusion(np.array([[3, 0], [0, 0]]), ["a", "b"], normalised=True)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.00"], "no share of nothing"
+    assert np.asarray(plots.picture(figure)).std() > 0
 
 
 def test_the_worst_classes_are_listed_first_and_of_many_the_worst_alone() -> None:

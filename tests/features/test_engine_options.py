@@ -76,5 +76,6 @@ def test_without_onnxruntime_the_others_are_offered(engines: Engines, monkeypatc
         "project.features.engine_options.find_spec", lambda name: None if name == "onnxscript" else name
     )
     assert {option.name for option in engines.options("auto", None, "32-true")} == {"torch", "compile"}
-    with pytest.raises(ConfigError, match="pip install onnxscript"):
+    assert "onnxruntime is left out, it needs onnxscript: pip install 'frozen-backbone[onnx]'" in engines.left_out
+    with pytest.raises(ConfigError, match=r"needs onnxscript: pip install 'frozen-backbone\[onnx\]'"):
         engines.options("onnxruntime", None, "32-true")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from project import Classifier, ImageDataModule, load
-from project.data.sources.relabeled import regrouped
+from project.data.sources.relabeled import Relabeled
 from project.errors import ConfigError, DataError
 from project.features.provider import RowSupply
 from project.inference.gallery import Gallery, data_of
@@ -69,7 +69,7 @@ def test_mistakes_come_with_the_surest_first(gallery: Gallery, monkeypatch: pyte
 def test_data_of_other_classes_is_refused(classifier: Classifier, photos: Path) -> None:
     data = ImageDataModule(str(photos))
     assert data.source is not None
-    other = ImageDataModule(source=regrouped(data.source, {"warm": ["red"], "cold": ["green", "blue"]}))
+    other = ImageDataModule(source=Relabeled(data.source, {"warm": ["red"], "cold": ["green", "blue"]}))
     with pytest.raises(DataError, match="classes of photos-warm-cold are not the model's"):
         Gallery(classifier, other)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from project.cli.main import main
+from project.errors import ConfigError
 
 Fit = Callable[..., int]
 Mistake = Callable[[Path, Path], list[str]]
@@ -230,10 +231,27 @@ def test_a_gpu_that_is_not_there(fit: Fit, refused: Callable[[int], str], monkey
 
 
 def test_a_missing_folder_is_told_before_any_download(
-    here: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+    here: Path, photos: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.hub.get_dir", lambda: pytest.fail("weights were looked for"))
+    asked: list[str] = []
+
+    def get_dir() -> str:
+        asked.append("where weights are")
+        raise ConfigError("weights were looked for")
+
+    monkeypatch.setattr("torch.hub.get_dir", get_dir)
     assert "no/such/folder" in refused(main(["fit", "--data.root", "no/such/folder"]))
+    assert not asked
+    assert "weights were looked for" in refused(main(["fit", "--data.root", str(photos)]))
+    assert asked, "or this test says nothing"
+
+
+def test_suspects_without_scikit_learn_are_refused_before_anything_is_read(
+    here: Path, photos: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.audit.label_issues.find_spec", lambda name: None)
+    said = refused(main(["check", "--data.root", str(photos), "--suspects"]))
+    assert "--suspects needs scikit-learn: pip install 'frozen-backbone[audit]'" in said
 
 
 def test_nothing_to_train_on_is_told_before_any_download(here: Path, refused: Callable[[int], str]) -> None:

@@ -331,8 +331,11 @@ def test_compiled_as_one_graph_a_half(
     assert not [record for record in caplog.records if "recompile" in record.getMessage()]
 
 
-def test_mixed_precision_on_cpu(fit: Fit) -> None:
-    assert fit("--trainer.precision", "bf16-mixed") == 0
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_precision_on_cpu(precision: str, dtype: torch.dtype, cache: str, fit: Fit, products: set[torch.dtype]) -> None:
+    assert fit("--trainer.precision", precision, "--features.cache", cache) == 0
+    assert products == {dtype}
 
 
 def test_options_of_loss_and_scheduler(fit: Fit) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from project.evaluation import plots
 from project.evaluation.confusion import Each
 from project.evaluation.predictions import Collector, Outcome
 from project.reporting import figures
+from project.reporting.dashboard import Dashboard
 from project.reporting.figure_logger import Painter
 from project.reporting.thumbnails import Thumbnails
 from project.runtime import logger_adapters
@@ -106,22 +108,55 @@ def test_a_negative_number_of_points_is_refused(fit: Fit, refused: Callable[[int
     assert "dashboard.points has to be at least 0" in refused(fit("--dashboard.points", "-1"))
 
 
+FIGURES = {"val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability", "val/least_confident"}
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "validations", "images"),
     [
-        ["--trainer.limit_val_batches", "0"],
-        ["--trainer.limit_val_batches", "1"],
-        ["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"],
-        ["--trainer.overfit_batches", "1"],
-        ["--data.mixup", "0.2"],
-        ["--model.trainable", "all"],
-        ["--trainer.logger", "false"],
-        ["--trainer.fast_dev_run", "true"],
+        (["--trainer.limit_val_batches", "0"], 0, {"train/input"}),
+        (["--trainer.limit_val_batches", "1"], 1, {"train/input", *FIGURES}),
+        (["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"], 2, {"train/input", *FIGURES}),
+        (["--trainer.overfit_batches", "1"], 1, {"train/input", *FIGURES}),
+        (["--data.mixup", "0.2"], 1, {"train/input", *FIGURES}),
+        (["--model.trainable", "all"], 1, {"train/input", *FIGURES}),
     ],
-    ids=lambda flags: " ".join(flags[:2]),
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_fits_of_all_sorts_have_what_they_can(fit: Fit, flags: list[str]) -> None:
-    assert fit(*flags) == 0  # any warning would be an error here
+def test_fits_of_all_sorts_have_what_they_can(fit: Fit, flags: list[str], validations: int, images: set[str]) -> None:
+    assert fit(*flags, "--trainer.max_epochs", "1") == 0  # any warning would be an error here
+    found = tags(RUN)
+    assert found["images"] - {"val/mistakes_most_confident"} == images
+    assert {"train/loss", "train/images_per_second", "result/seconds"} <= found["scalars"]
+    assert len(scalars(RUN).Scalars("val/accuracy") if "val/accuracy" in found["scalars"] else []) == validations
+    assert ("result/best_accuracy" in found["scalars"]) == bool(list(RUN.glob("projector/*"))) == bool(validations)
+
+
+@pytest.mark.parametrize("flag", ["--trainer.logger=false", "--trainer.fast_dev_run=true"])
+def test_without_a_logger_nothing_is_logged(fit: Fit, here: Path, flag: str) -> None:
+    assert fit(flag) == 0
+    assert not list(here.rglob("events*")) and not list(here.rglob("projector*"))
+
+
+def test_throughput_is_of_training_in_this_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, logged = [100.0], dict[str, float]()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    dashboard, trainer, module = (
+        Dashboard(figures=False),
+        pl.Trainer(logger=False, barebones=True),
+        pl.LightningModule(),
+    )
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    clock[0] += 50  # to set the fit up
+    dashboard.on_train_start(trainer, module)  # within an epoch that is resumed there is no on_train_epoch_start
+    for batch_idx in range(3):
+        clock[0] += 2
+        dashboard.on_train_batch_end(trainer, module, None, [torch.zeros(8)], batch_idx)
+    dashboard.on_validation_start(trainer, module)
+    clock[0] += 70
+    dashboard.on_validation_end(trainer, module)
+    dashboard.on_train_epoch_end(trainer, module)
+    assert logged["train/images_per_second"] == dashboard.images_per_second == 3 * 8 / 6
 
 
 def test_input_says_which_classes_a_mixed_image_has() -> None:
@@ -254,7 +289,6 @@ def test_mlflow_and_wandb_are_asked_as_they_are_to_be_asked() -> None:
 
 
 def test_real_mlflow_takes_them(fit: Fit, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert fit("--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", f"file:{here}/mlruns") == 0
     found = {path.name for path in Path("mlruns").rglob("*/artifacts/figures/**/*.png")}
@@ -262,7 +296,6 @@ def test_real_mlflow_takes_them(fit: Fit, here: Path, monkeypatch: pytest.Monkey
 
 
 def test_real_wandb_takes_them(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert fit("--trainer.logger", "WandbLogger", "--trainer.logger.save_dir", "logs") == 0
     assert list(Path("logs").rglob("media/images/val/reliability*.png"))

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from project.evaluation.summary import EvaluationSummary
-from project.reporting.model_card import Facts, card, plain
+from project.reporting.model_card import Facts, card, header, plain
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"python": "3"}}
 
@@ -52,6 +52,19 @@ def test_hugging_face_reads_its_header(tmp_path: Path) -> None:
     assert facts.scores is not None
     assert found["accuracy"] == pytest.approx(facts.scores.metrics["val/accuracy"], abs=1e-6)
     assert {each.dataset_split for each in header.eval_results} == {"validation"}
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("base_model", ["timm/resnet18.a1_in1k", None])
+@pytest.mark.parametrize("name", ["photos", "*é*: {", "---", "a very long name " * 9])
+def test_the_header_is_the_same_without_hugging_faces_class(
+    scores: bool, base_model: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = dataclasses.replace(_facts(3), name=name, data=name, base_model=base_model)
+    facts = facts if scores else dataclasses.replace(facts, scores=None)
+    theirs = header(facts)
+    monkeypatch.setattr("project.reporting.model_card.find_spec", lambda name: None)
+    assert header(facts) == theirs and theirs.endswith("\n")
 
 
 @pytest.mark.parametrize("name", ["a|b", "<script>alert(1)</script>", "[x](http://y)", "a\nb", "---", "`", "*é*: {"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -51,16 +51,52 @@ class Finding(NamedTuple):
 class Source(ABC):
     """Labelled images, some of them already in splits.
 
-    A source is made even of data that nothing can be trained on: what is wrong is in :attr:`findings`, so that all of
-    it can be told in one go, and :meth:`require` refuses it.
+    A constructor takes arguments and reads nothing. :meth:`prepare` reads the folder, table or index, once;
+    :attr:`classes`, :attr:`splits` and :attr:`findings` call it when they are read before it. Data that cannot be
+    trained on does not fail there: what is wrong is in :attr:`findings`, so that ``check`` reports all of it, and
+    :meth:`require` refuses it.
+
+    A subclass defines :meth:`_prepare`, which sets the three attributes; or sets them in its constructor.
     """
 
+    #: Names the data in folders of runs. Cheap: it reads no image, table or index.
     name: str
+    #: Names of the classes, in the order of their indices.
     classes: tuple[str, ...]
     #: By ``train``, ``val`` and ``test``; a source without splits of its own has ``train`` alone.
     splits: Mapping[str, list[Sample]]
-    #: What is to be known of the data before any image is read.
-    findings: tuple[Finding, ...] = ()
+    #: What is known of the data before any image is read.
+    findings: tuple[Finding, ...]
+    _is_prepared = False
+
+    def prepare(self) -> None:
+        """Read the folder, table or index. Later calls return at once.
+
+        Raises:
+            DataError: It does not exist, or cannot be read.
+        """
+        if not self._is_prepared:
+            self._prepare()
+            self._is_prepared = True
+
+    def _prepare(self) -> None:  # noqa: B027 - a source may set its attributes in its constructor
+        """Set :attr:`classes`, :attr:`splits` and, if there are any, :attr:`findings`."""
+
+    if not TYPE_CHECKING:  # where it would give every name a type
+
+        def __getattr__(self, name: str) -> Any:
+            """Prepare, for an attribute that is not set yet."""
+            if name == "findings" and self._is_prepared:
+                return ()
+            if name not in ("classes", "splits", "findings") or self._is_prepared:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.prepare()
+            return getattr(self, name)
+
+    @property
+    def decoder(self) -> type[Source]:
+        """The class whose :meth:`decode` and :meth:`read` make the images."""
+        return type(self)
 
     @abstractmethod
     def content(self, sample: Sample) -> bytes:
@@ -95,11 +131,12 @@ class Source(ABC):
         return self.decode(self.content(sample), sample, enough)
 
     def require(self) -> None:
-        """Refuse data that nothing can be trained on.
+        """Prepare, and refuse data that nothing can be trained on.
 
         Raises:
             DataError: With the first such finding, and how many more there are.
         """
+        self.prepare()
         refused = [finding for finding in self.findings if finding.level == "refused"]
         if refused:
             more = f"\nand {len(refused) - 1} more: see all with python -m project check" if len(refused) > 1 else ""
@@ -115,7 +152,7 @@ MOVED_DECODERS = {
 
 def decoder_name(source: Source) -> str:
     """What tells the decoder of a source from others that make other images of the same bytes."""
-    decode = type(source).decode
+    decode = source.decoder.decode
     name = f"{decode.__module__}.{decode.__qualname__}"
     return MOVED_DECODERS.get(name, name)
 

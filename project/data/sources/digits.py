@@ -18,7 +18,12 @@ class Digits(Source):
         margin: Pixels of background added on each side.
     """
 
+    name = "digits"
+
     def __init__(self, margin: int = 1) -> None:
+        self._margin = margin
+
+    def _prepare(self) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -26,10 +31,8 @@ class Digits(Source):
                 "The built-in digits come with scikit-learn. Install it: pip install scikit-learn"
             ) from error
         digits = load_digits()
-        self.name = "digits"
         self.classes = tuple(str(name) for name in digits.target_names)
         self.splits = {"train": [Sample(f"digits/{i:04d}", int(label)) for i, label in enumerate(digits.target)]}
-        self._margin = margin
         self._pixels = (digits.images * (255 / 16)).astype("uint8")
 
     def content(self, sample: Sample) -> bytes:

@@ -36,7 +36,12 @@ class Files(Encoded):
 class Published(Encoded):
     """Labelled images of a set that others have made."""
 
-    def _take(self, rows: Mapping[str, Sequence[tuple[str, Any]]], word: Callable[[Any], str]) -> None:
+    def _take(
+        self,
+        rows: Mapping[str, Sequence[tuple[str, Any]]],
+        word: Callable[[Any], str],
+        findings: Sequence[Finding] = (),
+    ) -> None:
         """Take names and labels by split, ``None`` for no label. Classes are the labels that occur, in their order."""
         labels = sorted({label for found in rows.values() for _, label in found if label is not None})
         words = [word(label) for label in labels]
@@ -55,4 +60,4 @@ class Published(Encoded):
             if count
         ]
         listed = class_findings(f"data.source: {self.name}", self.classes, self.splits)
-        self.findings = (*self.findings, *unlabelled, *listed, *name_findings(self.classes))
+        self.findings = (*findings, *unlabelled, *listed, *name_findings(self.classes))

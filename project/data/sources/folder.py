@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,18 +19,23 @@ class Folder(Files):
 
     Args:
         root: The folder.
-
-    Raises:
-        DataError: There is no such folder.
     """
 
     def __init__(self, root: str) -> None:
+        self._root = root
+
+    @functools.cached_property
+    def name(self) -> str:  # type: ignore[override]  # cached, so that it can be set as well
+        """Name of the folder that the path leads to."""
+        return Path(self._root).expanduser().resolve().name
+
+    def _prepare(self) -> None:
+        root = self._root
         top = Path(root).expanduser()
         if not top.is_dir():
             raise DataError(
                 f"data.root: there is no folder {root}. Name one that holds a folder of images for each class."
             )
-        self.name = top.resolve().name
         findings: list[Finding] = []
         places: dict[str, Path] = {}
         for child in _folders(top):

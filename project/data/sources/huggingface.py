@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,6 @@ class HuggingFace(Published):
         image: Column of the images; by default the only one of that type.
         label: Column of the labels, which may be numbers or words; by default the only one of class labels.
         revision: Which of its versions on the hub: a branch, a tag or a commit.
-
-    Raises:
-        DataError: It is not there, cannot be had, or has no such columns or splits.
     """
 
     def __init__(
@@ -34,18 +32,30 @@ class HuggingFace(Published):
         label: str | None = None,
         revision: str | None = None,
     ) -> None:
+        self._path = path
+        self._configuration = name
+        self._columns = image, label
+        self._revision = revision
+
+    @functools.cached_property
+    def name(self) -> str:  # type: ignore[override]  # cached, so that it can be set as well
+        """Name of the folder, or of the data set without its owner."""
+        return Path(self._path).expanduser().resolve().name
+
+    def _prepare(self) -> None:
+        path = self._path
         try:
             import datasets
         except ImportError as error:
             raise DataError(f"data.source: {path} needs a package: pip install 'frozen-backbone[hub]'") from error
-        self.name = Path(path).expanduser().resolve().name
-        tables, left_out = _named(_load(datasets, path, name, revision), path)
+        tables, left_out = _named(_load(datasets, path, self._configuration, self._revision), path)
+        findings: list[Finding] = []
         if left_out:
             text = f"{some(left_out)} are no names of a split that is known, and are left out."
-            self.findings = (Finding("note", "other splits", text, tuple(left_out)),)
+            findings.append(Finding("note", "other splits", text, tuple(left_out)))
         features = tables["train"].features
-        self._column = image = _column(image, "image", features, datasets.Image)
-        label = _column(label, "label", features, datasets.ClassLabel)
+        self._column = image = _column(self._columns[0], "image", features, datasets.Image)
+        label = _column(self._columns[1], "label", features, datasets.ClassLabel)
         known: list[str] | None = getattr(features[label], "names", None)
         self._images: dict[str, Any] = {}
         rows: dict[str, list[tuple[str, Any]]] = {}
@@ -66,7 +76,7 @@ class HuggingFace(Published):
                 )
             names = (f"{self.name}/{split}/{number:05d}" for number in range(len(labels)))
             rows[split] = [(one, _label(value, label, bool(known))) for one, value in zip(names, labels, strict=True)]
-        self._take(rows, known.__getitem__ if known else str)
+        self._take(rows, known.__getitem__ if known else str, findings)
 
     def content(self, sample: Sample) -> bytes:
         """The bytes of the image's file.

@@ -22,15 +22,15 @@ class Manifest(Files):
 
     Args:
         path: A CSV, TSV or Parquet file.
-
-    Raises:
-        DataError: There is no such table, it cannot be read, or lacks a column.
     """
 
     def __init__(self, path: str) -> None:
-        file = Path(path).expanduser()
+        self._file = Path(path).expanduser()
+        self.name = self._file.stem
+
+    def _prepare(self) -> None:
+        file = self._file
         rows = _read_table(file)
-        self.name = file.stem
         findings: list[Finding] = []
         bad: dict[str, list[str]] = defaultdict(list)
         taken: dict[str, tuple[int, str]] = {}

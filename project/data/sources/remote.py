@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 from project.errors import ConfigError, DataError, ProjectError
@@ -58,17 +59,12 @@ def expand(patterns: str | Iterable[str]) -> list[str]:
         ConfigError: The braces of one are not in pairs.
         DataError: Nothing matches one, or a folder cannot be listed.
     """
-    from braceexpand import braceexpand
     from fsspec.core import get_fs_token_paths
     from fsspec.utils import get_protocol
 
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            expanded = list(braceexpand(pattern))
-        except ValueError as error:
-            raise ConfigError(f"data.source: the braces of {pattern!r} are not in pairs.") from error
-        for url in expanded:
+        for url in _without_braces(pattern):
             with reading(url):
                 files, _, paths = get_fs_token_paths(url)
                 if not paths:
@@ -81,6 +77,40 @@ def expand(patterns: str | Iterable[str]) -> list[str]:
                 else:
                     urls.append(url)
     return urls
+
+
+def folder_name(patterns: str | Iterable[str]) -> str:
+    """Name of the folder of the first file that patterns name; empty if it has none.
+
+    It is taken from the pattern. Only a folder with a wildcard in its own name is looked up.
+
+    Args:
+        patterns: As :func:`expand` takes them.
+
+    Raises:
+        ConfigError: The braces of the first are not in pairs.
+        DataError: A folder with a wildcard matches nothing, or cannot be listed.
+    """
+    from fsspec.core import has_magic
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.utils import get_protocol
+
+    url = _without_braces(patterns if isinstance(patterns, str) else next(iter(patterns)))[0]
+    if has_magic(url.rpartition("/")[0]):
+        url = expand(url)[0]
+    _, chained, last = url.rpartition("::")
+    if get_protocol(last) == "file" and not chained:
+        last = LocalFileSystem._strip_protocol(last)  # absolute: the pattern may name no folder
+    return PurePosixPath(last).parent.name
+
+
+def _without_braces(pattern: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise ConfigError(f"data.source: the braces of {pattern!r} are not in pairs.") from error
 
 
 def located(url: str) -> tuple[Any, str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +26,27 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<u4"), ("digest",
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 META = re.compile(r"__[^/]*__($|/)")  # members with which webdataset notes something on the shard
+#: A member's key and extensions: everything up to the first dot of its file name, and what follows. As webdataset.
+MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
 Image = tuple[str, int, int, bytes]
 """Name of the member, offset, size, digest."""
+
+
+class Member(NamedTuple):
+    """A member of a tar file.
+
+    Attributes:
+        name: Its name.
+        key: Its name up to the extensions: the same for all members of a sample.
+        suffix: Its extensions, in lower case.
+        content: An :data:`Image`, the bytes of a label, or ``None`` for other members.
+    """
+
+    name: str
+    key: str
+    suffix: str
+    content: Any
 
 
 @dataclass(frozen=True)
@@ -120,24 +140,17 @@ class Indexer:
         return f"{VERSION} {mark}"
 
     def _scan(self, url: str) -> Contents:
-        from webdataset.tariterators import group_by_keys
-
         bad: dict[str, list[str]] = defaultdict(list)
-
-        def twice(error: Exception) -> bool:
-            if not isinstance(error, ValueError):
-                raise error
-            bad["has a member twice, of which the first is taken"].append(
-                str(error.args[0]).partition(": duplicate")[0]
-            )
-            return True
-
         images: list[Image] = []
         codes: list[int] = []
         labels: dict[str, int] = {}
         seen: set[str] = set()
-        for sample in group_by_keys(self._members(url), handler=twice):
-            key = sample["__key__"]
+        for key, members in itertools.groupby(self._members(url), key=operator.attrgetter("key")):
+            sample: dict[str, Any] = {}
+            for member in members:
+                if member.suffix in sample:
+                    bad["has a member twice, of which the first is taken"].append(member.name)
+                sample.setdefault(member.suffix, member.content)
             image = next((sample[name] for name in self.image if name in sample), None)
             label = self._label(sample.get(self.label))
             if key in seen:
@@ -169,10 +182,8 @@ class Indexer:
             value = value.get("label")
         return str(value).strip() or None if isinstance(value, str | int) and not isinstance(value, bool) else None
 
-    def _members(self, url: str) -> Iterator[dict[str, Any]]:
-        """Members of a tar file, for webdataset to group: images by place and digest, labels by content."""
-        from webdataset.tariterators import base_plus_ext
-
+    def _members(self, url: str) -> Iterator[Member]:
+        """Members of a tar file that belong to a sample, in order."""
         files, path = located(url)
         last = "its beginning"
         try:
@@ -180,16 +191,17 @@ class Indexer:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would hold all of them
                     last = member.name
-                    if META.match(member.name) or not member.isreg() or member.issparse():
+                    parts = MEMBER.fullmatch(member.name)
+                    if parts is None or META.match(member.name) or not member.isreg() or member.issparse():
                         continue
-                    suffix = (base_plus_ext(member.name)[1] or "").lower()
+                    suffix = parts[2].lower()
                     content: Any = None
                     if suffix in self.image:
                         digest = hashlib.file_digest(_opened(tar, member), "sha256").digest()  # a block at a time
                         content = member.name, member.offset_data, member.size, digest
                     elif suffix == self.label:
                         content = _opened(tar, member).read()
-                    yield {"fname": member.name, "data": content, "__url__": url}
+                    yield Member(member.name, parts[1], suffix, content)
                 end = tar.offset
         except tarfile.TarError as error:
             packing = self._packing(fetch(url, 0, 8))

@@ -12,7 +12,7 @@ from torchvision.datasets import VisionDataset
 from project.data.image_io import read_bytes, stamp
 from project.data.sources.base import Sample
 from project.data.sources.files import Published
-from project.data.sources.torchvision_reader import class_name, open_splits, read_item, what_is_kept
+from project.data.sources.torchvision_reader import class_name, kind_of, open_splits, read_item, what_is_kept
 
 
 class Torchvision(Published):
@@ -23,14 +23,16 @@ class Torchvision(Published):
 
     Args:
         dataset: The class, with its arguments bound by :func:`functools.partial`; or a data set, which is all train.
-
-    Raises:
-        DataError: It is not there, cannot be downloaded or read, or is not for classification.
     """
 
     def __init__(self, dataset: Callable[[], VisionDataset] | VisionDataset) -> None:
+        self._dataset = dataset
+        kind = type(dataset) if isinstance(dataset, VisionDataset) else kind_of(dataset)
+        self.name = getattr(kind, "__name__", str(kind)).lower()
+
+    def _prepare(self) -> None:
+        dataset = self._dataset
         opened = {"train": dataset} if isinstance(dataset, VisionDataset) else open_splits(dataset)
-        self.name = type(opened["train"]).__name__.lower()
         self._items: dict[str, tuple[VisionDataset, int]] = {}
         rows: dict[str, list[tuple[str, int | None]]] = {}
         for split, one in opened.items():
@@ -40,6 +42,7 @@ class Torchvision(Published):
                 self._items.update((name, (one, number)) for number, name in enumerate(names))
             rows[split] = list(zip(names, labels, strict=True))
         self._take(rows, functools.partial(class_name, opened["train"]))
+        del self._dataset  # a factory of the command line cannot be sent to another process
 
     def content(self, sample: Sample) -> bytes:
         """The bytes of the image's file; of an image that comes from no file of its own, those of a TIFF file."""

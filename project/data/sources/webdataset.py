@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from contextlib import contextmanager
 
 import numpy as np
 
 from project.data.sources.base import Finding, Sample, some
 from project.data.sources.files import Files
 from project.data.sources.findings import class_findings, name_findings
-from project.data.sources.remote import Part, Parts, expand
+from project.data.sources.remote import Part, Parts, expand, folder_name
 from project.data.sources.tar_index import ROW, Contents, Indexer
 from project.errors import ConfigError, DataError
 from project.runtime.console import counting, say
@@ -43,8 +44,7 @@ class Shards(Files):
         classes: Names of the classes; labels that are numbers count them from 0. By default the labels themselves.
 
     Raises:
-        ConfigError: A pattern is wrong.
-        DataError: A package is missing, or nothing matches a pattern.
+        ConfigError: No shards to train on are given.
     """
 
     def __init__(
@@ -56,27 +56,34 @@ class Shards(Files):
         label: str = "cls",
         classes: list[str] | None = None,
     ) -> None:
-        try:
-            import fsspec  # noqa: F401
-            import webdataset  # noqa: F401
-        except ImportError as error:
-            raise DataError("Tar shards need webdataset and fsspec: pip install 'frozen-backbone[shards]'") from error
-        patterns = {"train": train, "val": val, "test": test}
-        urls = {split: expand(given) for split, given in patterns.items() if given}
-        if "train" not in urls:
+        if not train:
             raise ConfigError("data.source: name the shards to train on with train.")
+        self._train = train
+        self._patterns = {"train": train, "val": val, "test": test}
+        self._members = image, label
+        self._given_classes = classes
+
+    @functools.cached_property
+    def name(self) -> str:  # type: ignore[override]  # cached, so that it can be set as well
+        """Name of the folder of the first shard; only one with a wildcard in it has to be looked up."""
+        with _shards_extra():
+            return folder_name(self._train) or "shards"
+
+    def _prepare(self) -> None:
+        with _shards_extra():
+            urls = {split: expand(given) for split, given in self._patterns.items() if given}
         self._urls = [url for part in urls.values() for url in part]
         twice = [url for url, count in Counter(self._urls).items() if count > 1]
         if twice:
             raise ConfigError(f"data.source: {some(twice)} are named twice. A shard is of one split.")
-        self.name = PurePosixPath(self._urls[0].rpartition("::")[2]).parent.name or "shards"
         self._parts = Parts()
+        image, label = self._members
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
         indexer = Indexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
         contents, bad = _contents(indexer, self._urls)
         self._starts = np.cumsum([0, *(len(one.rows) for one in contents)])
         self._rows = np.concatenate([one.rows for one in contents])
-        self.classes = tuple(classes or _classes({label for one in contents for label in one.labels}))
+        self.classes = tuple(self._given_classes or _classes({label for one in contents for label in one.labels}))
         self._fill(urls, contents, bad)
 
     def _fill(self, urls: dict[str, list[str]], contents: Sequence[Contents], bad: Iterable[Finding]) -> None:
@@ -137,6 +144,17 @@ class Shards(Files):
     @staticmethod
     def _row(sample: Sample) -> int:
         return int(sample.name.rpartition("#")[2])
+
+
+@contextmanager
+def _shards_extra() -> Iterator[None]:
+    """Name the extra whose packages are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("braceexpand", "fsspec"):  # the client of a store
+            raise
+        raise DataError(f"Tar shards need {error.name}: pip install 'frozen-backbone[shards]'") from error
 
 
 NOTHING = Contents(np.zeros(0, ROW), [], [], {})

@@ -14,6 +14,13 @@ from project.errors import DataError
 from tests.conftest import draw
 
 
+def prepared(*arguments: Any, **options: Any) -> HuggingFace:
+    """A source whose tables are open."""
+    source = HuggingFace(*arguments, **options)
+    source.prepare()
+    return source
+
+
 def table(folder: Path, count: int, kept_as: Any = datasets.Image(), **columns: Any) -> datasets.Dataset:  # noqa: B008
     files = [str(draw(folder / f"{number}.png", (9, 9, 200), number)) for number in range(count)]
     found = datasets.Dataset.from_dict({"picture": files, "number": list(range(count)), **columns})
@@ -32,7 +39,7 @@ def test_tables_with_splits_and_bytes(tmp_path: Path) -> None:
         "extra": kinds(table(tmp_path / "d", 1, kind=[1])),
     }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "insects"))
-    source = HuggingFace(str(tmp_path / "insects"))
+    source = prepared(str(tmp_path / "insects"))
     source.require()
     assert (source.name, source.classes) == ("insects", ("bee", "ant"))
     assert {split: [sample.label for sample in samples] for split, samples in source.splits.items()} == {
@@ -51,14 +58,14 @@ def test_a_folder_called_as_a_builder_is_a_folder(here: Path) -> None:
     for number, name in enumerate(("ant", "bee")):
         draw(here / "csv" / "train" / name / f"{number}.png", (90 * number, 9, 9), number)
     (here / "stray.csv").write_text("a,b\n1,2\n")
-    source = HuggingFace("csv")
+    source = prepared("csv")
     assert source.classes == ("ant", "bee") and len(source.splits["train"]) == 2
 
 
 def test_a_table_with_words_for_labels_and_paths_for_images(tmp_path: Path) -> None:
     words = table(tmp_path / "a", 4, datasets.Value("string"), kind=["wasp", "ant", "", "wasp"])
     words.save_to_disk(str(tmp_path / "words"))
-    source = HuggingFace(str(tmp_path / "words"), image="picture", label="kind")
+    source = prepared(str(tmp_path / "words"), image="picture", label="kind")
     assert source.classes == ("ant", "wasp")
     assert [sample.label for sample in source.splits["train"]] == [1, 0, 1]
     last = source.splits["train"][-1]
@@ -68,13 +75,13 @@ def test_a_table_with_words_for_labels_and_paths_for_images(tmp_path: Path) -> N
 def test_columns_of_any_name_will_do(tmp_path: Path) -> None:
     found = kinds(table(tmp_path / "a", 2, kind=[0, 1])).rename_columns({"number": "n", "picture": "image"})
     found.rename_column("kind", "label").save_to_disk(str(tmp_path / "set"))
-    source = HuggingFace(str(tmp_path / "set"))
+    source = prepared(str(tmp_path / "set"))
     assert source.content(source.splits["train"][1]) == (tmp_path / "a" / "1.png").read_bytes()
 
 
 def test_a_split_alone_is_train_whatever_its_name(tmp_path: Path) -> None:
     datasets.DatasetDict({"test": kinds(table(tmp_path / "a", 2, kind=[0, 1]))}).save_to_disk(str(tmp_path / "one"))
-    assert list(HuggingFace(str(tmp_path / "one")).splits) == ["train"]
+    assert list(prepared(str(tmp_path / "one")).splits) == ["train"]
 
 
 def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
@@ -83,7 +90,7 @@ def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
         features=datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}),
     )
     found.save_to_disk(str(tmp_path / "blank"))
-    source = HuggingFace(str(tmp_path / "blank"))
+    source = prepared(str(tmp_path / "blank"))
     with pytest.raises(DataError, match="blank/train/00000 has no image"):
         source.read(source.splits["train"][0])
 
@@ -101,7 +108,7 @@ def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
 def test_wrong_columns_are_named(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
     table(tmp_path / "a", 2, kind=["x", "y"], weight=[0.5, 1.5]).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match=message):
-        HuggingFace(str(tmp_path / "set"), **arguments)
+        prepared(str(tmp_path / "set"), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_splits_that_cannot_be_told_are_refused(names: tuple[str, ...], message:
     found = kinds(table(tmp_path / "a", 2, kind=[0, 1]))
     datasets.DatasetDict(dict.fromkeys(names, found)).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match=message):
-        HuggingFace(str(tmp_path / "set"))
+        prepared(str(tmp_path / "set"))
 
 
 def test_splits_with_other_numbers_for_their_classes_are_refused(tmp_path: Path) -> None:
@@ -119,7 +126,7 @@ def test_splits_with_other_numbers_for_their_classes_are_refused(tmp_path: Path)
     other = train.cast_column("kind", datasets.ClassLabel(names=["bee", "ant", "wasp"]))
     datasets.DatasetDict({"train": train, "test": other}).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match="numbers the classes in 'kind' otherwise"):
-        HuggingFace(str(tmp_path / "set"))
+        prepared(str(tmp_path / "set"))
 
 
 def test_the_hub_is_asked_for_no_code_and_its_failures_are_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +138,21 @@ def test_the_hub_is_asked_for_no_code_and_its_failures_are_told(here: Path, monk
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"org/beans cannot be loaded: Couldn't reach.*check the network"):
-        HuggingFace("org/beans", "small", revision="v1")
+        prepared("org/beans", "small", revision="v1")
     assert asked == [(("org/beans", "small"), {"revision": "v1", "trust_remote_code": False})]
 
 
 def test_what_the_hub_gives_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = datasets.DatasetDict({"train": kinds(table(tmp_path / "a", 2, kind=[0, 1]))})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
-    source = HuggingFace("org/beans")
+    source = prepared("org/beans")
     assert (source.name, source.splits["train"][1].name) == ("beans", "beans/train/00001")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'frozen-backbone\[hub\]'"):
-        HuggingFace("org/beans")
+        prepared("org/beans")
 
 
 def test_a_fit_on_a_table_of_hugging_face(here: Path, weights: Path) -> None:

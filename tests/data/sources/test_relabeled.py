@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from project.data.sources.folder import Folder
-from project.data.sources.relabeled import regrouped
+from project.data.sources.relabeled import Relabeled
 from project.errors import DataError
 from project.features.extraction import views_of
 
 
 def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None:
     source = Folder(str(photos))
-    found = regrouped(source, {"warm": ["red"], "cold": ["green"]})
+    found = Relabeled(source, {"warm": ["red"], "cold": ["green"]})
     assert found.classes == ("warm", "cold")
     assert {(Path(s.name).parent.name, s.label) for s in found.splits["train"]} == {("red", 0), ("green", 1)}
     assert [len(found.splits[split]) for split in ("train", "val", "test")] == [16, 8, 8]
@@ -22,7 +22,7 @@ def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None
 
 def test_stored_rows_of_the_images_are_found_again(photos: Path) -> None:
     source = Folder(str(photos))
-    found = regrouped(source, {"red": ["red"], "other": ["green", "blue"]})
+    found = Relabeled(source, {"red": ["red"], "other": ["green", "blue"]})
     keys = []
     for each in (source, found):
         samples = sorted(each.splits["val"], key=lambda sample: sample.name)
@@ -39,9 +39,9 @@ def test_stored_rows_of_the_images_are_found_again(photos: Path) -> None:
 )
 def test_a_wrong_group_is_refused(groups: dict[str, list[str]], said: str, photos: Path) -> None:
     with pytest.raises(DataError, match=said):
-        regrouped(Folder(str(photos)), groups)
+        Relabeled(Folder(str(photos)), groups).prepare()
 
 
 def test_one_group_alone_is_nothing_to_train_on(photos: Path) -> None:
     with pytest.raises(DataError, match="one label only"):
-        regrouped(Folder(str(photos)), {"all": ["red", "green", "blue"]}).require()
+        Relabeled(Folder(str(photos)), {"all": ["red", "green", "blue"]}).require()

@@ -34,6 +34,13 @@ SETS = {
 }
 
 
+def prepared(*arguments: Any, **options: Any) -> Torchvision:
+    """A source whose data set is open."""
+    source = Torchvision(*arguments, **options)
+    source.prepare()
+    return source
+
+
 def made(name: str, root: Path, patch: pytest.MonkeyPatch) -> Path:
     getattr(published_sets, name)(root, patch)
     return root
@@ -65,7 +72,7 @@ class Drawn(vision.VisionDataset):
 def test_a_source_gives_what_the_data_set_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, splits = SETS[name]
     root = made(name, tmp_path, monkeypatch)
-    source = Torchvision(functools.partial(kind, root=str(root)))
+    source = prepared(functools.partial(kind, root=str(root)))
     source.require()
     assert source.splits.keys() == splits.keys()
     assert source.name == kind.__name__.lower()
@@ -82,7 +89,7 @@ def test_a_source_gives_what_the_data_set_gives(name: str, tmp_path: Path, monke
 
 
 def test_file_bytes_are_read_without_being_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Torchvision(functools.partial(EuroSAT, root=made("eurosat", tmp_path, monkeypatch)))
+    source = prepared(functools.partial(EuroSAT, root=made("eurosat", tmp_path, monkeypatch)))
     sample = source.splits["train"][0]
     assert source.content(sample) == Path(sample.name).read_bytes()
 
@@ -91,14 +98,14 @@ def test_labels_are_had_without_reading_images(tmp_path: Path, monkeypatch: pyte
     root, read = made("pets", tmp_path, monkeypatch), []
     getitem = OxfordIIITPet.__getitem__
     monkeypatch.setattr(OxfordIIITPet, "__getitem__", lambda self, at: read.append(at) or getitem(self, at))
-    Torchvision(functools.partial(OxfordIIITPet, root=str(root)))
+    prepared(functools.partial(OxfordIIITPet, root=str(root)))
     assert len(read) == 4, "the first and the last of each split"
 
 
 def test_a_damaged_image_is_no_reason_to_refuse_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = made("pets", tmp_path, monkeypatch)
     (root / "oxford-iiit-pet" / "images" / "Abyssinian_0.jpg").write_bytes(b"no image")
-    source = Torchvision(functools.partial(OxfordIIITPet, root=str(root)))
+    source = prepared(functools.partial(OxfordIIITPet, root=str(root)))
     assert len(source.splits["train"]) == 30
     with pytest.raises(DataError, match=r"Abyssinian_0\.jpg is not an image"):
         source.read(source.splits["train"][0])
@@ -110,7 +117,7 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
     for name in ("a", "b"):
         Image.open(draw(tmp_path / name / "1.png", (1, 2, 3), 0)).save(tmp_path / name / "1.jpg", exif=exif)
         (tmp_path / name / "1.png").unlink()
-    source = Torchvision(ImageFolder(str(tmp_path)))
+    source = prepared(ImageFolder(str(tmp_path)))
     assert source.read(source.splits["train"][0]).size == (40, 48)
 
 
@@ -119,14 +126,14 @@ def test_labels_and_paths_that_the_items_disagree_with_are_not_taken(tmp_path: P
         draw(tmp_path / name / "1.png", (1, 2, 3), 0)
     grey = ImageFolder(str(tmp_path), loader=lambda path: Image.open(path).convert("L"))
     grey.targets = [1, 1]
-    source = Torchvision(grey)
+    source = prepared(grey)
     assert [sample.label for sample in source.splits["train"]] == [0, 1]
     image = source.read(source.splits["train"][0])
     assert image.getchannel("R").tobytes() == image.getchannel("G").tobytes()
 
 
 def test_fake_data_is_the_same_from_many_threads() -> None:
-    source = Torchvision(functools.partial(FakeData, size=40, image_size=(3, 16, 16), num_classes=4))
+    source = prepared(functools.partial(FakeData, size=40, image_size=(3, 16, 16), num_classes=4))
     samples, own = source.splits["train"], FakeData(40, (3, 16, 16), 4)
     assert [int(source.classes[sample.label]) for sample in samples] == [label for _, label in own]
     with ThreadPoolExecutor(4) as pool:
@@ -151,16 +158,16 @@ def test_sources_of_other_kinds_may_be_bound_too(source: Any) -> None:
     [({}, ["train", "val", "test"]), ({"split": "train"}, ["train", "val", "test"]), ({"split": "test"}, ["train"])],
 )
 def test_splits_that_are_taken(given: dict[str, str], expected: list[str]) -> None:
-    assert list(Torchvision(functools.partial(Drawn, **given)).splits) == expected
+    assert list(prepared(functools.partial(Drawn, **given)).splits) == expected
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_a_split_of_the_users_choice_is_that_alone(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = made("flowers", tmp_path, monkeypatch)
-    source = Torchvision(functools.partial(Flowers102, root=str(root), split=split))
+    source = prepared(functools.partial(Flowers102, root=str(root), split=split))
     first = {"val": 103, "test": 205}[split]
     assert list(source.splits) == ["train"] and source.splits["train"][0].name.endswith(f"image_{first:05d}.jpg")
-    cifar = Torchvision(functools.partial(CIFAR10, str(made("cifar10", tmp_path, monkeypatch)), train=False))
+    cifar = prepared(functools.partial(CIFAR10, str(made("cifar10", tmp_path, monkeypatch)), train=False))
     assert {name: len(samples) for name, samples in cifar.splits.items()} == {"train": 10}
 
 
@@ -171,7 +178,7 @@ def test_a_default_of_another_name_is_train() -> None:
         def __init__(self, split: str = "standard", **kwargs: Any) -> None:
             super().__init__(split=split, **kwargs)
 
-    assert list(Torchvision(Standard).splits) == ["train", "val"]
+    assert list(prepared(Standard).splits) == ["train", "val"]
 
 
 def test_arguments_that_a_class_hands_on_are_known() -> None:
@@ -179,12 +186,12 @@ def test_arguments_that_a_class_hands_on_are_known() -> None:
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
 
-    assert list(Torchvision(Handing).splits) == ["train", "val", "test"]
+    assert list(prepared(Handing).splits) == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
 def test_pixels_of_any_kind_come_through(mode: str) -> None:
-    source, own = Torchvision(functools.partial(Drawn, mode=mode)), Drawn(mode=mode)
+    source, own = prepared(functools.partial(Drawn, mode=mode)), Drawn(mode=mode)
     for sample, (image, _) in zip(source.splits["train"], own, strict=False):
         assert source.read(sample).tobytes() == image.convert("RGB").tobytes()
 
@@ -192,14 +199,14 @@ def test_pixels_of_any_kind_come_through(mode: str) -> None:
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     made("food101", tmp_path / "data", monkeypatch)
-    assert Torchvision(functools.partial(Food101, root="~/data")).classes == ("apple_pie", "sushi")
+    assert prepared(functools.partial(Food101, root="~/data")).classes == ("apple_pie", "sushi")
 
 
 def test_images_without_labels_are_left_out_and_classes_are_told_apart() -> None:
     named = Drawn()
     named.targets, named.classes = [None, 1, 0, -1], [("crane",), ("crane",)]
     named.__class__ = type("Cranes", (Drawn,), {"__getitem__": lambda self, at: (Drawn()[at][0], self.targets[at])})
-    source = Torchvision(named)
+    source = prepared(named)
     assert source.classes == ("crane (0)", "crane (1)")
     assert [sample.label for sample in source.splits["train"]] == [1, 0]
     assert [finding.text for finding in source.findings] == ["2 images of train have no label, and are left out."]
@@ -220,20 +227,20 @@ def test_images_without_labels_are_left_out_and_classes_are_told_apart() -> None
 )
 def test_what_is_no_classification_set_is_refused(dataset: Any, message: str, here: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        Torchvision(dataset)
+        prepared(dataset)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_one_class_alone_is_refused() -> None:
     with pytest.raises(DataError, match="one label only, 'odd'"):
-        Torchvision(functools.partial(Drawn, label=0)).require()
+        prepared(functools.partial(Drawn, label=0)).require()
 
 
 @pytest.mark.parametrize("kinds", ["segmentation", "binary-category", ["category", "segmentation"]])
 def test_other_targets_of_pets_are_refused(kinds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = made("pets", tmp_path, monkeypatch)
     with pytest.raises(DataError, match="only category"):
-        Torchvision(functools.partial(OxfordIIITPet, root=str(root), target_types=kinds))
+        prepared(functools.partial(OxfordIIITPet, root=str(root), target_types=kinds))
 
 
 def test_a_server_that_cannot_be_reached_is_named(
@@ -303,4 +310,4 @@ def test_a_package_that_torchvision_lacks_is_named() -> None:
         raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
 
     with pytest.raises(DataError, match=r"needs a package.*pip install h5py"):
-        Torchvision(needs)
+        prepared(needs)

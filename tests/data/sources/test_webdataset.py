@@ -38,6 +38,13 @@ from project.runtime.system import cache_folder
 Members = Sequence[tuple[str, bytes]]
 
 
+def indexed(*arguments: Any, **options: Any) -> Shards:
+    """Shards whose index is read."""
+    source = Shards(*arguments, **options)
+    source.prepare()
+    return source
+
+
 def png(seed: int) -> bytes:
     """A small image of noise."""
     file = io.BytesIO()
@@ -121,7 +128,7 @@ def check(source: Source, split: str, seeds: Sequence[int]) -> None:
 
 @pytest.mark.parametrize("pattern", ["shards/{0..2}.tar", "shards/*.tar", ["shards/0.tar", "shards/{1,2}.tar"]])
 def test_local_shards_have_all_images_in_order(shards: str, pattern: str | list[str]) -> None:
-    source = Shards(pattern)
+    source = indexed(pattern)
     check(source, "train", range(12))
     assert source.classes == ("0", "1")
     assert [sample.label for sample in source.splits["train"]] == [0, 1] * 6
@@ -138,7 +145,7 @@ def test_remote_shards_go_by_fsspec(memory: MemoryFileSystem, pattern: str) -> N
         memory.pipe(f"/bucket/train-00{n}.tar", tar(samples(3 * n, 3 * n + 3)))
     memory.pipe("/bucket/val.tar", tar(samples(10, 14)))
     memory.pipe("/bucket/test.tar", tar(samples(20, 22)))
-    source = Shards(pattern, val="memory://bucket/val.tar", test="memory://bucket/test.tar")
+    source = indexed(pattern, val="memory://bucket/val.tar", test="memory://bucket/test.tar")
     check(source, "train", range(6))
     check(source, "val", range(10, 14))
     check(source, "test", range(20, 22))
@@ -150,10 +157,10 @@ def test_what_webdataset_writes_is_read(here: Path) -> None:
     with webdataset.TarWriter("a.tar") as writer:
         for n in range(4):
             writer.write({"__key__": f"some/where/{n}", "png": pixels, "cls": n % 2, "json": {"label": f"class {n}"}})
-    source = Shards("a.tar")
+    source = indexed("a.tar")
     assert [sample.label for sample in source.splits["train"]] == [0, 1, 0, 1]
     np.testing.assert_array_equal(np.asarray(source.read(source.splits["train"][2])), pixels)
-    assert Shards("a.tar", label="json").classes == tuple(f"class {n}" for n in range(4))
+    assert indexed("a.tar", label="json").classes == tuple(f"class {n}" for n in range(4))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +177,7 @@ def test_labels(
     label: Callable[[int], str], classes: list[str] | None, known: tuple[str, ...], labels: list[int], here: Path
 ) -> None:
     (here / "a.tar").write_bytes(tar(samples(0, 3, label)))
-    source = Shards("a.tar", classes=classes)
+    source = indexed("a.tar", classes=classes)
     assert source.classes == known
     assert [sample.label for sample in source.splits["train"]] == labels
     assert not source.findings
@@ -180,7 +187,7 @@ def test_a_label_in_json_is_a_number_or_a_name(here: Path) -> None:
     labels = [{"label": 1}, {"label": "cat"}, {"label": None}, {}, "dog", [1], True]
     members = [(f"{n}.{k}", v) for n, one in enumerate(labels) for k, v in (("png", png(n)), ("json", dumped(one)))]
     (here / "a.tar").write_bytes(tar([*members, ("8.png", png(8)), ("8.json", b"{")]))
-    source = Shards("a.tar", label="json", classes=["cat", "dog"])
+    source = indexed("a.tar", label="json", classes=["cat", "dog"])
     assert [sample.label for sample in source.splits["train"]] == [1, 0, 1]
     (problem,) = problems(source)
     assert problem.startswith("data.source: 5 samples are left out") and names("2", "3", "5", "6", "8") in problem
@@ -195,9 +202,9 @@ def dumped(value: Any) -> bytes:
 
 
 def test_a_second_run_reads_no_shard(shards: str, opened: Counter[str]) -> None:
-    first = Shards(shards)
+    first = indexed(shards)
     assert opened == {"0.tar": 1, "1.tar": 1, "2.tar": 1}
-    second = Shards(shards)
+    second = indexed(shards)
     assert opened.total() == 3
     assert second.splits == first.splits
     check(second, "train", range(12))
@@ -206,17 +213,17 @@ def test_a_second_run_reads_no_shard(shards: str, opened: Counter[str]) -> None:
 def test_a_second_run_reads_no_remote_shard(memory: MemoryFileSystem, opened: Counter[str]) -> None:
     memory.pipe("/b/a.tar", tar(samples(0, 4)))
     for _ in range(2):
-        Shards("memory://b/a.tar")
+        indexed("memory://b/a.tar")
     assert opened == {"a.tar": 1}
     memory.pipe("/b/a.tar", tar(samples(4, 8)))
-    check(Shards("memory://b/a.tar"), "train", range(4, 8))
+    check(indexed("memory://b/a.tar"), "train", range(4, 8))
     assert opened == {"a.tar": 2}
 
 
 def test_a_changed_shard_alone_is_read_again(shards: str, opened: Counter[str]) -> None:
-    Shards(shards)
+    indexed(shards)
     Path("shards/1.tar").write_bytes(tar(samples(20, 24)))
-    check(Shards(shards), "train", [0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11])
+    check(indexed(shards), "train", [0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11])
     assert opened == {"0.tar": 1, "1.tar": 2, "2.tar": 1}
 
 
@@ -230,39 +237,39 @@ def test_processes_begin_at_shards_of_their_own_and_find_what_others_have_kept(
         order.append(Path(url).name)
         if len(order) == 1:  # meanwhile, the other process
             monkeypatch.setenv("RANK", "0")
-            Shards("shards/0.tar")
+            indexed("shards/0.tar")
         return real(self, url)
 
     monkeypatch.setattr(Indexer, "read", read)
     monkeypatch.setattr("project.data.sources.webdataset.cores", lambda: 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check(Shards(shards), "train", range(12))
+    check(indexed(shards), "train", range(12))
     assert order == ["1.tar", "0.tar", "2.tar"]
     assert opened.total() == 3
 
 
 def test_another_label_is_read_anew(shards: str, opened: Counter[str]) -> None:
-    Shards(shards)
-    assert "no label: no member .json" in problems(Shards(shards, label="json"))[0]
+    indexed(shards)
+    assert "no label: no member .json" in problems(indexed(shards, label="json"))[0]
     assert opened.total() == 6
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:-9] + bytes(9)])
 def test_a_damaged_index_is_made_anew(shards: str, opened: Counter[str], damage: Callable[[bytes], bytes]) -> None:
-    Shards(shards)
+    indexed(shards)
     kept = list((cache_folder() / "shards").iterdir())
     assert len(kept) == 3
     kept[0].write_bytes(damage(kept[0].read_bytes()))
     for _ in range(2):
-        check(Shards(shards), "train", range(12))
+        check(indexed(shards), "train", range(12))
     assert opened.total() == 4
 
 
 def test_an_index_that_cannot_be_kept_is_done_without(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     cache_folder().parent.mkdir(exist_ok=True)
     cache_folder().write_text("in the way")
-    check(Shards(shards), "train", range(12))
+    check(indexed(shards), "train", range(12))
     assert "is not kept, and has to be found again in each run" in capsys.readouterr().out
 
 
@@ -272,7 +279,7 @@ def test_a_shard_whose_changes_cannot_be_known_is_read_in_each_run(
     memory.pipe("/b/a.tar", tar(samples(0, 4)))
     monkeypatch.setattr(MemoryFileSystem, "info", lambda self, path: {"name": path, "size": 1, "type": "file"})
     for _ in range(2):
-        Shards("memory://b/a.tar")
+        indexed("memory://b/a.tar")
     assert opened == {"a.tar": 2}
 
 
@@ -306,7 +313,7 @@ def overwritten(whole: bytes) -> bytes:
 def test_a_spoilt_shard_is_named(shards: str, spoil: Callable[[bytes], bytes], said: str) -> None:
     Path("shards/1.tar").write_bytes(spoil(Path("shards/1.tar").read_bytes()))
     for _ in range(2):
-        source = Shards(shards)
+        source = indexed(shards)
         check(source, "train", [0, 1, 2, 3, 8, 9, 10, 11])
         with pytest.raises(DataError, match=said):
             source.require()
@@ -315,7 +322,7 @@ def test_a_spoilt_shard_is_named(shards: str, spoil: Callable[[bytes], bytes], s
 def test_all_spoilt_shards_are_told(shards: str) -> None:
     for n in range(3):
         Path(f"shards/{n}.tar").write_bytes(b"")
-    found = Shards(shards).findings
+    found = indexed(shards).findings
     assert [finding.kind for finding in found] == ["bad shard"] * 3 + ["no train"]
 
 
@@ -331,22 +338,22 @@ def test_all_spoilt_shards_are_told(shards: str) -> None:
 )
 def test_a_missing_shard_is_named(shards: str, pattern: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        Shards(pattern).require()
+        indexed(pattern).require()
 
 
 def test_wrong_patterns_are_refused(shards: str) -> None:
     with pytest.raises(ConfigError, match=r"braces of 'shards/\{0..2.tar' are not in pairs"):
-        Shards("shards/{0..2.tar")
+        indexed("shards/{0..2.tar")
     with pytest.raises(ConfigError, match=r"shards/1.tar' are named twice"):
-        Shards(shards, val="shards/1.tar")
+        indexed(shards, val="shards/1.tar")
     with pytest.raises(ConfigError, match="name the shards to train on"):
-        Shards("")
+        indexed("")
 
 
 def test_a_missing_package_is_named(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    monkeypatch.setitem(__import__("sys").modules, "braceexpand", None)
     with pytest.raises(DataError, match=r"pip install 'frozen-backbone\[shards\]'"):
-        Shards(shards)
+        indexed(shards)
 
 
 def test_bad_samples_are_left_out_and_told(here: Path) -> None:
@@ -358,7 +365,7 @@ def test_bad_samples_are_left_out_and_told(here: Path) -> None:
         ("__meta__.json", b"{}"),
     ]
     (here / "a.tar").write_bytes(tar(members))
-    source = Shards("a.tar")
+    source = indexed("a.tar")
     check(source, "train", [0, 1, 2, 3, 10])
     assert not refused(source)
     said = "\n".join(problems(source))
@@ -374,7 +381,7 @@ def test_bad_samples_are_left_out_and_told(here: Path) -> None:
 
 def test_an_unknown_class_is_refused(here: Path) -> None:
     (here / "a.tar").write_bytes(tar(samples(0, 6, lambda n: ["0", "1", "2", "-1", "cta", "cat"][n])))
-    source = Shards("a.tar", classes=["cat", "dog"])
+    source = indexed("a.tar", classes=["cat", "dog"])
     (text,) = refused(source)
     assert "3 samples have a label that is none of the 2 classes: '2', '-1', 'cta'" in text
     assert "a.tar/0002.png" in text
@@ -390,7 +397,7 @@ def test_rows_of_a_folder_are_those_of_its_shards(here: Path) -> None:
     (here / "a.tar").write_bytes(tar(samples(0, 2)))
     transform = evaluation(Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3))
     keys = []
-    for source in (Folder("photos"), Shards("a.tar")):
+    for source in (Folder("photos"), indexed("a.tar")):
         (images,) = views_of(source, source.splits["train"], all_digests(source), transform, [""])
         keys.append([image.key for image in images])
     assert keys[0] == keys[1]
@@ -401,7 +408,7 @@ def all_digests(source: Source) -> list[bytes]:
 
 
 def test_digests_are_known_without_reading(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Shards(shards)
+    source = indexed(shards)
     read = digest_all(Pathless(source), source.splits["train"], Ranks())
     monkeypatch.setattr(Shards, "content", None)
     assert all_digests(source) == read
@@ -415,7 +422,7 @@ class Pathless(Files):
 
 
 def test_a_shard_that_changes_meanwhile_is_named(shards: str) -> None:
-    source = Shards(shards)
+    source = indexed(shards)
     Path("shards/2.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"2.tar/0011.png#11 ends too soon"):
         source.content(source.splits["train"][11])
@@ -429,9 +436,9 @@ def test_a_shard_is_never_held_whole(here: Path) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    Shards("a.tar", label="none")  # what is imported for the first time is not counted
+    indexed("a.tar", label="none")  # what is imported for the first time is not counted
     tracemalloc.start()
-    source = Shards("a.tar")
+    source = indexed("a.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(source.splits["train"]) == 64
@@ -443,9 +450,9 @@ def test_an_image_takes_few_bytes_of_memory(here: Path) -> None:
     (here / "a.tar").write_bytes(
         tar([m for n in range(count) for m in ((f"{n:08d}.jpg", b"x"), (f"{n:08d}.cls", b"0"))])
     )
-    Shards("a.tar")
+    indexed("a.tar")
     tracemalloc.start()
-    source = Shards("a.tar")
+    source = indexed("a.tar")
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(source.splits["train"]) == count
@@ -471,7 +478,7 @@ def asked(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> list[tup
 def test_what_is_read_in_order_is_read_ahead(memory: MemoryFileSystem, asked: list[tuple[int, int]]) -> None:
     whole = tar(samples(0, 100))
     memory.pipe("/b/a.tar", whole)
-    source = Shards("memory://b/a.tar")
+    source = indexed("memory://b/a.tar")
     asked.clear()
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(source.content, source.splits["train"])) == [png(n) for n in range(100)]
@@ -486,7 +493,7 @@ def test_a_window_that_cannot_be_read_is_asked_for_again(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.pipe("/b/a.tar", tar(samples(0, 4)))
-    source = Shards("memory://b/a.tar")
+    source = indexed("memory://b/a.tar")
     first, second, *_ = source.splits["train"]
     source.content(first)
     with monkeypatch.context() as patch:
@@ -502,12 +509,12 @@ def test_a_server_that_gives_whole_files_only_is_told(
     memory.pipe("/b/a.tar", tar(samples(0, 4)))
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda files, path, *part: files.store[path].getvalue())
     with pytest.raises(DataError, match=r"the server of memory://b/a.tar gives no parts of files"):
-        Shards("memory://b/a.tar").require()
+        indexed("memory://b/a.tar").require()
 
 
 def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/b/a.tar", tar(samples(0, 8)))
-    data = ImageDataModule(source=Shards("memory://b/a.tar"), batch_size=8, num_workers=0, val_fraction=0)
+    data = ImageDataModule(source=indexed("memory://b/a.tar"), batch_size=8, num_workers=0, val_fraction=0)
     data.preprocessing = Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
     together = threading.Barrier(8)
     real = MemoryFileSystem.cat_file
@@ -533,6 +540,6 @@ def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monke
 )
 def test_labels_that_can_hardly_all_be_classes_are_problems(labels: list[str], said: str, here: Path) -> None:
     Path("a.tar").write_bytes(tar(samples(0, 9, lambda n: labels[n % 3])))
-    found = Shards("a.tar").findings
+    found = indexed("a.tar").findings
     assert any(said in finding.text for finding in found if finding.level == "problem")
     assert not any(finding.kind == "similar names" for finding in found)
