@@ -19,7 +19,7 @@ from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import ProjectError
-from project.features.provider import RowSupply
+from project.features.provider import RowProvider
 from project.inference import demo
 from project.inference.gallery import Gallery, data_of
 from project.inference.predictor import Classifier
@@ -101,7 +101,8 @@ class Trainer(pl.Trainer):
         found = examine(data, json, fix)
         if suspects:
             assert isinstance(model, ImageClassifier)
-            suspected = suspects_of(model.row_computation(self), data, found.facts, self._supply(), top)
+            computation = model.row_computation(self.strategy.root_device, str(self.precision))
+            suspected = suspects_of(computation, data, found.facts, self._provider(), top)
             report(found, suspected, json)
         return found.clean
 
@@ -130,7 +131,8 @@ class Trainer(pl.Trainer):
         given = datamodule if datamodule is not None and datamodule.source is not None else None
         about = f"{len(model.classes)} classes on {model.backbone.name}: {ckpt_path}"
         try:
-            gallery = Gallery(classifier, given or data_of(ckpt_path), "train", self, self._supply())
+            images, device, precision = given or data_of(ckpt_path), self.strategy.root_device, str(self.precision)
+            gallery = Gallery(classifier, images, "train", device, precision, self._provider())
         except ProjectError as error:
             if given:
                 raise
@@ -139,6 +141,6 @@ class Trainer(pl.Trainer):
             about += f"\n{lacking}"
         demo.serve(classifier, gallery, about, port, open)
 
-    def _supply(self) -> RowSupply:
+    def _provider(self) -> RowProvider:
         cache = next((each for each in self.callbacks if isinstance(each, FeatureCache)), None) or FeatureCache()
-        return cache.supply
+        return cache.provider

@@ -12,6 +12,7 @@ import torch
 from project.data.samplers import IGNORED, PADDING, Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
+from project.runtime.system import read_at
 
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20
@@ -63,7 +64,7 @@ class Rows:
         return self._held is not None
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, ...)`` at indices ``(B,)``, int64 on the CPU; they are where they are held."""
+        """Rows ``(B, ...)`` at indices ``(B,)``, int32 or int64 on the CPU; they are where they are held."""
         if self._held is None:
             return self._read(index.numpy())
         return self._held[index.to(self._held.device)]
@@ -77,7 +78,7 @@ class Rows:
             at = self._found.shards[which[place]]
             offset = at.offset + int(where[place]) * at.row_bytes
             target = into[place * at.row_bytes : (place + 1) * at.row_bytes]
-            if os.preadv(self._file(int(which[place])), [target], offset) != at.row_bytes:
+            if read_at(self._file(int(which[place])), target, offset) != at.row_bytes:
                 raise OSError(f"{at.path} ended before its row {where[place]}")
         return rows
 
@@ -104,8 +105,8 @@ class RowLoader:
 
     Args:
         rows: All rows.
-        views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
-        labels: int64 ``(N,)``.
+        views: Which of them are each image's, int32 or int64 ``(V, N)``: view e mod V is taken in epoch e.
+        labels: int32 or int64 ``(N,)``.
         batch_size: Images a batch.
         order: In which order they come.
         epoch: Says which epoch it is.
@@ -139,4 +140,4 @@ class RowLoader:
         epoch = self._epoch()
         view = self._views[epoch % len(self._views)]
         for batch in torch.split(self._order(epoch), self.batch_size)[self._behind() :]:
-            yield RowBatch(self._rows[view[batch]], self._labels[batch].masked_fill(batch == PADDING, IGNORED))
+            yield RowBatch(self._rows[view[batch]], self._labels[batch].long().masked_fill(batch == PADDING, IGNORED))
