@@ -15,7 +15,7 @@ from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Source
 from project.data.split_fingerprint import count_common, split_fingerprint
 from project.errors import ConfigError
-from project.features.provider import EngineName, PrecisionName, RowProvider, memory
+from project.features.provider import EngineName, PrecisionName, RowProvider, memory, thinned
 from project.runtime.console import say
 from project.runtime.logger_adapters import log_text
 from project.runtime.system import cache_folder
@@ -92,8 +92,8 @@ class FeatureCache(pl.Callback):
         asked = self._cache == "on" or (self._views or 1) > 1 or self._asked
         if asked and not getattr(trainer, "fast_dev_run", False):
             raise ConfigError(
-                f"Features cannot be stored: {why_not}. Change that, or leave out the flags that ask for stored ones: "
-                "features.views, engine, precision, and cache on."
+                f"Feature caching is not possible: {why_not}. Remove the options that require it: features.views, "
+                "engine, precision, cache on."
             )
         say(f"Features: computed in every epoch, because {why_not}")
 
@@ -145,11 +145,12 @@ class FeatureCache(pl.Callback):
         each = -(-len(train) // max(EXAMPLES // len(views), 1))  # from all over the split, which lies class by class
         self.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
         all_views, ((*of_train,), (of_val,)) = distinct([views, [plain]])
-        provided, engines = self.provider.provide(
-            module.row_computation(device, str(trainer.precision)), source, all_views, views[0]
-        )
+        count, typical = len(views), thinned(views[0])
+        del views, plain  # their keys are in all_views
+        computation = module.row_computation(device, str(trainer.precision))
+        provided, engines = self.provider.provide(computation, source, all_views, typical)
         _log(trainer, provided)
-        self.made = f"{provided.option}, {len(views)} view(s) of a training image"
+        self.made = f"{provided.option}, {count} view(s) of a training image"
         rows = Rows(provided.found, memory(device, trainer.num_devices), device)
         data.loaders["train"].rows = _loader(trainer, rows, of_train, data, "train")
         data.loaders["val"].rows = _loader(trainer, rows, [of_val], data, "val")
@@ -157,7 +158,8 @@ class FeatureCache(pl.Callback):
         if provided.option.precision == "int8" and ranks.rank == 0:
             from project.features.int8_report import report
 
-            say(report(provided, rows, (views[0], of_train[0]), (plain, of_val), engines.reference, source))
+            train_part, val_part = ((all_views.take(places), places) for places in (of_train[0], of_val))
+            say(report(provided, rows, train_part, val_part, engines.reference, source))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()

@@ -163,34 +163,36 @@ def distinct(groups: Sequence[Sequence[Views]]) -> tuple[Views, list[list[np.nda
     """
     samples: list[Sample] = []
     kinds: list[tuple[Transform, str]] = []
-    parts: list[tuple[Keys, np.ndarray, np.ndarray]] = []
+    total = sum(len(group) * len(group[0]) for group in groups)
+    whole = Views(samples, kinds, np.empty((total, 2), np.uint64), np.empty(total, np.int32), np.empty(total, np.int16))
+    parts: list[slice] = []
     for group in groups:
-        count, width = len(group[0]), len(group)
-        keys, sample, kind = np.empty((count, width, 2), np.uint64), np.empty((count, width), np.int32), []
+        begin = parts[-1].stop if parts else 0
+        parts.append(slice(begin, begin + len(group) * len(group[0])))
         for number, views in enumerate(group):
-            keys[:, number] = views.keys
-            sample[:, number] = views.sample + len(samples)
-            kind.append(views.kind + len(kinds))
+            which = slice(begin + number, parts[-1].stop, len(group))
+            whole.keys[which] = views.keys
+            whole.sample[which] = views.sample + len(samples)
+            whole.kind[which] = views.kind + len(kinds)
             kinds += views.kinds
-        parts.append((keys.reshape(-1, 2), sample.reshape(-1), np.stack(kind, 1).reshape(-1)))
         samples += group[0].samples
-    whole = Views(samples, kinds, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    del parts
     first, place = _first_of_each(whole.keys)
-    places, begin = [], 0
-    for group in groups:
-        count, width = len(group[0]), len(group)
-        here = place[begin : begin + count * width].reshape(count, width)
-        places.append([np.ascontiguousarray(here[:, number]) for number in range(width)])
-        begin += count * width
-    return whole.take(first) if not first.all() else whole, places
+    places = [
+        [np.ascontiguousarray(place[part][number :: len(group)]) for number in range(len(group))]
+        for group, part in zip(groups, parts, strict=True)
+    ]
+    return whole if first is None else whole.take(first), places
 
 
-def _first_of_each(keys: Keys) -> tuple[np.ndarray, np.ndarray]:
-    """Which keys come for the first time, bool ``(M,)``, and which of those each one is, int32 ``(M,)``."""
-    order = np.argsort(keys[:, 0], kind="stable")
-    if not (np.diff(keys[order, 0]) == 0).any():
-        return np.ones(len(keys), bool), np.arange(len(keys), dtype=np.int32)
+def _first_of_each(keys: Keys) -> tuple[np.ndarray | None, np.ndarray]:
+    """Which keys come for the first time, bool ``(M,)``, and which of those each one is, int32 ``(M,)``.
+
+    The former is ``None`` where each comes once, which is seen without the memory that the general case takes.
+    """
+    high = keys[:, 0].copy()
+    high.sort()
+    if not (high[1:] == high[:-1]).any():
+        return None, np.arange(len(keys), dtype=np.int32)
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal ones stay in their order
     begins = np.ones(len(keys), bool)
     begins[1:] = (keys[order[1:]] != keys[order[:-1]]).any(1)

@@ -93,7 +93,7 @@ class RowProvider:
         ranks = Ranks()
 
         def calibration() -> torch.Tensor:
-            return torch.stack([load_image(source, view) for view in typical[:: -(-len(typical) // CALIBRATION)]])
+            return torch.stack([load_image(source, view) for view in thinned(typical)])
 
         engines = Engines(
             self._root,
@@ -118,7 +118,7 @@ class RowProvider:
                 progress,
             ).build()
         if provided.damaged:
-            say(f"Features: {provided.damaged} files were damaged; their rows were computed anew")
+            say(f"Features: {provided.damaged} corrupt cache files were discarded and recomputed")
         say(f"Features: {provided}")
         return provided, engines
 
@@ -155,6 +155,11 @@ class RowProvider:
                 if (ranks.rank == 0) == (turn == 0):
                     options = engines.options(self._engine, self._precision, trainer_precision)
         return options
+
+
+def thinned(views: Views) -> Views:
+    """As many of some views as int8 is calibrated on, from all over them."""
+    return views[:: -(-len(views) // CALIBRATION)]
 
 
 @contextmanager

@@ -190,17 +190,17 @@ class Space:
         """Write the index anew where it lacks many shards, or many of its rows."""
         path = self.path / FILE
         index = read_index(path)
+        listed = index.shards if index else {}
         there = {shard.name: shard for shard in self.shards()}
-        gone = {name for name in index.shards if name not in there} if index else set()
-        added = {}
-        for name in there.keys() - (index.shards.keys() if index else set()):
+        added: dict[str, tuple[Any, Keys]] = {}
+        for name in there.keys() - listed.keys():
             with suppress(OSError):  # removed just now
                 opened = _open(there[name])
                 if opened is not None:
-                    shard, keys = opened
-                    added[name] = (_about(shard, len(keys)), keys)
+                    added[name] = (_about(opened[0], len(opened[1])), opened[1])
+        gone = {name for name in listed if name not in there}
         more = sum(len(keys) for _, keys in added.values())
-        less = sum(index.shards[name]["rows"] for name in gone) if index else 0
+        less = sum(listed[name]["rows"] for name in gone)
         if more and (len(added) >= UNLISTED or 8 * (more + less) >= len(index or ())):
             with suppress(OSError):  # of a folder that cannot be written, or is full: the shards' own keys are read
                 write_index(path, index, added, gone)
@@ -238,29 +238,41 @@ class Space:
         _, first = np.unique(keys, axis=0, return_index=True)
         rows = torch.cat([part["rows"] for part in parts])
         first.sort()
-        self.write(keys[first], rows[torch.from_numpy(first)] if len(first) < len(keys) else rows)
+        merged = self.write(keys[first], rows[torch.from_numpy(first)] if len(first) < len(keys) else rows)
         for path in shards:
-            path.unlink(missing_ok=True)
+            if path != merged:  # one of them may have had the rows of all others
+                path.unlink(missing_ok=True)
 
-    def write(self, keys: Keys, rows: torch.Tensor) -> None:
+    def write(self, keys: Keys, rows: torch.Tensor) -> Path:
         """Add rows, whole and on the disk when this returns, or not at all.
 
         Args:
             keys: uint64 ``(N, 2)``.
             rows: ``(N, ...)``.
 
+        Returns:
+            The shard.
+
         Raises:
             StoreError: The folder cannot be written, or its disk is full.
         """
         tensors = {"keys": torch.from_numpy(keys.view(np.int64)), "rows": rows}
+        shard = self.path
+
+        def name(written: Path) -> str:
+            nonlocal shard
+            shard = self.path / f"{_sha256(written)}{SUFFIX}"
+            return shard.name
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             about = self.path / "space.json"
             if not about.exists():
                 with replacing(about) as temporary:
                     temporary.write_text(self._text)
-            with appearing(self.path, lambda written: f"{_sha256(written)}{SUFFIX}") as temporary:
+            with appearing(self.path, name) as temporary:
                 save_file(tensors, temporary)
+            return shard
         except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
             raise unwritable(self.path, error) from error
 

@@ -175,6 +175,15 @@ def test_small_shards_are_merged_and_large_ones_are_left(tmp_path: Path) -> None
     assert torch.equal(read(space, keys_from(0, 22)), torch.cat([values(4, 64, seed=n) for n in range(6)])[:22])
 
 
+def test_a_shard_that_has_the_rows_of_the_others_is_what_they_merge_into(tmp_path: Path) -> None:
+    space = Space(tmp_path, {})
+    rows = values(4, 5)
+    space.write(keys_from(0, 4), rows)
+    space.write(keys_from(1, 2), rows[1:3])
+    space.compact(space.shards(), 2**20)
+    assert len(space.shards()) == 1 and torch.equal(read(space, keys_from(0, 4)), rows)
+
+
 def test_a_damaged_shard_is_not_merged(space: Space) -> None:
     path = space.find(keys_from(4, 1)).shards[0].path
     content = bytearray(path.read_bytes())

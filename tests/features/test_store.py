@@ -178,7 +178,7 @@ def test_a_fit_says_that_files_were_damaged(
     content[-1] ^= 1
     shard.write_bytes(content if damage == "a flipped bit" else content[:-1])
     assert fit(*STORED) == 0
-    assert "1 files were damaged" in capsys.readouterr().out
+    assert "1 corrupt cache files were discarded and recomputed" in capsys.readouterr().out
 
 
 def test_the_shards_used_least_recently_make_room(tmp_path: Path) -> None:
