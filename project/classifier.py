@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -24,7 +24,6 @@ from project.models.heads import LinearHead
 from project.models.loss import mean_over_processes
 from project.runtime import lightning_internals
 from project.runtime.distributed import processes
-from project.runtime.logger_adapters import log_text
 from project.task import SingleLabel, Task, Weight
 
 HeadCallable = Callable[[int, int], nn.Module]
@@ -208,17 +207,15 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
 
-    def row_computation(self, trainer: pl.Trainer) -> RowComputation:
-        """How rows of the frozen half are computed with a trainer's device and precision, and logged."""
+    def row_computation(self, device: torch.device, precision: str) -> RowComputation:
+        """How rows of the frozen half are computed.
 
-        def log(values: Mapping[str, float], text: str) -> None:
-            for logger in trainer.loggers:
-                logger.log_metrics(dict(values), step=trainer.global_step)
-            log_text(trainer, "features", text)
-
+        Args:
+            device: Where the model is.
+            precision: Lightning's name of the precision, such as 32-true.
+        """
         layout = "channels_last" if self.hparams["channels_last"] else "contiguous"
-        device = trainer.strategy.root_device
-        return RowComputation(self.backbone, self.cut, self.encode, layout, device, str(trainer.precision), log)
+        return RowComputation(self.backbone, self.cut, self.encode, layout, device, precision)
 
     def _step(self, batch: Any, stage: str) -> Step:
         inputs, targets, *rest = batch

@@ -17,7 +17,7 @@ from project.data.image_index import Facts
 from project.data.sources.base import Sample
 from project.data.splits import place
 from project.errors import ConfigError, DataError
-from project.features.provider import RowComputation, RowSupply
+from project.features.provider import RowComputation, RowProvider
 
 NEIGHBOURS = 10
 FOLDS = 5
@@ -47,7 +47,7 @@ def suspects_of(
     computation: RowComputation,
     data: ImageDataModule,
     facts: Mapping[str, Facts],
-    supply: RowSupply,
+    provider: RowProvider,
     most: int,
 ) -> list[Suspect]:
     """Find the labels of some data that look wrong: see :func:`find_suspects`.
@@ -56,7 +56,7 @@ def suspects_of(
         computation: Of the frozen backbone that tells what images are like.
         data: The data, all splits of it.
         facts: What is known of each image, by its name; those that cannot be read are left out.
-        supply: Has their features.
+        provider: Provides their features.
         most: How many to return.
 
     Raises:
@@ -73,7 +73,7 @@ def suspects_of(
     if not samples:
         raise DataError("--suspects: no image can be read.")
     families = [where.family for _, where in place(samples, [facts[sample.name] for sample in samples], 0)]
-    return find_suspects(supply.rows_of(computation, data, samples), samples, families, source.classes, most)
+    return find_suspects(provider.rows_of(computation, source, samples), samples, families, source.classes, most)
 
 
 def require_scikit_learn() -> None:

@@ -14,7 +14,7 @@ from project.audit.checks import Audit, audit
 from project.audit.label_issues import Suspect, suspects_of
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
-from project.features.provider import RowComputation, RowSupply
+from project.features.provider import RowComputation, RowProvider
 from project.runtime.console import say
 
 SHOWN = 3  # names a finding
@@ -23,7 +23,7 @@ SHOWN = 3  # names a finding
 def check(
     data: ImageDataModule | None,
     computation: RowComputation | None = None,
-    supply: RowSupply | None = None,
+    provider: RowProvider | None = None,
     json: str | None = None,
     fix: str | None = None,
     top: int = 20,
@@ -33,7 +33,7 @@ def check(
     Args:
         data: The data.
         computation: Of the frozen backbone that compares images; without it, no suspects are looked for.
-        supply: Has the rows of these images.
+        provider: Provides their rows.
         json: File for everything that was found, as JSON.
         fix: CSV file for a manifest without the bad images, to be given as data.root; no image is touched.
         top: How many of them.
@@ -47,8 +47,8 @@ def check(
     """
     data = data or ImageDataModule()
     found = examine(data, json, fix)
-    if computation is not None and supply is not None:
-        report(found, suspects_of(computation, data, found.facts, supply, top), json)
+    if computation is not None and provider is not None:
+        report(found, suspects_of(computation, data, found.facts, provider, top), json)
     return found.clean
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Source
-from project.data.split_fingerprint import split_fingerprint
+from project.data.split_fingerprint import count_common, split_fingerprint
 from project.errors import ConfigError
-from project.features.provider import EngineName, PrecisionName, RowSupply, StoredFeatures, memory
-from project.runtime import lightning_internals
+from project.features.provider import EngineName, PrecisionName, RowProvider, StoredFeatures, memory, thinned
 from project.runtime.console import say
+from project.runtime.logger_adapters import log_text
 from project.runtime.system import cache_folder
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
-    from project.features.extraction import Image
+    from project.features.builder import Provided
     from project.features.row_loader import RowLoader, Rows
 
 #: Views of an image where the data is augmented and ``views`` says nothing.
@@ -62,8 +62,8 @@ class FeatureCache(pl.Callback):
         self._cache = ("on" if cache else "off") if isinstance(cache, bool) else cache
         self._views = views
         self._asked = (engine, precision) != ("auto", "auto")
-        #: Has rows of images, for this fit and for others.
-        self.supply = RowSupply(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
+        #: Provides rows of images, to this fit and to others.
+        self.provider = RowProvider(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
         self._in_use: tuple[ImageDataModule, Rows, StoredFeatures] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,15 +85,16 @@ class FeatureCache(pl.Callback):
         asked = self._cache == "on" or (self._views or 1) > 1 or self._asked
         if asked and not getattr(trainer, "fast_dev_run", False):
             raise ConfigError(
-                f"Features cannot be stored: {why_not}. Change that, or leave out the flags that ask for stored ones: "
-                "features.views, engine, precision, and cache on."
+                f"Feature caching is not possible: {why_not}. Remove the options that require it: features.views, "
+                "engine, precision, cache on."
             )
         say(f"Features: computed in every epoch, because {why_not}")
 
     def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
         if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule) or data.source is None:
             return "the data does not come from an ImageDataModule"
-        if lightning_internals.training_data(trainer) is not data:
+        trainer.fit_loop.setup_data()
+        if trainer.train_dataloader not in (None, data.loaders["train"]):
             return "the fit was given loaders of its own"
         if data.source.decoder.read is not Source.read:
             return f"{data.source.decoder.__name__} reads its images past decode(), which is what features are kept of"
@@ -109,64 +110,50 @@ class FeatureCache(pl.Callback):
 
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
-        from project.features.extraction import digest_all, views_of
+        from project.features.extraction import digest_all, distinct, views_of
         from project.features.row_loader import Rows
         from project.runtime.distributed import Ranks
 
         source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
-        digests = digest_all(source, [*train, *val], ranks)
+        digests = {"train": digest_all(source, train, ranks), "val": digest_all(source, val, ranks)}
         fingerprints = {
-            "train": split_fingerprint(train, digests[: len(train)], source.classes),
-            "val": split_fingerprint(val, digests[len(train) :], source.classes),
+            name: split_fingerprint(data.splits[name], digests[name], source.classes) for name in ("train", "val")
         }
-        in_both = len(set(digests[: len(train)]) & set(digests[len(train) :]))
+        in_both = count_common(digests["train"], digests["val"])
         stored = module.stored_features = StoredFeatures(fingerprints, in_both)
         if in_both:
             say(f"Data: images that are in train and in val: {in_both}; python -m project check names them")
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
         count = self._views or min(VIEWS, epochs)
         names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
-        views = views_of(source, train, digests[: len(train)], data.evaluation_transform(), [""])
-        views += views_of(source, train, digests[: len(train)], data.training_transform(), names)
-        plain = views_of(source, val, digests[len(train) :], data.evaluation_transform(), [""])
+        views = views_of(source, train, digests["train"], data.evaluation_transform(), [""])
+        views += views_of(source, train, digests["train"], data.training_transform(), names)
+        (plain,) = views_of(source, val, digests["val"], data.evaluation_transform(), [""])
+        del digests  # 32 bytes an image, which the keys have in them
         if data.augment != "none":
             without = "" if names else ", so nothing is augmented: raise features.views"
             augment = data.augment if isinstance(data.augment, str) else "of transforms"
             say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
         each = -(-len(train) // max(EXAMPLES // len(views), 1))  # from all over the split, which lies class by class
         stored.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
-        # All views of an image come together, so that what it is read from is passed over once.
-        ordered = [*itertools.chain.from_iterable(zip(*views, strict=True)), *plain[0]]
-        images = list({image.key: image for image in ordered}.values())
-
-        supplied, engines = self.supply.have(module.row_computation(trainer), source, images, views[0])
-        stored.computed_by = (
-            f"{supplied.option.name} {supplied.option.precision}, {len(views)} view(s) of a training image"
-        )
-        rows = Rows(supplied.found, memory(device, trainer.num_devices), device)
-        place = {image.key: index for index, image in enumerate(images)}
-        data.instead = {
-            "train": _loader(trainer, rows, views, place, data, "train"),
-            "val": _loader(trainer, rows, plain, place, data, "val"),
-        }
-        lightning_internals.reset_training_loader(trainer)  # somebody may have looked at the loaders before
+        all_views, ((*of_train,), (of_val,)) = distinct([views, [plain]])
+        count, typical = len(views), thinned(views[0])
+        del views, plain  # their keys are in all_views
+        computation = module.row_computation(device, str(trainer.precision))
+        provided, engines = self.provider.provide(computation, source, all_views, typical)
+        _log(trainer, provided)
+        stored.computed_by = f"{provided.option}, {count} view(s) of a training image"
+        rows = Rows(provided.found, memory(device, trainer.num_devices), device)
+        data.loaders["train"].rows = _loader(trainer, rows, of_train, data, "train")
+        data.loaders["val"].rows = _loader(trainer, rows, [of_val], data, "val")
         self._in_use = data, rows, stored
-        if supplied.option.precision == "int8" and ranks.rank == 0:
+        if provided.option.precision == "int8" and ranks.rank == 0:
             from project.features.int8_report import report
 
-            say(
-                report(
-                    supplied,
-                    rows,
-                    place,
-                    [*zip(views[0], train, strict=True)],
-                    [*zip(plain[0], val, strict=True)],
-                    engines.reference,
-                    source,
-                )
-            )
+            train_part, val_part = ((all_views.take(places), places) for places in (of_train[0], of_val))
+            say(report(provided, rows, train_part, val_part, engines.reference, source))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()
@@ -177,32 +164,34 @@ class FeatureCache(pl.Callback):
     def _let_go(self) -> None:
         if self._in_use is not None:
             data, rows, stored = self._in_use
-            data.instead = {}
+            data.loaders["train"].rows = data.loaders["val"].rows = None
             rows.close()
             self._in_use = None
             stored.examples = ()
 
 
+def _log(trainer: pl.Trainer, provided: Provided) -> None:
+    """Log how many rows were reused and computed, and by what."""
+    values = {"features/rows_reused": float(provided.reused), "features/rows_computed": float(provided.computed)}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+    log_text(trainer, "features", f"{provided} ({provided.reason}) in {provided.option.space.path}")
+
+
 def _loader(
-    trainer: pl.Trainer,
-    rows: Rows,
-    views: Sequence[Sequence[Image]],
-    place: dict[bytes, int],
-    data: ImageDataModule,
-    name: str,
+    trainer: pl.Trainer, rows: Rows, views: Sequence[np.ndarray], data: ImageDataModule, name: str
 ) -> RowLoader:
     from project.features.row_loader import RowLoader
 
-    order = data.order(name)
     limit = trainer.limit_val_batches
+    samples = data.splits[name]
     return RowLoader(
         rows,
-        torch.tensor([[place[image.key] for image in view] for view in views]),
-        torch.tensor([sample.label for sample in data.splits[name]]),
+        torch.from_numpy(np.stack(views)),
+        torch.from_numpy(np.fromiter((sample.label for sample in samples), np.int32, len(samples))),
         data.batch_size,
-        order,
-        # Over-fitting on some batches is over the same ones in each epoch, in one view.
-        epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
+        data.order(name),
+        epoch=data.epoch,
         evaluates=name != "train" and not (isinstance(limit, int) and limit > 0),
         behind=lambda: data.behind(name),
     )

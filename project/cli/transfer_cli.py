@@ -137,8 +137,8 @@ class TransferCLI(CheckpointCLI):
         verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
         return verbs | {
             "predict": set(),
-            "check": {"data", "computation", "supply"},
-            "demo": {"model", "data", "trainer", "supply"},
+            "check": {"data", "computation", "provider"},
+            "demo": {"model", "data", "device", "precision", "provider"},
         }
 
     def verbs(self) -> dict[str, Verb]:
@@ -154,7 +154,8 @@ class TransferCLI(CheckpointCLI):
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
         """Run a verb and print its result. The exit code of ``check`` says whether the data is clean."""
         given = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
-        supply = self._section.features.supply
+        provider = self._section.features.provider
+        device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
         with self.blaming_checkpoint():
             if verb == "fit":
                 self.trainer.fit(**given, weights_only=True)  # a checkpoint is never unpickled
@@ -166,10 +167,13 @@ class TransferCLI(CheckpointCLI):
             elif verb == "predict":
                 self.predict(**flags)
             elif verb == "demo":
-                demo.demo(self.model, data=self.datamodule, trainer=self.trainer, supply=supply, **flags)
+                demo.demo(
+                    self.model, data=self.datamodule, device=device, precision=precision, provider=provider, **flags
+                )
             elif self.trainer.global_rank == 0:  # one process checks the data for all
-                computation = self.model.row_computation(self.trainer) if self._section.suspects else None
-                self.exit_code = 0 if check(self.datamodule, computation, supply, **flags) else 1
+                suspects = self._section.suspects
+                computation = self.model.row_computation(device, precision) if suspects else None
+                self.exit_code = 0 if check(self.datamodule, computation, provider, **flags) else 1
 
     def predict(self, ckpt_path: str | None = None, output: str = "predictions.csv") -> None:
         """Predict images, and write a CSV file with a row for each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from project.data.samplers import EpochSampler, Order
 from project.data.sources.base import Sample, Source, some
 from project.data.sources.factory import Given, open_source
 from project.data.sources.files import Files
+from project.data.split_loader import SplitLoader
 from project.data.splits import HoldOut, lacking, split
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
@@ -105,8 +106,11 @@ class ImageDataModule(pl.LightningDataModule):
         self.balance = balance
         self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
-        #: Batches of something else than images, by split, that take the place of those read here.
-        self.instead: dict[str, Iterable[Any]] = {}
+        #: The loaders of train, val and test, one object each for all runs.
+        self.loaders = {
+            name: SplitLoader(functools.partial(self._split_loader, name), self.epoch)
+            for name in ("train", "val", "test")
+        }
         #: How images are held out: a checkpoint keeps it, lest another fit train on what this one held.
         self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed)
         self._mix = mixup, cutmix
@@ -237,17 +241,36 @@ class ImageDataModule(pl.LightningDataModule):
         """What is done to an image of any other split."""
         return evaluation(self._known())
 
-    def train_dataloader(self) -> Iterable[Any]:
+    def epoch(self) -> int:
+        """Number of the present epoch; 0 for all of them while a few batches are over-fitted on."""
+        if self.trainer is None or self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return 0
+        return int(self.trainer.current_epoch)
+
+    def train_dataloader(self) -> SplitLoader:
         """Batches of the train split, shuffled and augmented."""
-        return self.instead.get("train") or self._split_loader("train", self.training_transform())
+        return self._loader_of("train")
 
-    def val_dataloader(self) -> Iterable[Any]:
+    def val_dataloader(self) -> SplitLoader:
         """Batches of the validation split."""
-        return self.instead.get("val") or self._split_loader("val", self.evaluation_transform())
+        return self._loader_of("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> SplitLoader:
         """Batches of the test split."""
-        return self._split_loader("test", self.evaluation_transform())
+        return self._loader_of("test")
+
+    def _loader_of(self, name: str) -> SplitLoader:
+        self.loaders[name].close()  # a run may have other settings than the one before
+        return self.loaders[name]
+
+    def teardown(self, stage: str) -> None:
+        """End the processes that read images."""
+        for loader in self.loaders.values():
+            loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that read images."""
+        self.teardown("")
 
     @functools.cached_property
     def predicted(self) -> list[Sample]:
@@ -284,13 +307,11 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("ImageDataModule.preprocessing is not set: it comes from an ImageClassifier's backbone.")
         return self.preprocessing
 
-    def _split_loader(self, name: str, transform: Transform) -> DataLoader[Any]:
+    def _split_loader(self, name: str) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
+        transform = self.training_transform() if name == "train" else self.evaluation_transform()
         dataset = Images(self.splits[name], self.source, transform, run_seed())
-        sampler = EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size)
-        if self.trainer is not None:  # Lightning says it when workers have begun on the epoch of a resumed fit
-            sampler.set_epoch(lightning_internals.epochs(self.trainer).processed)
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size))
 
     def _loader(self, dataset: Images, sampler: EpochSampler) -> DataLoader[Any]:
         return ImageLoader(

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -21,6 +21,7 @@ from project.data.sources.base import Sample, Source, decoder_name
 from project.errors import DataError
 from project.runtime.system import cores
 
+T = TypeVar("T")
 SIDE = 16  # of the thumbnail
 FILE = "images-3.sqlite"  # another number for other columns
 VERSION = f"3 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
@@ -159,17 +160,69 @@ class Index:
         Returns:
             N facts.
         """
+        return self._with_file(lambda path: _known(path, source, samples, done))
+
+    def digests(self, source: Source, samples: Sequence[Sample]) -> np.ndarray:
+        """SHA-256 of each sample's bytes; a file that is unchanged since it was read is not read again.
+
+        Args:
+            source: Reads them.
+            samples: N samples.
+
+        Returns:
+            uint8 ``(N, 32)``.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        return self._with_file(lambda path: _digests(path, source, samples))
+
+    def _with_file(self, work: Callable[[str], T]) -> T:
         try:
-            return _known(str(self._path or MEMORY), source, samples, done)
+            return work(str(self._path or MEMORY))
         except sqlite3.OperationalError:  # read-only, full, or locked for too long
-            return _known(MEMORY, source, samples, done)
+            return work(MEMORY)
         except sqlite3.DatabaseError:  # damaged: it is made anew
             assert self._path is not None
             self._path.unlink(missing_ok=True)
-            return _known(str(self._path), source, samples, done)
+            return work(str(self._path))
 
 
 MEMORY = ":memory:"
+
+
+def _digests(path: str, source: Source, samples: Sequence[Sample]) -> np.ndarray:
+    decoder = f"{VERSION} {decoder_name(source)}".encode()
+    found = np.zeros((len(samples), 32), np.uint8)
+    with contextlib.closing(_prepared(path)) as database, ThreadPoolExecutor(cores()) as pool:
+
+        def put(at: int, digest: bytes) -> None:
+            found[at] = np.frombuffer(digest, np.uint8)
+
+        lacking: list[tuple[int, File | None]] = []
+
+        def read_all() -> None:
+            read = pool.map(lambda at: hashlib.sha256(source.content(samples[at])).digest(), [at for at, _ in lacking])
+            rows = []
+            for (at, file), digest in zip(lacking, read, strict=True):
+                put(at, digest)
+                rows += [(*file, decoder, digest)] if file else []
+            _save(database, [], rows)
+            lacking.clear()
+
+        for at, sample in enumerate(samples):
+            digest = source.digest(sample)
+            file = None if digest else _file(source, sample)
+            if file is not None:
+                (digest,) = database.execute(BY_STAMP, file).fetchone() or (None,)
+            if digest:
+                put(at, digest)
+                continue
+            lacking.append((at, file))
+            if len(lacking) == CHUNK:  # a pool holds all that it is given at once
+                read_all()
+        read_all()
+    return found
 
 
 def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[Facts]:
@@ -195,7 +248,7 @@ def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[
             for begin in range(0, len(lacking), CHUNK):  # a pool holds all that it is given at once
                 part = lacking[begin : begin + CHUNK]
                 known.update(zip(part, pool.map(lambda at: examine(source, samples[at], kept), part), strict=True))
-                saves = saves and _save(database, [(files[at], decoder, known[at]) for at in part])
+                saves = saves and _keep(database, [(files[at], decoder, known[at]) for at in part])
                 done(len(known), len(samples))
     return [known[at] for at in range(len(samples))]
 
@@ -206,6 +259,7 @@ COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
 BY_FILE = (
     f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
 )
+BY_STAMP = "SELECT digest FROM files WHERE path = ? AND stamp = ?"
 BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
 
 
@@ -227,14 +281,19 @@ def _from(row: Sequence[Any]) -> Facts:
     )
 
 
-def _save(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, Facts]]) -> bool:
+def _keep(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, Facts]]) -> bool:
     """Keep facts; says whether that can be done."""
     images = [
         (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)
         for _, decoder, facts in found
         if facts.digest
     ]
-    files = [(*file, decoder, facts.digest) for file, decoder, facts in found if file and facts.digest]
+    return _save(
+        database, images, [(*file, decoder, facts.digest) for file, decoder, facts in found if file and facts.digest]
+    )
+
+
+def _save(database: sqlite3.Connection, images: Sequence[Sequence[Any]], files: Sequence[Sequence[Any]]) -> bool:
     try:
         with database:
             database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,10 +102,17 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def stamp(path: str | Path) -> str | None:
-    """Size, times of the last change of content and of state, and inode of a file; ``None`` if there is none."""
+    """Size, times of the last change of content and of state, and inode of a file.
+
+    ``None`` if there is no file, or if another change could leave all of these as they are: on a file system that
+    counts in whole seconds, while the second of the last change lasts.
+    """
     try:
         status = Path(path).stat()
     except (OSError, ValueError):
+        return None
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    if changed % 10**9 == 0 and abs(time.time_ns() - changed) < 2 * 10**9:
         return None
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 

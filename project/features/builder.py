@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ import torch
 from project.data.sources.base import Source
 from project.errors import EngineError, ProjectError, StoreError
 from project.features.engine_options import Option
-from project.features.engine_selection import Choice, Cost, Rates, choose, cost
+from project.features.engine_selection import Choice, Rates, choose, cost
 from project.features.engines import DTYPES, Engine
-from project.features.extraction import Image, extract, keys_of, load_image
+from project.features.extraction import View, Views, extract, load_image
 from project.features.store import SHARD, Found, evict, unwritable
 from project.models.backbone import Backbone
 from project.models.cut import Cut
@@ -30,16 +31,16 @@ class OverBudgetError(StoreError):
 
 
 @dataclass(frozen=True)
-class Supplied:
-    """Rows, all of them there.
+class Provided:
+    """Rows, all of them there, and how they came about.
 
     Attributes:
         found: Where they are.
-        option: What made them.
+        option: The engine that makes such rows.
         computed: How many were computed now.
-        damaged: How many shards were not what they should have been, and were made anew.
+        damaged: How many shards were damaged; their rows were computed again.
         seconds: What the computation took.
-        prepared: What it took to choose the engine and to build it.
+        prepared: Seconds that it took to choose the engine and to build it.
         reason: Why this engine.
     """
 
@@ -51,10 +52,22 @@ class Supplied:
     prepared: float
     reason: str
 
+    @property
+    def reused(self) -> int:
+        """How many rows were stored already."""
+        return len(self.found.shard) - self.computed
+
+    def __str__(self) -> str:
+        how = ""
+        if self.computed:
+            how = f" in {self.seconds:.1f} s ({self.computed / self.seconds:.0f} images/s"
+            how += f", {self.prepared:.1f} s to choose and build the engine before)"
+        return f"{self.reused} rows reused, {self.computed} computed{how}; {self.option}"
+
 
 @dataclass(frozen=True)
 class Progress:
-    """What is told meanwhile.
+    """What is reported meanwhile.
 
     Attributes:
         begins: With the option, the reason for it, how many rows are computed, and how many of them by this process.
@@ -67,25 +80,13 @@ class Progress:
     waits: Callable[[], None]
 
 
-def supply(
-    images: Sequence[Image],
-    source: Source,
-    options: Sequence[Option],
-    backbone: Backbone,
-    cut: Cut,
-    device: torch.device,
-    root: Path,
-    budget: int,
-    ranks: Ranks,
-    progress: Progress,
-) -> Supplied:
-    """Have a row of each image.
+@dataclass(frozen=True)
+class RowBuilder:
+    """Builds rows in five steps: look up, choose, lock, compute, verify. Each row is computed by one process, once.
 
-    Each image is computed by one of the processes, once; then all of them find all rows.
-
-    Args:
-        images: Each key once, in the same order in all processes.
-        source: Reads them.
+    Attributes:
+        views: Each key once, in the same order in all processes.
+        source: Reads the images.
         options: The engines to choose among.
         backbone: Whose frozen prefix.
         cut: Where the prefix ends.
@@ -93,104 +94,174 @@ def supply(
         root: Folder of the store.
         budget: Bytes that the store may take.
         ranks: The processes.
-        progress: What is told meanwhile.
-
-    Raises:
-        OverBudgetError: The rows alone take more than the budget.
-        StoreError: The rows cannot be written, or not be seen by all processes.
-        DataError: An image cannot be read.
+        progress: What is reported meanwhile.
+        known: Images that were read to measure an engine, by the keys of their rows.
     """
-    start = time.perf_counter()
-    keys = keys_of(images)
-    lacking = [len(option.space.find(keys, verify=False).missing) for option in options]
-    if all(lacking):
-        _refuse_too_much(len(images), options, cost(backbone, cut, device), budget)
-    ranks.gather(None)  # nobody computes before all have looked
-    choice: Choice | None = None
-    with ranks.together():
-        if ranks.rank == 0:
-            choice = _choose(options, lacking, images, source, backbone, cut, device, root)
-    index, reason = ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
-    option = options[index]
-    found = option.space.find(keys)
-    damaged, computed, began = found.damaged, 0, start
-    if any(ranks.gather(len(found.missing))):
-        with contextlib.ExitStack() as held:
-            with ranks.together():
-                if ranks.rank == 0:
-                    held.enter_context(option.space.building(progress.waits))
-            _refuse_unshared(option, ranks)
-            stored = option.space.find(keys, verify=False)
-            missing = stored.missing
-            ranks.gather(None)  # nobody writes before all have looked
-            computed = len(missing)
-            with ranks.together():
-                mine = [images[i] for i in missing[ranks.part(len(missing))]]
-                progress.begins(option, reason, computed, len(mine))
-                if mine:
-                    first = torch.stack([load_image(source, mine[0])])
-                    engine, probe = _built(option, choice.engine if choice else None, first)
-                    began = time.perf_counter()
-                    progress.done(0)  # from here on, time goes by for the rows alone
-                    row = probe.numel() * probe.element_size()
-                    if ranks.rank == 0:
-                        evict(root, budget - computed * row, {shard.path for shard in stored.shards})
-                    shard = max(SHARD, len(images) * row // 256)
-                    extract(engine, mine, source, option.space, shard, progress.done)
-            found = option.space.find(keys)
-            ranks.gather(None)
+
+    views: Views
+    source: Source
+    options: Sequence[Option]
+    backbone: Backbone
+    cut: Cut
+    device: torch.device
+    root: Path
+    budget: int
+    ranks: Ranks
+    progress: Progress
+    known: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    def build(self) -> Provided:
+        """Have a row of each view.
+
+        Raises:
+            OverBudgetError: The rows alone take more than the budget.
+            StoreError: The rows cannot be written, or not be seen by all processes.
+            DataError: An image cannot be read.
+        """
+        start = time.perf_counter()
+        option, engine, reason = self.choose(self.look_up())
+        found, damaged = self.verify(option)
+        computed, began = 0, start
+        if any(self.ranks.gather(len(found.missing))):
+            with self.lock(option):
+                computed, began = self.compute(option, engine, reason)
+                found, _ = self.verify(option)
+                self.ranks.gather(None)
         if len(found.missing):
             raise StoreError(f"{len(found.missing)} rows are not in {option.space.path} although they were computed.")
-    return Supplied(found, option, computed, damaged, time.perf_counter() - began, began - start, reason)
+        if self.ranks.rank == 0:
+            option.space.refresh_index()
+        return Provided(found, option, computed, damaged, time.perf_counter() - began, began - start, reason)
 
+    def look_up(self) -> list[int]:
+        """How many rows the space of each option lacks.
 
-def _refuse_unshared(option: Option, ranks: Ranks) -> None:
-    """See that all processes see the same folder, before hours are spent on rows that some would not find."""
-    sign = option.space.path / f".seen-{ranks.gather(uuid.uuid4().hex)[0]}"
-    with ranks.together():
-        if ranks.rank == 0 and ranks.size > 1:
-            try:
-                sign.touch()
-            except OSError as error:
-                raise unwritable(option.space.path, error) from error
-    try:
+        Raises:
+            OverBudgetError: All lack some, and the rows alone take more than the budget.
+        """
+        missing = [len(option.space.find(self.views.keys).missing) for option in self.options]
+        if all(missing):
+            self._refuse_too_much()
+        self.ranks.gather(None)  # nobody computes before all have looked
+        return missing
+
+    def choose(self, missing: Sequence[int]) -> tuple[Option, Engine | None, str]:
+        """The option to use, by rank zero; its engine where it is built already; and the reason.
+
+        Args:
+            missing: Rows that the space of each option lacks.
+        """
+        choice: Choice | None = None
+        with self.ranks.together():
+            if self.ranks.rank == 0:
+                network = f"{self.backbone.name} to {self.cut.frozen[-1]} at "
+                network += f"{self.backbone.preprocessing.crop} px"
+                measures = all(missing) and len(self.options) > 1
+                flops = cost(self.backbone, self.cut, self.device).flops if measures else 0
+                rates = Rates(self.root / "rates.json", network, self.device)
+                choice = choose(self.options, missing, self._first_images, flops, self.device, rates)
+        index, reason = self.ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
+        return self.options[index], choice.engine if choice else None, reason
+
+    @contextmanager
+    def lock(self, option: Option) -> Iterator[None]:
+        """Hold an option's space, for all ranks, while rows are computed."""
+        with contextlib.ExitStack() as held:
+            with self.ranks.together():
+                if self.ranks.rank == 0:
+                    held.enter_context(option.space.building(self.progress.waits))
+            self._refuse_unshared(option)
+            yield
+
+    def compute(self, option: Option, engine: Engine | None, reason: str) -> tuple[int, float]:
+        """Compute the rows that are missing, each rank its part, and merge the small shards that come of it.
+
+        Args:
+            option: Whose space is held.
+            engine: The engine, if it is built already.
+            reason: Why this option.
+
+        Returns:
+            How many rows were computed, and when the computation itself began.
+        """
+        ranks, began = self.ranks, time.perf_counter()
+        stored = option.space.find(self.views.keys)
+        before = {*option.space.shards()}
+        missing = stored.missing
+        ranks.gather(None)  # nobody writes before all have looked
+        size = SHARD
         with ranks.together():
-            if ranks.size > 1 and not sign.exists():
-                raise StoreError(
-                    f"{option.space.path} of process {ranks.rank} is not that of process 0, on another node. Features "
-                    "have to be in a folder that all nodes share: name one with --features.folder PATH"
-                )
-    finally:
-        if ranks.rank == 0:
-            sign.unlink(missing_ok=True)
+            mine = self.views.take(missing[ranks.part(len(missing))])
+            self.progress.begins(option, reason, len(missing), len(mine))
+            if len(mine):
+                first = self._load(mine[0])[None]
+                engine, probe = _built(option, engine, first)
+                began = time.perf_counter()
+                self.progress.done(0)  # from here on, time goes by for the rows alone
+                row = probe.numel() * probe.element_size()
+                if ranks.rank == 0:
+                    evict(self.root, self.budget - len(missing) * row, {shard.path for shard in stored.shards})
+                size = max(SHARD, len(self.views) * row // 256)
+                extract(engine, mine, self.source, option.space, size, self.progress.done, self.known)
+        with ranks.together():
+            if ranks.rank == 0:
+                option.space.compact({*option.space.shards()} - before, size)
+        return len(missing), began
 
+    def verify(self, option: Option) -> tuple[Found, int]:
+        """Find rows whose shards are sound; those of damaged ones are missing.
 
-def _refuse_too_much(count: int, options: Sequence[Option], one: Cost, budget: int) -> None:
-    itemsize = min(DTYPES[option.precision].itemsize if option.precision in DTYPES else 4 for option in options)
-    needed = count * one.elements * itemsize
-    if needed > budget:
-        raise OverBudgetError(
-            f"{count} rows of {'x'.join(map(str, one.shape))} take {needed / 1e9:.3g} GB, and features.budget is "
-            f"{budget / 1e9:.3g}"
-        )
+        Returns:
+            Where the rows are, and how many shards were damaged.
+        """
+        damaged: set[Path] = set()
+        while True:
+            found = option.space.find(self.views.keys, damaged)
+            more = {*option.space.verify(found)}
+            if not more:
+                return found, len(damaged)
+            damaged |= more
+            option.space.quarantine(more)
 
+    def _first_images(self) -> torch.Tensor:
+        return torch.stack([self._load(view) for view in self.views[:MEASURED]])
 
-def _choose(
-    options: Sequence[Option],
-    lacking: Sequence[int],
-    images: Sequence[Image],
-    source: Source,
-    backbone: Backbone,
-    cut: Cut,
-    device: torch.device,
-    root: Path,
-) -> Choice:
-    def some() -> torch.Tensor:
-        return torch.stack([load_image(source, image) for image in images[:MEASURED]])
+    def _load(self, view: View) -> torch.Tensor:
+        """Read an image before its turn, and keep it for that."""
+        if view.key not in self.known:
+            self.known[view.key] = load_image(self.source, view)
+        return self.known[view.key]
 
-    network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
-    flops = cost(backbone, cut, device).flops if all(lacking) and len(options) > 1 else 0
-    return choose(options, lacking, some, flops, device, Rates(root / "rates.json", network, device))
+    def _refuse_unshared(self, option: Option) -> None:
+        """See that all processes see the same folder, before hours are spent on rows that some would not find."""
+        ranks = self.ranks
+        sign = option.space.path / f".seen-{ranks.gather(uuid.uuid4().hex)[0]}"
+        with ranks.together():
+            if ranks.rank == 0 and ranks.size > 1:
+                try:
+                    sign.touch()
+                except OSError as error:
+                    raise unwritable(option.space.path, error) from error
+        try:
+            with ranks.together():
+                if ranks.size > 1 and not sign.exists():
+                    raise StoreError(
+                        f"{option.space.path} of process {ranks.rank} is not that of process 0, on another node. "
+                        "Features have to be in a folder that all nodes share: name one with --features.folder PATH"
+                    )
+        finally:
+            if ranks.rank == 0:
+                sign.unlink(missing_ok=True)
+
+    def _refuse_too_much(self) -> None:
+        one = cost(self.backbone, self.cut, self.device)
+        kinds = [DTYPES[option.precision].itemsize if option.precision in DTYPES else 4 for option in self.options]
+        needed = len(self.views) * one.elements * min(kinds)
+        if needed > self.budget:
+            raise OverBudgetError(
+                f"{len(self.views)} rows of {'x'.join(map(str, one.shape))} take {needed / 1e9:.3g} GB, and "
+                f"features.budget is {self.budget / 1e9:.3g}"
+            )
 
 
 def _built(option: Option, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:

@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from itertools import chain
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from project.data.sources.base import Sample, Source
-from project.features.builder import Supplied
+from project.data.sources.base import Source
+from project.features.builder import Provided
 from project.features.engines import Engine
-from project.features.extraction import Image, load_image, run
+from project.features.extraction import Views, load_image, run
 from project.features.row_loader import Rows
 from project.task import SingleLabel
 
 TRAINED = 2000  # rows that the probe is trained on, at most
 COMPARED = 256  # images that are computed in full precision too, at most
 
-Labelled = Sequence[tuple[Image, Sample]]
-
 
 def report(
-    supplied: Supplied,
+    provided: Provided,
     rows: Rows,
-    place: Mapping[bytes, int],
-    train: Labelled,
-    val: Labelled,
+    train: tuple[Views, np.ndarray],
+    val: tuple[Views, np.ndarray],
     reference: Callable[[], Engine],
     source: Source,
 ) -> str:
-    """Say what int8 does to accuracy: measured when rows are computed, kept beside them, told every time.
+    """Say what int8 does to accuracy: measured when rows are computed, stored beside them, reported every time.
 
     Args:
-        supplied: The int8 rows.
+        provided: The int8 rows.
         rows: The same, by place.
-        place: Of each key.
-        train: Images to train a probe on.
-        val: Images to compare on.
+        train: Images to train a probe on, and the places of their rows, int ``(N,)``.
+        val: Images to compare on, likewise.
         reference: Makes an engine of full precision.
         source: Reads the images.
     """
-    about = b"".join(image.key + sample.label.to_bytes(4, "little") for image, sample in [*train, *val])
-    kept = supplied.option.space.path / f"accuracy-{hashlib.sha256(about).hexdigest()[:16]}.txt"
-    if kept.exists():
-        return kept.read_text()
-    train, val = train[:: -(-len(train) // TRAINED)], val[:: -(-len(val) // COMPARED)]
-    exact = torch.cat([r for _, r in run(reference(), [image for image, _ in val], lambda i: load_image(source, i))])
-    mine, others = (rows[torch.tensor([place[image.key] for image, _ in part])].cpu() for part in (train, val))
-    labels, truth = (torch.tensor([sample.label for _, sample in part]) for part in (train, val))
-    text = compare(mine, labels, others, exact, truth)
+    about = b"".join(view.key + view.sample.label.to_bytes(4, "little") for view in chain(train[0], val[0]))
+    file = provided.option.space.path / f"accuracy-{hashlib.sha256(about).hexdigest()[:16]}.txt"
+    if file.exists():
+        return file.read_text()
+    (trained, at), (compared, other) = (
+        (views[:: -(-len(views) // most)], torch.from_numpy(places[:: -(-len(views) // most)].astype(np.int64)))
+        for (views, places), most in ((train, TRAINED), (val, COMPARED))
+    )
+    exact = torch.cat([found for _, found in run(reference(), compared, lambda view: load_image(source, view))])
+    labels, truth = (torch.tensor([view.sample.label for view in part]) for part in (trained, compared))
+    text = compare(rows[at].cpu(), labels, rows[other].cpu(), exact, truth)
     with contextlib.suppress(OSError):  # of a read-only folder: it is measured again next time
-        kept.write_text(text)
+        file.write_text(text)
     return text
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from project.errors import ConfigError
 from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.runtime.console import counting, say
+from project.runtime.system import memory_limit
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
-    from project.data.datamodule import ImageDataModule
     from project.data.sources.base import Sample, Source
-    from project.features.builder import Progress, Supplied
+    from project.features.builder import Progress, Provided
     from project.features.engine_options import Engines, Option
-    from project.features.extraction import Image
+    from project.features.extraction import View, Views
     from project.runtime.distributed import Ranks
 
 CALIBRATION = 128  # images that int8 is calibrated on
@@ -40,8 +40,7 @@ class RowComputation:
         encode: Images on the device to rows, as the live model does it.
         layout: Memory format that ``encode`` gives its images: channels_last or contiguous.
         device: Where to compute.
-        precision: Lightning's name of the trainer's precision.
-        log: Takes numbers by name, and a text, for the loggers of a run.
+        precision: Lightning's name of the precision, such as 32-true or bf16-mixed.
     """
 
     backbone: Backbone
@@ -50,7 +49,6 @@ class RowComputation:
     layout: str
     device: torch.device
     precision: str
-    log: Callable[[Mapping[str, float], str], None] = field(default=lambda values, text: None)
 
 
 @dataclass
@@ -66,12 +64,12 @@ class StoredFeatures:
 
     fingerprints: Mapping[str, str]
     in_both: int
-    examples: Sequence[Sequence[Image]] = ()
+    examples: Sequence[Sequence[View]] = ()
     computed_by: str = ""
 
 
-class RowSupply:
-    """Has rows of images, and says how many were reused and how many computed.
+class RowProvider:
+    """Provides rows of images: what is stored is read, what is not is computed and stored.
 
     Args:
         engine: What computes: torch, compile, onnxruntime, or auto.
@@ -91,27 +89,23 @@ class RowSupply:
         self._budget = round(budget * 1e9)
         self._root = root
 
-    def have(
-        self,
-        computation: RowComputation,
-        source: Source,
-        images: Sequence[Image],
-        typical: Sequence[Image],
-    ) -> tuple[Supplied, Engines]:
-        """Have a row of each image.
+    def provide(
+        self, computation: RowComputation, source: Source, views: Views, typical: Views
+    ) -> tuple[Provided, Engines]:
+        """Have a row of each view.
 
         Args:
             computation: What makes the rows.
             source: Reads the images.
-            images: Each key once.
+            views: Each key once.
             typical: What int8 is calibrated on.
 
         Raises:
             OverBudgetError: They alone take more than the budget.
-            StoreError: They cannot be kept.
+            StoreError: They cannot be stored.
             DataError: An image cannot be read.
         """
-        from project.features.builder import supply
+        from project.features.builder import RowBuilder
         from project.features.engine_options import Engines
         from project.features.extraction import load_image
         from project.runtime.distributed import Ranks
@@ -119,23 +113,22 @@ class RowSupply:
         ranks = Ranks()
 
         def calibration() -> torch.Tensor:
-            return torch.stack([load_image(source, image) for image in typical[:: -(-len(typical) // CALIBRATION)]])
+            return torch.stack([load_image(source, view) for view in thinned(typical)])
 
-        task = " ".join([source.name, *source.classes])
         engines = Engines(
             self._root,
             computation.backbone,
             computation.cut,
             computation.encode,
             computation.device,
-            task,
+            " ".join([source.name, *source.classes]),
             calibration,
             computation.layout,
         )
         options = self._options(engines, computation.precision, ranks)
-        with _progress(len(images), ranks, engines.left_out) as progress:
-            supplied = supply(
-                images,
+        with _progress(len(views), ranks) as progress:
+            provided = RowBuilder(
+                views,
                 source,
                 options,
                 computation.backbone,
@@ -145,36 +138,35 @@ class RowSupply:
                 self._budget,
                 ranks,
                 progress,
-            )
-        self._tell(computation, supplied, len(images))
-        return supplied, engines
+            ).build()
+        if provided.damaged:
+            say(f"Features: {provided.damaged} corrupt cache files were discarded and recomputed")
+        say(f"Features: {provided}")
+        return provided, engines
 
-    def rows_of(self, computation: RowComputation, data: ImageDataModule, samples: Sequence[Sample]) -> torch.Tensor:
+    def rows_of(self, computation: RowComputation, source: Source, samples: Sequence[Sample]) -> torch.Tensor:
         """What the frozen prefix makes of images, without augmentation; what is stored is not computed again.
 
         Args:
             computation: What makes them.
-            data: Reads the images.
+            source: Reads the images.
             samples: N samples.
 
         Returns:
             Rows ``(N, ...)``, float32, on the CPU.
         """
-        from project.features.extraction import digest_all, views_of
+        from project.data.transforms import evaluation
+        from project.features.extraction import digest_all, distinct, views_of
         from project.features.row_loader import Rows
         from project.runtime.distributed import Ranks
 
-        source = data.source
-        assert source is not None  # there would be no samples
-        data.preprocessing = computation.backbone.preprocessing
         digests = digest_all(source, samples, Ranks())
-        (view,) = views_of(source, samples, digests, data.evaluation_transform(), [""])
-        images = list({image.key: image for image in view}.values())
-        supplied, _ = self.have(computation, source, images, images)
-        place = {image.key: index for index, image in enumerate(images)}
-        rows = Rows(supplied.found, memory(torch.device("cpu")), torch.device("cpu"))
+        plain = views_of(source, samples, digests, evaluation(computation.backbone.preprocessing), [""])
+        views, [[place]] = distinct([plain])
+        provided, _ = self.provide(computation, source, views, views)
+        rows = Rows(provided.found, memory(torch.device("cpu")), torch.device("cpu"))
         try:
-            return rows[torch.tensor([place[image.key] for image in view])].float()
+            return rows[torch.from_numpy(place.astype(np.int64))].float()
         finally:
             rows.close()
 
@@ -186,22 +178,14 @@ class RowSupply:
                     options = engines.options(self._engine, self._precision, trainer_precision)
         return options
 
-    def _tell(self, computation: RowComputation, supplied: Supplied, count: int) -> None:
-        if supplied.damaged:
-            say(f"Features: {supplied.damaged} files were damaged; their rows were computed anew")
-        reused, how = count - supplied.computed, ""
-        if supplied.computed:
-            how = f" in {supplied.seconds:.1f} s ({supplied.computed / supplied.seconds:.0f} images/s"
-            how += f", {supplied.prepared:.1f} s to choose and build the engine before)"
-        option = supplied.option
-        text = f"{reused} rows reused, {supplied.computed} computed{how}; {option.name} {option.precision}"
-        say(f"Features: {text}")
-        values = {"features/rows_reused": float(reused), "features/rows_computed": float(supplied.computed)}
-        computation.log(values, f"{text} ({supplied.reason}) in {option.space.path}")
+
+def thinned(views: Views) -> Views:
+    """As many of some views as int8 is calibrated on, from all over them."""
+    return views[:: -(-len(views) // CALIBRATION)]
 
 
 @contextmanager
-def _progress(count: int, ranks: Ranks, left_out: str) -> Iterator[Progress]:
+def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
     """A bar on a terminal, lines elsewhere; from the first process."""
     from project.features.builder import Progress
 
@@ -212,8 +196,7 @@ def _progress(count: int, ranks: Ranks, left_out: str) -> Iterator[Progress]:
             nonlocal total
             total = mine
             show(0, total)
-            how = f"{option.name} {option.precision} ({reason}{left_out})"
-            say(f"Features: {computed} of {count} rows to compute, by {how}")
+            say(f"Features: {computed} of {count} rows to compute, by {option} ({reason})")
 
         def advance(more: int) -> None:
             nonlocal done
@@ -228,10 +211,12 @@ def _progress(count: int, ranks: Ranks, left_out: str) -> Iterator[Progress]:
 def memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that rows may take of the device's memory: half of what is free on a GPU, a quarter of all on a CPU.
 
+    Of a container, all is what it may use.
+
     Args:
         device: Where they are held.
         processes: Of this run on this machine. They share its memory, while each has a GPU of its own.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // processes
+    return memory_limit() // 4 // processes

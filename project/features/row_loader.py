@@ -13,6 +13,7 @@ import torch
 from project.data.samplers import Order
 from project.errors import StoreError
 from project.features.store import Found, Shard
+from project.runtime.system import read_at
 
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20
@@ -66,7 +67,7 @@ class Rows:
         return self._held is not None
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, ...)`` at indices ``(B,)``, int64 on the CPU; they are where they are held."""
+        """Rows ``(B, ...)`` at indices ``(B,)``, int32 or int64 on the CPU; they are where they are held."""
         if self._held is None:
             return self._read(index.numpy())
         return self._held[index.to(self._held.device)]
@@ -80,7 +81,7 @@ class Rows:
             at = self._found.shards[which[place]]
             offset = at.offset + int(where[place]) * at.row_bytes
             target = into[place * at.row_bytes : (place + 1) * at.row_bytes]
-            if os.preadv(self._file(int(which[place])), [target], offset) != at.row_bytes:
+            if read_at(self._file(int(which[place])), target, offset) != at.row_bytes:
                 raise OSError(f"{at.path} ended before its row {where[place]}")
         return rows
 
@@ -107,8 +108,8 @@ class RowLoader:
 
     Args:
         rows: All rows.
-        views: Which of them are each image's, int64 ``(V, N)``: view e mod V is taken in epoch e.
-        labels: int64 ``(N,)``.
+        views: Which of them are each image's, int32 or int64 ``(V, N)``: view e mod V is taken in epoch e.
+        labels: int32 or int64 ``(N,)``.
         batch_size: Images a batch.
         order: In which order they come.
         epoch: Says which epoch it is.
@@ -143,4 +144,4 @@ class RowLoader:
         view = self._views[epoch % len(self._views)]
         parts = zip(*(torch.split(part, self.batch_size) for part in self._order(epoch)), strict=True)
         for indices, valid in itertools.islice(parts, self._behind(), None):
-            yield RowBatch(self._rows[view[indices]], self._labels[indices], valid)
+            yield RowBatch(self._rows[view[indices]], self._labels[indices].long(), valid)

@@ -1,9 +1,12 @@
-"""Rows on disk: immutable shards, each named by the SHA-256 of its bytes.
+"""Rows on disk: immutable shards, each named by the SHA-256 of its bytes, and an index of their keys.
 
 A *space* is a folder of rows that the same prefix made in the same way; what made them is its name, so a row that was
 made otherwise cannot be found in it. A row's key says which image it is of, and how that was transformed. A shard's
 name is the hash of what is in it, so a truncated or altered one is known by its name, and two builders that write at
 the same time write different files.
+
+:meth:`Space.find` reads the index and nothing else; :meth:`Space.verify` reads the shards that are used, once per
+process; :meth:`Space.quarantine` puts damaged ones aside; :meth:`Space.compact` merges small ones.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from project.errors import StoreError
+from project.features.row_index import FILE, Keys, read_index, write_index
 from project.runtime.atomic_write import TEMPORARY, appearing, replacing
-
-Keys = np.ndarray
-"""Keys of rows, uint64 ``(N, 2)``: 128 bits each."""
+from project.runtime.system import cores
 
 SUFFIX = ".safetensors"
+DAMAGED = ".damaged"
 #: Bytes of a shard, about: a run that is killed loses at most as much.
 SHARD = 64 * 2**20
+UNLISTED = 16  # shards beside the index, from which on it is written anew
+
+_verified: dict[Path, tuple[int, int, int]] = {}
+"""Shards whose bytes this process has verified, with what tells them from later ones."""
 
 
 def row_key(content: bytes, view: str) -> bytes:
@@ -77,14 +86,14 @@ class Found:
     Attributes:
         shards: The shards that hold some of them.
         shard: Index of each row's shard, int32 ``(N,)``; -1 where there is none.
-        index: Its place there, int64 ``(N,)``.
-        damaged: How many shards were not what their names say; their rows are not found.
+        index: Its place there, int32 ``(N,)``.
+        unreadable: Files that cannot be opened as a shard.
     """
 
     shards: list[Shard]
     shard: np.ndarray
     index: np.ndarray
-    damaged: int
+    unreadable: tuple[Path, ...] = ()
 
     @property
     def missing(self) -> np.ndarray:
@@ -105,60 +114,165 @@ class Space:
         self.path = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._text = text
 
-    def find(self, keys: Keys, verify: bool = True) -> Found:
-        """Look rows up.
+    def find(self, keys: Keys, without: Collection[Path] = ()) -> Found:
+        """Look rows up: in the index, and in the keys of shards that it does not list. No row is read.
 
         Args:
             keys: Of the rows, each once.
-            verify: Read each shard that is needed, to see that it is whole.
+            without: Shards that do not count.
         """
         order = np.argsort(keys[:, 0])
-        shards: list[Shard] = []
+        shards: dict[Path, Shard] = {}
+        number = {path: at for at, path in enumerate(self.shards()) if path not in without}
         shard = np.full(len(keys), -1, np.int32)
-        index = np.zeros(len(keys), np.int64)
-        damaged = 0
-        for path in sorted(self.path.glob(f"*{SUFFIX}")):
+        row = np.zeros(len(keys), np.int32)
+        index = read_index(self.path / FILE)
+        listed = {self.path / name: about for name, about in index.shards.items()} if index else {}
+        if index:
+            here = np.array([number.get(path, -1) for path in listed], np.int32)
+
+            def take(wanted: np.ndarray, at: np.ndarray, rows: np.ndarray) -> None:
+                shard[wanted] = here[at]
+                row[wanted] = rows
+
+            index.look_up(keys, order, here >= 0, take)
+            shards = {path: _shard(path, about) for path, about in listed.items() if path in number}
+        unreadable = []
+        for path in number.keys() - listed.keys():
             try:
                 opened = _open(path)
             except OSError:  # another user's, or removed just now: that is no damage
                 continue
-            place, rows = _match(keys, order, opened[1]) if opened else (np.empty(0, np.int64),) * 2
-            new = shard[place] < 0
-            if opened and not new.any():
+            if opened is None:
+                unreadable.append(path)
                 continue
-            if opened is None and not verify:
-                continue  # the look that verifies removes it, and counts it
-            if opened is None or (verify and _sha256(path) != path.stem):
-                damaged += 1
-                with suppress(OSError):  # it is not used, whether it can be removed or not
-                    path.unlink()
-                continue
-            shard[place[new]] = len(shards)
-            index[place[new]] = rows[new]
-            shards.append(opened[0])
-            with suppress(OSError):  # a read-only folder keeps no account of what is used
-                os.utime(path)
-        return Found(shards, shard, index, damaged)
+            shards[path] = opened[0]
+            wanted, rows = _match(keys, order, opened[1])
+            new = shard[wanted] < 0
+            shard[wanted[new]] = number[path]
+            row[wanted[new]] = rows[new]
+        used = np.unique(shard[shard >= 0])
+        paths = {at: path for path, at in number.items()}
+        renumber = np.full(len(number) + len(without) + 1, -1, np.int32)  # its last stands for none
+        renumber[used] = np.arange(len(used))
+        return Found([shards[paths[at]] for at in used.tolist()], renumber[shard], row, tuple(unreadable))
 
-    def write(self, keys: Keys, rows: torch.Tensor) -> None:
+    def shards(self) -> list[Path]:
+        """The files of rows."""
+        return sorted(self.path.glob(f"*{SUFFIX}"))
+
+    def verify(self, found: Found) -> list[Path]:
+        """Read the shards that hold rows, as a stream, and compare their hashes with their names.
+
+        Each is read once per process, unless it has changed since. Those that are sound count as used now.
+
+        Args:
+            found: The rows.
+
+        Returns:
+            The shards that are damaged.
+        """
+        with ThreadPoolExecutor(cores()) as pool:
+            paths = [shard.path for shard in found.shards]
+            sound = list(pool.map(_verify, paths))
+        return [*found.unreadable, *(path for path, whole in zip(paths, sound, strict=True) if not whole)]
+
+    def quarantine(self, shards: Collection[Path]) -> None:
+        """Put damaged shards aside, under another name; eviction removes them first.
+
+        In a folder that cannot be written they stay where they are: see ``without`` of :meth:`find`.
+        """
+        for path in shards:
+            with suppress(OSError):
+                path.rename(path.with_suffix(DAMAGED))
+
+    def refresh_index(self) -> None:
+        """Write the index anew where it lacks many shards, or many of its rows."""
+        path = self.path / FILE
+        index = read_index(path)
+        listed = index.shards if index else {}
+        there = {shard.name: shard for shard in self.shards()}
+        added: dict[str, tuple[Any, Keys]] = {}
+        for name in there.keys() - listed.keys():
+            with suppress(OSError):  # removed just now
+                opened = _open(there[name])
+                if opened is not None:
+                    added[name] = (_about(opened[0], len(opened[1])), opened[1])
+        gone = {name for name in listed if name not in there}
+        more = sum(len(keys) for _, keys in added.values())
+        less = sum(listed[name]["rows"] for name in gone)
+        if more and (len(added) >= UNLISTED or 8 * (more + less) >= len(index or ())):
+            with suppress(OSError):  # of a folder that cannot be written, or is full: the shards' own keys are read
+                write_index(path, index, added, gone)
+
+    def compact(self, shards: Collection[Path], size: int) -> None:
+        """Merge small shards, whose rows are verified before; nothing is removed before the merged ones are there.
+
+        Args:
+            shards: Which; only those of a builder that holds the space, as readers may have found others already.
+            size: Bytes of a merged one, about.
+
+        Raises:
+            StoreError: The folder cannot be written, or its disk is full.
+        """
+        batch: list[Path] = []
+        total = 0
+        for path in sorted(shards):
+            if not path.exists():
+                continue
+            length = path.stat().st_size
+            if 2 * length > size or not _verify(path):  # large already; a damaged one is not given a sound name
+                continue
+            if total + length > size:
+                self._merge(batch)
+                batch, total = [], 0
+            batch.append(path)
+            total += length
+        self._merge(batch)
+
+    def _merge(self, shards: Sequence[Path]) -> None:
+        if len(shards) < 2:
+            return
+        parts = [load_file(path) for path in shards]
+        keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)
+        _, first = np.unique(keys, axis=0, return_index=True)
+        rows = torch.cat([part["rows"] for part in parts])
+        first.sort()
+        merged = self.write(keys[first], rows[torch.from_numpy(first)] if len(first) < len(keys) else rows)
+        for path in shards:
+            if path != merged:  # one of them may have had the rows of all others
+                path.unlink(missing_ok=True)
+
+    def write(self, keys: Keys, rows: torch.Tensor) -> Path:
         """Add rows, whole and on the disk when this returns, or not at all.
 
         Args:
             keys: uint64 ``(N, 2)``.
             rows: ``(N, ...)``.
 
+        Returns:
+            The shard.
+
         Raises:
             StoreError: The folder cannot be written, or its disk is full.
         """
         tensors = {"keys": torch.from_numpy(keys.view(np.int64)), "rows": rows}
+        shard = self.path
+
+        def name(written: Path) -> str:
+            nonlocal shard
+            shard = self.path / f"{_sha256(written)}{SUFFIX}"
+            return shard.name
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             about = self.path / "space.json"
             if not about.exists():
                 with replacing(about) as temporary:
                     temporary.write_text(self._text)
-            with appearing(self.path, lambda written: f"{_sha256(written)}{SUFFIX}") as temporary:
+            with appearing(self.path, name) as temporary:
                 save_file(tensors, temporary)
+            return shard
         except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
             raise unwritable(self.path, error) from error
 
@@ -216,6 +330,9 @@ def evict(root: Path, budget: int, keep: Collection[Path]) -> int:
     for path in root.glob(f"*/*{SUFFIX}"):
         with suppress(FileNotFoundError):  # another process evicts as well
             files.append((path.stat().st_mtime, path.stat().st_size, path))
+    for path in root.glob(f"*/*{DAMAGED}"):
+        with suppress(FileNotFoundError):
+            files.append((0.0, path.stat().st_size, path))
     total, freed = sum(size for _, size, _ in files), 0
     for _, size, path in sorted(files):
         if total - freed <= budget:
@@ -224,6 +341,8 @@ def evict(root: Path, budget: int, keep: Collection[Path]) -> int:
             continue
         path.unlink(missing_ok=True)
         freed += size  # its folder stays: somebody may be building in it
+        if not any(path.parent.glob(f"*{SUFFIX}")):
+            (path.parent / FILE).unlink(missing_ok=True)
     return freed
 
 
@@ -235,16 +354,45 @@ def _open(path: Path) -> tuple[Shard, Keys] | None:
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))["rows"]
-        shape = tuple(header["shape"])
-        if len(keys) != shape[0]:
+        if len(keys) != header["shape"][0]:
             return None
-        shard = Shard(path, 8 + length + header["data_offsets"][0], DTYPE[header["dtype"]], shape[1:])
+        about = {"offset": 8 + length + header["data_offsets"][0], "dtype": header["dtype"], "shape": header["shape"]}
+        return _shard(path, about), keys
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None
-    return shard, keys
 
 
 DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPE.items()}
+
+
+def _shard(path: Path, about: Mapping[str, Any]) -> Shard:
+    return Shard(path, about["offset"], DTYPE[about["dtype"]], tuple(about["shape"][1:]))
+
+
+def _about(shard: Shard, rows: int) -> dict[str, Any]:
+    """What an index has of a shard: all that is needed to read a row."""
+    return {"rows": rows, "offset": shard.offset, "dtype": NAMES[shard.dtype], "shape": [rows, *shard.shape]}
+
+
+def _verify(path: Path) -> bool:
+    """Whether a shard is what its name says. It counts as used now."""
+    try:
+        sound = _verified.get(path) == _stamp(path) or _sha256(path) == path.stem
+    except FileNotFoundError:  # removed meanwhile: whoever reads it says so
+        return True
+    if sound:
+        # The time has nanoseconds of its own, so whatever is written to the file later changes it.
+        now = time.time_ns()
+        with suppress(OSError):  # a read-only folder keeps no account of what is used
+            os.utime(path, ns=(now, now))
+            _verified[path] = _stamp(path)
+    return sound
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
+import torch
 from PIL import Image
 
 from project.checkpoints.reader import read_checkpoint
@@ -23,7 +23,7 @@ from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.image_io import read_image
 from project.errors import ConfigError, DataError, ModelError, ProjectError
-from project.features.provider import RowSupply
+from project.features.provider import RowProvider
 from project.inference.gallery import Gallery, data_of
 from project.inference.heatmap_overlay import overlay
 from project.inference.predictor import Classifier
@@ -146,8 +146,9 @@ def demo(
     port: int = 7860,
     open: bool = True,
     data: ImageDataModule | None = None,
-    trainer: pl.Trainer | None = None,
-    supply: RowSupply | None = None,
+    device: torch.device | None = None,
+    precision: str = "32-true",
+    provider: RowProvider | None = None,
 ) -> None:
     """Open a page on this machine to try the classifier on photographs: classes, heat map, nearest training images.
 
@@ -157,8 +158,9 @@ def demo(
         port: Port of the page on 127.0.0.1; 0 for any that is free.
         open: Show the page in a browser.
         data: Has the training images; by default those that the config.yaml of the checkpoint's run names.
-        trainer: Whose device and precision compute the training images' rows.
-        supply: Has these rows.
+        device: Where the training images' rows are computed.
+        precision: Lightning's name of their precision.
+        provider: Provides their rows.
 
     Raises:
         ConfigError: No checkpoint is named, or the port is taken.
@@ -174,7 +176,7 @@ def demo(
     given = data if data is not None and data.source is not None else None
     about = f"{len(model.classes)} classes on {model.backbone.name}: {ckpt_path}"
     try:
-        gallery = Gallery(classifier, given or data_of(ckpt_path), "train", trainer, supply)
+        gallery = Gallery(classifier, given or data_of(ckpt_path), "train", device, precision, provider)
     except ProjectError as error:
         if given:
             raise

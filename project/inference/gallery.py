@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
@@ -16,7 +15,7 @@ from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Sample, Source
 from project.errors import ConfigError, DataError
-from project.features.provider import RowSupply
+from project.features.provider import RowProvider
 from project.inference.predictor import Classifier
 from project.runtime.system import cache_folder
 
@@ -43,8 +42,9 @@ class Gallery:
         classifier: Looks at them.
         data: Has them.
         split: ``train``, ``val`` or ``test``.
-        trainer: Whose device and precision compute what is not stored; by default the CPU, in full precision.
-        supply: Has the rows; by default those in the user's cache folder.
+        device: Computes what is not stored; by default the CPU.
+        precision: Lightning's name of the precision that it is computed in.
+        provider: Provides the rows; by default from the store in the user's cache folder.
 
     Attributes:
         source: Reads them.
@@ -63,8 +63,9 @@ class Gallery:
         classifier: Classifier,
         data: ImageDataModule,
         split: str = "train",
-        trainer: pl.Trainer | None = None,
-        supply: RowSupply | None = None,
+        device: torch.device | None = None,
+        precision: str = "32-true",
+        provider: RowProvider | None = None,
     ) -> None:
         if data.source is None or not data.splits.get(split):
             there = [name for name, samples in data.splits.items() if samples]
@@ -74,11 +75,11 @@ class Gallery:
         self.source: Source = data.source
         self.samples = data.splits[split]
         self.labels = np.array([sample.label for sample in self.samples])
-        trainer = trainer or pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-        supply = supply or RowSupply("auto", "auto", 20.0, cache_folder())
-        model = classifier.model.to(trainer.strategy.root_device)  # where what is not stored is computed
+        device = device or torch.device("cpu")
+        provider = provider or RowProvider("auto", "auto", 20.0, cache_folder())
+        model = classifier.model.to(device)  # where what is not stored is computed
         try:
-            rows = supply.rows_of(model.row_computation(trainer), data, self.samples)
+            rows = provider.rows_of(model.row_computation(device, precision), data.source, self.samples)
         finally:
             model.cpu()
         with torch.inference_mode():

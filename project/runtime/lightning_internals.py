@@ -171,19 +171,9 @@ def loop_state(trainer: pl.Trainer) -> dict[str, Any]:
     return {name: getattr(trainer, name).state_dict()} if name else {}
 
 
-def training_data(trainer: pl.Trainer) -> Any:
-    """The object that gives a fit its training loader. Relies on ``fit_loop._data_source.instance``."""
-    return trainer.fit_loop._data_source.instance
-
-
 def validation_data(trainer: pl.Trainer) -> Any:
     """The object that gives a fit its validation loader. Relies on ``val_loop._data_source.instance``."""
     return trainer.fit_loop.epoch_loop.val_loop._data_source.instance
-
-
-def reset_training_loader(trainer: pl.Trainer) -> None:
-    """Let a fit ask for its training loader again. Relies on ``fit_loop._combined_loader``."""
-    trainer.fit_loop._combined_loader = None
 
 
 def release_subprocesses(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -29,7 +30,7 @@ from project.data.sources.base import Sample
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
 from project.features.engine_options import Engines
-from project.features.extraction import digest_all, extract, load_image, views_of
+from project.features.extraction import digest_all, distinct, extract, load_image, views_of
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 from project.models.backbone import load_backbone
@@ -56,8 +57,7 @@ def extracted(data: Path, precision: str, folder: Path) -> Extracted:
     backbone.to(memory_format=torch.channels_last)
     source = Folder(str(data))
     samples, transform = source.splits["train"], evaluation(backbone.preprocessing)
-    (images,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
-    images = list({image.key: image for image in images}.values())
+    images, _ = distinct([views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])])
     engines = Engines(
         *(
             folder,
@@ -90,12 +90,11 @@ def in_memory(data: Path, count: int = 20_000) -> float:
     transform = evaluation(load_backbone("resnet18", None).preprocessing)
     tracemalloc.start()
     samples = [Sample(f"/data/imagenet/train/n01440764/n01440764_{number:08}.JPEG", 0) for number in range(count)]
-    digests = keys(count)
-    (images,) = views_of(source, samples, digests, transform, [""])
-    place = {image.key: index for index, image in enumerate(images)}
+    digests = np.random.default_rng(0).integers(0, 256, (count, 32), np.uint8)
+    views, _places = distinct([views_of(source, samples, digests, transform, [""])])
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    return (size + 16 * len(place)) / count  # and the key in the look-up
+    return size / len(views)
 
 
 def epoch(rows: Rows, batch_size: int, cold: Path | None, most: int) -> float:

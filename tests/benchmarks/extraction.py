@@ -33,7 +33,7 @@ from project.data.transforms import evaluation
 from project.features.engine_options import Engines, Option
 from project.features.engine_selection import ceiling, cost
 from project.features.engines import Engine
-from project.features.extraction import Image, digest_all, extract, load_image, run, views_of
+from project.features.extraction import View, digest_all, distinct, extract, load_image, run, views_of
 from project.models.backbone import Backbone, load_backbone
 from project.runtime.distributed import Ranks
 from tests.benchmarks.measure import middle, progress, table
@@ -94,7 +94,7 @@ class Benchmark:
         samples = samples[:: max(len(samples) // images, 1)][:images] if images else samples
         transform = evaluation(self.backbone.preprocessing)
         (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
-        self.images: list[Image] = list({image.key: image for image in view}.values())
+        self.images, _ = distinct([[view]])
         self.dataset = Images([image.sample for image in self.images], source, transform)
         self.flops = cost(self.backbone, self.backbone.cut, CPU).flops
         self.built: dict[str, tuple[Option, Engine]] = {}
@@ -106,7 +106,7 @@ class Benchmark:
         """The frozen prefix, as a live fit runs it."""
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
-    def load(self, image: Image) -> torch.Tensor:
+    def load(self, image: View) -> torch.Tensor:
         """Read one image."""
         return load_image(self.source, image)
 

@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     data = ImageDataModule(root=str(options.data), augment="standard", num_workers=options.workers)
     data.preprocessing = PREPROCESSING
-    loader = data.train_dataloader()
+    loader = data.train_dataloader().images
     rows = []
     for epoch in range(options.epochs):
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]

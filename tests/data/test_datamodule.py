@@ -76,7 +76,7 @@ def test_root_and_source_together_are_refused(photos: Path) -> None:
 
 def test_without_preprocessing_it_says_where_that_comes_from(photos: Path) -> None:
     with pytest.raises(ConfigError, match="backbone"):
-        ImageDataModule(root=str(photos)).train_dataloader()
+        len(ImageDataModule(root=str(photos)).train_dataloader())
 
 
 @pytest.mark.parametrize("augment", ["flip", "standard"])
@@ -103,7 +103,8 @@ def loader_of(data: ImageDataModule) -> Any:
 def test_augmentation_is_that_of_the_seed_and_the_epoch_with_any_number_of_workers(photos: Path, augment: Any) -> None:
     seen = []
     for workers in (0, 1, 2):
-        loader = loader_of(ImageDataModule(root=str(photos), batch_size=6, num_workers=workers, augment=augment))
+        data = ImageDataModule(root=str(photos), batch_size=6, num_workers=workers, augment=augment)
+        loader = loader_of(data).images
         epochs = []
         for epoch in (0, 1, 0):
             loader.sampler.set_epoch(epoch)

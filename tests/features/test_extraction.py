@@ -225,7 +225,7 @@ def test_an_image_that_changes_while_a_gpu_is_fed_is_named(
     workers: int, many: tuple[Folder, list[Any]], tmp_path: Path
 ) -> None:
     source, images = many
-    images[70] = dataclasses.replace(images[70], digest=b"of something else")
+    images[70] = dataclasses.replace(images[70], key=b"of something else")
     with pytest.raises(DataError, match=f"^{re.escape(images[70].sample.name)} was changed"):
         list(run(Sums(), images, functools.partial(load_image, source), workers))
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.features.row_loader import Rows
-from project.features.store import Space, as_keys, evict, row_key
+from project.features.store import Found, Space, as_keys, evict, row_key
 from tests.conftest import STORED, draw
 
 CPU = torch.device("cpu")
@@ -27,8 +27,16 @@ def values(count: int, *shape: int, dtype: torch.dtype = torch.float32, seed: in
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def read(space: Space, keys: np.ndarray) -> torch.Tensor:
+def sound(space: Space, keys: np.ndarray) -> tuple[Found, int]:
+    """Rows whose shards are sound, as a fit has them, and how many shards were damaged."""
     found = space.find(keys)
+    damaged = space.verify(found)
+    space.quarantine(damaged)
+    return space.find(keys, damaged), len(damaged)
+
+
+def read(space: Space, keys: np.ndarray) -> torch.Tensor:
+    found, _ = sound(space, keys)
     assert not len(found.missing)
     return Rows(found, ALL, CPU)[torch.arange(len(keys))]
 
@@ -80,13 +88,15 @@ def test_any_keys_in_any_number_of_shards_are_found_and_others_are_missing(
             if new:
                 space.write(as_keys(new), torch.tensor([[written.setdefault(k, float(len(written)))] for k in new]))
         asked = list(dict.fromkeys([*others, *written]))
-        found = space.find(as_keys(asked))
-        assert {asked[i] for i in found.missing} == set(asked) - set(written)
         held = [i for i, key in enumerate(asked) if key in written]
-        if held:
-            rows = Rows(found, 0, CPU)
-            assert rows[torch.tensor(held)].squeeze(1).tolist() == [written[asked[i]] for i in held]
-            rows.close()
+        for _ in range(2):  # without an index, and with one
+            found = space.find(as_keys(asked))
+            assert {asked[i] for i in found.missing} == set(asked) - set(written)
+            if held:
+                rows = Rows(found, 0, CPU)
+                assert rows[torch.tensor(held)].squeeze(1).tolist() == [written[asked[i]] for i in held]
+                rows.close()
+            space.refresh_index()
 
 
 def test_rows_of_another_description_are_not_found(space: Space) -> None:
@@ -116,9 +126,9 @@ DAMAGES = {"truncated": _truncate, "empty": _empty, "garbage": _garbage, "longer
 def test_rows_of_a_damaged_shard_are_not_found_and_the_others_are(damage: str, space: Space) -> None:
     bad = shard_of(space, 1)
     DAMAGES[damage](bad)
-    found = space.find(keys_from(0, 12))
+    found, damaged = sound(space, keys_from(0, 12))
     assert found.missing.tolist() == [4, 5, 6, 7]
-    assert found.damaged == 1
+    assert damaged == 1
     assert not bad.exists()
     assert torch.equal(read(space, keys_from(8, 4)), values(4, 5, seed=2))
     space.write(keys_from(4, 4), values(4, 5, seed=1))
@@ -130,7 +140,7 @@ def test_a_flipped_bit_is_never_read_wherever_it_is(space: Space) -> None:
     whole = bad.read_bytes()
     for place in range(len(whole)):
         bad.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
-        found = space.find(keys_from(0, 12))
+        found, _ = sound(space, keys_from(0, 12))
         assert found.missing.tolist() == [4, 5, 6, 7], f"byte {place}"
         assert not bad.exists()
 
@@ -140,8 +150,8 @@ def test_a_file_that_cannot_be_removed_is_not_used_either(space: Space, mount: C
     mount("--bind", str(space.path), str(space.path))
     mount("-o", "remount,bind,ro", str(space.path))
     for _ in range(2):
-        found = space.find(keys_from(0, 12))
-        assert found.missing.tolist() == [4, 5, 6, 7] and found.damaged == 1
+        found, damaged = sound(space, keys_from(0, 12))
+        assert found.missing.tolist() == [4, 5, 6, 7] and damaged == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
@@ -168,7 +178,7 @@ def test_a_fit_says_that_files_were_damaged(
     content[-1] ^= 1
     shard.write_bytes(content if damage == "a flipped bit" else content[:-1])
     assert fit(*STORED) == 0
-    assert "1 files were damaged" in capsys.readouterr().out
+    assert "1 corrupt cache files were discarded and recomputed" in capsys.readouterr().out
 
 
 def test_the_shards_used_least_recently_make_room(tmp_path: Path) -> None:
@@ -179,7 +189,7 @@ def test_the_shards_used_least_recently_make_room(tmp_path: Path) -> None:
         for shard, path in enumerate(sorted(space.path.glob("*.safetensors"))):
             os.utime(path, (1000, 1000 + 10 * number + shard))
     size = next(spaces[0].path.glob("*.safetensors")).stat().st_size
-    spaces[1].find(keys_from(0, 8))  # now it is the one used last
+    sound(spaces[1], keys_from(0, 8))  # now it is the one used last
     in_use = set(spaces[0].path.glob("*.safetensors"))
     assert evict(tmp_path, 5 * size + 1, keep=in_use) == 3 * size
     left = [len(list(space.path.glob("*.safetensors"))) for space in spaces]

@@ -9,7 +9,7 @@ from PIL import Image
 from project import Classifier, ImageDataModule, load
 from project.data.sources.relabeled import Relabeled
 from project.errors import ConfigError, DataError
-from project.features.provider import RowSupply
+from project.features.provider import RowProvider
 from project.inference.gallery import Gallery, data_of
 from project.inference.heatmap_overlay import overlay
 from tests.conftest import told
@@ -21,13 +21,13 @@ def classifier(trained: Path) -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def supply(tmp_path_factory: pytest.TempPathFactory) -> RowSupply:
-    return RowSupply("torch", "auto", 1.0, tmp_path_factory.mktemp("store"))
+def provider(tmp_path_factory: pytest.TempPathFactory) -> RowProvider:
+    return RowProvider("torch", "auto", 1.0, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
-def gallery(classifier: Classifier, trained: Path, supply: RowSupply) -> Gallery:
-    return Gallery(classifier, data_of(trained / "checkpoints/best.ckpt"), supply=supply)
+def gallery(classifier: Classifier, trained: Path, provider: RowProvider) -> Gallery:
+    return Gallery(classifier, data_of(trained / "checkpoints/best.ckpt"), provider=provider)
 
 
 def test_it_is_what_the_classifier_makes_of_the_images(gallery: Gallery, classifier: Classifier) -> None:
@@ -39,9 +39,9 @@ def test_it_is_what_the_classifier_makes_of_the_images(gallery: Gallery, classif
 
 
 def test_what_is_stored_is_not_computed_again(
-    gallery: Gallery, classifier: Classifier, supply: RowSupply, photos: Path, capsys: pytest.CaptureFixture[str]
+    gallery: Gallery, classifier: Classifier, provider: RowProvider, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Gallery(classifier, ImageDataModule(str(photos)), "train", supply=supply)
+    Gallery(classifier, ImageDataModule(str(photos)), "train", provider=provider)
     assert told(capsys.readouterr().out) == [(24, 0)]
 
 

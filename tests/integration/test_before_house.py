@@ -21,7 +21,7 @@ from project.cli.main import main
 from project.data.image_io import read_image
 from project.data.sources.folder import Folder
 from project.features.engine_options import Engines
-from project.features.extraction import digest_all, keys_of, views_of
+from project.features.extraction import digest_all, views_of
 from project.models.backbone import load_backbone
 from project.runtime.distributed import Ranks
 from tests.conftest import COLOURS, draw, scalars, told
@@ -132,7 +132,7 @@ def test_the_keys_of_rows_are_what_they_were(before: Path, weights: Path) -> Non
     source = Folder("photos")
     samples = [sample for split in source.splits.values() for sample in split]
     (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), evaluation_of(backbone), [""])
-    keys = keys_of(view)
+    keys = view.keys
     stored = load_file(shard)["keys"].view(np.uint64)
     assert {tuple(key) for key in keys.tolist()} == {tuple(key) for key in stored.tolist()}
 

@@ -206,29 +206,14 @@ def test_the_state_of_a_loop_is_what_a_checkpoint_has_of_it(trainer: Any, tmp_pa
     assert lightning_internals.loop_state(trainer()) == {}
 
 
-def test_what_gives_the_loaders_is_known_and_they_can_be_asked_for_again(trainer: Any) -> None:
-    data, seen = Data(), []
-
-    def look(trainer: pl.Trainer) -> None:
-        found = lightning_internals.training_data(trainer), lightning_internals.validation_data(trainer)
-        loader = trainer.train_dataloader
-        lightning_internals.reset_training_loader(trainer)
-        seen.append((*found, loader is not None, trainer.train_dataloader))
-
-    made = trainer(Spy(on_fit_start=look), max_epochs=1)
-    made.fit(Tiny(), datamodule=data)
-    assert seen == [(data, data, False, None)], f"{CHANGED}_data_source or _combined_loader"
+def test_what_gives_the_validation_loader_is_known(trainer: Any) -> None:
+    data, spy = Data(), Spy(on_train_start=lightning_internals.validation_data)
+    trainer(spy, max_epochs=1).fit(Tiny(), datamodule=data)
+    assert spy.seen["on_train_start"] == [data], f"{CHANGED}_data_source"
     loader = data.train_dataloader()
-    spy = Spy(on_train_start=lambda t: (lightning_internals.training_data(t), lightning_internals.validation_data(t)))
+    spy = Spy(on_train_start=lightning_internals.validation_data)
     trainer(spy, max_epochs=1).fit(Tiny(), loader, loader)
-    assert spy.seen["on_train_start"] == [(loader, loader)], f"{CHANGED}_data_source"
-
-
-def test_a_loader_that_is_reset_is_asked_for_anew(trainer: Any) -> None:
-    made = fitted(trainer, max_epochs=1)
-    assert made.train_dataloader is not None
-    lightning_internals.reset_training_loader(made)
-    assert made.train_dataloader is None, f"{CHANGED}fit_loop._combined_loader"
+    assert spy.seen["on_train_start"] == [loader], f"{CHANGED}_data_source"
 
 
 def test_subprocesses_are_released() -> None:

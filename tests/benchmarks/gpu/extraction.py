@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from project.data.transforms import evaluation
 from project.features.engine_options import Engines
 from project.features.engine_selection import measure
 from project.features.engines import DTYPES, Engine
-from project.features.extraction import Image, digest_all, extract, load_image, views_of
+from project.features.extraction import Views, digest_all, extract, load_image, views_of
 from project.features.frozen_prefix import Prefix
 from project.features.store import Space
 from project.models.backbone import Backbone, load_backbone
@@ -46,7 +46,7 @@ class Measured:
     """
 
     backbone: Backbone
-    images: Sequence[Image]
+    images: Views
     source: Source
     decoding: float
 
@@ -110,7 +110,7 @@ def _extract(scale: Scale, network: Measured, kind: str, folder: Path, out: Figu
         out.promise(f"{name}: {SHARE:.0%} of synthetic, or decoding is the limit", enough, str(busy))
 
 
-def _decoding(scale: Scale, source: Source, images: Sequence[Image], out: FigureFile, size: int) -> float:
+def _decoding(scale: Scale, source: Source, images: Views, out: FigureFile, size: int) -> float:
     """Images per second that all cores read, decode and transform as extraction does, while nothing is computed."""
     discard = _Discard(scale.device)
     count = min(len(images), scale.images)
@@ -121,9 +121,7 @@ def _decoding(scale: Scale, source: Source, images: Sequence[Image], out: Figure
     return rate
 
 
-def _steady_rate(
-    scale: Scale, engine: Engine, images: Sequence[Image], source: Source, space: Space
-) -> tuple[float, Busy]:
+def _steady_rate(scale: Scale, engine: Engine, images: Views, source: Source, space: Space) -> tuple[float, Busy]:
     """Images per second from the first batch to the last: starting the processes that decode is left out."""
     ticks: list[tuple[float, int]] = []
     with measure_busy(scale.device) as busy:
