@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from project.checkpoints.restore import CheckpointMixin
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
-from project.evaluation.epoch_metrics import Tally
+from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.provider import RowComputation, StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.backbone import Backbone, load_backbone
@@ -144,7 +144,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         for stage in ("train", "val", "test"):
-            self.add_module(f"{stage}_tally", Tally(stage, self.task, classes))
+            self.add_module(f"{stage}_metrics", EpochMetrics(stage, self.task, classes))
 
     def setup(self, stage: str) -> None:
         """Take the classes from the data, and tell the data what the weights ask of an image.
@@ -228,18 +228,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         probabilities = self.task.probabilities(logits.detach())
         loss = self.task.loss(logits, targets, self.loss_weights, self.hparams["label_smoothing"])
         labels = self.task.labels(targets)
-        self.tally(stage).add(loss, probabilities, labels)
+        self.epoch_metrics(stage).add(loss, probabilities, labels)
         return Step(loss, probabilities, labels, features.detach())
 
-    def tally(self, stage: str) -> Tally:
+    def epoch_metrics(self, stage: str) -> EpochMetrics:
         """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
-        return cast(Tally, self.get_submodule(f"{stage}_tally"))
+        return cast(EpochMetrics, self.get_submodule(f"{stage}_metrics"))
 
     def _epoch_end(self, stage: str) -> None:
         # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
         # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
         # and the progress bar looks in the first process alone, which then waits for the others for ever.
-        values = self.tally(stage).take(self.device)
+        values = self.epoch_metrics(stage).take(self.device)
         if stage == "train" and not values["train/loss"].isfinite():
             raise ConfigError(
                 f"The training loss is no number any more in epoch {self.current_epoch + 1}: the fit has diverged.\n"
@@ -310,7 +310,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             FrozenError: It has changed.
         """
         for stage in ("train", "val", "test"):
-            self.tally(stage).reset()  # an epoch that was broken off left its own
+            self.epoch_metrics(stage).reset()  # an epoch that was broken off left its own
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:

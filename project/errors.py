@@ -62,7 +62,7 @@ class FrozenError(ProjectError):
     """A part that was to stay frozen has changed."""
 
 
-def damaged(what: str) -> CheckpointError:
+def damaged_checkpoint(what: str) -> CheckpointError:
     """Say that a checkpoint is not as a fit wrote it.
 
     Args:
@@ -75,7 +75,7 @@ def damaged(what: str) -> CheckpointError:
     )
 
 
-def shown(value: object, most: int = 80) -> str:
+def abbreviate(value: object, most: int = 80) -> str:
     """A value in one line of so many characters at most: a tensor has several, and a checkpoint may hold any."""
     return " ".join(repr(value).split())[:most]
 

@@ -7,7 +7,7 @@ import torch
 
 from project import ImageClassifier, ImageDataModule
 from project.errors import ConfigError
-from project.evaluation.epoch_metrics import Tally
+from project.evaluation.epoch_metrics import EpochMetrics
 from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, MLPHead
 from project.task import SingleLabel
@@ -73,7 +73,7 @@ def test_float_images_in_0_1_and_uint8_images_are_the_same(weights: Path) -> Non
 
 def test_top5_is_there_above_five_classes_only() -> None:
     probabilities, labels = torch.eye(6)[[0, 1, 2, 3, 4, 5]] * 0.9 + 0.1 / 6, torch.tensor([0, 1, 2, 3, 4, 0])
-    five, metrics = (Tally("val", SingleLabel(), list(names)) for names in ("abcde", "abcdef"))
+    five, metrics = (EpochMetrics("val", SingleLabel(), list(names)) for names in ("abcde", "abcdef"))
     five.add((torch.tensor(1.0), 5), probabilities[:5, :5], labels[:5])
     assert not any("top5" in name for name in five.take(torch.device("cpu")))
     metrics.add((torch.tensor(1.0), 6), probabilities, labels)

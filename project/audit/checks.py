@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from project.data.image_index import Facts
+from project.data.image_index import ImageInfo
 from project.data.near_duplicates import alike, same
 from project.data.sources.base import Finding, Source, some
 from project.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ class Audit:
     findings: tuple[Finding, ...]
     bad: Mapping[str, str]
     rows: tuple[tuple[str, str, str, str], ...]
-    facts: Mapping[str, Facts]
+    facts: Mapping[str, ImageInfo]
 
     @property
     def clean(self) -> bool:
@@ -97,7 +97,7 @@ class Audit:
         return len(kept)
 
 
-def audit(source: Source, facts: Mapping[str, Facts]) -> Audit:
+def audit(source: Source, facts: Mapping[str, ImageInfo]) -> Audit:
     """Examine data.
 
     Args:
@@ -130,7 +130,7 @@ def audit(source: Source, facts: Mapping[str, Facts]) -> Audit:
 Row = tuple[str, str, str, str]
 
 
-def _unreadable(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]) -> Iterator[Finding]:
+def _unreadable(rows: Sequence[Row], known: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for (name, *_), facts in zip(rows, known, strict=True):
         if facts.error:
@@ -141,7 +141,7 @@ def _unreadable(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]
         yield Finding("problem", kind, text, tuple(name for name, _ in found))
 
 
-def _duplicates(rows: Sequence[Row], known: Sequence[Facts], bad: dict[str, str]) -> Iterator[Finding]:
+def _duplicates(rows: Sequence[Row], known: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
     exact = same(known)
     yield from _copies("the same", exact.sets(), rows, bad)
     # Also of those that are the same to the byte, as another that is alike may be in another split.
@@ -197,7 +197,7 @@ def _sizes_of_classes(source: Source) -> Iterator[Finding]:
         yield Finding("note", "imbalance", text, (most, least))
 
 
-def _traits(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
+def _traits(rows: Sequence[Row], known: Sequence[ImageInfo]) -> Iterator[Finding]:
     handled = {
         "turned by EXIF": "are turned upright",
         "16-bit": "are rescaled",
@@ -213,7 +213,7 @@ def _traits(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
             yield Finding("note", trait, f"Images that {what}: {len(names)}.", tuple(names))
 
 
-def _sizes_of_images(rows: Sequence[Row], known: Sequence[Facts]) -> Iterator[Finding]:
+def _sizes_of_images(rows: Sequence[Row], known: Sequence[ImageInfo]) -> Iterator[Finding]:
     sizes = {row[0]: (facts.width, facts.height) for row, facts in zip(rows, known, strict=True) if facts.width}
     if not sizes:
         return

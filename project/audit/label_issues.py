@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from project.data.datamodule import ImageDataModule
-from project.data.image_index import Facts
+from project.data.image_index import ImageInfo
 from project.data.sources.base import Sample
 from project.data.splits import place
 from project.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ class Suspect(NamedTuple):
 def suspects_of(
     computation: RowComputation,
     data: ImageDataModule,
-    facts: Mapping[str, Facts],
+    facts: Mapping[str, ImageInfo],
     provider: RowProvider,
     most: int,
 ) -> list[Suspect]:

@@ -15,7 +15,7 @@ from project.audit.label_issues import Suspect, suspects_of
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.features.provider import RowComputation, RowProvider
-from project.runtime.console import say
+from project.runtime.console import print_rank_zero
 
 SHOWN = 3  # names a finding
 
@@ -81,7 +81,7 @@ def examine(data: ImageDataModule, json: str | None = None, fix: str | None = No
         _write_json(found, None, Path(json))
     if fix is not None:
         kept = found.write_manifest(Path(fix))
-        say(f"{fix}: {kept} images, {len(found.bad)} left out. Train on it: --data.root {fix}")
+        print_rank_zero(f"{fix}: {kept} images, {len(found.bad)} left out. Train on it: --data.root {fix}")
     return found
 
 
@@ -98,11 +98,11 @@ def _show(found: Audit, seconds: float) -> None:
             if names and len(finding.names) > SHOWN:
                 names.append(f"and {len(finding.names) - SHOWN} more: --json report.json names all")
             table.add_row(finding.level, finding.kind, "\n".join([finding.text, *names]))
-        say(table)
+        print_rank_zero(table)
     splits = {split: sum(count[split] for count in found.counts.values()) for split in ("train", "val", "test")}
     parts = ", ".join(f"{count} {split}" for split, count in splits.items() if count)
     problems = counts["refused"] + counts["problem"]
-    say(
+    print_rank_zero(
         f"{found.source}: {len(found.rows)} images ({parts}) of {len(found.counts)} classes in {seconds:.1f} s. "
         f"{_many(problems, 'problem')}, {_many(counts['note'], 'note')}."
     )
@@ -129,7 +129,7 @@ def report(found: Audit, suspects: Sequence[Suspect], json: str | None = None) -
     if json is not None:
         _write_json(found, suspects, Path(json))
     if not suspects:
-        say("No suspect labels: every image looks most like its own class.")
+        print_rank_zero("No suspect labels: every image looks most like its own class.")
         return
     table = Table(title="Suspect labels, the most suspect first", title_justify="left")
     for column in ("labelled", "looks like", "margin"):
@@ -137,7 +137,7 @@ def report(found: Audit, suspects: Sequence[Suspect], json: str | None = None) -
     table.add_column("image, and the one of that class that is most like it", overflow="fold")
     for suspect in suspects:
         table.add_row(suspect.label, suspect.looks_like, f"{suspect.score:.2f}", f"{suspect.name}\n{suspect.neighbour}")
-    say(table)
+    print_rank_zero(table)
 
 
 def _write_json(found: Audit, suspects: Sequence[Suspect] | None, path: Path) -> None:

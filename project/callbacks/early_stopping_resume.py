@@ -17,17 +17,21 @@ def reason(trainer: pl.Trainer) -> str | None:
     """Why EarlyStopping has ended a fit; ``None`` where it has not."""
     if not trainer.should_stop:
         return None
-    said = (_plain(each.stopping_reason_message) for each in those_of(trainer) if each.stopping_reason_message)
+    said = (
+        _plain(each.stopping_reason_message)
+        for each in early_stopping_callbacks(trainer)
+        if each.stopping_reason_message
+    )
     return next(said, None)
 
 
-def those_of(trainer: pl.Trainer) -> Iterator[EarlyStopping]:
+def early_stopping_callbacks(trainer: pl.Trainer) -> Iterator[EarlyStopping]:
     """The trainer's callbacks of this kind."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return (each for each in callbacks if isinstance(each, EarlyStopping))
 
 
-def go_on(
+def restore_early_stopping(
     trainer: pl.Trainer, checkpoint: dict[str, Any], watched: Mapping[str, float] | None, counted: bool
 ) -> str | None:
     """Bring each one's state in a checkpoint to where the fit goes on, before Lightning restores it.
@@ -43,7 +47,7 @@ def go_on(
     Returns:
         Why one has ended the fit, where it would do it again at once; ``None`` where the fit goes on.
     """
-    for stopping in those_of(trainer):
+    for stopping in early_stopping_callbacks(trainer):
         state = checkpoint.get("callbacks", {}).get(stopping.state_key)
         if state is None:
             continue

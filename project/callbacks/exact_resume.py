@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from project.callbacks import early_stopping_resume
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.errors import CheckpointError, ConfigError, damaged, shown
+from project.errors import CheckpointError, ConfigError, abbreviate, damaged_checkpoint
 from project.runtime import lightning_internals
-from project.runtime.console import say
-from project.runtime.distributed import Ranks
+from project.runtime.console import print_rank_zero
+from project.runtime.distributed import ProcessGroup
 from project.runtime.seeding import reseed, run_seed
 
 KEY = "resume"
@@ -50,7 +50,7 @@ class ExactResume(Callback):
         within = progress.processed < progress.ready
         mine: dict[str, Any] = {"chance": _chance()}
         if within and isinstance(pl_module, ImageClassifier):
-            mine["train"] = pl_module.tally("train").state()
+            mine["train"] = pl_module.epoch_metrics("train").state()
         checkpoint[KEY] = {
             "seed": run_seed(),
             "batches_of": _batches_of(trainer),
@@ -71,7 +71,7 @@ class ExactResume(Callback):
     ) -> None:
         kept = checkpoint.get(KEY)
         if kept is not None and trainer.state.fn == "fit":
-            with Ranks().together():
+            with ProcessGroup().together():
                 self._go_on(trainer, checkpoint, kept)
 
     def _go_on(self, trainer: pl.Trainer, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
@@ -88,14 +88,18 @@ class ExactResume(Callback):
                     "The checkpoint was saved within an epoch of other images, or other labels of them.\n"
                     "Give the data as it was, or a checkpoint of an epoch's end."
                 )
-            say("Checkpoint: the images or their labels are not those that it was trained on; it goes on with these")
+            print_rank_zero(
+                "Checkpoint: the images or their labels are not those that it was trained on; it goes on with these"
+            )
         if kept["within"] and then != now:
             raise CheckpointError(
                 "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
                 f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end."
             )
         with _refusing_damage():
-            why = early_stopping_resume.go_on(trainer, checkpoint, kept["watched"], kept.get("counted", False))
+            why = early_stopping_resume.restore_early_stopping(
+                trainer, checkpoint, kept["watched"], kept.get("counted", False)
+            )
         if why:
             raise ConfigError(
                 f"EarlyStopping has ended this fit, and would end it again at once: {why}\n"
@@ -113,7 +117,7 @@ class ExactResume(Callback):
                 validated = lightning_internals.discard_started_batches(trainer)
                 self._validated = None if kept.get("validating", True) else validated
                 if isinstance(pl_module, ImageClassifier):
-                    pl_module.tally("train").merge(mine["train"])
+                    pl_module.epoch_metrics("train").merge(mine["train"])
             for config in trainer.lr_scheduler_configs:
                 if config.reduce_on_plateau and kept["watched"] and not kept["within"]:
                     config.scheduler.step(kept["watched"][str(config.monitor)])
@@ -144,8 +148,8 @@ def _refusing_damage() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever is wrong with it: it may come from anywhere
-        raise damaged(
-            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({shown(error)})."
+        raise damaged_checkpoint(
+            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({abbreviate(error)})."
         ) from error
 
 
@@ -173,7 +177,7 @@ def _told(batches: Mapping[str, int]) -> str:
 def _watched(trainer: pl.Trainer) -> dict[str, float]:
     """The last value of each metric that a scheduler or EarlyStopping goes by."""
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-    names += [each.monitor for each in early_stopping_resume.those_of(trainer)]
+    names += [each.monitor for each in early_stopping_resume.early_stopping_callbacks(trainer)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 

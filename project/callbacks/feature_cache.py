@@ -16,7 +16,8 @@ from project.data.sources.base import Source
 from project.data.split_fingerprint import count_common, split_fingerprint
 from project.errors import ConfigError
 from project.features.provider import EngineName, PrecisionName, RowProvider, StoredFeatures, memory, thinned
-from project.runtime.console import say
+from project.runtime import lightning_internals
+from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
 from project.runtime.system import cache_folder
 
@@ -88,13 +89,12 @@ class FeatureCache(pl.Callback):
                 f"Feature caching is not possible: {why_not}. Remove the options that require it: features.views, "
                 "engine, precision, cache on."
             )
-        say(f"Features: computed in every epoch, because {why_not}")
+        print_rank_zero(f"Features: computed in every epoch, because {why_not}")
 
     def _why_not(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
         if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule) or data.source is None:
             return "the data does not come from an ImageDataModule"
-        trainer.fit_loop.setup_data()
-        if trainer.train_dataloader not in (None, data.loaders["train"]):
+        if lightning_internals.training_loader(trainer) not in (None, data.loaders["train"]):
             return "the fit was given loaders of its own"
         if data.source.decoder.read is not Source.read:
             return f"{data.source.decoder.__name__} reads its images past decode(), which is what features are kept of"
@@ -110,32 +110,32 @@ class FeatureCache(pl.Callback):
 
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
-        from project.features.extraction import digest_all, distinct, views_of
+        from project.features.extraction import digest_images, distinct, image_views
         from project.features.row_loader import Rows
-        from project.runtime.distributed import Ranks
+        from project.runtime.distributed import ProcessGroup
 
-        source, device, ranks = data.source, trainer.strategy.root_device, Ranks()
+        source, device, ranks = data.source, trainer.strategy.root_device, ProcessGroup()
         assert source is not None
         train, val = data.splits["train"], data.splits["val"]
-        digests = {"train": digest_all(source, train, ranks), "val": digest_all(source, val, ranks)}
+        digests = {"train": digest_images(source, train, ranks), "val": digest_images(source, val, ranks)}
         fingerprints = {
             name: split_fingerprint(data.splits[name], digests[name], source.classes) for name in ("train", "val")
         }
         in_both = count_common(digests["train"], digests["val"])
         stored = module.stored_features = StoredFeatures(fingerprints, in_both)
         if in_both:
-            say(f"Data: images that are in train and in val: {in_both}; python -m project check names them")
+            print_rank_zero(f"Data: images that are in train and in val: {in_both}; python -m project check names them")
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
         count = self._views or min(VIEWS, epochs)
         names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
-        views = views_of(source, train, digests["train"], data.evaluation_transform(), [""])
-        views += views_of(source, train, digests["train"], data.training_transform(), names)
-        (plain,) = views_of(source, val, digests["val"], data.evaluation_transform(), [""])
+        views = image_views(source, train, digests["train"], data.evaluation_transform(), [""])
+        views += image_views(source, train, digests["train"], data.training_transform(), names)
+        (plain,) = image_views(source, val, digests["val"], data.evaluation_transform(), [""])
         del digests  # 32 bytes an image, which the keys have in them
         if data.augment != "none":
             without = "" if names else ", so nothing is augmented: raise features.views"
             augment = data.augment if isinstance(data.augment, str) else "of transforms"
-            say(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
+            print_rank_zero(f"Features: {len(views)} views an image, {len(names)} with data.augment {augment}{without}")
         each = -(-len(train) // max(EXAMPLES // len(views), 1))  # from all over the split, which lies class by class
         stored.examples = [list(of_one) for of_one in zip(*(view[::each] for view in views), strict=True)]
         all_views, ((*of_train,), (of_val,)) = distinct([views, [plain]])
@@ -153,7 +153,7 @@ class FeatureCache(pl.Callback):
             from project.features.int8_report import report
 
             train_part, val_part = ((all_views.take(places), places) for places in (of_train[0], of_val))
-            say(report(provided, rows, train_part, val_part, engines.reference, source))
+            print_rank_zero(report(provided, rows, train_part, val_part, engines.reference, source))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()

@@ -16,7 +16,7 @@ from project.runtime import lightning_internals
 from project.runtime.signals import Interrupted, Signals
 
 
-class Interruption(pl.Callback):
+class GracefulShutdown(pl.Callback):
     """Ends a fit between two batches, of training or of validation, with ``last.ckpt`` written.
 
     Handlers are put in place whenever a loop begins: Lightning has just put its own there, and its handler of SIGTERM

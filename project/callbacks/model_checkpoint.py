@@ -14,7 +14,7 @@ from project.classifier import ImageClassifier
 from project.errors import CheckpointError
 from project.evaluation.summary import EvaluationSummary
 from project.runtime.atomic_write import replacing
-from project.runtime.console import say
+from project.runtime.console import print_rank_zero
 
 KEY = "best"
 
@@ -77,7 +77,7 @@ class Best(_AtEnds):
             self._before = path, score
             self._measured_before = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
-            say(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
+            print_rank_zero(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best checkpoint so far along into this fit's own folder, and its score."""
@@ -100,7 +100,7 @@ class Best(_AtEnds):
 
 def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    counts = module.tally("val").counts if isinstance(module, ImageClassifier) else None
+    counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None
     if counts is None:
         return EvaluationSummary(trainer.current_epoch, metrics)
     confusion = counts.confusion.int().numpy()  # in half the bytes: it is saved

@@ -15,8 +15,8 @@ import torch
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ProjectError
 from project.runtime.atomic_write import replacing
-from project.runtime.console import say
-from project.runtime.distributed import Ranks
+from project.runtime.console import print_rank_zero
+from project.runtime.distributed import ProcessGroup
 
 Rows = list[list[str]] | str | None
 COLUMNS = ("path", "predicted", "probability", "top2", "top2_probability", "top3", "top3_probability")
@@ -41,7 +41,7 @@ class PredictionWriter(pl.Callback):
         self._parted = True  # whether no process waits for this one
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._ranks = Ranks()
+        self._ranks = ProcessGroup()
         with self._ranks.together():
             if self._ranks.rank == 0:
                 self._open()
@@ -108,7 +108,7 @@ class PredictionWriter(pl.Callback):
             written, self._open_files = self._open_files, None
             with self._saying_so():
                 written.close()
-        say(f"Predictions: {self._target}")
+        print_rank_zero(f"Predictions: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._discard()

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.runtime import lightning_internals
-from project.runtime.console import Bar, Pace, clock, on_a_terminal, say
+from project.runtime.console import Bar, Pace, clock, on_a_terminal, print_rank_zero
 
 MOST_LINES = 40  # of a fit, whatever its number of epochs
 GROWTH = 1.2  # of the number of epochs from one line to the next, where nobody knows how many there will be
@@ -116,7 +116,7 @@ class Progress(ProgressBar):
         left = f"; {clock(self._pace.left)} left" if epochs and not ends else ""
         # What an earlier epoch's validation came to is no news of this one.
         told = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith("val/")]
-        say(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(told)}{left}")
+        print_rank_zero(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(told)}{left}")
 
     # --- the other verbs
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from project.config.class_path import ClassSpec
-from project.errors import CheckpointError, damaged
+from project.errors import CheckpointError, damaged_checkpoint
 
 FORMAT = 1  # of what a checkpoint holds under "transfer"
 
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "lightning")}
 
 
-def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
+def validate_identity(theirs: Any, ours: Mapping[str, Any]) -> None:
     """Compare what a checkpoint says of its model with what the model is.
 
     Args:
@@ -58,7 +58,7 @@ def refuse_another(theirs: Any, ours: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+def validate_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     """Compare the tensors that a checkpoint should hold with those that it holds.
 
     Raises:
@@ -75,7 +75,7 @@ def refuse_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
             raise CheckpointError(f"The checkpoint's tensor {name!r} is of shape {shapes}: {mend}")
         # Floats of another width are what trainer.precision bf16-true leaves.
         if value.dtype != tensor.dtype and not (value.is_floating_point() and tensor.is_floating_point()):
-            raise damaged(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
+            raise damaged_checkpoint(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
 
 
 def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -98,9 +98,14 @@ def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]])
             {**saved[0], "name": group["name"], "params": [*itertools.islice(left, len(group["params"]))]}
             for group in groups
         ]
+        schedules = checkpoint.get("lr_schedulers")
+        for schedule in schedules if isinstance(schedules, list) else ():
+            for key in ("base_lrs", "_last_lr"):
+                if isinstance(schedule, dict) and isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
+                    schedule[key] = schedule[key] * len(groups)
 
 
-def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]) -> None:
+def apply_flags(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]) -> None:
     """On a resume, let an optimizer and a scheduler that were asked for anew beat those of the checkpoint.
 
     What is another class begins with no state; of the same class, the arguments that differ are taken over, in each
@@ -135,14 +140,6 @@ def let_flags_win(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: S
             checkpoint["lr_schedulers"] = []
         else:
             schedulers[0].update({key: value for key, value in changed.items() if key in schedulers[0]})
-            lengthen(schedulers[0], len(fresh))
-
-
-def lengthen(schedule: dict[str, Any], groups: int) -> None:
-    """Repeat what a schedule of one parameter group holds for each group: earlier versions had one."""
-    for key in ("base_lrs", "_last_lr"):
-        if isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
-            schedule[key] = schedule[key] * groups
 
 
 def _changed(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from project.errors import damaged
+from project.errors import damaged_checkpoint
 from project.runtime.lightning_internals import epochs_of_checkpoint
 
 #: How a fit has held images out, and of what type each setting is.
@@ -30,7 +30,7 @@ def split_settings(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str,
     """
     values = checkpoint["transfer"].get("split") or {}
     if not isinstance(values, dict) or any(not isinstance(values[key], SPLIT.get(key, ())) for key in values):
-        raise damaged(f"{path} does not say in a way that makes sense how images were held out: {values}.")
+        raise damaged_checkpoint(f"{path} does not say in a way that makes sense how images were held out: {values}.")
     return values
 
 
@@ -43,7 +43,7 @@ def epochs_of(checkpoint: Mapping[str, Any]) -> int:
     try:
         return epochs_of_checkpoint(checkpoint)
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged("The checkpoint is damaged: it does not say how many epochs it has had.") from error
+        raise damaged_checkpoint("The checkpoint is damaged: it does not say how many epochs it has had.") from error
 
 
 def seed_of(checkpoint: Mapping[str, Any]) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from project.config.class_path import ClassSpec
-from project.errors import CheckpointError, ConfigError, damaged, shown
+from project.errors import CheckpointError, ConfigError, abbreviate, damaged_checkpoint
 
 Checkpoint = dict[str, Any]
 MAGIC = b"PK\x03\x04"  # of a zip file, as torch.save writes; its two older formats need more of pickle
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise nearly anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise damaged(
+        raise damaged_checkpoint(
             f"{path} cannot be loaded as plain tensors: it is damaged or holds code ({type(error).__name__}: {reason})."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("transfer"), dict):
@@ -77,13 +77,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is not a checkpoint that fit wrote. Take one of runs/NAME/version_N/checkpoints."
         )
     try:
-        refuse_malformed(checkpoint)
+        validate_form(checkpoint)
     except CheckpointError as error:
         raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
 
 
-def refuse_malformed(checkpoint: Any) -> None:
+def validate_form(checkpoint: Any) -> None:
     """Refuse what lacks a part that every checkpoint has, or has one of another type.
 
     Raises:
@@ -91,10 +91,10 @@ def refuse_malformed(checkpoint: Any) -> None:
     """
     wrong = _wrong(checkpoint, FORM)
     if wrong:
-        raise damaged(f"The checkpoint is damaged, or of another version: {wrong}.")
+        raise damaged_checkpoint(f"The checkpoint is damaged, or of another version: {wrong}.")
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type == "meta":
-            raise damaged(f"The checkpoint is damaged: {name!r} in its state_dict is no dense tensor.")
+            raise damaged_checkpoint(f"The checkpoint is damaged: {name!r} in its state_dict is no dense tensor.")
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, **parts: type) -> dict[str, Any]:
@@ -112,19 +112,19 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, 
     values = dict(checkpoint["hyper_parameters"])
     hints = {name: hint for name, hint in typing.get_type_hints(of.__init__).items() if name != "return"}  # type: ignore[misc]
     for name in values.keys() - hints.keys():
-        raise damaged(f"{path} is damaged, or of another version: an unknown hyper-parameter {name!r}.")
+        raise damaged_checkpoint(f"{path} is damaged, or of another version: an unknown hyper-parameter {name!r}.")
     for name, value in values.items():
         if name not in parts and not _is(value, hints[name]):
-            raise damaged(f"{path}: model.{name} cannot be {shown(value)}.")
+            raise damaged_checkpoint(f"{path}: model.{name} cannot be {abbreviate(value)}.")
         if name in parts and not (value is None and type(None) in typing.get_args(hints[name])):
             try:
                 if not isinstance(value, dict) or _names_classes(value.get("init_args")):
-                    raise ConfigError(f"it cannot be {shown(value)}.")
+                    raise ConfigError(f"it cannot be {abbreviate(value)}.")
                 ClassSpec.from_dict(value).resolve(parts[name])
             except ConfigError as error:
                 raise CheckpointError(f"{path}: model.{name}: {error}") from error
     if (values.get("image_size") or 0) > LARGEST:
-        raise damaged(f"{path}: model.image_size {values['image_size']} is more than {LARGEST}.")
+        raise damaged_checkpoint(f"{path}: model.image_size {values['image_size']} is more than {LARGEST}.")
     return values
 
 

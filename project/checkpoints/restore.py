@@ -14,14 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from project.checkpoints.compatibility import (
     FORMAT,
-    let_flags_win,
+    apply_flags,
     name_groups,
-    refuse_another,
-    refuse_tensors,
+    validate_identity,
+    validate_tensors,
     versions,
 )
-from project.checkpoints.reader import hyper_parameters, read_checkpoint, refuse_malformed
-from project.checkpoints.resume_checks import on_meta, refuse_progress, refuse_states
+from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_form
+from project.checkpoints.resume_checks import on_meta, validate_progress, validate_states
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ProjectError, WeightsError
 from project.models.backbone import Backbone, BackboneFactory
@@ -149,16 +149,16 @@ class CheckpointMixin(Module):
         Raises:
             CheckpointError: Another backbone, preprocessing or classes; missing or unexpected tensors.
         """
-        refuse_malformed(checkpoint)
-        refuse_another(checkpoint["transfer"], self.identity())
+        validate_form(checkpoint)
+        validate_identity(checkpoint["transfer"], self.identity())
         state = self.state_dict()
-        refuse_tensors(self._trained(state), checkpoint["state_dict"])
+        validate_tensors(self._trained(state), checkpoint["state_dict"])
         trainer = attached_trainer(self)
         if trainer is not None:
-            refuse_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
+            validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit":
             groups = on_meta(self.parameter_groups())
             name_groups(checkpoint, groups)
-            let_flags_win(checkpoint, self.hparams, self.make_optimizer(groups)[0].param_groups)
-            refuse_states(checkpoint, groups, self.make_optimizer)
+            apply_flags(checkpoint, self.hparams, self.make_optimizer(groups)[0].param_groups)
+            validate_states(checkpoint, groups, self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

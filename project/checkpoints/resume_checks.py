@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from project.errors import CheckpointError, damaged, shown
+from project.errors import CheckpointError, abbreviate, damaged_checkpoint
 
 #: Parameter groups, by ``name`` and ``params``.
 Groups = Sequence[Mapping[str, Any]]
@@ -31,7 +31,7 @@ def on_meta(groups: Groups) -> list[dict[str, Any]]:
     ]
 
 
-def refuse_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -> None:
+def validate_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -> None:
     """Refuse callbacks that name other files, and an optimizer and a scheduler that cannot go on.
 
     Torch and Lightning take these over as they are: what is wrong with them shows a step later, or an epoch.
@@ -50,13 +50,13 @@ def refuse_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -> 
         return
     failed = _rehearse(make, groups, states, schedules)
     if failed and not _rehearse(make, groups, None, None):  # else this optimizer cannot be tried in this way
-        raise damaged(
+        raise damaged_checkpoint(
             "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
             f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
         )
 
 
-def refuse_progress(found: Any, fresh: Any, place: str) -> None:
+def validate_progress(found: Any, fresh: Any, place: str) -> None:
     """Refuse counts of loops that are none.
 
     Args:
@@ -68,11 +68,11 @@ def refuse_progress(found: Any, fresh: Any, place: str) -> None:
         CheckpointError: One is missing, or of another type.
     """
     if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
-        raise damaged(f"The checkpoint is damaged: {place} cannot be {shown(found, 40)}.")
+        raise damaged_checkpoint(f"The checkpoint is damaged: {place} cannot be {abbreviate(found, 40)}.")
     for key, value in fresh.items() if isinstance(fresh, dict) else ():
         if key not in found:
-            raise damaged(f"The checkpoint is damaged: {place}.{key} is missing.")
-        refuse_progress(found[key], value, f"{place}.{key}")
+            raise damaged_checkpoint(f"The checkpoint is damaged: {place}.{key} is missing.")
+        validate_progress(found[key], value, f"{place}.{key}")
 
 
 def _refuse_paths(callbacks: Any) -> None:
@@ -83,7 +83,7 @@ def _refuse_paths(callbacks: Any) -> None:
     if callbacks is not None and not (
         isinstance(callbacks, dict) and all(isinstance(v, dict) for v in callbacks.values())
     ):
-        raise damaged("The checkpoint is damaged: the states of its callbacks are none.")
+        raise damaged_checkpoint("The checkpoint is damaged: the states of its callbacks are none.")
     for name, state in (callbacks or {}).items():
         for key in PATHS:
             value = state.get(key) or ""

@@ -18,9 +18,9 @@ from project.classifier import ImageClassifier
 from project.cli.parser_errors import explain, explain_part
 from project.cli.run_folders import RUNS, WORDS, newest
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError, damaged, nearest
+from project.errors import ConfigError, ProjectError, damaged_checkpoint, nearest
 from project.runtime import lightning_internals
-from project.runtime.console import say
+from project.runtime.console import print_rank_zero
 from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
 
@@ -47,7 +47,7 @@ class CheckpointCLI(VerbCLI):
             ConfigError: A flag or key is unknown, or its value is not of its kind.
         """
         verb = next((word for word in args if word in self.subcommands()), None)
-        path, _ = without_checkpoint(args)
+        path, _ = split_checkpoint_flag(args)
         if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
@@ -94,7 +94,7 @@ class CheckpointCLI(VerbCLI):
         then, now = split_settings(self._checkpoint, path), self.config[verb].data
         others = [f"data.{key} was {value}" for key, value in then.items() if now.get(key) != value]
         if others:
-            say(
+            print_rank_zero(
                 f"Checkpoint: its fit held images out otherwise ({', '.join(others)}): if these are its images, some "
                 "of those that are evaluated now were trained on."
             )
@@ -124,7 +124,9 @@ class CheckpointCLI(VerbCLI):
         found = newest(folder, word)
         if found is None and verb != "fit":
             raise ConfigError(f"There is no {word}.ckpt under {folder}: name a checkpoint with --ckpt_path FILE.")
-        say(f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit")
+        print_rank_zero(
+            f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit"
+        )
         return str(found) if found else None
 
     def _name_of_data(self, verb: str) -> str:
@@ -161,10 +163,10 @@ class CheckpointCLI(VerbCLI):
                 raise
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             path = self.config[self.config.subcommand].ckpt_path
-            raise damaged(f"{path} is damaged: its states cannot be restored ({reason}).") from error
+            raise damaged_checkpoint(f"{path} is damaged: its states cannot be restored ({reason}).") from error
 
 
-def without_checkpoint(args: Sequence[str]) -> tuple[str | None, list[str]]:
+def split_checkpoint_flag(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """What ``--ckpt_path`` says on a command line, and the rest of it."""
     flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flag.add_argument("--ckpt_path", nargs="?")

@@ -10,21 +10,21 @@ from contextlib import AbstractContextManager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from project.cli.checkpoint_defaults import without_checkpoint
-from project.cli.parser_errors import explain_late
+from project.cli.checkpoint_defaults import split_checkpoint_flag
+from project.cli.parser_errors import explain_runtime_error
 from project.cli.transfer_cli import PROGRAM, TransferCLI
 from project.config.import_allowlist import allowed_imports, imports_limited
 from project.errors import ProjectError
-from project.runtime.distributed import is_rank_zero, launched, launcher, lost
+from project.runtime.distributed import is_externally_launched, is_peer_failure, is_rank_zero, launcher_pid
 from project.runtime.process_state import process_state
 from project.runtime.signals import Interrupted, Signals
 
 
 def _again(args: Sequence[str]) -> str:
     """The command that goes on with a fit, but for the checkpoint."""
-    if launched():
+    if is_externally_launched():
         return "the command that it was started with, and"
-    return shlex.join([*PROGRAM.split(), *without_checkpoint(args)[1]])
+    return shlex.join([*PROGRAM.split(), *split_checkpoint_flag(args)[1]])
 
 
 #: What Lightning warns of that is as it should be here.
@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> int:
     """
     try:
         more, rest = allowed_imports(args)
-        with _process_state(), Signals(launcher()) as signals, imports_limited(more):
+        with _process_state(), Signals(launcher_pid()) as signals, imports_limited(more):
             code = TransferCLI(rest, signals, _again(args)).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")
@@ -84,8 +84,8 @@ def main(args: Sequence[str]) -> int:
         print(f"error: {error}. What was saved before is whole.", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        said = explain_late(error)
-        if "--debug" in args or not (said or lost(error)):
+        said = explain_runtime_error(error)
+        if "--debug" in args or not (said or is_peer_failure(error)):
             raise
         if said:
             print(f"error: {said}", file=sys.stderr)

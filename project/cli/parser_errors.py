@@ -97,7 +97,7 @@ def explain_part(error: Exception) -> ConfigError:
     return ConfigError(f"{' or '.join(parts)}: {meant}" if parts else meant)
 
 
-def explain_late(error: RuntimeError) -> str | None:
+def explain_runtime_error(error: RuntimeError) -> str | None:
     """Say what is wrong with a value that nobody could hold against anything before; ``None`` of other errors.
 
     Args:

@@ -17,7 +17,7 @@ import project
 from project.audit.label_issues import require_scikit_learn
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
-from project.callbacks.graceful_shutdown import Interruption
+from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.model_checkpoint import Best, Last
 from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import SGD, ImageClassifier
@@ -28,8 +28,8 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
 from project.reporting.dashboard import Dashboard
-from project.reporting.model_card_callback import RunCard, card_path
-from project.reporting.run_summary import Report, evaluated
+from project.reporting.model_card_callback import ModelCardCallback, card_path
+from project.reporting.run_summary import RunSummary, print_evaluation
 from project.runtime.lightning_cli import Verb, VerbCLI
 from project.runtime.signals import Signals
 from project.trainer import Trainer
@@ -163,7 +163,7 @@ class TransferCLI(CheckpointCLI):
             elif verb in ("validate", "test"):
                 getattr(self.trainer, verb)(**given, verbose=False, weights_only=True)
                 if flags["verbose"]:  # in fewer digits than Lightning's, and with an interval
-                    evaluated(self.trainer, self.model, "val" if verb == "validate" else "test")
+                    print_evaluation(self.trainer, self.model, "val" if verb == "validate" else "test")
             elif verb == "predict":
                 self.predict(**flags)
             elif verb == "demo":
@@ -202,8 +202,8 @@ class TransferCLI(CheckpointCLI):
             options |= self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
-        self._report = Report(section.dashboard)
-        callbacks = build_callbacks(verb, section, Interruption(self._signals, self._command), self._report)
+        self._report = RunSummary(section.dashboard)
+        callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._command), self._report)
         if verb == "fit" and not section.trainer.fast_dev_run:
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), self.config[verb]))
         return Trainer(**{**options, "callbacks": callbacks})
@@ -227,7 +227,9 @@ class TransferCLI(CheckpointCLI):
         return options
 
 
-def build_callbacks(verb: str, section: Namespace, interruption: Interruption, report: Report) -> list[pl.Callback]:
+def build_callbacks(
+    verb: str, section: Namespace, interruption: GracefulShutdown, report: RunSummary
+) -> list[pl.Callback]:
     """The callbacks of a verb, in the order in which Lightning calls them: first those that the user has configured.
 
     Args:
@@ -248,5 +250,5 @@ def build_callbacks(verb: str, section: Namespace, interruption: Interruption, r
         if trainer.logger is not False:
             callbacks.append(LearningRateMonitor())
         if trainer.enable_checkpointing is not False:
-            callbacks += [*([Best()] if trainer.limit_val_batches != 0 else []), Last(), RunCard()]
+            callbacks += [*([Best()] if trainer.limit_val_batches != 0 else []), Last(), ModelCardCallback()]
     return callbacks

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from project.config.import_allowlist import is_importable, refused, takes_if_imported
-from project.errors import ConfigError, ProjectError, shown
+from project.errors import ConfigError, ProjectError, abbreviate
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ClassSpec:
             or not isinstance(arguments, Mapping)
             or not all(isinstance(key, str) for key in arguments)
         ):
-            raise ConfigError(f"no class_path with init_args, but {shown(found)}.")
+            raise ConfigError(f"no class_path with init_args, but {abbreviate(found)}.")
         return cls(path, dict(arguments))
 
     def as_dict(self) -> dict[str, Any]:

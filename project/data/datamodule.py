@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from project.data.dataset import ImageLoader, Images, NamedImages, collate
-from project.data.image_index import Facts, Index
+from project.data.dataset import ImageDataset, ImageLoader, NamedImageDataset, collate
+from project.data.image_index import ImageInfo, Index
 from project.data.image_io import list_images
-from project.data.mixup import Mix
-from project.data.samplers import EpochSampler, Order
+from project.data.mixup import BatchMixer
+from project.data.samplers import EpochOrder, EpochSampler
 from project.data.sources.base import Sample, Source, some
 from project.data.sources.factory import Given, open_source
 from project.data.sources.files import Files
@@ -27,9 +27,9 @@ from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
 from project.runtime import lightning_internals
-from project.runtime.console import counting, say
+from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.seeding import run_seed, seed_at
-from project.runtime.signals import leave_to_the_parent
+from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores
 
 
@@ -150,7 +150,7 @@ class ImageDataModule(pl.LightningDataModule):
                 )
         return found
 
-    def facts(self, samples: Sequence[Sample], source: Source | None = None) -> list[Facts]:
+    def facts(self, samples: Sequence[Sample], source: Source | None = None) -> list[ImageInfo]:
         """What is known of images; those not known yet are read.
 
         Args:
@@ -159,14 +159,16 @@ class ImageDataModule(pl.LightningDataModule):
         """
         source = source or self.source
         assert source is not None  # there would be no samples
-        with counting("Reading images") as done:
+        with progress_counter("Reading images") as done:
             return Index(cache_folder()).facts(source, samples, done)
 
     def _readable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
         known = self.facts(samples, source)
         bad = [sample.name for sample, facts in zip(samples, known, strict=True) if facts.error]
         if bad:
-            say(f"Data: {len(bad)} of {len(samples)} images of {where} cannot be read, and are left out: {some(bad)}")
+            print_rank_zero(
+                f"Data: {len(bad)} of {len(samples)} images of {where} cannot be read, and are left out: {some(bad)}"
+            )
         return [sample for sample, facts in zip(samples, known, strict=True) if not facts.error]
 
     def prepare_data(self) -> None:
@@ -214,7 +216,7 @@ class ImageDataModule(pl.LightningDataModule):
         counts = {name: Counter(sample.label for sample in samples) for name, samples in self.splits.items()}
         return {name: [count[label] for label in range(len(self.classes or ()))] for name, count in counts.items()}
 
-    def order(self, split_name: str) -> Order:
+    def order(self, split_name: str) -> EpochOrder:
         """In which order the images of a split come: the train split's shuffled, unless it is over-fitted on.
 
         The seed is that of the run, if Lightning's ``seed_everything`` was called.
@@ -223,9 +225,9 @@ class ImageDataModule(pl.LightningDataModule):
         weights = self.training_weights() if trains else None
         return self._order(len(self.splits[split_name]), trains, weights)
 
-    def _order(self, count: int, trains: bool = False, weights: torch.Tensor | None = None) -> Order:
+    def _order(self, count: int, trains: bool = False, weights: torch.Tensor | None = None) -> EpochOrder:
         rank, world_size = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
-        return Order(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
+        return EpochOrder(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
 
     def behind(self, split_name: str) -> int:
         """How many batches of the present epoch a fit that was resumed within it has behind it."""
@@ -291,7 +293,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 ``(B, 3, H, W)``, and their paths."""
-        dataset = NamedImages(self.predicted, Files(), self.evaluation_transform())
+        dataset = NamedImageDataset(self.predicted, Files(), self.evaluation_transform())
         return self._loader(dataset, EpochSampler(self._order(len(dataset))))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -299,7 +301,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.mixes and self.trainer is not None and self.trainer.training:
             batch_idx = lightning_internals.training_batches(self.trainer).ready
             seed = seed_at(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-            return Mix(len(self.classes or ()), *self._mix)(batch, seed)
+            return BatchMixer(len(self.classes or ()), *self._mix)(batch, seed)
         return batch
 
     def _known(self) -> Preprocessing:
@@ -310,10 +312,10 @@ class ImageDataModule(pl.LightningDataModule):
     def _split_loader(self, name: str) -> DataLoader[Any]:
         assert self.source is not None  # setup() has refused it
         transform = self.training_transform() if name == "train" else self.evaluation_transform()
-        dataset = Images(self.splits[name], self.source, transform, run_seed())
+        dataset = ImageDataset(self.splits[name], self.source, transform, run_seed())
         return self._loader(dataset, EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size))
 
-    def _loader(self, dataset: Images, sampler: EpochSampler) -> DataLoader[Any]:
+    def _loader(self, dataset: ImageDataset, sampler: EpochSampler) -> DataLoader[Any]:
         return ImageLoader(
             dataset,
             batch_size=self.batch_size,
@@ -321,6 +323,6 @@ class ImageDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
-            worker_init_fn=leave_to_the_parent,
+            worker_init_fn=ignore_signals,
             pin_memory=self.pin_memory,
         )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from project.data.samplers import Padding
 from project.data.sources.base import Sample, Source
-from project.data.transforms import Drawn, Transform
+from project.data.transforms import SeededRandom, Transform
 from project.errors import ProjectError
 from project.runtime.seeding import seed_at
 
@@ -29,7 +29,7 @@ class ImageBatch(NamedTuple):
     valid: torch.Tensor | bool
 
 
-class Images(Dataset[Any]):
+class ImageDataset(Dataset[Any]):
     """Items are :class:`ImageBatch` of one image, uint8 ``(3, H, W)``.
 
     Item ``e * n + i`` of n is image i in epoch e: what is random in the transform is drawn from the seed, the epoch and
@@ -59,8 +59,8 @@ class Images(Dataset[Any]):
 
     def _image(self, number: int) -> torch.Tensor:
         epoch, index = divmod(number, len(self))
-        image = self._source.read(self.samples[index], self._transform.enough)
-        with Drawn(seed_at(self._seed, max(epoch, 0), index)):
+        image = self._source.read(self.samples[index], self._transform.min_size)
+        with SeededRandom(seed_at(self._seed, max(epoch, 0), index)):
             return self._transform(image)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
@@ -74,7 +74,7 @@ class Images(Dataset[Any]):
             return [error]
 
 
-class NamedImages(Images):
+class NamedImageDataset(ImageDataset):
     """Items are an image, uint8 ``(3, H, W)``, and its name, which padding has none of."""
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:

@@ -27,7 +27,7 @@ FILE = "images-3.sqlite"  # another number for other columns
 VERSION = f"3 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
 
 
-class Facts(NamedTuple):
+class ImageInfo(NamedTuple):
     """What is known of an image.
 
     Attributes:
@@ -53,7 +53,9 @@ class Facts(NamedTuple):
     colour: bytes = b""
 
 
-def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None] = lambda digest: None) -> Facts:
+def examine(
+    source: Source, sample: Sample, kept: Callable[[bytes], ImageInfo | None] = lambda digest: None
+) -> ImageInfo:
     """Read an image whole, unless its content is known.
 
     Args:
@@ -68,7 +70,7 @@ def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None
     try:
         content = source.content(sample)
     except DataError as error:
-        return Facts(b"", _about(error, sample), "unreadable")
+        return ImageInfo(b"", _about(error, sample), "unreadable")
     digest = hashlib.sha256(content).digest()
     known = kept(digest)
     if known is not None:
@@ -81,7 +83,7 @@ def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None
             kind = "damaged"
             width, height = header.size
             found = tuple(traits(header))
-        image = source.decode(content, sample, enough=4 * SIDE)
+        image = source.decode(content, sample, min_size=4 * SIDE)
     except DataError as error:
         if not content:
             kind = "empty"
@@ -89,15 +91,15 @@ def examine(source: Source, sample: Sample, kept: Callable[[bytes], Facts | None
             kind = "too large"
         elif "truncated" in str(error.__cause__):  # as Pillow says it
             kind = "truncated"
-        return Facts(digest, _about(error, sample), kind, width, height, found)
+        return ImageInfo(digest, _about(error, sample), kind, width, height, found)
     if not width:  # a source that decodes in a way of its own
         width, height = image.size
-    return Facts(digest, "", "", width, height, found, *looks(image))
+    return ImageInfo(digest, "", "", width, height, found, *looks(image))
 
 
 def _about(error: DataError, sample: Sample) -> str:
     """What an error says of a sample whose name is known."""
-    return f"{error.reason} {error.hint}" if error.path == sample.name else str(error)
+    return f"{error.reason} {error.hint}".strip() if error.path == sample.name else str(error)
 
 
 def _cosines(size: int, most: int) -> np.ndarray:
@@ -149,7 +151,7 @@ class Index:
         source: Source,
         samples: Sequence[Sample],
         done: Callable[[int, int], None] = lambda done, count: None,
-    ) -> list[Facts]:
+    ) -> list[ImageInfo]:
         """What is known of each sample; what is not known yet is read, on all cores.
 
         Args:
@@ -225,10 +227,10 @@ def _digests(path: str, source: Source, samples: Sequence[Sample]) -> np.ndarray
     return found
 
 
-def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[Facts]:
+def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[ImageInfo]:
     decoder = f"{VERSION} {decoder_name(source)}".encode()  # sources that share it share what is known
     files = [_file(source, sample) for sample in samples]
-    known: dict[int, Facts] = {}
+    known: dict[int, ImageInfo] = {}
     saves = True
     with contextlib.closing(_prepared(path)) as database:
         for at, file in enumerate(files):
@@ -237,7 +239,7 @@ def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[
                 known[at] = _from(row)
         lock = threading.Lock()
 
-        def kept(digest: bytes) -> Facts | None:
+        def kept(digest: bytes) -> ImageInfo | None:
             with lock:
                 row = database.execute(BY_CONTENT, (digest, decoder)).fetchone()
             return _from(row) if row else None
@@ -274,14 +276,14 @@ def _prepared(path: str) -> sqlite3.Connection:
     return database
 
 
-def _from(row: Sequence[Any]) -> Facts:
+def _from(row: Sequence[Any]) -> ImageInfo:
     digest, error, kind, width, height, found, phash, *looks = row
-    return Facts(
+    return ImageInfo(
         digest, error, kind, width, height, tuple(found.split(";") if found else ()), int.from_bytes(phash), *looks
     )
 
 
-def _keep(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, Facts]]) -> bool:
+def _keep(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, ImageInfo]]) -> bool:
     """Keep facts; says whether that can be done."""
     images = [
         (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)

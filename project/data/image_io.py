@@ -96,7 +96,7 @@ def read_bytes(path: str | Path) -> bytes:
     except FileNotFoundError as error:
         link = Path(path)
         gone = f" It links to {link.readlink()}, which is gone." if link.is_symlink() else ""
-        raise DataError(f"{path} is not there.{gone}") from error
+        raise DataError("{path} {reason}", path=path, reason=f"is not there.{gone}") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise _unreadable(path, f"cannot be read: {error}.") from error
 
@@ -128,7 +128,7 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=_formats())
 
 
-def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Image:
+def decode_image(content: bytes, name: str | Path, min_size: int = 0) -> Image.Image:
     """Decode an image whole, upright and in RGB.
 
     16-bit and float pixels are rescaled, CMYK and palettes are converted, what is transparent lies on white, and of an
@@ -137,9 +137,8 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
     Args:
         content: The bytes of its file.
         name: What to call it in an error.
-        enough: Pixels that the shorter side needs. A JPEG file of twice as many or more is decoded at a half, a quarter
-            or an eighth of its size, whichever is the smallest that has them, which is several times as fast; 0 for
-            the size that it has.
+        min_size: Pixels that the shorter side needs; 0 for all. A JPEG file of twice as many or more is decoded at a
+            half, a quarter or an eighth of its size, the smallest that has them: several times as fast.
 
     Raises:
         DataError: It is truncated, or no image.
@@ -148,8 +147,8 @@ def decode_image(content: bytes, name: str | Path, enough: int = 0) -> Image.Ima
         raise _unreadable(name, "is empty: it has 0 bytes.")
     try:
         with open_image(content) as image:
-            if enough:
-                image.draft(None, (enough, enough))  # JPEG alone; of another format it does nothing
+            if min_size:
+                image.draft(None, (min_size, min_size))  # JPEG alone; of another format it does nothing
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image, name)
@@ -185,19 +184,18 @@ def _eight_bit(image: Image.Image, name: str | Path) -> Image.Image:
     scale = next((top for top in tops if high <= top), 0.0)
     strange = image.mode == "F" and 1 < high < 16
     if strange or not (low >= 0 and scale):
-        raise DataError(
-            f"{name} has pixels of {image.mode} from {low:g} to {high:g}, of unknown meaning. Convert or remove it."
-        )
+        reason = f"has pixels of {image.mode} from {low:g} to {high:g}, of unknown meaning."
+        raise DataError("{path} {reason} {hint}", path=name, reason=reason, hint="Convert or remove it.")
     return Image.fromarray((pixels * (255 / scale)).round().astype(np.uint8))
 
 
-def read_image(path: str | Path, enough: int = 0) -> Image.Image:
+def read_image(path: str | Path, min_size: int = 0) -> Image.Image:
     """Read an image file whole, upright and in RGB: :func:`read_bytes`, then :func:`decode_image`.
 
     Raises:
         DataError: The file is missing, truncated, or no image.
     """
-    return decode_image(read_bytes(path), path, enough)
+    return decode_image(read_bytes(path), path, min_size)
 
 
 def traits(image: Image.Image) -> Iterator[str]:

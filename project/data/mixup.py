@@ -9,10 +9,10 @@ import torch
 from torchvision.transforms import v2
 
 from project.data.dataset import ImageBatch
-from project.data.transforms import Drawn
+from project.data.transforms import SeededRandom
 
 
-class Mix:
+class BatchMixer:
     """Batches whose images are mixed: MixUp (Zhang and others, 2018), CutMix (Yun and others, 2019), or either.
 
     Args:
@@ -40,6 +40,6 @@ class Mix:
         assert isinstance(labels, torch.Tensor) and isinstance(valid, torch.Tensor)
         mixed, shares = images.float() / 255, torch.zeros(len(labels), self._classes, device=labels.device)
         if valid.any():
-            with Drawn(seed):
+            with SeededRandom(seed):
                 mixed[valid], shares[valid] = self._mix(mixed[valid], labels[valid])
         return ImageBatch(mixed, shares, valid)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from project.data.image_index import Facts
+from project.data.image_index import ImageInfo
 
 BITS = 4  # of two perceptual hashes of 64 bits, at which thumbnails are compared
 ALIKE = 0.985  # correlation of two thumbnails of one picture
@@ -46,7 +46,7 @@ class Clusters:
         return list(found.values())
 
 
-def same(facts: Sequence[Facts]) -> Clusters:
+def same(facts: Sequence[ImageInfo]) -> Clusters:
     """Join images whose bytes are the same."""
     clusters = Clusters(len(facts))
     first: dict[bytes, int] = {}
@@ -56,7 +56,7 @@ def same(facts: Sequence[Facts]) -> Clusters:
     return clusters
 
 
-def alike(facts: Sequence[Facts]) -> Clusters:
+def alike(facts: Sequence[ImageInfo]) -> Clusters:
     """Join images that are the same to the byte or to the eye: saved again, resized, or changed a little in colour.
 
     Their perceptual hashes differ in :data:`BITS` bits at most, their grey thumbnails correlate, and their mean colours
@@ -80,7 +80,7 @@ def alike(facts: Sequence[Facts]) -> Clusters:
     return clusters
 
 
-def _join(clusters: Clusters, facts: Sequence[Facts], ones: Sequence[int], others: Sequence[int]) -> None:
+def _join(clusters: Clusters, facts: Sequence[ImageInfo], ones: Sequence[int], others: Sequence[int]) -> None:
     """Join each two of which one is here and one there, if they show one picture."""
     thumbnails, tints = _looks(facts, others)
     for begin in range(0, len(ones), 1024):  # not all pairs at once
@@ -93,7 +93,7 @@ def _join(clusters: Clusters, facts: Sequence[Facts], ones: Sequence[int], other
             clusters.join(part[row], others[column])
 
 
-def _looks(facts: Sequence[Facts], which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _looks(facts: Sequence[ImageInfo], which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails with a mean of 0 and a length of 1, of images of one colour 0, and mean colours."""
     values = np.frombuffer(b"".join(facts[at].thumbnail for at in which), np.uint8).reshape(len(which), -1)
     centred = values - values.mean(1, keepdims=True, dtype=np.float32)

@@ -31,7 +31,7 @@ class Share(NamedTuple):
     valid: torch.Tensor
 
 
-class Order:
+class EpochOrder:
     """Indices of an epoch.
 
     Process r of W takes images r, r + W, r + 2 W, … of the order, so the b images that each takes next are together the
@@ -99,7 +99,7 @@ class EpochSampler(DistributedSampler[Any]):
         behind: How many images of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
     """
 
-    def __init__(self, order: Order, behind: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, order: EpochOrder, behind: Callable[[], int] = lambda: 0) -> None:
         self._order = order
         self._behind = behind
         self.epoch = 0

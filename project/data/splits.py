@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from project.data.image_index import Facts
+from project.data.image_index import ImageInfo
 from project.data.near_duplicates import alike
 from project.data.sources.base import Sample
 from project.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 Placed = list[tuple[Sample, Place]]
 
 
-def place(samples: Sequence[Sample], facts: Sequence[Facts], seed: int) -> Placed:
+def place(samples: Sequence[Sample], facts: Sequence[ImageInfo], seed: int) -> Placed:
     """Give each sample a place in [0, 1).
 
     A family has one place. It is what has to stay together: images that are the same to the byte or to the eye, and
@@ -117,7 +117,7 @@ class HoldOut:
 
 
 def split(
-    given: Mapping[str, list[Sample]], facts: Callable[[Sequence[Sample]], Sequence[Facts]], how: HoldOut
+    given: Mapping[str, list[Sample]], facts: Callable[[Sequence[Sample]], Sequence[ImageInfo]], how: HoldOut
 ) -> dict[str, list[Sample]]:
     """Complete the splits that a source has: what it lacks is held out of train.
 

@@ -30,12 +30,12 @@ class Transform:
 
     Attributes:
         steps: What is done.
-        enough: Pixels that the shorter side needs; an image may be decoded at a smaller size that has them.
+        min_size: Pixels that the shorter side needs; an image may be decoded at a smaller size that has them.
         described: What tells it from all other transforms.
     """
 
     steps: Callable[[Image.Image], torch.Tensor]
-    enough: int
+    min_size: int
     described: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -52,12 +52,12 @@ class Transform:
             ) from error
 
     def __repr__(self) -> str:
-        return f"{self.described}, decoded at {self.enough}"
+        return f"{self.described}, decoded at {self.min_size}"
 
 
-def _chain(enough: int, *steps: Callable[..., Any]) -> Transform:
+def _chain(min_size: int, *steps: Callable[..., Any]) -> Transform:
     chain = v2.Compose(steps)
-    return Transform(chain, enough, repr(chain))
+    return Transform(chain, min_size, repr(chain))
 
 
 def _evaluation_steps(preprocessing: Preprocessing) -> list[Callable[..., Any]]:
@@ -110,8 +110,8 @@ def training(
         "trivial": v2.TrivialAugmentWide(interpolation=interpolation),
         "rand": v2.RandAugment(interpolation=interpolation),
     }
-    enough = math.ceil(MARGIN * preprocessing.crop / math.sqrt(AREA))
-    return _chain(enough, crop, flip, colour[augment], v2.PILToTensor())
+    min_size = math.ceil(MARGIN * preprocessing.crop / math.sqrt(AREA))
+    return _chain(min_size, crop, flip, colour[augment], v2.PILToTensor())
 
 
 def _own(preprocessing: Preprocessing, transforms: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> Transform:
@@ -127,7 +127,7 @@ def _own(preprocessing: Preprocessing, transforms: Sequence[Mapping[str, Any] | 
     return Transform(v2.Compose(steps), 0, f"{v2.Compose(steps)!r} {described}")
 
 
-class Drawn(TorchFunctionMode):
+class SeededRandom(TorchFunctionMode):
     """Within it, what this thread draws from torch's random numbers comes from a seed of its own.
 
     So one image can be augmented the same way again, whatever other threads draw meanwhile: torchvision's transforms

@@ -14,7 +14,7 @@ from project.runtime.distributed import processes
 MOST_CLASSES = 100  # for which all confusions are counted: a table of more is mostly zeros
 
 
-class Each(NamedTuple):
+class ImagePredictions(NamedTuple):
     """The answer to each image of an epoch, in this process's order; on the CPU.
 
     Attributes:
@@ -31,7 +31,7 @@ class Each(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Counts:
+class ConfusionCounts:
     """Counts of the images of an epoch, of all processes.
 
     Attributes:
@@ -57,7 +57,7 @@ class Counts:
         return int(self.support.sum())
 
     @classmethod
-    def of(cls, each: Each, classes: int, device: torch.device) -> Counts:
+    def of(cls, each: ImagePredictions, classes: int, device: torch.device) -> ConfusionCounts:
         """Count this process's images, and add the counts of all processes; they call it together.
 
         Args:

@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torchmetrics import MetricCollection
 
-from project.evaluation.confusion import Counts, Each
+from project.evaluation.confusion import ConfusionCounts, ImagePredictions
 from project.evaluation.metrics import MOST_CURVES, calibration_error, class_scores, macro_f1
 from project.runtime.distributed import processes
 from project.task import Task, Weight
 
-NOTHING = Each(*(torch.zeros(0, dtype=kind) for kind in (torch.float32, torch.int64, torch.int64, torch.bool)))
+NOTHING = ImagePredictions(
+    *(torch.zeros(0, dtype=kind) for kind in (torch.float32, torch.int64, torch.int64, torch.bool))
+)
 
 
 class MeanLoss:
@@ -55,7 +57,7 @@ class MeanLoss:
         self._parts = [*zip(state["sums"].unbind(), before, strict=True), *self._parts]
 
 
-class Tally(nn.Module):
+class EpochMetrics(nn.Module):
     """Mean loss and metrics of an epoch, over all processes.
 
     In evaluation, the answer to each image is kept, and every metric is derived from these once, at the end.
@@ -72,12 +74,12 @@ class Tally(nn.Module):
         self._task = task
         self._classes = tuple(classes)
         self._loss = MeanLoss()
-        self._answers: list[Each] = []
+        self._answers: list[ImagePredictions] = []
         #: Of training alone.
         self.metrics = task.training_metrics(len(classes)) if stage == "train" else MetricCollection({})
         #: This process's images of the last evaluation that is over, and the counts of all processes.
         self.each = NOTHING
-        self.counts: Counts | None = None
+        self.counts: ConfusionCounts | None = None
 
     def add(self, loss: tuple[torch.Tensor, Weight], probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch, without padding.
@@ -92,7 +94,7 @@ class Tally(nn.Module):
             self.metrics.update(probabilities, labels)
             return
         within = self._task.is_among(probabilities, labels, 5) if len(self._classes) > 5 else labels >= 0
-        self._answers.append(Each(*self._task.answer(probabilities), labels, within))
+        self._answers.append(ImagePredictions(*self._task.answer(probabilities), labels, within))
 
     def take(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The loss and the metrics by name, and begin anew; all processes take them together."""
@@ -102,12 +104,14 @@ class Tally(nn.Module):
             values |= {f"{self._stage}/{name}": value for name, value in self.metrics.compute().items()}
             self.metrics.reset()
             return values
-        self.each = Each(*(torch.cat(parts).cpu() for parts in zip(*self._answers or [NOTHING], strict=True)))
+        self.each = ImagePredictions(
+            *(torch.cat(parts).cpu() for parts in zip(*self._answers or [NOTHING], strict=True))
+        )
         self._answers = []
-        self.counts = counts = Counts.of(self.each, len(self._classes), device)
+        self.counts = counts = ConfusionCounts.of(self.each, len(self._classes), device)
         return values | {f"{self._stage}/{name}": value for name, value in self._scores(counts).items()}
 
-    def _scores(self, counts: Counts) -> dict[str, torch.Tensor]:
+    def _scores(self, counts: ConfusionCounts) -> dict[str, torch.Tensor]:
         """Accuracy, macro F1, calibration error, top-5 of more than five classes, scores of each class."""
         by_class = counts.hits, counts.support, counts.predicted
         found = {

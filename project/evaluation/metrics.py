@@ -44,7 +44,7 @@ def calibration_bins(confidence: torch.Tensor, correct: torch.Tensor) -> torch.T
     sure = confidence.double().nan_to_num(0.0)  # of a network that has diverged
     bins = (sure * BINS).long().clamp(max=BINS - 1)  # a confidence of 1 belongs to the last bin
     columns = [torch.bincount(bins, each, BINS) for each in (torch.ones_like(sure), sure, correct.double())]
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1).double()  # of no images, bincount gives integers
 
 
 def calibration_error(bins: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def short(name: str, most: int = 20) -> str:
     return name.replace("$", r"\$")
 
 
-def told_apart(names: Sequence[str], most: int) -> list[str]:
+def disambiguate(names: Sequence[str], most: int) -> list[str]:
     """Classes' names in about so many characters each; those that would look the same show where they differ."""
     shortened = [short(name, most) for name in names]
     for at in _twice(shortened):
@@ -91,7 +91,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
     from matplotlib.ticker import MaxNLocator
 
     count = len(classes)
-    names = told_apart(classes, 24 if count <= 10 else 16)
+    names = disambiguate(classes, 24 if count <= 10 else 16)
     longest = max(map(len, names))
     cell = float(np.interp(count, (2, 5, 10, 25, LABELLED), (1.1, 0.8, 0.55, 0.36, 0.125)))
     side = min(count, LABELLED) * cell
@@ -138,7 +138,7 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     size = (4.5 * font / 7) ** 2
     for name, marker, colour in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
         axes.scatter(scores[name][order], lines, s=size, marker=marker, color=colour, label=name, alpha=0.85)
-    names = told_apart([classes[at] for at in order], 28)
+    names = disambiguate([classes[at] for at in order], 28)
     axes.set_yticks(lines, [f"{name} ({images[at]:,})" for name, at in zip(names, order, strict=True)], fontsize=font)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(order) - 0.4, -0.6))
     which = "" if len(order) == len(classes) else f", the {len(order)} of {len(classes)} with the lowest F1"

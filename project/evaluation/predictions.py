@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from project.evaluation.confusion import Each
+from project.evaluation.confusion import ImagePredictions
 
 #: Probabilities that are kept, as many as 16 MB hold, of at most so many images.
 MOST_VALUES, MOST_IMAGES = 4_000_000, 10_000
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ValidationPredictions:
     """The classes that images have and got; all tensors are on the CPU.
 
     Attributes:
@@ -28,13 +28,13 @@ class Outcome:
         features: Of these, float32 ``(m, D)``.
     """
 
-    places: torch.Tensor
+    indices: torch.Tensor
     labels: torch.Tensor
     predicted: torch.Tensor
     confidence: torch.Tensor
-    some: torch.Tensor
+    probability_indices: torch.Tensor
     probabilities: torch.Tensor
-    pointed: torch.Tensor
+    feature_indices: torch.Tensor
     features: torch.Tensor
 
     def __len__(self) -> int:
@@ -86,12 +86,12 @@ class _Parts:
             self.count += len(taken)
 
 
-class Collector:
-    """Keeps what an :class:`Outcome` needs of each batch, where it is: nothing waits for a device before the end.
+class PredictionCollector:
+    """Collects what :class:`ValidationPredictions` needs of each batch, on its device: nothing waits for that device.
 
     It holds probabilities of as many images as 16 MB hold, and features of some. These are taken from all over the
     split, as a split often lies class by class. What became of each image is known: see
-    :class:`~project.evaluation.confusion.Each`.
+    :class:`~project.evaluation.confusion.ImagePredictions`.
 
     Args:
         expected: Images of the epoch, of this process, where that is known.
@@ -115,7 +115,7 @@ class Collector:
         self._features.add(features, self._count)
         self._count += len(probabilities)
 
-    def outcome(self, each: Each) -> Outcome:
+    def outcome(self, each: ImagePredictions) -> ValidationPredictions:
         """All that was taken.
 
         Args:
@@ -125,7 +125,7 @@ class Collector:
         def kept(parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
             return _joined(parts.indices, torch.int64), _joined(parts.rows, torch.float32)
 
-        return Outcome(
+        return ValidationPredictions(
             torch.arange(len(each.labels)) * self._world + self._rank,
             each.labels,
             each.predicted,
@@ -143,11 +143,11 @@ def _joined(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(list(parts)).to("cpu", dtype) if parts else torch.zeros(0, dtype=dtype)
 
 
-def merged(outcomes: Sequence[Outcome]) -> Outcome:
+def merge_predictions(outcomes: Sequence[ValidationPredictions]) -> ValidationPredictions:
     """The outcome of all processes, in the order of the split."""
     starts = torch.tensor([0, *(len(one) for one in outcomes)]).cumsum(0).tolist()
-    places = torch.cat([one.places for one in outcomes])
-    order = places.argsort()
+    indices = torch.cat([one.indices for one in outcomes])
+    order = indices.argsort()
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
 
@@ -158,13 +158,13 @@ def merged(outcomes: Sequence[Outcome]) -> Outcome:
     def moved(name: str) -> torch.Tensor:
         return torch.cat([back[getattr(one, name) + start] for one, start in zip(outcomes, starts, strict=False)])
 
-    return Outcome(
-        places=places[order],
+    return ValidationPredictions(
+        indices=indices[order],
         labels=all_of("labels")[order],
         predicted=all_of("predicted")[order],
         confidence=all_of("confidence")[order],
-        some=moved("some"),
+        probability_indices=moved("probability_indices"),
         probabilities=all_of("probabilities"),
-        pointed=moved("pointed"),
+        feature_indices=moved("feature_indices"),
         features=all_of("features"),
     )

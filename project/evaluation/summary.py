@@ -24,7 +24,7 @@ class EvaluationSummary:
         metrics: By their names, such as ``val/accuracy``.
         images: How many were validated; 0 where that is not known.
         confusion: Counts ``(C, C)``, or ``(C, 2)`` of a great many classes: see
-            :class:`~project.evaluation.confusion.Counts`; ``None`` where it is not known.
+            :class:`~project.evaluation.confusion.ConfusionCounts`; ``None`` where it is not known.
         calibration: Images, summed confidence and correct answers in each bin of confidence, ``(15, 3)``; ``(10, 3)``
             in checkpoints of earlier versions; ``None`` where it is not known.
     """

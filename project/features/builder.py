@@ -14,14 +14,14 @@ import torch
 
 from project.data.sources.base import Source
 from project.errors import EngineError, ProjectError, StoreError
-from project.features.engine_options import Option
-from project.features.engine_selection import Choice, Rates, choose, cost
+from project.features.engine_options import EngineOption
+from project.features.engine_selection import EngineChoice, RateFile, choose, cost
 from project.features.engines import DTYPES, Engine
 from project.features.extraction import View, Views, extract, load_image
-from project.features.store import SHARD, Found, evict, unwritable
+from project.features.store import SHARD, Found, evict_shards, unwritable
 from project.models.backbone import Backbone
 from project.models.cut import Cut
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 
 MEASURED = 32  # images that engines are measured with
 
@@ -45,7 +45,7 @@ class Provided:
     """
 
     found: Found
-    option: Option
+    option: EngineOption
     computed: int
     damaged: int
     seconds: float
@@ -75,7 +75,7 @@ class Progress:
         waits: When another process is building the same rows.
     """
 
-    begins: Callable[[Option, str, int, int], None]
+    begins: Callable[[EngineOption, str, int, int], None]
     done: Callable[[int], None]
     waits: Callable[[], None]
 
@@ -100,13 +100,13 @@ class RowBuilder:
 
     views: Views
     source: Source
-    options: Sequence[Option]
+    options: Sequence[EngineOption]
     backbone: Backbone
     cut: Cut
     device: torch.device
     root: Path
     budget: int
-    ranks: Ranks
+    ranks: ProcessGroup
     progress: Progress
     known: dict[bytes, torch.Tensor] = field(default_factory=dict)
 
@@ -145,26 +145,26 @@ class RowBuilder:
         self.ranks.gather(None)  # nobody computes before all have looked
         return missing
 
-    def choose(self, missing: Sequence[int]) -> tuple[Option, Engine | None, str]:
+    def choose(self, missing: Sequence[int]) -> tuple[EngineOption, Engine | None, str]:
         """The option to use, by rank zero; its engine where it is built already; and the reason.
 
         Args:
             missing: Rows that the space of each option lacks.
         """
-        choice: Choice | None = None
+        choice: EngineChoice | None = None
         with self.ranks.together():
             if self.ranks.rank == 0:
                 network = f"{self.backbone.name} to {self.cut.frozen[-1]} at "
                 network += f"{self.backbone.preprocessing.crop} px"
                 measures = all(missing) and len(self.options) > 1
                 flops = cost(self.backbone, self.cut, self.device).flops if measures else 0
-                rates = Rates(self.root / "rates.json", network, self.device)
+                rates = RateFile(self.root / "rates.json", network, self.device)
                 choice = choose(self.options, missing, self._first_images, flops, self.device, rates)
         index, reason = self.ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
         return self.options[index], choice.engine if choice else None, reason
 
     @contextmanager
-    def lock(self, option: Option) -> Iterator[None]:
+    def lock(self, option: EngineOption) -> Iterator[None]:
         """Hold an option's space, for all ranks, while rows are computed."""
         with contextlib.ExitStack() as held:
             with self.ranks.together():
@@ -173,7 +173,7 @@ class RowBuilder:
             self._refuse_unshared(option)
             yield
 
-    def compute(self, option: Option, engine: Engine | None, reason: str) -> tuple[int, float]:
+    def compute(self, option: EngineOption, engine: Engine | None, reason: str) -> tuple[int, float]:
         """Compute the rows that are missing, each rank its part, and merge the small shards that come of it.
 
         Args:
@@ -200,7 +200,7 @@ class RowBuilder:
                 self.progress.done(0)  # from here on, time goes by for the rows alone
                 row = probe.numel() * probe.element_size()
                 if ranks.rank == 0:
-                    evict(self.root, self.budget - len(missing) * row, {shard.path for shard in stored.shards})
+                    evict_shards(self.root, self.budget - len(missing) * row, {shard.path for shard in stored.shards})
                 size = max(SHARD, len(self.views) * row // 256)
                 extract(engine, mine, self.source, option.space, size, self.progress.done, self.known)
         with ranks.together():
@@ -208,7 +208,7 @@ class RowBuilder:
                 option.space.compact({*option.space.shards()} - before, size)
         return len(missing), began
 
-    def verify(self, option: Option) -> tuple[Found, int]:
+    def verify(self, option: EngineOption) -> tuple[Found, int]:
         """Find rows whose shards are sound; those of damaged ones are missing.
 
         Returns:
@@ -232,7 +232,7 @@ class RowBuilder:
             self.known[view.key] = load_image(self.source, view)
         return self.known[view.key]
 
-    def _refuse_unshared(self, option: Option) -> None:
+    def _refuse_unshared(self, option: EngineOption) -> None:
         """See that all processes see the same folder, before hours are spent on rows that some would not find."""
         ranks = self.ranks
         sign = option.space.path / f".seen-{ranks.gather(uuid.uuid4().hex)[0]}"
@@ -264,7 +264,7 @@ class RowBuilder:
             )
 
 
-def _built(option: Option, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
+def _built(option: EngineOption, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
     """The engine, and its first rows."""
     try:
         engine = engine or option.build()

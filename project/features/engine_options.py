@@ -16,8 +16,8 @@ import torch
 
 from project.errors import ConfigError
 from project.features import onnx_export
-from project.features.engines import DTYPES, Engine, EngineName, Exact, Onnx, Precision, Torch
-from project.features.frozen_prefix import Prefix
+from project.features.engines import DTYPES, Engine, EngineName, ExactEngine, OnnxEngine, Precision, TorchEngine
+from project.features.frozen_prefix import FrozenPrefix
 from project.features.store import Space, unwritable
 from project.models.backbone import Backbone
 from project.models.cut import Cut
@@ -32,7 +32,7 @@ INSTALL_ONNX = "pip install 'frozen-backbone[onnx]'"
 
 
 @dataclass(frozen=True)
-class Option:
+class EngineOption:
     """An engine, and where its rows belong.
 
     Attributes:
@@ -53,7 +53,7 @@ class Option:
         return f"{self.name} {self.precision}"
 
 
-class Engines:
+class EngineFactory:
     """Makes the engines of one frozen prefix.
 
     Args:
@@ -97,7 +97,9 @@ class Engines:
             "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),
         }
 
-    def options(self, engine: EngineName | Literal["auto"], precision: Precision | None, trainer: str) -> list[Option]:
+    def options(
+        self, engine: EngineName | Literal["auto"], precision: Precision | None, trainer: str
+    ) -> list[EngineOption]:
         """The engines that fit what was asked for, the preferred first.
 
         Args:
@@ -133,7 +135,7 @@ class Engines:
             raise ConfigError(f"features.engine onnxruntime needs {', '.join(lacking)}: {INSTALL_ONNX}")
         return [self._option(name, kind) for name, kind in pairs]
 
-    def _option(self, name: EngineName, precision: Precision) -> Option:
+    def _option(self, name: EngineName, precision: Precision) -> EngineOption:
         made_by: dict[str, Any] = {"engine": name, "precision": precision, "device": self._device.type}
         startup = STARTUP[name]
         build: Callable[[], Engine]
@@ -141,22 +143,22 @@ class Engines:
             made_by["versions"] = _versions(*ONNX)
             file = self._file("")
             startup = 0.3 if _is_sound(file) else startup
-            build = lambda: Onnx(self._exported())  # noqa: E731
+            build = lambda: OnnxEngine(self._exported())  # noqa: E731
             if precision == "int8":
                 quantized = self._quantized()  # before its rows are looked for: they are those of its scales
                 made_by["calibrated"] = hashlib.sha256(quantized.read_bytes()).hexdigest()
-                build = lambda: Onnx(quantized)  # noqa: E731
+                build = lambda: OnnxEngine(quantized)  # noqa: E731
         elif name == "torch" and precision == "fp32":
             made_by["layout"] = self._layout  # another one sums in another order
-            build = lambda: Exact(self._encode, self._device)  # noqa: E731
+            build = lambda: ExactEngine(self._encode, self._device)  # noqa: E731
         else:
             dtype = DTYPES[precision]
-            build = lambda: Torch(Prefix(self._backbone, self._cut, dtype), self._device, name == "compile")  # noqa: E731
-        return Option(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
+            build = lambda: TorchEngine(FrozenPrefix(self._backbone, self._cut, dtype), self._device, name == "compile")  # noqa: E731
+        return EngineOption(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
 
     def reference(self) -> Engine:
         """An engine in full precision, to compare int8 with."""
-        return Onnx(self._exported())
+        return OnnxEngine(self._exported())
 
     def _file(self, kind: str) -> Path:
         about = json.dumps([self.network, _versions(*ONNX), kind], sort_keys=True)
@@ -165,7 +167,7 @@ class Engines:
     def _exported(self) -> Path:
         file = self._file("")
         if not _is_sound(file):
-            prefix = Prefix(self._backbone, self._cut, layout=torch.contiguous_format)
+            prefix = FrozenPrefix(self._backbone, self._cut, layout=torch.contiguous_format)
             with _kept(file):
                 onnx_export.export(prefix, self._backbone.preprocessing.crop, file)
                 _seal(file)

@@ -24,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from project.errors import DataError, StoreError
-from project.features.engine_options import Option
+from project.features.engine_options import EngineOption
 from project.features.engines import DTYPES, Engine, Precision
 from project.models.backbone import Backbone
 from project.models.cut import Cut
@@ -36,7 +36,7 @@ MOST = 1024  # images a call on a GPU
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """What was chosen.
 
     Attributes:
@@ -51,7 +51,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ImageCost:
     """What one image costs.
 
     Attributes:
@@ -68,22 +68,22 @@ class Cost:
         return math.prod(self.shape)
 
 
-def cost(backbone: Backbone, cut: Cut, device: torch.device) -> Cost:
+def cost(backbone: Backbone, cut: Cut, device: torch.device) -> ImageCost:
     """Count what the frozen prefix does to one image, by running it."""
     size = backbone.preprocessing.crop
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), cut)
-    return Cost(counter.get_total_flops() // 2, tuple(rows.shape[1:]))
+    return ImageCost(counter.get_total_flops() // 2, tuple(rows.shape[1:]))
 
 
 def choose(
-    options: Sequence[Option],
+    options: Sequence[EngineOption],
     missing: Sequence[int],
     images: Callable[[], torch.Tensor],
     flops: int,
     device: torch.device,
-    rates: Rates,
-) -> Choice:
+    rates: RateFile,
+) -> EngineChoice:
     """Choose among engines.
 
     Args:
@@ -95,9 +95,9 @@ def choose(
         rates: What is known of them, and is to be remembered.
     """
     if 0 in missing:
-        return Choice(missing.index(0), None, "all rows are stored")
+        return EngineChoice(missing.index(0), None, "all rows are stored")
     if len(options) == 1:
-        return Choice(0, None, "it was asked for, or is the only one")
+        return EngineChoice(0, None, "it was asked for, or is the only one")
     ceilings = {precision: ceiling(precision, device) for precision in {option.precision for option in options}}
     built: dict[int, Engine] = {}
     seconds: dict[int, float] = {}
@@ -129,9 +129,9 @@ def choose(
         seconds[index] = startup + missing[index] / rate
         told.append(f"{option} {rate:.0f} images/s")
     if not seconds:
-        return Choice(0, None, "; ".join(told))
+        return EngineChoice(0, None, "; ".join(told))
     best = min(seconds, key=lambda index: seconds[index])
-    return Choice(best, built.get(best), "; ".join(told))
+    return EngineChoice(best, built.get(best), "; ".join(told))
 
 
 def measure(engine: Engine, images: torch.Tensor) -> float:
@@ -195,7 +195,7 @@ def ceiling(precision: Precision, device: torch.device) -> float:
     return times * best
 
 
-class Rates:
+class RateFile:
     """Images a second of each engine, remembered in a file.
 
     Args:

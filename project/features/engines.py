@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from project.errors import EngineError
-from project.features.frozen_prefix import Prefix
+from project.features.frozen_prefix import FrozenPrefix
 
 EngineName = Literal["torch", "compile", "onnxruntime"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Map uint8 images ``(B, 3, H, W)``, on the CPU, to rows on the CPU."""
 
 
-class Exact:
+class ExactEngine:
     """The network itself, as a live fit in full precision runs it: its rows are the same to the bit.
 
     Args:
@@ -80,7 +80,7 @@ class Exact:
             return self._encode(whole.to(self._device, non_blocking=True))[:count].cpu()
 
 
-class Torch:
+class TorchEngine:
     """A folded copy in channels_last, compiled or not; on a CPU one thread a call.
 
     Args:
@@ -89,7 +89,7 @@ class Torch:
         compiled: Whether to run it through ``torch.compile``; on a CPU with inductor's freezing.
     """
 
-    def __init__(self, prefix: Prefix, device: torch.device, compiled: bool) -> None:
+    def __init__(self, prefix: FrozenPrefix, device: torch.device, compiled: bool) -> None:
         self.side_by_side = device.type == "cpu"
         self.batch_size = LANE_BATCH if self.side_by_side else COMPILED_BATCH if compiled else BATCH
         self.grows = not self.side_by_side and not compiled
@@ -136,7 +136,7 @@ class Torch:
         return rows[:count].cpu()
 
 
-class Onnx:
+class OnnxEngine:
     """ONNX Runtime on the CPU, one thread a call.
 
     Args:

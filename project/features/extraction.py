@@ -22,14 +22,14 @@ from project.data.dataset import ImageLoader, collate
 from project.data.image_index import Index
 from project.data.image_io import DECODING
 from project.data.sources.base import Sample, Source, decoder_name
-from project.data.transforms import Drawn, Transform
+from project.data.transforms import SeededRandom, Transform
 from project.errors import DataError, ProjectError
 from project.features.engines import Engine
 from project.features.row_index import Keys
 from project.features.store import SHARD, Space, as_keys, row_key
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from project.runtime.seeding import seed_of
-from project.runtime.signals import leave_to_the_parent
+from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores, shared_memory
 
 FLUSH = 15.0  # seconds of work that a killed run may lose
@@ -109,7 +109,7 @@ class Views(Sequence[View]):
         return Views(self.samples, self.kinds, self.keys[which], self.sample[which], self.kind[which])
 
 
-def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> np.ndarray:
+def digest_images(source: Source, samples: Sequence[Sample], ranks: ProcessGroup) -> np.ndarray:
     """SHA-256 of the bytes that each sample's image is made from; those that nothing knows yet are read.
 
     Each is looked up or read by one process. What is read is remembered in the index of images.
@@ -126,7 +126,7 @@ def digest_all(source: Source, samples: Sequence[Sample], ranks: Ranks) -> np.nd
     return np.concatenate(ranks.gather(mine))
 
 
-def views_of(
+def image_views(
     source: Source,
     samples: Sequence[Sample],
     digests: Sequence[bytes] | np.ndarray,
@@ -217,8 +217,8 @@ def load_image(source: Source, view: View) -> torch.Tensor:
     content = source.content(view.sample)
     if row_key(hashlib.sha256(content).digest(), view.text) != view.key:
         raise DataError(f"{view.sample.name} was changed while its features were computed. Run again.")
-    picture = source.decode(content, view.sample, view.transform.enough)
-    with Drawn(seed_of(view.key)):
+    picture = source.decode(content, view.sample, view.transform.min_size)
+    with SeededRandom(seed_of(view.key)):
         return view.transform(picture)
 
 
@@ -299,7 +299,7 @@ def _from_processes(
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=collate,
-        worker_init_fn=leave_to_the_parent,
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -13,7 +13,7 @@ from project.models.backbone import Backbone
 from project.models.cut import Cut
 
 
-class Prefix(nn.Module):
+class FrozenPrefix(nn.Module):
     """A copy of a backbone's frozen stages with its normalisation: uint8 images ``(B, 3, H, W)`` to rows at the cut.
 
     Args:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from project.features.engines import quiet
-from project.features.frozen_prefix import Prefix
+from project.features.frozen_prefix import FrozenPrefix
 from project.runtime.atomic_write import replacing
 
 
-def export(prefix: Prefix, size: int, target: Path) -> None:
+def export(prefix: FrozenPrefix, size: int, target: Path) -> None:
     """Write a prefix as an ONNX file.
 
     Args:

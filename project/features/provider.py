@@ -15,15 +15,15 @@ import torch
 from project.errors import ConfigError
 from project.models.backbone import Backbone
 from project.models.cut import Cut
-from project.runtime.console import counting, say
+from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.system import memory_limit
 
 if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
     from project.data.sources.base import Sample, Source
     from project.features.builder import Progress, Provided
-    from project.features.engine_options import Engines, Option
+    from project.features.engine_options import EngineFactory, EngineOption
     from project.features.extraction import View, Views
-    from project.runtime.distributed import Ranks
+    from project.runtime.distributed import ProcessGroup
 
 CALIBRATION = 128  # images that int8 is calibrated on
 EngineName = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -91,7 +91,7 @@ class RowProvider:
 
     def provide(
         self, computation: RowComputation, source: Source, views: Views, typical: Views
-    ) -> tuple[Provided, Engines]:
+    ) -> tuple[Provided, EngineFactory]:
         """Have a row of each view.
 
         Args:
@@ -106,16 +106,16 @@ class RowProvider:
             DataError: An image cannot be read.
         """
         from project.features.builder import RowBuilder
-        from project.features.engine_options import Engines
+        from project.features.engine_options import EngineFactory
         from project.features.extraction import load_image
-        from project.runtime.distributed import Ranks
+        from project.runtime.distributed import ProcessGroup
 
-        ranks = Ranks()
+        ranks = ProcessGroup()
 
         def calibration() -> torch.Tensor:
             return torch.stack([load_image(source, view) for view in thinned(typical)])
 
-        engines = Engines(
+        engines = EngineFactory(
             self._root,
             computation.backbone,
             computation.cut,
@@ -140,8 +140,8 @@ class RowProvider:
                 progress,
             ).build()
         if provided.damaged:
-            say(f"Features: {provided.damaged} corrupt cache files were discarded and recomputed")
-        say(f"Features: {provided}")
+            print_rank_zero(f"Features: {provided.damaged} corrupt cache files were discarded and recomputed")
+        print_rank_zero(f"Features: {provided}")
         return provided, engines
 
     def rows_of(self, computation: RowComputation, source: Source, samples: Sequence[Sample]) -> torch.Tensor:
@@ -156,12 +156,12 @@ class RowProvider:
             Rows ``(N, ...)``, float32, on the CPU.
         """
         from project.data.transforms import evaluation
-        from project.features.extraction import digest_all, distinct, views_of
+        from project.features.extraction import digest_images, distinct, image_views
         from project.features.row_loader import Rows
-        from project.runtime.distributed import Ranks
+        from project.runtime.distributed import ProcessGroup
 
-        digests = digest_all(source, samples, Ranks())
-        plain = views_of(source, samples, digests, evaluation(computation.backbone.preprocessing), [""])
+        digests = digest_images(source, samples, ProcessGroup())
+        plain = image_views(source, samples, digests, evaluation(computation.backbone.preprocessing), [""])
         views, [[place]] = distinct([plain])
         provided, _ = self.provide(computation, source, views, views)
         rows = Rows(provided.found, memory(torch.device("cpu")), torch.device("cpu"))
@@ -170,8 +170,8 @@ class RowProvider:
         finally:
             rows.close()
 
-    def _options(self, engines: Engines, trainer_precision: str, ranks: Ranks) -> list[Option]:
-        options: list[Option] = []
+    def _options(self, engines: EngineFactory, trainer_precision: str, ranks: ProcessGroup) -> list[EngineOption]:
+        options: list[EngineOption] = []
         for turn in range(2):  # what is exported and calibrated is written by one process, then read by the others
             with ranks.together():
                 if (ranks.rank == 0) == (turn == 0):
@@ -185,18 +185,18 @@ def thinned(views: Views) -> Views:
 
 
 @contextmanager
-def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
+def _progress(count: int, ranks: ProcessGroup) -> Iterator[Progress]:
     """A bar on a terminal, lines elsewhere; from the first process."""
     from project.features.builder import Progress
 
     done, total = 0, 0
-    with counting("Features", ranks.rank == 0) as show:
+    with progress_counter("Features", ranks.rank == 0) as show:
 
-        def begins(option: Option, reason: str, computed: int, mine: int) -> None:
+        def begins(option: EngineOption, reason: str, computed: int, mine: int) -> None:
             nonlocal total
             total = mine
             show(0, total)
-            say(f"Features: {computed} of {count} rows to compute, by {option} ({reason})")
+            print_rank_zero(f"Features: {computed} of {count} rows to compute, by {option} ({reason})")
 
         def advance(more: int) -> None:
             nonlocal done
@@ -204,7 +204,9 @@ def _progress(count: int, ranks: Ranks) -> Iterator[Progress]:
             show(done, total)
 
         yield Progress(
-            begins, advance, lambda: say("Features: another process is computing these rows; waiting for it")
+            begins,
+            advance,
+            lambda: print_rank_zero("Features: another process is computing these rows; waiting for it"),
         )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from project.data.samplers import Order
+from project.data.samplers import EpochOrder
 from project.errors import StoreError
 from project.features.store import Found, Shard
 from project.runtime.system import read_at
@@ -123,7 +123,7 @@ class RowLoader:
         views: torch.Tensor,
         labels: torch.Tensor,
         batch_size: int,
-        order: Order,
+        order: EpochOrder,
         epoch: Callable[[], int],
         evaluates: bool = False,
         behind: Callable[[], int] = lambda: 0,

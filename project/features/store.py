@@ -315,7 +315,7 @@ def unwritable(path: Path, error: Exception) -> StoreError:
     )
 
 
-def evict(root: Path, budget: int, keep: Collection[Path]) -> int:
+def evict_shards(root: Path, budget: int, keep: Collection[Path]) -> int:
     """Remove the shards that were used least recently, until the rest fits.
 
     Args:

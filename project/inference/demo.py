@@ -27,7 +27,7 @@ from project.features.provider import RowProvider
 from project.inference.gallery import Gallery, data_of
 from project.inference.heatmap_overlay import overlay
 from project.inference.predictor import Classifier
-from project.runtime.console import say
+from project.runtime.console import print_rank_zero
 from project.runtime.process_state import process_state
 
 HOST = "127.0.0.1"
@@ -181,7 +181,7 @@ def demo(
         if given:
             raise
         lacking = f"No training images are shown: {error} (--data.root PATH shows others)"
-        say(f"Demo: {lacking}")
+        print_rank_zero(f"Demo: {lacking}")
         about += f"\n{lacking}"
     serve(classifier, gallery, about, port, open)
 
@@ -218,7 +218,7 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
                 max_file_size="200mb",
                 css=STYLE,
             )
-            say(f"Demo: {url} (Ctrl-C ends it)")
+            print_rank_zero(f"Demo: {url} (Ctrl-C ends it)")
             while True:
                 time.sleep(0.5)
 

@@ -12,11 +12,11 @@ import torch
 
 from project.classifier import ImageClassifier, Step
 from project.errors import ConfigError
-from project.evaluation.predictions import Collector, Outcome, merged
-from project.reporting.figure_logger import Painter, validates
+from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
+from project.reporting.figure_logger import FigureLogger, validates
 from project.reporting.run_description import parameters
 from project.runtime import logger_adapters
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from project.runtime.signals import Interrupted
 from project.runtime.system import peak_memory
 
@@ -52,8 +52,8 @@ class Dashboard(pl.Callback):
     takes less than 5 % of the fit's time and half as many epochs again are over as the last time: a fit of seconds
     draws once, one of a thousand epochs at most 18 times. A drawing is 1.2 MB at most (of 100 classes; 0.3 MB of five),
     and reads 36 images; the projector, which comes at the end, is 3 MB at most, and reads as many images as 2 seconds
-    allow. What a validation keeps for it is bounded by :class:`~project.evaluation.predictions.Collector`. What cannot
-    be drawn is told as a warning, once, and the fit goes on.
+    allow. :class:`~project.evaluation.predictions.PredictionCollector` bounds the memory of a validation. What cannot
+    be drawn is reported as a warning, once, and the fit continues.
 
     Args:
         figures: Draw figures, curves, images and the projector; without, there are numbers and texts.
@@ -81,11 +81,11 @@ class Dashboard(pl.Callback):
         self._epoch_images = 0
         self._epoch_seconds = 0.0
         self._logs = False
-        self._painter: Painter | None = None  # in the first process alone
+        self._painter: FigureLogger | None = None  # in the first process alone
         self._shows_input = False
-        self._collector: Collector | None = None
+        self._collector: PredictionCollector | None = None
         self._overall: dict[str, Any] = {"score": -math.inf, "values": {}}
-        self._best: tuple[Outcome, int] | None = None
+        self._best: tuple[ValidationPredictions, int] | None = None
         self._drawn = True
 
     @property
@@ -100,7 +100,7 @@ class Dashboard(pl.Callback):
         if trainer.loggers and isinstance(pl_module, ImageClassifier) and not getattr(trainer, "fast_dev_run", False):
             self._logs = True
             if trainer.is_global_zero:
-                self._painter = Painter(trainer, pl_module)
+                self._painter = FigureLogger(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for parameter in pl_module.parameters():
@@ -150,8 +150,8 @@ class Dashboard(pl.Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         expected = _expected(trainer)
-        ranks, classes = Ranks(), len(pl_module.classes)
-        self._collector = Collector(expected, self._points, classes, ranks.rank, ranks.size)
+        ranks, classes = ProcessGroup(), len(pl_module.classes)
+        self._collector = PredictionCollector(expected, self._points, classes, ranks.rank, ranks.size)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
@@ -166,8 +166,8 @@ class Dashboard(pl.Callback):
             self._overall = {"score": score, "values": _compared(trainer, "best")}
             if collector is not None:
                 assert isinstance(pl_module, ImageClassifier)
-                outcomes = Ranks().gather(collector.outcome(pl_module.tally("val").each))
-                self._best, self._drawn = (merged(outcomes), trainer.global_step), False
+                outcomes = ProcessGroup().gather(collector.outcome(pl_module.epoch_metrics("val").each))
+                self._best, self._drawn = (merge_predictions(outcomes), trainer.global_step), False
                 epochs = trainer.current_epoch + 1
                 if self._painter is not None and self._painter.affords(epochs):
                     self._painter.outcome(*self._best, epochs)

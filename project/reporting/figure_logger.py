@@ -14,7 +14,7 @@ import torch
 
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.evaluation.predictions import Outcome
+from project.evaluation.predictions import ValidationPredictions
 from project.reporting.thumbnails import Thumbnails
 from project.runtime import lightning_internals, logger_adapters
 
@@ -26,7 +26,7 @@ EXPECTED = 1.0
 FURTHER = 1.5
 
 
-class Painter:
+class FigureLogger:
     """Draws for one fit, in its first process.
 
     Whatever goes wrong is told as a warning, once for each thing that is drawn, and the fit goes on: a fit of hours
@@ -113,7 +113,7 @@ class Painter:
         allowed = SHARE * (time.perf_counter() - self._began)
         return self._spent + self._cost <= allowed and epochs >= FURTHER * self._epochs
 
-    def outcome(self, outcome: Outcome, step: int, epochs: int) -> None:
+    def outcome(self, outcome: ValidationPredictions, step: int, epochs: int) -> None:
         """Draw the figures and the curves of an outcome.
 
         Args:
@@ -137,9 +137,9 @@ class Painter:
                     logger_adapters.curves(logger, name, positive, probabilities, step)
         self._cost = self._spent - before
 
-    def points(self, outcome: Outcome, step: int) -> None:
+    def points(self, outcome: ValidationPredictions, step: int) -> None:
         """Log an outcome's features for the projector."""
-        if len(outcome.pointed) < 2:
+        if len(outcome.feature_indices) < 2:
             return
         with self.attempt("projector"):
             from project.reporting import figures

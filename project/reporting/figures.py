@@ -11,7 +11,7 @@ from PIL import Image
 
 from project.evaluation import plots
 from project.evaluation.metrics import class_scores
-from project.evaluation.predictions import Outcome
+from project.evaluation.predictions import ValidationPredictions
 from project.reporting.thumbnails import Thumbnails, square
 from project.runtime.logger_adapters import Points
 
@@ -28,7 +28,7 @@ SECONDS = 2.0  # for reading these, after which there are no more points
 Pictures = dict[str, Callable[[], Image.Image]]
 
 
-def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails | None) -> Pictures:
+def of_outcome(outcome: ValidationPredictions, classes: Sequence[str], thumbnails: Thumbnails | None) -> Pictures:
     """What to draw of an outcome, by name; each is drawn when it is called.
 
     Args:
@@ -66,13 +66,13 @@ def of_outcome(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails 
 
 
 def _grid(
-    outcome: Outcome, which: torch.Tensor, classes: Sequence[str], thumbnails: Thumbnails, title: str
+    outcome: ValidationPredictions, which: torch.Tensor, classes: Sequence[str], thumbnails: Thumbnails, title: str
 ) -> Image.Image:
-    captions, names = [], plots.told_apart(classes, NAME)
+    captions, names = [], plots.disambiguate(classes, NAME)
     for at in which.tolist():
         true, got = (names[int(labels[at])] for labels in (outcome.labels, outcome.predicted))
         captions.append(f"{got} {outcome.confidence[at]:.2f}\n{'right' if true == got else f'true: {true}'}")
-    images = thumbnails.read(outcome.places[which].tolist(), SIDE)
+    images = thumbnails.read(outcome.indices[which].tolist(), SIDE)
     return plots.picture(plots.gallery(images, captions, title))
 
 
@@ -96,9 +96,9 @@ def of_input(images: Sequence[torch.Tensor], captions: Sequence[str], columns: i
     return plots.picture(plots.gallery(tiles, captions, f"Training images as the model sees them ({size})", columns))
 
 
-def curves_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def curves_of(outcome: ValidationPredictions, classes: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Precision-recall curves of the most frequent classes: whether each image is of it, and the probability."""
-    labels = outcome.labels[outcome.some]
+    labels = outcome.labels[outcome.probability_indices]
     frequent = torch.bincount(labels, minlength=len(classes)).argsort(descending=True, stable=True)[:CURVES]
     return {
         f"pr/{classes[at]}": ((labels == at).numpy(), outcome.probabilities[:, at].numpy())
@@ -117,11 +117,11 @@ def components(features: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def points_of(outcome: Outcome, classes: Sequence[str], thumbnails: Thumbnails | None) -> Points:
+def points_of(outcome: ValidationPredictions, classes: Sequence[str], thumbnails: Thumbnails | None) -> Points:
     """The images whose features are kept, as points: as many as can be read in two seconds, from all over the split."""
-    which = outcome.pointed
+    which = outcome.feature_indices
     mixed = torch.randperm(len(which), generator=torch.Generator().manual_seed(0))  # those that are left out are any
-    places = outcome.places[which[mixed]].tolist()
+    places = outcome.indices[which[mixed]].tolist()
     squares: list[np.ndarray] = []
     if thumbnails is not None:
         squares = thumbnails.read(places, SPRITE, SECONDS)
@@ -144,7 +144,7 @@ def named(labels: torch.Tensor, classes: Sequence[str]) -> list[str]:
         labels: int64 ``(B,)``, or the share of each class, float ``(B, C)``.
         classes: Names of the C classes.
     """
-    names = plots.told_apart(classes, NAME)
+    names = plots.disambiguate(classes, NAME)
     if labels.dim() == 1:
         return [names[label] if label >= 0 else "" for label in labels.tolist()]
     shares, largest = labels.topk(min(2, labels.shape[1]))

@@ -38,7 +38,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """All that a card says; nothing in it is made up.
 
     Attributes:
@@ -72,7 +72,7 @@ class Facts:
     validates: bool = True
 
 
-def card(facts: Facts) -> str:
+def card(facts: CardFacts) -> str:
     """The whole card."""
     about = facts.about
     parts = [
@@ -106,7 +106,7 @@ def card(facts: Facts) -> str:
     return "\n".join(parts)
 
 
-def header(facts: Facts) -> str:
+def header(facts: CardFacts) -> str:
     """The header as YAML, checked by Hugging Face's own class where it is installed."""
     if find_spec("huggingface_hub") is not None:
         return f"{import_module('huggingface_hub').ModelCardData(**metadata(facts)).to_yaml()}\n"
@@ -114,7 +114,7 @@ def header(facts: Facts) -> str:
     return text
 
 
-def metadata(facts: Facts) -> dict[str, object]:
+def metadata(facts: CardFacts) -> dict[str, object]:
     """The header in plain types, in the order of Hugging Face's class."""
     measured = {} if facts.scores is None else facts.scores.metrics
     metrics = [
@@ -138,7 +138,7 @@ def metadata(facts: Facts) -> dict[str, object]:
     return {key: value for key, value in header.items() if value}
 
 
-def _scores(facts: Facts) -> list[str]:
+def _scores(facts: CardFacts) -> list[str]:
     scores = facts.scores
     if scores is None:
         why = "it ended before its first validation was over" if facts.validates else "this fit had no validation"
@@ -189,7 +189,7 @@ def _calibration(scores: EvaluationSummary) -> list[str]:
     ]
 
 
-def _per_class(facts: Facts, scores: EvaluationSummary) -> list[str]:
+def _per_class(facts: CardFacts, scores: EvaluationSummary) -> list[str]:
     if scores.per_class is None:
         return []
     right, count = scores.per_class
@@ -214,7 +214,7 @@ def _per_class(facts: Facts, scores: EvaluationSummary) -> list[str]:
     ]
 
 
-def _classes(facts: Facts) -> list[str]:
+def _classes(facts: CardFacts) -> list[str]:
     splits = [split for split, counts in facts.counts.items() if sum(counts)]
     order = range(len(facts.classes))
     note = ""

@@ -15,9 +15,9 @@ import torch
 from project.callbacks.model_checkpoint import Best, Last
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.reporting.model_card import Facts, card, code
+from project.reporting.model_card import CardFacts, card, code
 from project.runtime.atomic_write import replacing
-from project.runtime.console import say
+from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
 from project.runtime.seeding import run_seed
 from project.runtime.signals import Interrupted
@@ -28,7 +28,7 @@ LIBRARIES = ("frozen-backbone", "torch", "torchvision", "lightning", "torchmetri
 UNKNOWN = "not computed, as images were not stored as features; it would have taken a pass over all files"
 
 
-class RunCard(pl.Callback):
+class ModelCardCallback(pl.Callback):
     """Writes the card of a fit when it ends or is interrupted, beside its checkpoints, and gives it to its loggers."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,7 +57,7 @@ class RunCard(pl.Callback):
                 # A class's name need not be text.
                 temporary.write_text(text, "utf-8", "backslashreplace")
         except OSError as error:  # what was trained is saved, and worth more than what is said of it
-            say(f"The model card {target} cannot be written: {error.strerror}.")
+            print_rank_zero(f"The model card {target} cannot be written: {error.strerror}.")
         log_text(trainer, "model_card", text.partition("\n---\n")[2])
 
 
@@ -67,7 +67,7 @@ def card_path(trainer: pl.Trainer) -> Path | None:
     return None if kept is None else kept.path.parent.parent / FILE
 
 
-def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, ended: str, checked: str) -> Facts:
+def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, ended: str, checked: str) -> CardFacts:
     best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
     stored = module.stored_features
     measured = best.measured if best is not None else None
@@ -77,7 +77,7 @@ def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, 
     known.append("The data itself was not examined by this fit: python -m project check does that.")
     if measured is not None and measured.confusion is None:
         known.append("The best epoch was in the fit that this one went on from, which kept no figures of each class.")
-    return Facts(
+    return CardFacts(
         name=f"{data.name} on {module.backbone.name}",
         data=str(data.name),
         classes=module.classes,

@@ -16,13 +16,13 @@ from project.callbacks.model_checkpoint import Best
 from project.classifier import ImageClassifier
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
-from project.runtime.console import say, say_rows
+from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
 
 LISTED = 25  # classes whose own recall is printed
 
 
-class Report(pl.Callback):
+class RunSummary(pl.Callback):
     """Says what trains and what is frozen when a fit begins, and what came of it at the end.
 
     Args:
@@ -42,10 +42,10 @@ class Report(pl.Callback):
             return
         trains = ", ".join([*pl_module.cut.trainable, "head"])
         count = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        say(f"Trains: {trains} ({count:,} parameters) for {len(pl_module.classes)} classes")
-        say(_stages(pl_module))
+        print_rank_zero(f"Trains: {trains} ({count:,} parameters) for {len(pl_module.classes)} classes")
+        print_rank_zero(_stages(pl_module))
         frozen = f"{_frozen(pl_module)}, SHA-256 {pl_module.frozen_sha256}"
-        say(f"Frozen: {frozen}")
+        print_rank_zero(f"Frozen: {frozen}")
         log_text(trainer, "frozen", frozen)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,12 +77,12 @@ class Report(pl.Callback):
         rows["SHA-256"] = f"{model.frozen_sha256} before and after"
         if isinstance(trainer.logger, TensorBoardLogger):
             rows["dashboard"] = f"tensorboard --logdir {_from_here(Path(trainer.logger.save_dir))}"
-        say_rows("Result", rows)
+        print_table("Result", rows)
         if reload:
-            say(reload)  # on one line however narrow the terminal, to be copied
+            print_rank_zero(reload)  # on one line however narrow the terminal, to be copied
 
 
-def evaluated(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
+def print_evaluation(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
     """Print what an evaluation came to.
 
     Args:
@@ -90,7 +90,7 @@ def evaluated(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
         model: What was evaluated.
         stage: ``val`` or ``test``.
     """
-    counts = model.tally(stage).counts
+    counts = model.epoch_metrics(stage).counts
     images = 0 if counts is None else counts.images
     rows: dict[str, str] = {}
     for name, value in trainer.callback_metrics.items():
@@ -100,7 +100,7 @@ def evaluated(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
     accuracy = f"{stage}/accuracy"
     if accuracy in rows and images:
         rows[accuracy] += _interval(float(trainer.callback_metrics[accuracy]), images)
-    say_rows("Result", rows)
+    print_table("Result", rows)
 
 
 def _interval(accuracy: float, images: int) -> str:

@@ -25,23 +25,23 @@ BESIDE = 50  # columns that are kept for what stands beside a bar
 _shown: list[Console] = []  # the one that has a bar on it: what is said meanwhile goes above that
 
 
-def say(what: str | Table) -> None:
+def print_rank_zero(what: str | Table) -> None:
     """Print a line or a table, from one process of a distributed run."""
     if is_rank_zero():
         _console().print(what, highlight=False, soft_wrap=isinstance(what, str))
 
 
-def say_rows(title: str, rows: Mapping[str, str]) -> None:
+def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Print a word and what there is to say to it, row by row: a table on a terminal, lines elsewhere."""
     if not on_a_terminal():
-        say("\n".join([f"{title}:", *(f"  {word}: {value}" for word, value in rows.items())]))
+        print_rank_zero("\n".join([f"{title}:", *(f"  {word}: {value}" for word, value in rows.items())]))
         return
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for word, value in rows.items():
         table.add_row(word, value)
-    say(table)
+    print_rank_zero(table)
 
 
 def _console() -> Console:
@@ -153,7 +153,7 @@ class Bar:
 
 
 @contextmanager
-def counting(what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress_counter(what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; elsewhere a line now and then of what takes long. From one process of a distributed run.
 
     Args:
@@ -196,4 +196,4 @@ class _Lines:
         if now - self._said < QUIET or done < self._next or done >= total:
             return
         self._said, self._next = now, done + total / STEPS
-        say(f"{self._what}: {done:,} of {total:,}, {clock(self._pace.left)} left")
+        print_rank_zero(f"{self._what}: {done:,} of {total:,}, {clock(self._pace.left)} left")

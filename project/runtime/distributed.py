@@ -39,17 +39,17 @@ def environment_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def launched() -> bool:
+def is_externally_launched() -> bool:
     """Whether something else has started all processes of a fit: torchrun, or SLURM."""
     return bool({"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ})
 
 
-def launcher() -> int | None:
+def launcher_pid() -> int | None:
     """The process of the same fit that has started this one, and ends it: Lightning's first one on a machine."""
-    return os.getppid() if os.environ.get("LOCAL_RANK", "0") != "0" and not launched() else None
+    return os.getppid() if os.environ.get("LOCAL_RANK", "0") != "0" and not is_externally_launched() else None
 
 
-def lost(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether an error says no more than that another process has ended."""
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
@@ -64,7 +64,7 @@ def _patient(together: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
-class Ranks:
+class ProcessGroup:
     """All processes of ``torch.distributed``, or this one alone.
 
     Attributes:

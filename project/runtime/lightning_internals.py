@@ -171,13 +171,22 @@ def loop_state(trainer: pl.Trainer) -> dict[str, Any]:
     return {name: getattr(trainer, name).state_dict()} if name else {}
 
 
+def training_loader(trainer: pl.Trainer) -> Any:
+    """The loader that a fit trains with, as it was given; ``None`` where it has none.
+
+    Relies on ``fit_loop.setup_data()``.
+    """
+    trainer.fit_loop.setup_data()
+    return trainer.train_dataloader
+
+
 def validation_data(trainer: pl.Trainer) -> Any:
     """The object that gives a fit its validation loader. Relies on ``val_loop._data_source.instance``."""
     return trainer.fit_loop.epoch_loop.val_loop._data_source.instance
 
 
 def release_subprocesses(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """Take over the processes that Lightning has started beside this one. Relies on ``strategy.launcher.procs``.
+    """Take over the processes that Lightning has started beside this one. Relies on ``strategy.launcher_pid.procs``.
 
     Lightning watches them no longer. It would kill this process as soon as one of them ends.
 

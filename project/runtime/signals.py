@@ -81,7 +81,7 @@ class Signals:
             raise Interrupted(number, f"Stopped by {signal.Signals(number).name}. {self.meanwhile}".strip())
 
 
-def leave_to_the_parent(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Have a process that loads images end when its parent says so, and at no other signal; a ``worker_init_fn``.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM go to all processes, and the parent needs the batch that it is at.

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from project.data.samplers import Order
+from project.data.samplers import EpochOrder
 from project.data.sources.base import Sample
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.engine_options import Engines
-from project.features.extraction import digest_all, distinct, extract, load_image, views_of
+from project.features.engine_options import EngineFactory
+from project.features.extraction import digest_images, distinct, extract, image_views, load_image
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 from project.models.backbone import load_backbone
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.decoding import ours, rate
 from tests.benchmarks.measure import progress, some, stored, table
 
@@ -57,8 +57,10 @@ def extracted(data: Path, precision: str, folder: Path) -> Extracted:
     backbone.to(memory_format=torch.channels_last)
     source = Folder(str(data))
     samples, transform = source.splits["train"], evaluation(backbone.preprocessing)
-    images, _ = distinct([views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])])
-    engines = Engines(
+    images, _ = distinct(
+        [image_views(source, samples, digest_images(source, samples, ProcessGroup()), transform, [""])]
+    )
+    engines = EngineFactory(
         *(
             folder,
             backbone,
@@ -91,7 +93,7 @@ def in_memory(data: Path, count: int = 20_000) -> float:
     tracemalloc.start()
     samples = [Sample(f"/data/imagenet/train/n01440764/n01440764_{number:08}.JPEG", 0) for number in range(count)]
     digests = np.random.default_rng(0).integers(0, 256, (count, 32), np.uint8)
-    views, _places = distinct([views_of(source, samples, digests, transform, [""])])
+    views, _places = distinct([image_views(source, samples, digests, transform, [""])])
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return size / len(views)
@@ -101,7 +103,7 @@ def epoch(rows: Rows, batch_size: int, cold: Path | None, most: int) -> float:
     """Rows a second of a linear head's training steps. Rows of a cold disk are first dropped from the page cache."""
     count = len(rows)
     labels = torch.arange(count) % CLASSES
-    loader = RowLoader(rows, torch.arange(count)[None], labels, batch_size, Order(count, True, 0, None), lambda: 0)
+    loader = RowLoader(rows, torch.arange(count)[None], labels, batch_size, EpochOrder(count, True, 0, None), lambda: 0)
     head = torch.nn.Linear(WIDTH, CLASSES)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.001, momentum=0.9)
     if cold:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from project.data.dataset import Images
+from project.data.dataset import ImageDataset
 from project.data.sources.folder import Folder
 from project.data.transforms import Transform, evaluation
 from project.models.backbone import load_backbone
@@ -41,13 +41,13 @@ def torchvision_set(root: Path) -> ImageFolder:
     return ImageFolder(str(root), v2.Compose([*steps, v2.Normalize(PREPROCESSING.mean, PREPROCESSING.std)]))
 
 
-def ours(root: Path, transform: Transform) -> Images:
+def ours(root: Path, transform: Transform) -> ImageDataset:
     """The project's own dataset over the same images."""
     source = Folder(str(root))
-    return Images(source.splits["train"], source, transform)
+    return ImageDataset(source.splits["train"], source, transform)
 
 
-def rate(data: Images | ImageFolder) -> float:
+def rate(data: ImageDataset | ImageFolder) -> float:
     """Images a second of this thread's own time: what else runs on the machine counts less."""
     began = time.thread_time()
     for index in range(len(data)):
@@ -114,7 +114,7 @@ def main() -> None:
             few = some(given, options.enlarged, Path(folder, name))
             large = enlarged(few, Path(folder, f"large {name}"))
             for size, root in (("as they are", given), ("enlarged", large)):
-                ways: list[Callable[[], Images | ImageFolder]] = [
+                ways: list[Callable[[], ImageDataset | ImageFolder]] = [
                     lambda root=root: torchvision_set(root),
                     lambda root=root: ours(root, evaluation(PREPROCESSING)),
                 ]

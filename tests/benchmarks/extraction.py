@@ -26,16 +26,16 @@ import torch
 from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
-from project.data.dataset import Images
+from project.data.dataset import ImageDataset
 from project.data.sources.base import Sample, Source
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.engine_options import Engines, Option
+from project.features.engine_options import EngineFactory, EngineOption
 from project.features.engine_selection import ceiling, cost
 from project.features.engines import Engine
-from project.features.extraction import View, digest_all, distinct, extract, load_image, run, views_of
+from project.features.extraction import View, digest_images, distinct, extract, image_views, load_image, run
 from project.models.backbone import Backbone, load_backbone
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.measure import middle, progress, table
 
 CPU = torch.device("cpu")
@@ -62,8 +62,8 @@ class Pool(Source):
     def content(self, sample: Sample) -> bytes:
         return self._folders[0].content(sample)
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Pillow.Image:
-        return self._folders[0].decode(content, sample, enough)
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Pillow.Image:
+        return self._folders[0].decode(content, sample, min_size)
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Benchmark:
         samples = source.splits["train"]
         samples = samples[:: max(len(samples) // images, 1)][:images] if images else samples
         transform = evaluation(self.backbone.preprocessing)
-        (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), transform, [""])
+        (view,) = image_views(source, samples, digest_images(source, samples, ProcessGroup()), transform, [""])
         self.images, _ = distinct([[view]])
-        self.dataset = Images([image.sample for image in self.images], source, transform)
+        self.dataset = ImageDataset([image.sample for image in self.images], source, transform)
         self.flops = cost(self.backbone, self.backbone.cut, CPU).flops
-        self.built: dict[str, tuple[Option, Engine]] = {}
+        self.built: dict[str, tuple[EngineOption, Engine]] = {}
         self.building: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self.found: dict[str, list[Timed]] = defaultdict(list)
@@ -115,7 +115,7 @@ class Benchmark:
         kind, precision = name.split()
         began = time.perf_counter()
         step = -(-len(self.images) // CALIBRATION)
-        engines = Engines(
+        engines = EngineFactory(
             *(self.folder / name.replace(" ", "-"), self.backbone, self.backbone.cut, self.encode, CPU, "benchmark"),
             *(lambda: torch.stack([self.load(image) for image in self.images[::step]]), "channels_last"),
         )

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from project.data.samplers import Order
+from project.data.samplers import EpochOrder
 from project.data.sources.base import Sample
 from project.data.sources.digits import Digits
-from project.features.extraction import distinct, views_of
+from project.features.extraction import distinct, image_views
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space
 
@@ -43,7 +43,7 @@ def digests_of(count: int) -> np.ndarray:
 
 
 def views(samples: list[Sample], digests: np.ndarray) -> Any:
-    return views_of(SOURCE, samples, digests, "a transform", [""])  # type: ignore[arg-type]
+    return image_views(SOURCE, samples, digests, "a transform", [""])  # type: ignore[arg-type]
 
 
 def build(root: Path, count: int) -> None:
@@ -89,7 +89,9 @@ def look_up(root: Path, count: int, answers: Any) -> None:
     del everything
     rows = Rows(found, 0, torch.device("cpu"))
     labels = torch.zeros(count, dtype=torch.int32)
-    loader = RowLoader(rows, torch.from_numpy(place[None]), labels, 256, Order(count, True, batch_size=256), lambda: 0)
+    loader = RowLoader(
+        rows, torch.from_numpy(place[None]), labels, 256, EpochOrder(count, True, batch_size=256), lambda: 0
+    )
     gc.collect()
     trim(0)
     after = resident()

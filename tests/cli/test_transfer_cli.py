@@ -7,10 +7,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping
 
 from project.callbacks.feature_cache import FeatureCache
-from project.callbacks.graceful_shutdown import Interruption
+from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.cli.transfer_cli import build_callbacks
 from project.reporting.dashboard import Dashboard
-from project.reporting.run_summary import Report
+from project.reporting.run_summary import RunSummary
 from project.runtime.signals import Signals
 
 
@@ -24,22 +24,22 @@ def names(verb: str, **trainer: Any) -> list[str]:
         output="predictions.csv",
     )
     before = section.clone()
-    callbacks = build_callbacks(verb, section, Interruption(Signals(), ""), Report(dashboard))
+    callbacks = build_callbacks(verb, section, GracefulShutdown(Signals(), ""), RunSummary(dashboard))
     assert section.trainer == before.trainer, "the configuration is left alone"
     return [type(each).__name__ for each in callbacks]
 
 
-ALWAYS = ["FeatureCache", "Dashboard", "Interruption"]
+ALWAYS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 
 
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({}, ["Report", "LearningRateMonitor", "Best", "Last", "RunCard"]),
-        ({"limit_val_batches": 0}, ["Report", "LearningRateMonitor", "Last", "RunCard"]),
-        ({"logger": False}, ["Report", "Best", "Last", "RunCard"]),
-        ({"enable_checkpointing": False}, ["Report", "LearningRateMonitor"]),
-        ({"fast_dev_run": True}, ["Report"]),
+        ({}, ["RunSummary", "LearningRateMonitor", "Best", "Last", "ModelCardCallback"]),
+        ({"limit_val_batches": 0}, ["RunSummary", "LearningRateMonitor", "Last", "ModelCardCallback"]),
+        ({"logger": False}, ["RunSummary", "Best", "Last", "ModelCardCallback"]),
+        ({"enable_checkpointing": False}, ["RunSummary", "LearningRateMonitor"]),
+        ({"fast_dev_run": True}, ["RunSummary"]),
     ],
 )
 def test_a_fit_has_what_its_options_allow(trainer: dict[str, Any], expected: list[str]) -> None:

@@ -65,10 +65,10 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
         assert read_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_if_that_is_enough() -> None:
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_if_that_is_min_size() -> None:
     content = encoded(picture(3, 1600, 1200), quality=95)
     assert decode_image(content, "a.jpg").size == (1600, 1200)
-    assert [decode_image(content, "a.jpg", enough).size[1] for enough in (0, 1200, 601, 600, 299, 100)] == [
+    assert [decode_image(content, "a.jpg", min_size).size[1] for min_size in (0, 1200, 601, 600, 299, 100)] == [
         *(1200, 1200, 1200, 600, 300, 150)
     ]
     fast = np.asarray(decode_image(content, "a.jpg", 300), float)

@@ -8,8 +8,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from project.data.datamodule import ImageDataModule
-from project.data.dataset import ImageBatch, Images
-from project.data.mixup import Mix
+from project.data.dataset import ImageBatch, ImageDataset
+from project.data.mixup import BatchMixer
 from project.data.samplers import Padding
 from project.data.sources.digits import Digits
 from project.data.sources.findings import name_findings
@@ -195,21 +195,23 @@ def test_mixed_images_have_shares_of_classes(mixup: float, cutmix: float) -> Non
     torch.manual_seed(0)
     images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 3
     batch = ImageBatch(images, labels, torch.ones(8, dtype=torch.bool))
-    mixed, shares, _ = Mix(3, mixup, cutmix)(batch, 1)
+    mixed, shares, _ = BatchMixer(3, mixup, cutmix)(batch, 1)
     torch.rand(5)
-    again, other = Mix(3, mixup, cutmix)(batch, 1), Mix(3, mixup, cutmix)(batch, 2)
+    again, other = BatchMixer(3, mixup, cutmix)(batch, 1), BatchMixer(3, mixup, cutmix)(batch, 2)
     assert torch.equal(mixed, again[0]) and not torch.equal(mixed, other[0]), "it is the seed's alone"
     assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.min() >= 0 and mixed.max() <= 1
     assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8))
     assert ((shares > 0) & (shares < 1)).any(), "some are mixed"
     padded = batch._replace(valid=torch.arange(8) < 6)
-    alone, parts = (Mix(3, mixup, cutmix)(each, 1) for each in (ImageBatch(*(part[:6] for part in batch)), padded))
+    alone, parts = (
+        BatchMixer(3, mixup, cutmix)(each, 1) for each in (ImageBatch(*(part[:6] for part in batch)), padded)
+    )
     assert all(torch.equal(part[:6], whole) for part, whole in zip(parts, alone, strict=True)), (
         "none is mixed with padding"
     )
     assert not parts.targets[6:].any(), "which is of no class"
     nothing = ImageBatch(*(part[6:] for part in padded))
-    assert not Mix(3, mixup, cutmix)(nothing, 1).targets.any()
+    assert not BatchMixer(3, mixup, cutmix)(nothing, 1).targets.any()
 
 
 def test_a_class_that_nothing_is_left_of_is_refused(unequal: Path) -> None:
@@ -246,7 +248,7 @@ def test_names_that_differ_by_case_or_space_are_told(names: tuple[str, str], ali
 
 def test_item_minus_one_is_the_last_image_and_padding_is_one_that_does_not_count(photos: Path) -> None:
     source = Folder(str(photos))
-    images = Images(source.splits["val"], source, evaluation(PREPROCESSING))
+    images = ImageDataset(source.splits["val"], source, evaluation(PREPROCESSING))
     last, again, padding = images[len(images) - 1], images[-1], images[Padding(len(images) - 1)]
     assert torch.equal(last.images, again.images) and last[1:] == again[1:] == (2, True)
     assert torch.equal(padding.images, last.images) and padding[1:] == (2, False)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from project.data.dataset import ImageLoader, Images, collate
+from project.data.dataset import ImageDataset, ImageLoader, collate
 from project.data.sources.base import Sample
 from project.data.sources.files import Files
 from project.data.transforms import evaluation
@@ -20,14 +20,14 @@ def loader(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     samples = [Sample(str(tmp_path / name), 0) for name in ("good.png", "bad.png")]
     preprocessing = Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    dataset = Images(samples, Files(), evaluation(preprocessing))
+    dataset = ImageDataset(samples, Files(), evaluation(preprocessing))
     return functools.partial(ImageLoader, dataset, batch_size=1, collate_fn=collate)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_is_the_same_error_in_a_worker_as_in_the_process_itself(loader, workers, tmp_path):
     batches = iter(loader(num_workers=workers))
-    images, labels = next(batches)
+    images, labels, _ = next(batches)
     assert images.shape == (1, 3, 32, 32)
     assert labels.tolist() == [0]
     with pytest.raises(DataError) as caught:

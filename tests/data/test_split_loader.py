@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from project import ImageClassifier, ImageDataModule, Trainer
-from project.data.samplers import EpochSampler, Order
+from project.data.samplers import EpochOrder, EpochSampler
 from project.data.split_loader import SplitLoader
 from project.errors import ConfigError
 from tests.callbacks.test_feature_cache import AS_IT_SHOULD_BE, silent_trainer
@@ -22,7 +22,7 @@ class Opened:
 
     def __call__(self) -> DataLoader[int]:
         self.count += 1
-        return DataLoader(range(1000), 2, sampler=EpochSampler(Order(6, True)))  # type: ignore[arg-type]
+        return DataLoader(range(1000), 2, sampler=EpochSampler(EpochOrder(6, True)))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.image_index import Facts
+from project.data.image_index import ImageInfo
 from project.data.sources.base import Sample
 from project.data.splits import HoldOut, hold_out, parse_fold, place, split
 from project.errors import ConfigError
@@ -16,9 +16,9 @@ labelled = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(
 )
 
 
-def known(samples: Sequence[Sample]) -> list[Facts]:
+def known(samples: Sequence[Sample]) -> list[ImageInfo]:
     """Every image is another one."""
-    return [Facts(hashlib.sha256(sample.name.encode()).digest()) for sample in samples]
+    return [ImageInfo(hashlib.sha256(sample.name.encode()).digest()) for sample in samples]
 
 
 def held_out(samples: Sequence[Sample], fraction: float, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
@@ -79,9 +79,9 @@ def test_images_with_the_same_bytes_or_looks_are_on_one_side() -> None:
     samples = [Sample(f"{i}.jpg", i % 2) for i in range(300)]
     thumbnail = bytes(range(256))
     facts = [
-        Facts((i % 100).to_bytes(32))
+        ImageInfo((i % 100).to_bytes(32))
         if i < 200
-        else Facts(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail, colour=bytes(3))
+        else ImageInfo(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail, colour=bytes(3))
         for i in range(300)
     ]
     kept, held = hold_out(place(samples, facts, 0), 0.0, 0.4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from project.data.transforms import Drawn
+from project.data.transforms import SeededRandom
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 STEPS = {
@@ -32,7 +32,7 @@ STEPS = {
 
 
 def draw(step: v2.Transform, seed: int) -> torch.Tensor:
-    with Drawn(seed):
+    with SeededRandom(seed):
         image = step(PICTURE)
     return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
 

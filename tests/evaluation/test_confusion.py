@@ -3,23 +3,23 @@
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from project.evaluation.confusion import Counts, Each
+from project.evaluation.confusion import ConfusionCounts, ImagePredictions
 from project.evaluation.epoch_metrics import NOTHING
 from project.evaluation.metrics import BINS
 
 CPU = torch.device("cpu")
 
 
-def _answers(classes: int) -> tuple[torch.Tensor, torch.Tensor, Each]:
+def _answers(classes: int) -> tuple[torch.Tensor, torch.Tensor, ImagePredictions]:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randn(40, classes, generator=generator).mul(3).softmax(1)
     labels = torch.randint(0, classes, (40,), generator=generator)
-    return probabilities, labels, Each(*probabilities.max(1), labels, labels >= 0)
+    return probabilities, labels, ImagePredictions(*probabilities.max(1), labels, labels >= 0)
 
 
 def test_confusion_and_calibration_are_those_of_all_images() -> None:
     probabilities, labels, answers = _answers(5)
-    counts = Counts.of(answers, 5, CPU)
+    counts = ConfusionCounts.of(answers, 5, CPU)
     expected = multiclass_confusion_matrix(probabilities, labels, 5)
     assert torch.equal(counts.confusion, expected)
     images, sure, right = counts.calibration.sum(0).tolist()
@@ -31,13 +31,13 @@ def test_confusion_and_calibration_are_those_of_all_images() -> None:
 
 def test_of_many_classes_only_the_right_ones_are_counted() -> None:
     probabilities, labels, answers = _answers(200)
-    counts = Counts.of(answers, 200, CPU)
+    counts = ConfusionCounts.of(answers, 200, CPU)
     assert counts.confusion.shape == (200, 2)
     assert torch.equal(counts.confusion[:, 0], labels.bincount(minlength=200))
     assert int(counts.confusion[:, 1].sum()) == int((probabilities.argmax(1) == labels).sum())
 
 
 def test_a_confidence_of_one_is_in_the_last_bin_and_an_epoch_of_nothing_is_counted() -> None:
-    one = Each(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
-    assert Counts.of(one, 2, CPU).calibration[BINS - 1].tolist() == [1, 1, 1]
-    assert Counts.of(NOTHING, 2, CPU).calibration.sum() == 0
+    one = ImagePredictions(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
+    assert ConfusionCounts.of(one, 2, CPU).calibration[BINS - 1].tolist() == [1, 1, 1]
+    assert ConfusionCounts.of(NOTHING, 2, CPU).calibration.sum() == 0

@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from project.evaluation.epoch_metrics import Tally
+from project.evaluation.epoch_metrics import EpochMetrics
 from project.task import SingleLabel
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_metrics_are_those_of_torchmetrics(classes: int, sharpness: float) -> No
     probabilities = torch.randn(120, classes, generator=generator).mul(sharpness).softmax(1)
     labels = torch.randint(0, max(classes - 1, 2), (120,), generator=generator)  # of four and more, one has no image
     names = [f"c{number}" for number in range(classes)]
-    metrics = Tally("val", SingleLabel(), names)
+    metrics = EpochMetrics("val", SingleLabel(), names)
     for part, targets in zip(probabilities.split(50), labels.split(50), strict=True):
         loss = SingleLabel().loss(part.log(), targets, None, 0.0)
         metrics.add(loss, part, targets)

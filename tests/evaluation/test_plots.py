@@ -125,7 +125,7 @@ def test_a_short_name_is_no_formula_and_keeps_both_ends(name: str) -> None:
 def test_names_that_differ_in_the_middle_are_told_apart() -> None:
     names = ["ants", *(f"pattern number {n} with a long name" for n in range(12)), "pattern of another kind, long too"]
     for most in (14, 16, 28):
-        told = plots.told_apart(names, most)
+        told = plots.disambiguate(names, most)
         assert len(set(told)) == len(names)
         assert told[0] == "ants" and max(map(len, told)) <= most + 2
 
@@ -139,6 +139,6 @@ CARS = [
 @pytest.mark.parametrize("names", [CARS, ["a  b", "a b", "a   b"]])
 @pytest.mark.parametrize("most", [12, 14, 16, 20, 24, 28])
 def test_groups_of_names_that_differ_in_the_same_way_are_told_apart(names: list[str], most: int) -> None:
-    told = plots.told_apart(names, most)
+    told = plots.disambiguate(names, most)
     assert len(set(told)) == len(names)
     assert max(map(len, told)) <= most + 2

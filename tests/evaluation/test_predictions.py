@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from project.evaluation.confusion import Each
+from project.evaluation.confusion import ImagePredictions
 from project.evaluation.metrics import class_scores
-from project.evaluation.predictions import MOST_IMAGES, Collector, Outcome, merged
+from project.evaluation.predictions import MOST_IMAGES, PredictionCollector, ValidationPredictions, merge_predictions
 
 CLASSES = 4
 
@@ -17,17 +17,19 @@ def images(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return probabilities, labels, torch.arange(count * 3.0).view(count, 3)
 
 
-def collect(count: int, points: int, batch: int = 5, rank: int = 0, world: int = 1, known: bool = True) -> Outcome:
+def collect(
+    count: int, points: int, batch: int = 5, rank: int = 0, world: int = 1, known: bool = True
+) -> ValidationPredictions:
     """What a process collects of its share; padding that fills it up is left out before."""
     probabilities, labels, features = images(count)
     share = -(-count // world)
     mine = torch.arange(count)[rank::world]
-    collector = Collector(share if known else None, points, CLASSES, rank, world)
+    collector = PredictionCollector(share if known else None, points, CLASSES, rank, world)
     for at in range(0, share, batch):
         these = mine[at : at + batch]
         collector.batch(probabilities[these], features[these])
     labels = labels[mine]
-    return collector.outcome(Each(*probabilities[mine].max(1), labels, labels >= 0))
+    return collector.outcome(ImagePredictions(*probabilities[mine].max(1), labels, labels >= 0))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 100])
@@ -35,30 +37,33 @@ def collect(count: int, points: int, batch: int = 5, rank: int = 0, world: int =
 def test_points_come_from_all_over_the_split_with_their_own_features(points: int, batch: int) -> None:
     outcome = collect(23, points, batch)
     probabilities, labels, features = images(23)
-    assert torch.equal(outcome.places, torch.arange(23)) and torch.equal(outcome.labels, labels)
+    assert torch.equal(outcome.indices, torch.arange(23)) and torch.equal(outcome.labels, labels)
     assert torch.equal(outcome.confidence, probabilities.max(1).values)
-    assert torch.equal(outcome.probabilities, probabilities[outcome.some]) and len(outcome.some) == 23
-    assert len(outcome.pointed) <= points
-    assert torch.equal(outcome.features, features[outcome.pointed]) if points else outcome.features.numel() == 0
+    assert (
+        torch.equal(outcome.probabilities, probabilities[outcome.probability_indices])
+        and len(outcome.probability_indices) == 23
+    )
+    assert len(outcome.feature_indices) <= points
+    assert torch.equal(outcome.features, features[outcome.feature_indices]) if points else outcome.features.numel() == 0
     if points in (3, 7):
-        assert outcome.pointed.max() >= 16, "the first alone would be of the first classes"
+        assert outcome.feature_indices.max() >= 16, "the first alone would be of the first classes"
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_several_processes_find_what_one_does(world: int) -> None:
-    alone, together = collect(23, 100), merged([collect(23, 100, 4, rank, world) for rank in range(world)])
-    for name in ("places", "labels", "predicted", "confidence"):
+    alone, together = collect(23, 100), merge_predictions([collect(23, 100, 4, rank, world) for rank in range(world)])
+    for name in ("indices", "labels", "predicted", "confidence"):
         assert torch.equal(getattr(alone, name), getattr(together, name)), name
     _, _, features = images(23)
-    assert sorted(together.pointed.tolist()) == list(range(23))
-    assert torch.equal(together.features, features[together.pointed])
-    assert torch.equal(together.probabilities, images(23)[0][together.some])
+    assert sorted(together.feature_indices.tolist()) == list(range(23))
+    assert torch.equal(together.features, features[together.feature_indices])
+    assert torch.equal(together.probabilities, images(23)[0][together.probability_indices])
 
 
 def test_a_process_with_padding_alone_adds_nothing() -> None:
     outcomes = [collect(1, 10, 4, rank, 2) for rank in range(2)]
     assert [len(outcome) for outcome in outcomes] == [1, 0]
-    assert len(merged(outcomes)) == 1
+    assert len(merge_predictions(outcomes)) == 1
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from project.errors import DataError
-from project.features.engine_options import Option
-from project.features.engine_selection import Choice, Rates, ceiling, choose, cost, machine, measure
+from project.features.engine_options import EngineOption
+from project.features.engine_selection import EngineChoice, RateFile, ceiling, choose, cost, machine, measure
 from project.features.engines import EngineName
 from project.features.store import Space
 from project.models.backbone import load_backbone
@@ -16,7 +16,7 @@ from project.models.backbone import load_backbone
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 Built = list[str]
-Candidate = Callable[..., tuple[Option, int]]
+Candidate = Callable[..., tuple[EngineOption, int]]
 
 
 class Fake:
@@ -43,31 +43,33 @@ def candidate(built: Built, tmp_path: Path) -> Candidate:
 
     def make(
         name: EngineName, missing: int, startup: float = 0.0, error: Exception | None = None, precision: str = "fp32"
-    ) -> tuple[Option, int]:
+    ) -> tuple[EngineOption, int]:
         def build() -> Fake:
             built.append(name)
             if error:
                 raise error
             return Fake()
 
-        return Option(name, precision, Space(tmp_path, {}), startup, build), missing  # type: ignore[arg-type]
+        return EngineOption(name, precision, Space(tmp_path, {}), startup, build), missing  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture
-def rates(tmp_path: Path) -> Rates:
-    return Rates(tmp_path / "rates.json", "a network", CPU)
+def rates(tmp_path: Path) -> RateFile:
+    return RateFile(tmp_path / "rates.json", "a network", CPU)
 
 
-def chosen(candidates: list[tuple[Option, int]], rates: Rates, flops: int = 1) -> tuple[Option, Choice]:
+def chosen(
+    candidates: list[tuple[EngineOption, int]], rates: RateFile, flops: int = 1
+) -> tuple[EngineOption, EngineChoice]:
     options, missing = zip(*candidates, strict=True)
     choice = choose(options, missing, lambda: IMAGES, flops, CPU, rates)
     return options[choice.index], choice
 
 
 def test_an_engine_whose_rows_are_all_stored_wins_and_nothing_is_built(
-    candidate: Candidate, built: Built, rates: Rates
+    candidate: Candidate, built: Built, rates: RateFile
 ) -> None:
     rates.put("torch fp32", 1e9)
     winner, choice = chosen([candidate("torch", 10), candidate("compile", 0), candidate("onnxruntime", 1)], rates)
@@ -75,14 +77,14 @@ def test_an_engine_whose_rows_are_all_stored_wins_and_nothing_is_built(
     assert not built
 
 
-def test_one_alone_is_not_measured(candidate: Candidate, built: Built, rates: Rates) -> None:
+def test_one_alone_is_not_measured(candidate: Candidate, built: Built, rates: RateFile) -> None:
     assert chosen([candidate("torch", 10)], rates)[0].name == "torch"
     assert not built and rates.get("torch fp32") is None
 
 
 @pytest.mark.parametrize(("stored", "name"), [(0, "onnxruntime"), (990, "torch")])
 def test_the_whole_time_that_is_left_decides(
-    stored: int, name: str, candidate: Candidate, built: Built, rates: Rates
+    stored: int, name: str, candidate: Candidate, built: Built, rates: RateFile
 ) -> None:
     rates.put("torch fp32", 100)
     rates.put("onnxruntime fp32", 1000)
@@ -91,40 +93,40 @@ def test_the_whole_time_that_is_left_decides(
     assert not built, "both rates are known"
 
 
-def test_a_long_start_has_to_pay(candidate: Candidate, rates: Rates) -> None:
+def test_a_long_start_has_to_pay(candidate: Candidate, rates: RateFile) -> None:
     rates.put("torch fp32", 100)
     rates.put("compile fp32", 1000)
     assert chosen([candidate("torch", 500), candidate("compile", 500, 20.0)], rates)[0].name == "torch"
     assert chosen([candidate("torch", 5000), candidate("compile", 5000, 20.0)], rates)[0].name == "compile"
 
 
-def test_an_engine_that_cannot_pay_is_not_even_built(candidate: Candidate, built: Built, rates: Rates) -> None:
+def test_an_engine_that_cannot_pay_is_not_even_built(candidate: Candidate, built: Built, rates: RateFile) -> None:
     winner, choice = chosen([candidate("torch", 10), candidate("compile", 10, 20.0)], rates)
     assert winner.name == "torch" and built == ["torch"]
     assert choice.engine is not None, "what was built to be measured is used"
     assert "compile fp32 could not pay" in choice.reason
 
 
-def test_an_engine_that_cannot_be_built_is_left_out_with_its_reason(candidate: Candidate, rates: Rates) -> None:
+def test_an_engine_that_cannot_be_built_is_left_out_with_its_reason(candidate: Candidate, rates: RateFile) -> None:
     broken = candidate("onnxruntime", 10, error=RuntimeError("no operator Foo\nand much more"))
     winner, choice = chosen([broken, candidate("torch", 10, 0.1)], rates)
     assert winner.name == "torch"
     assert "onnxruntime fp32 cannot be built (RuntimeError: no operator Foo)" in choice.reason
 
 
-def test_an_error_without_words_is_a_reason_too(candidate: Candidate, rates: Rates) -> None:
+def test_an_error_without_words_is_a_reason_too(candidate: Candidate, rates: RateFile) -> None:
     winner, choice = chosen([candidate("onnxruntime", 10, error=AssertionError()), candidate("torch", 10, 0.1)], rates)
     assert winner.name == "torch"
     assert "onnxruntime fp32 cannot be built (AssertionError" in choice.reason
 
 
-def test_where_none_can_be_built_the_preferred_is_left_to_fail_by_itself(candidate: Candidate, rates: Rates) -> None:
+def test_where_none_can_be_built_the_preferred_is_left_to_fail_by_itself(candidate: Candidate, rates: RateFile) -> None:
     error = RuntimeError("no")
     winner, choice = chosen([candidate("torch", 10, error=error), candidate("compile", 10, error=error)], rates)
     assert winner.name == "torch" and choice.engine is None
 
 
-def test_a_mistake_in_the_data_is_no_reason_against_an_engine(candidate: Candidate, rates: Rates) -> None:
+def test_a_mistake_in_the_data_is_no_reason_against_an_engine(candidate: Candidate, rates: RateFile) -> None:
     def images() -> torch.Tensor:
         raise DataError("a.jpg is no image")
 
@@ -133,14 +135,14 @@ def test_a_mistake_in_the_data_is_no_reason_against_an_engine(candidate: Candida
 
 
 def test_rates_are_remembered_and_not_measured_twice(
-    candidate: Candidate, built: Built, rates: Rates, tmp_path: Path
+    candidate: Candidate, built: Built, rates: RateFile, tmp_path: Path
 ) -> None:
     candidates = [candidate("torch", 10**6), candidate("onnxruntime", 10**6)]
     chosen(candidates, rates)
     assert sorted(built) == ["onnxruntime", "torch"]
-    chosen(candidates, Rates(tmp_path / "rates.json", "a network", CPU))
+    chosen(candidates, RateFile(tmp_path / "rates.json", "a network", CPU))
     assert len(built) == 2
-    assert Rates(tmp_path / "rates.json", "another network", CPU).get("torch fp32") is None
+    assert RateFile(tmp_path / "rates.json", "another network", CPU).get("torch fp32") is None
     assert [path.name for path in tmp_path.iterdir()] == ["rates.json"], "no temporary file is left"
 
 
@@ -151,7 +153,7 @@ def test_rates_are_remembered_and_not_measured_twice(
         *(b'{"KEY": {"torch fp32": "fast"}}', b'{"KEY": {"torch fp32": -1}}', b'{"KEY": [1]}'),
     ],
 )
-def test_damaged_rates_are_measured_again(content: bytes, rates: Rates, tmp_path: Path) -> None:
+def test_damaged_rates_are_measured_again(content: bytes, rates: RateFile, tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_bytes(content.replace(b"KEY", f"{machine(CPU)}, a network".encode()))
     assert rates.get("torch fp32") is None
     rates.put("torch fp32", 7)
@@ -159,13 +161,13 @@ def test_damaged_rates_are_measured_again(content: bytes, rates: Rates, tmp_path
 
 
 def test_rates_of_a_new_store_are_remembered(tmp_path: Path) -> None:
-    rates = Rates(tmp_path / "store" / "rates.json", "a network", CPU)
+    rates = RateFile(tmp_path / "store" / "rates.json", "a network", CPU)
     rates.put("torch fp32", 7)
     assert rates.get("torch fp32") == 7
 
 
 def test_no_file_remembers_nothing() -> None:
-    rates = Rates(None, "a network", CPU)
+    rates = RateFile(None, "a network", CPU)
     rates.put("torch fp32", 7)
     assert rates.get("torch fp32") is None
 

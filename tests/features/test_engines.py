@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from project import ImageClassifier
-from project.features.engines import Exact
+from project.features.engines import ExactEngine
 from project.models.backbone import load_backbone
 from tests.conftest import draw
 
@@ -68,7 +68,7 @@ def test_so_are_those_of_efficientnet_in_whole_batches(
 
 def test_a_row_does_not_depend_on_how_many_others_are_computed_with_it(tmp_path: Path) -> None:
     backbone = load_backbone("timm/tf_efficientnet_lite0", LITE[-1], 32)
-    engine = Exact(backbone, CPU)
+    engine = ExactEngine(backbone, CPU)
     images = SOME.repeat(3, 1, 1, 1)[:32]
     whole = engine(images)
     for count in (1, 4, 13):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.features.frozen_prefix import Prefix, fold
+from project.features.frozen_prefix import FrozenPrefix, fold
 from project.models.backbone import Backbone, load_backbone
 from tests.features.test_engines import relative
 
@@ -25,7 +25,7 @@ def test_folding_changes_no_row(name: str, left: int | None) -> None:
     backbone = load_backbone(name, None, 64)
     _scatter(backbone)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    prefix = Prefix(backbone, backbone.cut)
+    prefix = FrozenPrefix(backbone, backbone.cut)
     with torch.no_grad():
         exact, rows = backbone(images), prefix(images)
     assert relative(rows, exact) < 1e-4

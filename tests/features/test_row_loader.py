@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.samplers import Order
+from project.data.samplers import EpochOrder
 from project.features.row_loader import RowBatch, RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 
@@ -41,7 +41,7 @@ def loader(
     place = torch.arange(count)[None]
     held = Numbers() if rows is None else rows
     labels = 100 + torch.arange(count)
-    taken = Order(count, shuffle, batch_size=batch_size, **more)
+    taken = EpochOrder(count, shuffle, batch_size=batch_size, **more)
     return RowLoader(held, place, labels, batch_size, taken, lambda: epoch)  # type: ignore[arg-type]
 
 
@@ -142,6 +142,6 @@ def test_a_shard_that_shrinks_under_way_is_an_error_with_its_name(tmp_path: Path
 def test_views_are_taken_in_turn() -> None:
     place = torch.stack([torch.arange(4), 10 + torch.arange(4)])
     for epoch in range(4):
-        batches = RowLoader(Numbers(), place, torch.zeros(4), 2, Order(4, True), lambda epoch=epoch: epoch)  # type: ignore[arg-type,misc]
+        batches = RowLoader(Numbers(), place, torch.zeros(4), 2, EpochOrder(4, True), lambda epoch=epoch: epoch)  # type: ignore[arg-type,misc]
         seen = sorted(int(row) for batch in batches for row in batch.rows[:, 0])
         assert seen == [number + 10 * (epoch % 2) for number in range(4)]

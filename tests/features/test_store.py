@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.features.row_loader import Rows
-from project.features.store import Found, Space, as_keys, evict, row_key
+from project.features.store import Found, Space, as_keys, evict_shards, row_key
 from tests.conftest import STORED, draw
 
 CPU = torch.device("cpu")
@@ -191,10 +191,10 @@ def test_the_shards_used_least_recently_make_room(tmp_path: Path) -> None:
     size = next(spaces[0].path.glob("*.safetensors")).stat().st_size
     sound(spaces[1], keys_from(0, 8))  # now it is the one used last
     in_use = set(spaces[0].path.glob("*.safetensors"))
-    assert evict(tmp_path, 5 * size + 1, keep=in_use) == 3 * size
+    assert evict_shards(tmp_path, 5 * size + 1, keep=in_use) == 3 * size
     left = [len(list(space.path.glob("*.safetensors"))) for space in spaces]
     assert left == [2, 2, 0, 1], "the space in use stays, though it is the oldest"
-    assert evict(tmp_path, 5 * size, keep=in_use) == 0
+    assert evict_shards(tmp_path, 5 * size, keep=in_use) == 0
 
 
 def test_a_fit_keeps_the_store_in_its_budget(rows: Callable[..., tuple[int, int]], here: Path) -> None:

@@ -21,7 +21,7 @@ from project.runtime.atomic_write import TEMPORARY
 from tests.conftest import SMALL, STORED, told
 
 Fit = Callable[..., int]
-Counts = Callable[..., tuple[int, int]]
+ConfusionCounts = Callable[..., tuple[int, int]]
 Mount = Callable[..., None]
 
 #: Kills children that write, each at another moment. Prints, a child: how many temporary files it found when it began,
@@ -52,7 +52,7 @@ for child in range(12):
 """
 
 
-def keys_of(word: str, count: int = 64) -> np.ndarray:
+def row_keys(word: str, count: int = 64) -> np.ndarray:
     return as_keys([row_key(f"{word} {i}".encode(), "") for i in range(count)])
 
 
@@ -78,9 +78,9 @@ def test_without_locks_there_is_one_builder_all_the_same(tmp_path: Path, monkeyp
             other = Thread(target=second)
             other.start()
             assert waiting.wait(20) and not done.is_set()
-            space.write(keys_of("a"), torch.ones(64, 8))
+            space.write(row_keys("a"), torch.ones(64, 8))
         other.join(20)
-    assert done.is_set() and not len(space.find(keys_of("a")).missing)
+    assert done.is_set() and not len(space.find(row_keys("a")).missing)
 
 
 def test_a_folder_whose_locks_fail_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,9 @@ def test_whatever_moment_a_writer_is_killed_at_what_has_a_name_is_whole(tmp_path
     space = Space(tmp_path, {})
     for path in space.path.glob("*.safetensors"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
-    told = [keys_of(f"{child} {number}") for child, (_, written, _) in enumerate(children) for number in range(written)]
+    told = [
+        row_keys(f"{child} {number}") for child, (_, written, _) in enumerate(children) for number in range(written)
+    ]
     found = space.find(np.concatenate(told))
     assert not len(found.missing) and not space.verify(found), "what was said to be written is there"
 
@@ -133,13 +135,13 @@ def test_a_full_disk_is_told_and_loses_nothing(how: str, tmp_path: Path, mount: 
     root = tmp_path / "full"
     with FULL[how](root, mount):
         space = Space(root, {})
-        space.write(keys_of("0", 4), torch.zeros(4, 8))
+        space.write(row_keys("0", 4), torch.zeros(4, 8))
         with pytest.raises(StoreError) as caught:
-            space.write(keys_of("1"), torch.ones(64, 2048))
+            space.write(row_keys("1"), torch.ones(64, 2048))
         assert str(space.path) in str(caught.value) and "--features.folder" in str(caught.value)
         assert not temporaries(root)
-        space.write(keys_of("2", 4), torch.zeros(4, 8))
-    assert not len(space.find(np.concatenate([keys_of("0", 4), keys_of("2", 4)])).missing)
+        space.write(row_keys("2", 4), torch.zeros(4, 8))
+    assert not len(space.find(np.concatenate([row_keys("0", 4), row_keys("2", 4)])).missing)
 
 
 def test_a_fit_on_a_full_disk_ends_with_the_name_of_the_folder(
@@ -176,7 +178,7 @@ def read_only(here: Path, mount: Mount) -> Callable[[], None]:
 
 
 def test_stored_rows_are_used_from_a_folder_that_cannot_be_written(
-    rows: Counts, fit: Fit, read_only: Callable[[], None], refused: Callable[[int], str]
+    rows: ConfusionCounts, fit: Fit, read_only: Callable[[], None], refused: Callable[[int], str]
 ) -> None:
     assert rows() == (0, 36)
     read_only()

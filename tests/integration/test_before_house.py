@@ -20,10 +20,10 @@ from project import load
 from project.cli.main import main
 from project.data.image_io import read_image
 from project.data.sources.folder import Folder
-from project.features.engine_options import Engines
-from project.features.extraction import digest_all, views_of
+from project.features.engine_options import EngineFactory
+from project.features.extraction import digest_images, image_views
 from project.models.backbone import load_backbone
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from tests.conftest import COLOURS, draw, scalars, told
 
 BEFORE = Path(__file__).parents[1] / "fixtures" / "before_house"
@@ -123,7 +123,7 @@ def test_the_keys_of_rows_are_what_they_were(before: Path, weights: Path) -> Non
     (shard,) = space.glob("*.safetensors")
     backbone = load_backbone("resnet18", str(weights), 32)
     description = json.loads((space / "space.json").read_text())
-    engines = Engines(
+    engines = EngineFactory(
         before / "store", backbone, backbone.cut, backbone, torch.device("cpu"), "", list, "channels_last"
     )  # type: ignore[arg-type]
     engines.network["versions"] = description["versions"]
@@ -131,7 +131,9 @@ def test_the_keys_of_rows_are_what_they_were(before: Path, weights: Path) -> Non
     assert option.space.path.name == space.name
     source = Folder("photos")
     samples = [sample for split in source.splits.values() for sample in split]
-    (view,) = views_of(source, samples, digest_all(source, samples, Ranks()), evaluation_of(backbone), [""])
+    (view,) = image_views(
+        source, samples, digest_images(source, samples, ProcessGroup()), evaluation_of(backbone), [""]
+    )
     keys = view.keys
     stored = load_file(shard)["keys"].view(np.uint64)
     assert {tuple(key) for key in keys.tolist()} == {tuple(key) for key in stored.tolist()}

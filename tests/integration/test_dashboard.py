@@ -90,7 +90,7 @@ def test_every_plugin_that_is_used_is_active(server: str, ask: Ask) -> None:
 
 def test_scalars_of_training_validation_classes_and_machine(ask: Ask) -> None:
     tags = ask("scalars", "tags")[RUN]
-    expected = {"train/loss", "val/loss", "train/accuracy", "val/accuracy", "val/f1", "val/ece", "lr-AdamW"}
+    expected = {"train/loss", "val/loss", "train/accuracy", "val/accuracy", "val/f1", "val/ece", "lr-AdamW/head"}
     expected |= {f"val/{score}_of/{name}" for score in ("precision", "recall", "f1") for name in COLOURS}
     expected |= {"train/images_per_second", "memory/process_peak_mb", "features/rows_reused", "features/rows_computed"}
     assert expected <= set(tags)

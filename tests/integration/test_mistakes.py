@@ -179,7 +179,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a metric that is not there": (
         _flags(*WATCHING, "--trainer.callbacks.monitor", "val/los"),
-        ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-SGD, val/loss, "),
+        ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-SGD/head, val/loss, "),
     ),
     "an unknown strategy": (_flags("--trainer.strategy", "ppd"), ("ppd",)),
     "devices that are no number": (_flags("--trainer.devices", "foo"), ("devices",)),

@@ -28,14 +28,14 @@ def test_a_run_is_one_folder_with_config_checkpoints_and_events(trained: Path) -
 def test_dashboard_has_loss_metrics_learning_rate_throughput_and_counts(trained: Path) -> None:
     events = scalars(trained)
     expected = {
-        *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/ece", "lr-AdamW"),
+        *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/ece", "lr-AdamW/head"),
         *("train/images_per_second", "parameters/trainable", "parameters/frozen"),
         *(f"val/recall_of/{name}" for name in ("blue", "green", "red")),
     }
     assert expected <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("parameters/trainable")] == [512 * 3 + 3]
     assert len(events.Scalars("val/accuracy")) == 3
-    assert events.Scalars("lr-AdamW")[0].value == pytest.approx(0.01)
+    assert events.Scalars("lr-AdamW/head")[0].value == pytest.approx(0.01)
     assert "SHA-256" in str(events.Tensors("frozen/text_summary")[0].tensor_proto.string_val)
 
 
@@ -292,7 +292,7 @@ def test_flags_beat_the_checkpoints_hyper_parameters(run: Path, fit: Fit) -> Non
     assert kept["hyper_parameters"]["label_smoothing"] == 0.1
     assert kept["epoch"] == 3
     assert kept["optimizer_states"][0]["param_groups"][0]["lr"] == 0.002
-    assert scalars(resumed).Scalars("lr-AdamW")[0].value == pytest.approx(0.002)
+    assert scalars(resumed).Scalars("lr-AdamW/head")[0].value == pytest.approx(0.002)
 
 
 def test_a_resume_without_flags_takes_all_from_the_checkpoint(run: Path, photos: Path) -> None:
@@ -317,7 +317,7 @@ def test_one_argument_of_the_checkpoints_scheduler_can_be_changed(fit: Fit) -> N
     assert fit("--ckpt_path", last, "--model.scheduler.gamma", "0.1", "--trainer.max_epochs", "4") == 0
     kept = torch.load("runs/photos/version_1/checkpoints/last.ckpt", weights_only=True)
     assert kept["hyper_parameters"]["scheduler"]["init_args"]["gamma"] == kept["lr_schedulers"][0]["gamma"] == 0.1
-    rates = [event.value for event in scalars(Path("runs/photos/version_1")).Scalars("lr-SGD")]
+    rates = [event.value for event in scalars(Path("runs/photos/version_1")).Scalars("lr-SGD/head")]
     assert rates[1] / rates[0] == pytest.approx(0.1, rel=1e-4)
 
 
@@ -343,7 +343,7 @@ def test_options_of_loss_and_scheduler(fit: Fit) -> None:
     head = ["--model.head", "project.models.heads.MLPHead", "--model.head.hidden", "8"]
     loss = ["--model.label_smoothing", "0.1", "--model.class_weights", "[1, 2, 3]", "--data.augment", "standard"]
     assert fit("--trainer.max_epochs", "2", *scheduler, *head, *loss) == 0
-    rates = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("lr-SGD")]
+    rates = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("lr-SGD/head")]
     assert rates[0] == pytest.approx(0.001) and rates[-1] < 0.001
     assert load("runs/photos/version_0/checkpoints/last.ckpt").model.head[1].out_features == 8
 

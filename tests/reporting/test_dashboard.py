@@ -15,22 +15,21 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.util.tensor_util import make_ndarray
+from tests.integration.is_externally_launched import run_all
 
 from project import ImageClassifier
-from project.data.samplers import IGNORED
 from project.data.sources.base import Sample, Source
 from project.evaluation import plots
-from project.evaluation.confusion import Each
-from project.evaluation.predictions import Collector, Outcome
+from project.evaluation.confusion import ImagePredictions
+from project.evaluation.predictions import PredictionCollector, ValidationPredictions
 from project.reporting import figures
 from project.reporting.dashboard import Dashboard
-from project.reporting.figure_logger import Painter
+from project.reporting.figure_logger import FigureLogger
 from project.reporting.thumbnails import Thumbnails
 from project.runtime import logger_adapters
 from project.runtime.logger_adapters import Points
 from tests.conftest import COLOURS, SMALL, scalars
 from tests.forked import start
-from tests.integration.launched import run_all
 
 Fit = Callable[..., int]
 RUN = Path("runs/photos/version_0")
@@ -51,14 +50,14 @@ def positives(run: Path) -> dict[str, int]:
     return {name: int(make_ndarray(curve)[0, 0]) for name, curve in curves.items()}
 
 
-def outcome(classes: int, images: int, points: int = 0, width: int = 64) -> Outcome:
+def outcome(classes: int, images: int, points: int = 0, width: int = 64) -> ValidationPredictions:
     generator = torch.Generator().manual_seed(0)
-    collector = Collector(images, points, classes)
+    collector = PredictionCollector(images, points, classes)
     collector.features(torch.rand(images, width, generator=generator))
     probabilities = torch.rand(images, classes, generator=generator).softmax(1)
     collector.batch(probabilities)
     labels = torch.randint(0, classes, (images,), generator=generator)
-    return collector.outcome(Each(*probabilities.max(1), labels))
+    return collector.outcome(ImagePredictions(*probabilities.max(1), labels))
 
 
 class Noise(Source):
@@ -70,7 +69,7 @@ class Noise(Source):
     def content(self, sample: Sample) -> bytes:
         return sample.name.encode()
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         noise = np.random.default_rng(int(sample.name)).integers(0, 256, (120, 160, 3), dtype=np.uint8)
         return Image.fromarray(noise)
 
@@ -162,7 +161,7 @@ def test_throughput_is_of_training_in_this_fit(monkeypatch: pytest.MonkeyPatch) 
 def test_input_says_which_classes_a_mixed_image_has() -> None:
     mixed = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0]])
     assert figures.named(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
-    assert figures.named(torch.tensor([1, 0, IGNORED]), ["ants", "bees"]) == ["bees", "ants", ""]
+    assert figures.named(torch.tensor([1, 0]), ["ants", "bees"]) == ["bees", "ants"]
     long = [f"a {kind} with a very long name of its own" for kind in ("fly", "bee")]
     assert len(set(figures.named(torch.tensor([0, 1]), long))) == 2
 
@@ -193,7 +192,7 @@ def test_an_image_that_has_gone_since_is_told_and_the_fit_goes_on(
 def test_drawing_waits_for_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    painter = Painter(None, None)  # type: ignore[arg-type]
+    painter = FigureLogger(None, None)  # type: ignore[arg-type]
     drawn = []
     for epoch in range(1, 1001):
         clock[0] += 10

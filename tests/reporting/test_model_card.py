@@ -9,12 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from project.evaluation.summary import EvaluationSummary
-from project.reporting.model_card import Facts, card, header, plain
+from project.reporting.model_card import CardFacts, card, header, plain
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"python": "3"}}
 
 
-def _facts(classes: int, images: int = 20, name: str = "class") -> Facts:
+def _facts(classes: int, images: int = 20, name: str = "class") -> CardFacts:
     generator = np.random.default_rng(0)
     confusion = np.diag(np.full(classes, images))
     for at in range(classes):
@@ -25,7 +25,7 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> Facts:
     calibration = np.zeros((10, 3))
     calibration[9] = count, 0.97 * count, right
     metrics = {"val/accuracy": right / count, "val/f1": 0.8, "val/ece": 0.1, "val/loss": 0.5}
-    return Facts(
+    return CardFacts(
         name="photos on resnet18",
         data="photos",
         classes=[f"{name} {at}" for at in range(classes)],
@@ -37,7 +37,7 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> Facts:
     )
 
 
-def _read(facts: Facts, folder: Path) -> ModelCard:
+def _read(facts: CardFacts, folder: Path) -> ModelCard:
     path = folder / "model_card.md"
     path.write_text(card(facts), "utf-8")
     return ModelCard.load(path)

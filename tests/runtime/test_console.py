@@ -12,7 +12,7 @@ import pytest
 
 from project.cli.main import main
 from project.runtime import console
-from project.runtime.console import Pace, counting
+from project.runtime.console import Pace, progress_counter
 
 Fit = Callable[..., int]
 
@@ -149,7 +149,7 @@ def test_what_was_done_before_does_not_count_for_the_pace(monkeypatch: pytest.Mo
 def test_what_takes_long_says_so_in_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    with counting("Reading") as count:
+    with progress_counter("Reading") as count:
         for done in range(3601):
             count(done, 3600)
             now += 1

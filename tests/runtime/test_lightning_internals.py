@@ -206,6 +206,12 @@ def test_the_state_of_a_loop_is_what_a_checkpoint_has_of_it(trainer: Any, tmp_pa
     assert lightning_internals.loop_state(trainer()) == {}
 
 
+def test_the_training_loader_is_known_before_training(trainer: Any) -> None:
+    loader, spy = Data().train_dataloader(), Spy(on_fit_start=lightning_internals.training_loader)
+    trainer(spy, max_epochs=1).fit(Tiny(), loader, loader)
+    assert spy.seen["on_fit_start"] == [loader], f"{CHANGED}fit_loop.setup_data()"
+
+
 def test_what_gives_the_validation_loader_is_known(trainer: Any) -> None:
     data, spy = Data(), Spy(on_train_start=lightning_internals.validation_data)
     trainer(spy, max_epochs=1).fit(Tiny(), datamodule=data)
@@ -255,7 +261,16 @@ UNDOCUMENTED = {
     *("batch_progress", "epoch_progress", "scheduler_progress", "val_check_batch", "restarting"),
 }
 #: Private names of other libraries, or of the standard library.
-OTHERS = {"_asdict", "_replace", "_exit", "_inductor", "_sample_dirichlet", "_standard_gamma", "_get_file_writer"}
+OTHERS = {
+    "_strip_protocol",
+    "_asdict",
+    "_replace",
+    "_exit",
+    "_inductor",
+    "_sample_dirichlet",
+    "_standard_gamma",
+    "_get_file_writer",
+}
 
 
 def modules() -> list[str]:

@@ -106,13 +106,13 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         """Make the image, in RGB, of a sample from its bytes.
 
         Args:
             content: The bytes.
             sample: Whose they are.
-            enough: Pixels that the shorter side needs, if fewer than it has will do; 0 for all.
+            min_size: Pixels that the shorter side needs, if fewer than it has will do; 0 for all.
         """
 
     def stamp(self, sample: Sample) -> str | None:
@@ -126,9 +126,9 @@ class Source(ABC):
     def expect(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources have nothing to do
         """Be told which samples are read next, for a source whose reads are better under way all at once."""
 
-    def read(self, sample: Sample, enough: int = 0) -> Image.Image:
+    def read(self, sample: Sample, min_size: int = 0) -> Image.Image:
         """Read the image of a sample, in RGB: :meth:`content`, then :meth:`decode`."""
-        return self.decode(self.content(sample), sample, enough)
+        return self.decode(self.content(sample), sample, min_size)
 
     def require(self) -> None:
         """Prepare, and refuse data that nothing can be trained on.

@@ -40,7 +40,7 @@ class Digits(Source):
         pixels: bytes = self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
         return bytes([self._margin]) + pixels
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         """Draw a digit, white on black, in RGB."""
         digit = Image.frombytes("L", self._pixels.shape[:0:-1], content[1:])
         canvas = Image.new("RGB", (digit.width + 2 * self._margin, digit.height + 2 * self._margin))

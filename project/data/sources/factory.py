@@ -12,7 +12,7 @@ from project.data.sources.base import Source
 from project.data.sources.folder import Folder
 from project.data.sources.manifest import TABLES, Manifest
 from project.data.sources.torchvision import Torchvision
-from project.data.sources.torchvision_reader import kind_of
+from project.data.sources.torchvision_reader import bound_class
 
 #: What the parser makes of a class named as ``source`` is a factory, the first of these: an error of a class that it
 #: made itself would come with those of all the other types.
@@ -31,7 +31,7 @@ def open_source(given: str | Given | None) -> Source | None:
     if given is None or isinstance(given, Source):
         return given
     if not isinstance(given, str):
-        kind = None if isinstance(given, VisionDataset) else kind_of(given)
+        kind = None if isinstance(given, VisionDataset) else bound_class(given)
         return given() if isinstance(kind, type) and issubclass(kind, Source) else Torchvision(given)
     table = Path(given).suffix.lower() in TABLES and not Path(given).is_dir()
     return Manifest(given) if table else Folder(given)

@@ -16,9 +16,9 @@ from project.data.sources.findings import class_findings, name_findings
 class Encoded(Source):
     """Images whose content is that of an image file, wherever it comes from."""
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
-        return decode_image(content, sample.name, enough)
+        return decode_image(content, sample.name, min_size)
 
 
 class Files(Encoded):
@@ -33,7 +33,7 @@ class Files(Encoded):
         return stamp(sample.name)
 
 
-class Published(Encoded):
+class PublishedDataset(Encoded):
     """Labelled images of a set that others have made."""
 
     def _take(

@@ -9,11 +9,11 @@ from typing import Any
 
 from project.data.image_io import read_bytes
 from project.data.sources.base import SPLITS, Finding, Sample, some
-from project.data.sources.files import Published
+from project.data.sources.files import PublishedDataset
 from project.errors import DataError, nearest
 
 
-class HuggingFace(Published):
+class HuggingFace(PublishedDataset):
     """A data set of Hugging Face, from a folder or from the hub. No code that comes with one is run.
 
     Args:

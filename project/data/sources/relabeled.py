@@ -59,13 +59,13 @@ class Relabeled(Source):
         """As the source."""
         return self._source.content(sample)
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         """As the source."""
-        return self._source.decode(content, sample, enough)
+        return self._source.decode(content, sample, min_size)
 
-    def read(self, sample: Sample, enough: int = 0) -> Image.Image:
+    def read(self, sample: Sample, min_size: int = 0) -> Image.Image:
         """As the source."""
-        return self._source.read(sample, enough)
+        return self._source.read(sample, min_size)
 
     def stamp(self, sample: Sample) -> str | None:
         """As the source."""

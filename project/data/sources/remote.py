@@ -156,11 +156,11 @@ def fetch(url: str, begin: int, end: int) -> bytes:
     return content
 
 
-Part = tuple[str, int, int]
+ByteRange = tuple[str, int, int]
 """Bytes of a file: its URL, where they begin, and where they end."""
 
 
-class Parts:
+class RangeReader:
     """Parts of files, from stores where a request takes as long for one image as for many.
 
     What is asked for in order is read ahead, in large pieces. Where reads jump about, each is of what is asked for
@@ -172,12 +172,12 @@ class Parts:
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._recent: deque[tuple[str, int]] = deque(maxlen=RECENT)
-        self._expected: dict[Part, Future[bytes]] = {}
+        self._expected: dict[ByteRange, Future[bytes]] = {}
 
-    def __reduce__(self) -> tuple[type[Parts], tuple[()]]:
-        return Parts, ()  # in another process it begins with none
+    def __reduce__(self) -> tuple[type[RangeReader], tuple[()]]:
+        return RangeReader, ()  # in another process it begins with none
 
-    def expect(self, parts: Iterable[Part]) -> None:
+    def expect(self, parts: Iterable[ByteRange]) -> None:
         """Begin to read what is asked for next; what was expected before is forgotten."""
         pool = ThreadPoolExecutor(AT_ONCE)
         self._expected = {part: pool.submit(fetch, *part) for part in parts if not _is_local(part[0])}

@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contents:
+class ShardContents:
     """What is in a shard.
 
     Attributes:
@@ -72,7 +72,7 @@ class Contents:
         return hashlib.sha256(body).digest() + body
 
     @classmethod
-    def unpack(cls, packed: bytes, mark: str) -> Contents | None:
+    def unpack(cls, packed: bytes, mark: str) -> ShardContents | None:
         """The reverse; ``None`` if they are damaged, or of another state of the shard."""
         digest, body = packed[:32], packed[32:]
         if hashlib.sha256(body).digest() != digest:
@@ -85,7 +85,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Indexer:
+class ShardIndexer:
     """Finds what is in shards.
 
     Attributes:
@@ -98,17 +98,17 @@ class Indexer:
     label: str
     folder: Path
 
-    def kept(self, url: str) -> Contents | None:
+    def kept(self, url: str) -> ShardContents | None:
         """What is known of a shard as it is now; nothing of one that cannot be had, as reading it will tell."""
         try:
             mark = stamp(url)
             if mark is None:  # it may have changed
                 return None
-            return Contents.unpack(self._file(url).read_bytes(), self._mark(mark))
+            return ShardContents.unpack(self._file(url).read_bytes(), self._mark(mark))
         except (DataError, OSError):  # OSError: mostly none is kept yet; another reason comes back when one is written
             return None
 
-    def read(self, url: str) -> tuple[Contents, OSError | None]:
+    def read(self, url: str) -> tuple[ShardContents, OSError | None]:
         """Read a shard once, as a stream, and keep what is found.
 
         Returns:
@@ -139,7 +139,7 @@ class Indexer:
     def _mark(self, mark: str) -> str:
         return f"{VERSION} {mark}"
 
-    def _scan(self, url: str) -> Contents:
+    def _scan(self, url: str) -> ShardContents:
         bad: dict[str, list[str]] = defaultdict(list)
         images: list[Image] = []
         codes: list[int] = []
@@ -167,7 +167,7 @@ class Indexer:
         rows = np.zeros(len(images), ROW)
         for at, (_, offset, size, digest) in enumerate(images):
             rows[at] = offset, size, codes[at], digest
-        return Contents(rows, [image[0] for image in images], list(labels), dict(bad))
+        return ShardContents(rows, [image[0] for image in images], list(labels), dict(bad))
 
     def _label(self, content: bytes | None) -> str | None:
         """A label as it is written: a class's number, or its name."""

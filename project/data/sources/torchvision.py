@@ -11,11 +11,11 @@ from torchvision.datasets import VisionDataset
 
 from project.data.image_io import read_bytes, stamp
 from project.data.sources.base import Sample
-from project.data.sources.files import Published
-from project.data.sources.torchvision_reader import class_name, kind_of, open_splits, read_item, what_is_kept
+from project.data.sources.files import PublishedDataset
+from project.data.sources.torchvision_reader import bound_class, class_name, labels_and_paths, open_splits, read_item
 
 
-class Torchvision(Published):
+class Torchvision(PublishedDataset):
     """A data set of torchvision, or another one made like them, for classification.
 
     Of a class with an argument ``train`` or ``split`` all splits are taken; if that argument is given another value
@@ -27,7 +27,7 @@ class Torchvision(Published):
 
     def __init__(self, dataset: Callable[[], VisionDataset] | VisionDataset) -> None:
         self._dataset = dataset
-        kind = type(dataset) if isinstance(dataset, VisionDataset) else kind_of(dataset)
+        kind = type(dataset) if isinstance(dataset, VisionDataset) else bound_class(dataset)
         self.name = getattr(kind, "__name__", str(kind)).lower()
 
     def _prepare(self) -> None:
@@ -36,7 +36,7 @@ class Torchvision(Published):
         self._items: dict[str, tuple[VisionDataset, int]] = {}
         rows: dict[str, list[tuple[str, int | None]]] = {}
         for split, one in opened.items():
-            labels, names = what_is_kept(one, f"{self.name}/{split}")
+            labels, names = labels_and_paths(one, f"{self.name}/{split}")
             if names is None:
                 names = [f"{self.name}/{split}/{number:05d}" for number in range(len(one))]
                 self._items.update((name, (one, number)) for number, name in enumerate(names))

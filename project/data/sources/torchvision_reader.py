@@ -28,7 +28,7 @@ PATHS = ("samples", "imgs", "_samples", "_image_files", "_images")
 READING = threading.Lock()
 
 
-def kind_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+def bound_class(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The class or function whose arguments :func:`functools.partial` has bound."""
     if not isinstance(factory, functools.partial):
         return factory
@@ -51,7 +51,7 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
     Raises:
         DataError: It is not there, or cannot be downloaded or read.
     """
-    kind = kind_of(factory)
+    kind = bound_class(factory)
     given = factory.keywords if isinstance(factory, functools.partial) else {}
     if isinstance(given.get("root"), str):
         factory = functools.partial(factory, root=str(Path(given["root"]).expanduser()))
@@ -134,7 +134,7 @@ def _why(error: Exception, download: bool | None) -> str:
     return f"cannot be opened: {what}. Add download: true to fetch it, or say with root where it is."
 
 
-def what_is_kept(dataset: VisionDataset, where: str) -> tuple[list[int | None], list[str] | None]:
+def labels_and_paths(dataset: VisionDataset, where: str) -> tuple[list[int | None], list[str] | None]:
     """The labels of a data set and the paths of its files, without reading them where it keeps both.
 
     What it keeps is taken if the first and the last item of the data set agree with it.

@@ -13,10 +13,10 @@ import numpy as np
 from project.data.sources.base import Finding, Sample, some
 from project.data.sources.files import Files
 from project.data.sources.findings import class_findings, name_findings
-from project.data.sources.remote import Part, Parts, expand, folder_name
-from project.data.sources.tar_index import ROW, Contents, Indexer
+from project.data.sources.remote import ByteRange, RangeReader, expand, folder_name
+from project.data.sources.tar_index import ROW, ShardContents, ShardIndexer
 from project.errors import ConfigError, DataError
-from project.runtime.console import counting, say
+from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import environment_rank
 from project.runtime.system import cache_folder, cores
 
@@ -76,17 +76,17 @@ class Shards(Files):
         twice = [url for url, count in Counter(self._urls).items() if count > 1]
         if twice:
             raise ConfigError(f"data.source: {some(twice)} are named twice. A shard is of one split.")
-        self._parts = Parts()
+        self._parts = RangeReader()
         image, label = self._members
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
-        indexer = Indexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
+        indexer = ShardIndexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
         contents, bad = _contents(indexer, self._urls)
         self._starts = np.cumsum([0, *(len(one.rows) for one in contents)])
         self._rows = np.concatenate([one.rows for one in contents])
         self.classes = tuple(self._given_classes or _classes({label for one in contents for label in one.labels}))
         self._fill(urls, contents, bad)
 
-    def _fill(self, urls: dict[str, list[str]], contents: Sequence[Contents], bad: Iterable[Finding]) -> None:
+    def _fill(self, urls: dict[str, list[str]], contents: Sequence[ShardContents], bad: Iterable[Finding]) -> None:
         """Make the samples and the findings."""
         index = {name: number for number, name in enumerate(self.classes)}
         left_out: dict[str, list[str]] = defaultdict(list)
@@ -135,7 +135,7 @@ class Shards(Files):
     def stamp(self, sample: Sample) -> None:
         """None is needed, as the digest is known."""
 
-    def _part(self, sample: Sample) -> Part:
+    def _part(self, sample: Sample) -> ByteRange:
         row = self._row(sample)
         url = self._urls[int(np.searchsorted(self._starts, row, side="right")) - 1]
         begin = int(self._rows["offset"][row])
@@ -157,23 +157,23 @@ def _shards_extra() -> Iterator[None]:
         raise DataError(f"Tar shards need {error.name}: pip install 'frozen-backbone[shards]'") from error
 
 
-NOTHING = Contents(np.zeros(0, ROW), [], [], {})
+NOTHING = ShardContents(np.zeros(0, ROW), [], [], {})
 
 
-def _contents(indexer: Indexer, urls: Sequence[str]) -> tuple[list[Contents], list[Finding]]:
+def _contents(indexer: ShardIndexer, urls: Sequence[str]) -> tuple[list[ShardContents], list[Finding]]:
     """What is in each shard: what is kept, if it is known; or else it is read, once. And which cannot be."""
     with ThreadPoolExecutor(ASKED) as pool:
         known = dict(zip(urls, pool.map(indexer.kept, urls), strict=True))
     lacking = [url for url in urls if known[url] is None]
     if lacking:
-        say(f"Shards: {len(lacking)} of {len(urls)} are read once, to find what is in them")
+        print_rank_zero(f"Shards: {len(lacking)} of {len(urls)} are read once, to find what is in them")
     # Processes that torchrun or a cluster has started begin at shards of their own, and find what others have kept.
     rank, size = environment_rank()
     at = len(lacking) * rank // size
     findings: dict[str, Finding] = {}
     refusals: list[OSError] = []
 
-    def read(url: str) -> Contents:
+    def read(url: str) -> ShardContents:
         try:
             found = indexer.kept(url) if size > 1 else None
             if found is None:
@@ -184,13 +184,13 @@ def _contents(indexer: Indexer, urls: Sequence[str]) -> tuple[list[Contents], li
             findings[url] = Finding("refused", "bad shard", str(error), (url,))
             return NOTHING
 
-    with counting("Shards") as show, ThreadPoolExecutor(cores()) as pool:
+    with progress_counter("Shards") as show, ThreadPoolExecutor(cores()) as pool:
         turn = lacking[at:] + lacking[:at]
         for done, (url, found) in enumerate(zip(turn, pool.map(read, turn), strict=True), 1):
             known[url] = found
             show(done, len(turn))
     if refusals:
-        say(f"Shards: what was found is not kept, and has to be found again in each run: {refusals[0]}")
+        print_rank_zero(f"Shards: what was found is not kept, and has to be found again in each run: {refusals[0]}")
     return [known[url] or NOTHING for url in urls], [findings[url] for url in urls if url in findings]
 
 

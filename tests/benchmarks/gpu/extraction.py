@@ -14,14 +14,14 @@ import torch
 from project.data.sources.base import Source
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.features.engine_options import Engines
+from project.features.engine_options import EngineFactory
 from project.features.engine_selection import measure
 from project.features.engines import DTYPES, Engine
-from project.features.extraction import Views, digest_all, extract, load_image, views_of
-from project.features.frozen_prefix import Prefix
+from project.features.extraction import Views, digest_images, extract, image_views, load_image
+from project.features.frozen_prefix import FrozenPrefix
 from project.features.store import Space
 from project.models.backbone import Backbone, load_backbone
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
 from tests.benchmarks.gpu.busy import Busy, measure_busy
 from tests.benchmarks.gpu.figures import FigureFile
@@ -63,14 +63,14 @@ def extraction(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> 
     """Measure decoding alone, then each network and engine: synthetic rate, real rate, and what limits it."""
     source = Folder(str(repeat(photographs, work / "photographs", scale.images, 1)))
     samples = source.splits["train"]
-    digests = digest_all(source, samples, Ranks())
+    digests = digest_images(source, samples, ProcessGroup())
     decoding: dict[int, float] = {}
     networks: list[Measured] = []
     for name, size in scale.networks.items():
         backbone = load_backbone(name, None, image_size=size).eval().to(scale.device)
         with out.attempt(f"{name}, plain PyTorch"):
             _plain(scale, backbone, out)
-        (images,) = views_of(source, samples, digests, evaluation(backbone.preprocessing), [""])
+        (images,) = image_views(source, samples, digests, evaluation(backbone.preprocessing), [""])
         if size not in decoding:
             decoding[size] = _decoding(scale, source, images, out, size)
         networks.append(Measured(backbone, images, source, decoding[size]))
@@ -86,7 +86,7 @@ def _extract(scale: Scale, network: Measured, kind: str, folder: Path, out: Figu
     engine_name, precision = kind.split()
     backbone, name = network.backbone, f"{network.backbone.name} {kind}"
     layout = "channels_last"
-    engines = Engines(folder, backbone, backbone.cut, network.encode, scale.device, "", network.some, layout)
+    engines = EngineFactory(folder, backbone, backbone.cut, network.encode, scale.device, "", network.some, layout)
     (option,) = engines.options(engine_name, precision, "32-true")  # type: ignore[arg-type]
     began = time.perf_counter()
     engine = option.build()
@@ -106,8 +106,8 @@ def _extract(scale: Scale, network: Measured, kind: str, folder: Path, out: Figu
     out.add(f"{name}, share of synthetic", rate / synthetic, "", f"the lower limit is {which}")
     if scale.device.type == "cuda":
         all_cores = which == "decoding" and rate >= SHARE * limit and busy.cpu >= ALL_CORES
-        enough = rate >= SHARE * synthetic or all_cores
-        out.promise(f"{name}: {SHARE:.0%} of synthetic, or decoding is the limit", enough, str(busy))
+        min_size = rate >= SHARE * synthetic or all_cores
+        out.promise(f"{name}: {SHARE:.0%} of synthetic, or decoding is the limit", min_size, str(busy))
 
 
 def _decoding(scale: Scale, source: Source, images: Views, out: FigureFile, size: int) -> float:
@@ -175,7 +175,7 @@ def _synthetic(scale: Scale, backbone: Backbone, engine: Engine, name: str, prec
     batch = batch.contiguous(memory_format=torch.channels_last)
     run: Callable[[torch.Tensor], torch.Tensor] = backbone
     if (name, precision) != ("torch", "fp32"):
-        run = Prefix(backbone, backbone.cut, DTYPES[precision]).to(scale.device)
+        run = FrozenPrefix(backbone, backbone.cut, DTYPES[precision]).to(scale.device)
     if name == "compile":
         run = torch.compile(run, dynamic=False)
     with torch.no_grad():

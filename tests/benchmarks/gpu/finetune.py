@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import models
 
 from project.cli.main import main
-from project.data.dataset import Images
+from project.data.dataset import ImageDataset
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
 from project.models.backbone import load_backbone
@@ -115,7 +115,7 @@ def run_plain(scale: Scale, photographs: Path, setting: Setting) -> Pace:
     device, dtype = scale.device, {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(setting.precision)
     preprocessing = load_backbone(name, None, size).preprocessing
     source = Folder(str(photographs))  # the project's own decoding, so that the loops alone are compared
-    data = Images(source.splits["train"], source, evaluation(preprocessing))
+    data = ImageDataset(source.splits["train"], source, evaluation(preprocessing))
     loader = DataLoader(
         data,
         batch_size=scale.batch_size,

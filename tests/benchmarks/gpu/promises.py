@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from project import load
 from project.cli.main import main
-from project.features.engines import DTYPES, Exact, Torch
-from project.features.frozen_prefix import Prefix
+from project.features.engines import DTYPES, ExactEngine, TorchEngine
+from project.features.frozen_prefix import FrozenPrefix
 from project.models.backbone import load_backbone
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.finetune import Setting, run_project
@@ -64,12 +64,12 @@ def rows_agree(scale: Scale, precision: str, network: str, size: int, weights: s
     """Compare rows of one network, at so many pixels, on the device with those on the CPU in full precision."""
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     backbone = load_backbone(network, weights, image_size=size).eval()
-    exact = Exact(backbone, torch.device("cpu"))(images).flatten(1)
+    exact = ExactEngine(backbone, torch.device("cpu"))(images).flatten(1)
     if precision == "fp32":
-        rows = Exact(backbone.to(scale.device), scale.device)(images).flatten(1)
+        rows = ExactEngine(backbone.to(scale.device), scale.device)(images).flatten(1)
     else:
         rows = (
-            Torch(Prefix(backbone, backbone.cut, DTYPES[precision]), scale.device, compiled=False)(images)
+            TorchEngine(FrozenPrefix(backbone, backbone.cut, DTYPES[precision]), scale.device, compiled=False)(images)
             .flatten(1)
             .float()
         )

@@ -13,7 +13,7 @@ class Own(Source):
     def content(self, sample: Sample) -> bytes:
         return b""
 
-    def decode(self, content: bytes, sample: Sample, enough: int = 0) -> Image.Image:
+    def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         return Image.new("RGB", (1, 1))
 
 

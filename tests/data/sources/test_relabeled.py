@@ -7,7 +7,7 @@ import pytest
 from project.data.sources.folder import Folder
 from project.data.sources.relabeled import Relabeled
 from project.errors import DataError
-from project.features.extraction import views_of
+from project.features.extraction import image_views
 
 
 def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None:
@@ -26,7 +26,7 @@ def test_stored_rows_of_the_images_are_found_again(photos: Path) -> None:
     keys = []
     for each in (source, found):
         samples = sorted(each.splits["val"], key=lambda sample: sample.name)
-        keys.append([view.key for view in views_of(each, samples, [b"0"] * len(samples), None, [""])[0]])  # type: ignore[arg-type]
+        keys.append([view.key for view in image_views(each, samples, [b"0"] * len(samples), None, [""])[0]])  # type: ignore[arg-type]
     assert keys[0] == keys[1]
 
 

@@ -26,13 +26,13 @@ from project.data.sources import remote
 from project.data.sources.base import Source
 from project.data.sources.files import Files
 from project.data.sources.folder import Folder
-from project.data.sources.tar_index import Indexer
+from project.data.sources.tar_index import ShardIndexer
 from project.data.sources.webdataset import Shards
 from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
-from project.features.extraction import digest_all, views_of
+from project.features.extraction import digest_images, image_views
 from project.preprocessing import Preprocessing
-from project.runtime.distributed import Ranks
+from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cache_folder
 
 Members = Sequence[tuple[str, bytes]]
@@ -231,16 +231,16 @@ def test_processes_begin_at_shards_of_their_own_and_find_what_others_have_kept(
     shards: str, opened: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    real = Indexer.read
+    real = ShardIndexer.read
 
-    def read(self: Indexer, url: str) -> Any:
+    def read(self: ShardIndexer, url: str) -> Any:
         order.append(Path(url).name)
         if len(order) == 1:  # meanwhile, the other process
             monkeypatch.setenv("RANK", "0")
             indexed("shards/0.tar")
         return real(self, url)
 
-    monkeypatch.setattr(Indexer, "read", read)
+    monkeypatch.setattr(ShardIndexer, "read", read)
     monkeypatch.setattr("project.data.sources.webdataset.cores", lambda: 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -398,18 +398,18 @@ def test_rows_of_a_folder_are_those_of_its_shards(here: Path) -> None:
     transform = evaluation(Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3))
     keys = []
     for source in (Folder("photos"), indexed("a.tar")):
-        (images,) = views_of(source, source.splits["train"], all_digests(source), transform, [""])
+        (images,) = image_views(source, source.splits["train"], all_digests(source), transform, [""])
         keys.append([image.key for image in images])
     assert keys[0] == keys[1]
 
 
 def all_digests(source: Source) -> np.ndarray:
-    return digest_all(source, source.splits["train"], Ranks())
+    return digest_images(source, source.splits["train"], ProcessGroup())
 
 
 def test_digests_are_known_without_reading(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = indexed(shards)
-    read = digest_all(Pathless(source), source.splits["train"], Ranks())
+    read = digest_images(Pathless(source), source.splits["train"], ProcessGroup())
     monkeypatch.setattr(Shards, "content", None)
     assert np.array_equal(all_digests(source), read)
 
