@@ -49,8 +49,12 @@ class ClassSpec:
         return cls(f"{target.__module__}.{target.__qualname__}", arguments)
 
     @classmethod
-    def from_dict(cls, found: Any) -> ClassSpec:
+    def from_dict(cls, found: Any, key: str = "") -> ClassSpec:
         """Read ``{"class_path": ..., "init_args": {...}}``.
+
+        Args:
+            found: What a config or a checkpoint has.
+            key: Where it stands in the configuration, for the message.
 
         Raises:
             ConfigError: It is of another form.
@@ -64,7 +68,8 @@ class ClassSpec:
             or not isinstance(arguments, Mapping)
             or not all(isinstance(key, str) for key in arguments)
         ):
-            raise ConfigError(f"no class_path with init_args, but {abbreviate(found)}.")
+            reason = f"no class_path with init_args, but {abbreviate(found)}."
+            raise ConfigError("{path}: {reason}", path=key, reason=reason) if key else ConfigError(reason)
         return cls(path, dict(arguments))
 
     def as_dict(self) -> dict[str, Any]:

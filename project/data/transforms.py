@@ -116,7 +116,9 @@ def training(
 
 def _own(preprocessing: Preprocessing, transforms: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> Transform:
     made = [
-        ClassSpec.from_dict(one).construct("data.augment", nn.Module) if isinstance(one, Mapping) else one
+        ClassSpec.from_dict(one, "data.augment").construct("data.augment", nn.Module)
+        if isinstance(one, Mapping)
+        else one
         for one in transforms
     ]
     steps = [*made, *_evaluation_steps(preprocessing)]

@@ -126,7 +126,7 @@ class RowProvider:
             computation.layout,
         )
         options = self._options(engines, computation.precision, ranks)
-        with _progress(len(views), ranks) as progress:
+        with _progress(len(views), ranks, engines.left_out) as progress:
             provided = RowBuilder(
                 views,
                 source,
@@ -185,7 +185,7 @@ def thinned(views: Views) -> Views:
 
 
 @contextmanager
-def _progress(count: int, ranks: ProcessGroup) -> Iterator[Progress]:
+def _progress(count: int, ranks: ProcessGroup, left_out: str) -> Iterator[Progress]:
     """A bar on a terminal, lines elsewhere; from the first process."""
     from project.features.builder import Progress
 
@@ -196,7 +196,7 @@ def _progress(count: int, ranks: ProcessGroup) -> Iterator[Progress]:
             nonlocal total
             total = mine
             show(0, total)
-            print_rank_zero(f"Features: {computed} of {count} rows to compute, by {option} ({reason})")
+            print_rank_zero(f"Features: {computed} of {count} rows to compute, by {option} ({reason}{left_out})")
 
         def advance(more: int) -> None:
             nonlocal done

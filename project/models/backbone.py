@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         stages: The stages in order; together they map normalised images to features ``(B, D)``.
         feature_dim: Width D of the features.
         preprocessing: What the weights ask of an image. Normalisation is done here, the rest where images are read.
-        origin: Where the weights came from.
+        origin: Where the weights came from; without it, no checkpoint can bring them back.
         sha256: Fingerprint of the stages, if it is known.
 
     Attributes:
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         stages: Mapping[str, nn.Module],
         feature_dim: int,
         preprocessing: Preprocessing,
-        origin: Origin,
+        origin: Origin | None = None,
         sha256: str | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         self.stages = Stages(stages)
         self.feature_dim = feature_dim
         self.preprocessing = preprocessing
-        self.origin = origin
+        self.origin = origin or Origin(None, "unknown")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
         self.mean: torch.Tensor

@@ -18,7 +18,7 @@ from project.features.row_loader import RowBatch
 from tests.conftest import STORED, scalars, told
 
 Fit = Callable[..., int]
-ConfusionCounts = Callable[..., tuple[int, int]]
+Counts = Callable[..., tuple[int, int]]
 LIVE = "Features: computed in every epoch, because"
 LAST = "checkpoints/last.ckpt"
 
@@ -50,14 +50,14 @@ def test_a_fit_computes_each_row_once_and_the_next_one_none(
     assert {path.name for path in (here / "cache").iterdir()} == {"frozen-backbone"}
 
 
-def test_another_head_and_learning_rate_compute_nothing(rows: ConfusionCounts) -> None:
+def test_another_head_and_learning_rate_compute_nothing(rows: Counts) -> None:
     assert rows() == (0, 36)
     assert rows("--model.optimizer.lr", "0.1", "--data.batch_size", "5") == (36, 0)
     head = ["--model.head", "project.models.heads.MLPHead", "--model.label_smoothing", "0.1"]
     assert rows(*head, "--seed_everything", "5") == (36, 0)
 
 
-def test_what_was_reused_and_computed_is_on_the_dashboard(rows: ConfusionCounts) -> None:
+def test_what_was_reused_and_computed_is_on_the_dashboard(rows: Counts) -> None:
     rows()
     rows()
     for version, expected in enumerate([(0, 36), (36, 0)]):
@@ -129,7 +129,7 @@ def test_one_batch_or_so_is_not_worth_a_store(fit: Fit, batches: set[str]) -> No
 
 
 def test_a_half_frozen_network_trains_its_half_on_stored_maps(
-    rows: ConfusionCounts, batches: set[str], monkeypatch: pytest.MonkeyPatch, weights: Path
+    rows: Counts, batches: set[str], monkeypatch: pytest.MonkeyPatch, weights: Path
 ) -> None:
     kept: list[ImageClassifier] = []
     monkeypatch.setattr(ImageClassifier, "on_fit_end", lambda self: kept.append(self), raising=False)
@@ -191,7 +191,7 @@ def test_a_precision_that_would_change_the_frozen_weights_is_refused(
 
 
 def test_the_other_verbs_work_on_images_after_a_fit_on_rows(
-    rows: ConfusionCounts, batches: set[str], photos: Path, capsys: pytest.CaptureFixture[str]
+    rows: Counts, batches: set[str], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows("--trainer.max_epochs", "2")
     batches.clear()
@@ -206,7 +206,7 @@ def test_the_other_verbs_work_on_images_after_a_fit_on_rows(
     assert len(Path("predictions.csv").read_text().splitlines()) == 13
 
 
-def test_a_resumed_fit_uses_the_rows_of_the_first(rows: ConfusionCounts) -> None:
+def test_a_resumed_fit_uses_the_rows_of_the_first(rows: Counts) -> None:
     assert rows("--trainer.max_epochs", "2") == (0, 36)
     last = f"runs/photos/version_0/{LAST}"
     assert rows("--ckpt_path", last, "--trainer.max_epochs", "3") == (36, 0)
@@ -219,7 +219,7 @@ def test_the_fingerprint_is_told_before_and_after(fit: Fit, capsys: pytest.Captu
     assert flat.count(digits) == 2
 
 
-def test_two_fits_with_one_seed_are_the_same_to_the_bit(rows: ConfusionCounts) -> None:
+def test_two_fits_with_one_seed_are_the_same_to_the_bit(rows: Counts) -> None:
     for _ in range(2):
         rows("--data.batch_size", "7", "--trainer.max_epochs", "3", "--data.augment", "flip", "--features.views", "2")
     first, second = (
@@ -228,7 +228,7 @@ def test_two_fits_with_one_seed_are_the_same_to_the_bit(rows: ConfusionCounts) -
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_store_may_be_removed_at_any_time(rows: ConfusionCounts) -> None:
+def test_a_store_may_be_removed_at_any_time(rows: Counts) -> None:
     assert rows() == (0, 36)
     shutil.rmtree("store")
     assert rows() == (0, 36)

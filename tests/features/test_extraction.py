@@ -32,7 +32,7 @@ from project.runtime.system import cores
 from tests.conftest import SMALL, STORED, draw, scalars
 
 Fit = Callable[..., int]
-ConfusionCounts = Callable[..., tuple[int, int]]
+Counts = Callable[..., tuple[int, int]]
 
 #: A fit that writes a shard a batch of 8, says so, and then takes its time.
 SLOW = """
@@ -52,7 +52,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_extraction_resumes_where_it_was(rows: ConfusionCounts, photos: Path, weights: Path) -> None:
+def test_a_killed_extraction_resumes_where_it_was(rows: Counts, photos: Path, weights: Path) -> None:
     flags = [*SMALL, *STORED, "--model.weights", str(weights), "--data.root", str(photos)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SLOW, "fit", *flags]
@@ -64,14 +64,14 @@ def test_a_killed_extraction_resumes_where_it_was(rows: ConfusionCounts, photos:
     assert rows() == (36, 0)
 
 
-def test_new_images_cost_their_own_rows(rows: ConfusionCounts, album: Path) -> None:
+def test_new_images_cost_their_own_rows(rows: Counts, album: Path) -> None:
     assert rows("--data.root", "album") == (0, 36)
     for number in range(2):
         draw(album / f"train/red/new{number}.png", (200, 0, 0), 1000 + number)
     assert rows("--data.root", "album") == (36, 2)
 
 
-def test_a_renamed_or_relabelled_image_costs_nothing(rows: ConfusionCounts, album: Path) -> None:
+def test_a_renamed_or_relabelled_image_costs_nothing(rows: Counts, album: Path) -> None:
     assert rows("--data.root", "album") == (0, 36)
     (album / "train/red/0.png").rename(album / "train/red/renamed.png")
     (album / "train/red/1.png").rename(album / "train/blue/moved.png")
@@ -79,13 +79,13 @@ def test_a_renamed_or_relabelled_image_costs_nothing(rows: ConfusionCounts, albu
     assert rows("--data.root", "elsewhere") == (36, 0)
 
 
-def test_a_changed_image_costs_one_row(rows: ConfusionCounts, album: Path) -> None:
+def test_a_changed_image_costs_one_row(rows: Counts, album: Path) -> None:
     assert rows("--data.root", "album") == (0, 36)
     draw(album / "val/red/0.png", (200, 0, 0), 1000)
     assert rows("--data.root", "album") == (35, 1)
 
 
-def test_what_makes_the_rows_makes_them_anew(rows: ConfusionCounts, weights: Path) -> None:
+def test_what_makes_the_rows_makes_them_anew(rows: Counts, weights: Path) -> None:
     assert rows() == (0, 36)
     torch.manual_seed(2)
     torch.save(resnet18(weights=None).state_dict(), "other.pth")
@@ -100,14 +100,14 @@ def test_what_makes_the_rows_makes_them_anew(rows: ConfusionCounts, weights: Pat
     assert rows() == (36, 0)
 
 
-def test_weights_of_another_name_with_the_same_tensors_make_the_same_rows(rows: ConfusionCounts, weights: Path) -> None:
+def test_weights_of_another_name_with_the_same_tensors_make_the_same_rows(rows: Counts, weights: Path) -> None:
     assert rows() == (0, 36)
     shutil.copy(weights, "copy.pth")
     assert rows("--model.weights", "copy.pth") == (36, 0)
 
 
 def test_an_unreadable_image_is_named_and_rows_before_it_are_kept(
-    rows: ConfusionCounts, fit: Fit, album: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+    rows: Counts, fit: Fit, album: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("project.features.engines.ExactEngine.batch_size", 4)
     whole = (album / "train/red/3.png").read_bytes()  # the twentieth
@@ -152,7 +152,7 @@ def test_a_view_is_the_same_each_time_and_from_each_thread_and_another_than_the_
     assert not any(torch.equal(a, b) for a, b in zip(once[:24], once[24:], strict=True))
 
 
-def test_views_are_computed_once_and_taken_in_turn(rows: ConfusionCounts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_computed_once_and_taken_in_turn(rows: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[set[bytes]] = [set() for _ in range(4)]
     step = ImageClassifier.training_step
 
@@ -167,7 +167,7 @@ def test_views_are_computed_once_and_taken_in_turn(rows: ConfusionCounts, monkey
     assert epochs[0] == epochs[2] and epochs[1] == epochs[3] and not epochs[0] & epochs[1]
 
 
-def test_more_views_cost_the_new_ones_alone(rows: ConfusionCounts) -> None:
+def test_more_views_cost_the_new_ones_alone(rows: Counts) -> None:
     assert rows("--data.augment", "flip", "--features.views", "1") == (0, 36)
     assert rows("--data.augment", "flip", "--features.views", "3") == (36, 48)
     assert rows("--data.augment", "flip", "--trainer.max_epochs", "4") == (84, 24), "4 by default"
@@ -247,12 +247,12 @@ def test_processes_feed_a_gpu_where_there_are_many_images_that_are_read_apart(
     assert found == [0, cores(), 0, 0], "few; many; on a CPU; from a source whose reads depend on each other"
 
 
-def test_the_same_file_twice_is_computed_once(rows: ConfusionCounts, album: Path) -> None:
+def test_the_same_file_twice_is_computed_once(rows: Counts, album: Path) -> None:
     shutil.copy(album / "train/red/0.png", album / "train/red/twin.png")
     shutil.copy(album / "train/red/0.png", album / "val/red/twin.png")
     assert rows("--data.root", "album") == (0, 36)
 
 
-def test_the_same_pixels_in_another_file_are_another_image(rows: ConfusionCounts, album: Path) -> None:
+def test_the_same_pixels_in_another_file_are_another_image(rows: Counts, album: Path) -> None:
     Image.open(album / "train/red/0.png").save(album / "train/red/0.bmp")
     assert rows("--data.root", "album") == (0, 37)

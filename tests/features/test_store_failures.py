@@ -21,7 +21,7 @@ from project.runtime.atomic_write import TEMPORARY
 from tests.conftest import SMALL, STORED, told
 
 Fit = Callable[..., int]
-ConfusionCounts = Callable[..., tuple[int, int]]
+Counts = Callable[..., tuple[int, int]]
 Mount = Callable[..., None]
 
 #: Kills children that write, each at another moment. Prints, a child: how many temporary files it found when it began,
@@ -30,7 +30,7 @@ KILLS = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
 from project.features.store import TEMPORARY, Space
-from tests.features.test_store_failures import keys_of
+from tests.features.test_store_failures import row_keys
 
 chance, space = random.Random(0), Space(Path(sys.argv[1]), {})
 temporaries = lambda: len(list(space.path.glob(TEMPORARY + "*")))
@@ -41,7 +41,7 @@ for child in range(12):
         with space.building():
             os.write(writer, bytes([temporaries()]))
             for number in range(1000):
-                space.write(keys_of(f"{child} {number}"), torch.full((64, 2048), float(child)))
+                space.write(row_keys(f"{child} {number}"), torch.full((64, 2048), float(child)))
                 os.write(writer, b".")
     os.close(writer)
     found = os.read(reader, 1)[0]
@@ -178,7 +178,7 @@ def read_only(here: Path, mount: Mount) -> Callable[[], None]:
 
 
 def test_stored_rows_are_used_from_a_folder_that_cannot_be_written(
-    rows: ConfusionCounts, fit: Fit, read_only: Callable[[], None], refused: Callable[[int], str]
+    rows: Counts, fit: Fit, read_only: Callable[[], None], refused: Callable[[int], str]
 ) -> None:
     assert rows() == (0, 36)
     read_only()

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.integration.is_externally_launched import TORCHRUN, free_port, run_all
 
 from project import load
 from tests.conftest import SMALL, told
+from tests.integration.launched import TORCHRUN, free_port, run_all
 
 Ddp = Callable[..., tuple[int, str]]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integration.is_externally_launched import TORCHRUN, run_all
 
 from tests.conftest import SMALL, draw, scalars
+from tests.integration.launched import TORCHRUN, run_all
 
 #: Command lines one after another, as starting a process takes longer than a fit; and the last metrics of each.
 RUNS = """

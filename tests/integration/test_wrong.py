@@ -128,7 +128,7 @@ def last(trained: Path) -> bytes:
 
 
 @pytest.fixture
-def damaged_checkpoint(last: bytes, here: Path) -> Callable[[Damage], str]:
+def damaged(last: bytes, here: Path) -> Callable[[Damage], str]:
     """Writes a damaged copy of the checkpoint, and gives its path."""
 
     def write(change: Damage) -> str:
@@ -149,7 +149,7 @@ def damaged_checkpoint(last: bytes, here: Path) -> Callable[[Damage], str]:
 
 
 def test_undamaged_it_is_taken(damaged: Callable[[Damage], str], photos: Path) -> None:
-    path = damaged_checkpoint(lambda checkpoint: None)
+    path = damaged(lambda checkpoint: None)
     load(path)
     assert main(["fit", "--ckpt_path", path, "--data.root", str(photos), "--trainer.max_epochs", "4"]) == 0
 
@@ -159,7 +159,7 @@ def test_a_wrong_model_is_refused_by_name(
     name: str, damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
 ) -> None:
     change, expected = MODEL[name]
-    path = damaged_checkpoint(change)
+    path = damaged(change)
     verbs = (
         ["fit", "--data.root", str(photos), "--trainer.max_epochs", "9"],
         ["validate", "--data.root", str(photos)],
@@ -180,7 +180,7 @@ def test_a_wrong_state_of_the_training_is_refused_by_a_resume(
     name: str, damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
 ) -> None:
     change, expected = TRAINING[name]
-    path = damaged_checkpoint(change)
+    path = damaged(change)
     said = refused(main(["fit", "--data.root", str(photos), "--trainer.max_epochs", "9", "--ckpt_path", path]))
     for words in expected:
         assert words in said
@@ -194,7 +194,7 @@ def test_classes_in_another_order_than_the_datas(
         checkpoint["hyper_parameters"]["classes"].reverse()
         checkpoint["transfer"]["classes"].reverse()
 
-    path = damaged_checkpoint(turn)
+    path = damaged(turn)
     for verb in (["fit", "--trainer.max_epochs", "9"], ["validate"]):
         said = refused(main([*verb, "--data.root", str(photos), "--ckpt_path", path]))
         assert "(blue, green, red) are not the model's (red, green, blue)" in said
@@ -203,7 +203,7 @@ def test_classes_in_another_order_than_the_datas(
 def test_progress_of_another_verb_than_fit(
     damaged: Callable[[Damage], str], photos: Path, refused: Callable[[int], str]
 ) -> None:
-    path = damaged_checkpoint(put("loops/validate_loop/batch_progress/total/ready", "a"))
+    path = damaged(put("loops/validate_loop/batch_progress/total/ready", "a"))
     assert "validate_loop" in refused(main(["validate", "--data.root", str(photos), "--ckpt_path", path]))
 
 
@@ -224,8 +224,6 @@ def test_a_resume_removes_no_file_that_a_checkpoint_names(
                 else:
                     state["best_model_path"] = target
 
-    code = main(
-        ["fit", "--data.root", str(photos), "--trainer.max_epochs", "5", "--ckpt_path", damaged_checkpoint(change)]
-    )
+    code = main(["fit", "--data.root", str(photos), "--trainer.max_epochs", "5", "--ckpt_path", damaged(change)])
     assert Path("precious").exists()
     assert "no plain path" in refused(code)

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.util.tensor_util import make_ndarray
-from tests.integration.is_externally_launched import run_all
 
 from project import ImageClassifier
 from project.data.sources.base import Sample, Source
@@ -30,6 +29,7 @@ from project.runtime import logger_adapters
 from project.runtime.logger_adapters import Points
 from tests.conftest import COLOURS, SMALL, scalars
 from tests.forked import start
+from tests.integration.launched import run_all
 
 Fit = Callable[..., int]
 RUN = Path("runs/photos/version_0")
