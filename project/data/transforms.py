@@ -21,6 +21,7 @@ from project.preprocessing import Preprocessing
 
 Augment = Literal["none", "flip", "standard", "trivial", "rand"]
 
+AUGMENT = "data.augment"  # the key, for messages
 AREA = 0.35  # of an image, at least, that a random crop takes
 
 

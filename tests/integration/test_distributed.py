@@ -15,13 +15,20 @@ Ddp = Callable[..., tuple[int, str]]
 DDP = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
 #: The command line, whose processes say how many batches they have trained on.
 COUNTING = """
+import os
 import sys
 from project import ImageClassifier
 from project.cli.main import main
+from project.features import builder
 
 def count(self):
     print(f"rank {self.global_rank} has had {self.trainer.global_step} steps", flush=True)
 
+def extract(engine, images, *arguments):
+    print(f"rank {os.environ.get('LOCAL_RANK', 0)} computes {len(images)} rows", flush=True)
+    return whole(engine, images, *arguments)
+
+whole, builder.extract = builder.extract, extract
 ImageClassifier.on_fit_end = count
 sys.exit(main(sys.argv[1:]))
 """
@@ -47,8 +54,10 @@ def test_each_image_is_computed_once_and_both_processes_train(ddp: Ddp, album: P
     assert code == 0, said
     assert told(said) == [(0, 35)], "one process speaks, for both"
     assert sorted(re.findall(r"rank (\d) has had (\d+) steps", said)) == [("0", "3"), ("1", "3")]
-    sizes = sorted(path.stat().st_size // 2048 for path in Path("store").rglob("*.safetensors"))
-    assert sizes == [17, 18], "each process has computed its half"
+    computed = dict(re.findall(r"rank (\d) computes (\d+) rows", said))
+    assert sorted(computed.items()) == [("0", "17"), ("1", "18")], "each process has computed its half"
+    sizes = [path.stat().st_size // 2048 for path in Path("store").rglob("*.safetensors")]
+    assert sizes == [35], "the shards of one fit are merged"
     assert load("runs/album/version_0/checkpoints/last.ckpt").classes_ == ["blue", "green", "red"]
     code, said = ddp(*flags)
     assert code == 0, said

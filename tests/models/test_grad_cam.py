@@ -58,7 +58,7 @@ def by_colour() -> LinearHead:
 @pytest.mark.parametrize("more", [[Pool(2, 3)], [ChannelsLast(), Pool(1, 2)]], ids=["channels first", "channels last"])
 def test_each_class_is_seen_where_it_is(more: list[nn.Module], by_colour: LinearHead) -> None:
     image = coloured().expand(3, -1, -1, -1)
-    red, green, blue = heat_maps(colours(*more), by_colour, image, torch.tensor([0, 1, 2]))
+    red, green, blue = heat_maps(colours(*more), by_colour, SingleLabel(), image, torch.tensor([0, 1, 2]))
     assert red[:6, :6].min() > 0.8 and red[16:].max() == 0 and red.max() == 1
     assert green[26:, 26:].min() > 0.8 and green[:16].max() == 0
     assert not blue.any(), "nothing speaks for a colour that is not there"

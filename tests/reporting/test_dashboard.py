@@ -53,11 +53,11 @@ def positives(run: Path) -> dict[str, int]:
 def outcome(classes: int, images: int, points: int = 0, width: int = 64) -> ValidationPredictions:
     generator = torch.Generator().manual_seed(0)
     collector = PredictionCollector(images, points, classes)
-    collector.features(torch.rand(images, width, generator=generator))
+    features = torch.rand(images, width, generator=generator)
     probabilities = torch.rand(images, classes, generator=generator).softmax(1)
-    collector.batch(probabilities)
+    collector.batch(probabilities, features)
     labels = torch.randint(0, classes, (images,), generator=generator)
-    return collector.outcome(ImagePredictions(*probabilities.max(1), labels))
+    return collector.outcome(ImagePredictions(*probabilities.max(1), labels, labels >= 0))
 
 
 class Noise(Source):
