@@ -22,15 +22,16 @@ class Trainer(pl.Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["callbacks"] = _with_own(kwargs.get("callbacks"), kwargs.get("enable_progress_bar"))
+        shows_progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
+        kwargs["callbacks"] = _with_own(kwargs.get("callbacks"), shows_progress)
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not where one was asked for
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def _with_own(given: pl.Callback | list[pl.Callback] | None, shows_progress: bool | None) -> list[pl.Callback]:
+def _with_own(given: pl.Callback | list[pl.Callback] | None, shows_progress: bool) -> list[pl.Callback]:
     """The callbacks that were passed in, and this project's: a list that Lightning may extend."""
     callbacks = [given] if isinstance(given, pl.Callback) else [*(given or [])]
-    if shows_progress is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+    if shows_progress and not any(isinstance(each, ProgressBar) for each in callbacks):
         callbacks.append(Progress())
     return [ExactResume(), *callbacks]

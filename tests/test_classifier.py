@@ -113,3 +113,31 @@ def test_a_loaded_backbone_is_injected_and_comes_back_from_a_checkpoints_argumen
     arguments = {name: one.hparams[name] for name in ("backbone", "weights", "image_size")}
     assert arguments == {"backbone": "resnet18", "weights": str(weights), "image_size": 32}
     assert one.identity() == ImageClassifier(**arguments, trainable="layer4", classes=["a", "b"]).identity()
+
+
+class FrozenProjection(torch.nn.Module):
+    """A head with a part that does not train."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(in_features, 4).requires_grad_(False)
+        self.out = torch.nn.Linear(4, num_classes)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.out(self.proj(features))
+
+
+def test_a_checkpoint_holds_the_parts_of_a_head_that_do_not_train(weights: Path) -> None:
+    model = build(weights, head=FrozenProjection, classes=["a", "b"])
+    expected = {"head.proj.weight", "head.proj.bias", "head.out.weight", "head.out.bias"}
+    assert set(model._trained(model.state_dict())) == expected
+    model.freeze()
+    assert "head.out.weight" in model._trained(model.state_dict()), "whatever requires a gradient at the moment"
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.AdamW])
+def test_optimizers_of_one_group_train_stages_too(optimizer: type, weights: Path) -> None:
+    model = build(weights, trainable="layer4", classes=["a", "b"], optimizer=partial(optimizer, lr=0.1))
+    made = model.configure_optimizers()
+    count = sum(len(group["params"]) for group in made.param_groups)
+    assert count == len([*model.backbone.stages["layer4"].parameters(), *model.head.parameters()])

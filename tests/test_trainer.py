@@ -55,3 +55,7 @@ def test_a_progress_bar_can_be_left_out_or_chosen(options: dict[str, object]) ->
     assert Trainer(**options, enable_progress_bar=False).progress_bar_callback is None
     chosen = RichProgressBar()
     assert Trainer(**options, callbacks=chosen).progress_bar_callback is chosen
+
+
+def test_a_barebones_trainer_has_no_progress_bar() -> None:
+    assert Trainer(barebones=True, accelerator="cpu").progress_bar_callback is None

@@ -99,10 +99,17 @@ def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]])
             for group in groups
         ]
         schedules = checkpoint.get("lr_schedulers")
-        for schedule in schedules if isinstance(schedules, list) else ():
-            for key in ("base_lrs", "_last_lr"):
-                if isinstance(schedule, dict) and isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
-                    schedule[key] = schedule[key] * len(groups)
+        _repeat(schedules, len(groups))
+
+
+def _repeat(schedules: Any, groups: int) -> None:
+    """Repeat what schedules hold for a single group, those within others too."""
+    for schedule in schedules if isinstance(schedules, list) else ():
+        if isinstance(schedule, dict):
+            for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
+                if isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
+                    schedule[key] = schedule[key] * groups
+            _repeat(schedule.get("_schedulers"), groups)
 
 
 def apply_flags(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]) -> None:

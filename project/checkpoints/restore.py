@@ -106,8 +106,11 @@ class CheckpointMixin(Module):
         Raises:
             ConfigError: They do not take their arguments.
         """
+        spec = ClassSpec.from_dict(self.hparams["optimizer"])
         own = [dict(group) for group in groups]  # an optimizer adds its settings to them
-        optimizer = ClassSpec.from_dict(self.hparams["optimizer"]).construct("model.optimizer", Optimizer, own)
+        if spec.name == "LBFGS":  # it takes one group alone
+            own = [{"name": "all", "params": [each for group in groups for each in group["params"]]}]
+        optimizer = spec.construct("model.optimizer", Optimizer, own)
         given = self.hparams["scheduler"]
         if given is None:
             return optimizer, None
@@ -130,11 +133,9 @@ class CheckpointMixin(Module):
         }
 
     def _trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a state dict, what a fit may change: parameters that train, and buffers outside of frozen stages."""
+        """Of a state dict, what does not belong to a frozen stage: all that a fit may change, and a head as it is."""
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
-        fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        fixed |= {name for name, _ in self.named_buffers() if name.startswith(frozen)}
-        return {name: value for name, value in state.items() if name not in fixed}
+        return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""

@@ -88,7 +88,7 @@ class ImageLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return _raising(super().__iter__())  # workers start now, not with the first batch
+        return _raising(super().__iter__())
 
 
 def collate(items: list[Any]) -> Any:

@@ -91,7 +91,8 @@ class EpochMetrics(nn.Module):
         """
         self._loss.add(*loss)
         if self._stage == "train":
-            self.metrics.update(probabilities, labels)
+            if len(labels):  # a process may have nothing but padding, which torchmetrics does not take
+                self.metrics.update(probabilities, labels)
             return
         within = self._task.is_among(probabilities, labels, 5) if len(self._classes) > 5 else labels >= 0
         self._answers.append(ImagePredictions(*self._task.answer(probabilities), labels, within))

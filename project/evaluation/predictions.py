@@ -18,13 +18,13 @@ class ValidationPredictions:
     """The classes that images have and got; all tensors are on the CPU.
 
     Attributes:
-        places: Which image of the split each is, int64 ``(N,)``, ascending.
+        indices: Which image of the split each is, int64 ``(N,)``, ascending.
         labels: Their classes, int64 ``(N,)``.
         predicted: The classes that they got, int64 ``(N,)``.
         confidence: Probabilities of those, float32 ``(N,)``.
-        some: Which of the N probabilities are kept of, int64 ``(n,)``.
+        probability_indices: Which of the N probabilities are kept of, int64 ``(n,)``.
         probabilities: Of these, float32 ``(n, C)``.
-        pointed: Which of the N features are kept of, int64 ``(m,)``.
+        feature_indices: Which of the N features are kept of, int64 ``(m,)``.
         features: Of these, float32 ``(m, D)``.
     """
 

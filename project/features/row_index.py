@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def read_index(path: Path) -> RowIndex | None:
     """Open an index; ``None`` where there is none, or another version's, or one that is damaged."""
     try:
         with path.open("rb") as file:
-            status = path.stat()
+            status = os.fstat(file.fileno())
             stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             if _sound.get(path) != stamp and not _is_sound(file, status.st_size):
                 return None

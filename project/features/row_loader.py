@@ -93,7 +93,9 @@ class Rows:
             try:
                 self._files[number] = os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
-                raise StoreError(f"{path} was removed by a fit that is short of budget. Run again.") from error
+                raise StoreError(
+                    f"{path} was removed by another fit, which merged it with others or made room. Run again."
+                ) from error
         return self._files[number]
 
     def close(self) -> None:

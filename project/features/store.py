@@ -218,9 +218,10 @@ class Space:
         batch: list[Path] = []
         total = 0
         for path in sorted(shards):
-            if not path.exists():
+            try:
+                length = path.stat().st_size
+            except FileNotFoundError:  # another fit has made room
                 continue
-            length = path.stat().st_size
             if 2 * length > size or not _verify(path):  # large already; a damaged one is not given a sound name
                 continue
             if total + length > size:
@@ -233,7 +234,10 @@ class Space:
     def _merge(self, shards: Sequence[Path]) -> None:
         if len(shards) < 2:
             return
-        parts = [load_file(path) for path in shards]
+        try:
+            parts = [load_file(path) for path in shards]
+        except FileNotFoundError:  # another fit has made room meanwhile: what is left stays as it is
+            return
         keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)
         _, first = np.unique(keys, axis=0, return_index=True)
         rows = torch.cat([part["rows"] for part in parts])

@@ -186,7 +186,7 @@ def validation_data(trainer: pl.Trainer) -> Any:
 
 
 def release_subprocesses(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """Take over the processes that Lightning has started beside this one. Relies on ``strategy.launcher_pid.procs``.
+    """Take over the processes that Lightning has started beside this one. Relies on ``strategy.launcher.procs``.
 
     Lightning watches them no longer. It would kill this process as soon as one of them ends.
 

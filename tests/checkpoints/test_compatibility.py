@@ -94,6 +94,7 @@ def test_a_flag_sets_each_group_by_its_name() -> None:
 def test_a_state_without_names_gets_those_of_its_groups() -> None:
     kept = checkpoint()
     kept["optimizer_states"][0]["param_groups"][0]["params"] = [0, 1, 2, 3, 4]
+    kept["lr_schedulers"][0] |= {"max_lrs": [1.0], "_schedulers": [{"base_lrs": [0.1]}]}
     name_groups(kept, [{"name": "layer4", "params": [None] * 3}, {"name": "head", "params": [None] * 2}])
     groups = kept["optimizer_states"][0]["param_groups"]
     assert [(group["name"], group["params"], group["lr"]) for group in groups] == [
@@ -101,6 +102,8 @@ def test_a_state_without_names_gets_those_of_its_groups() -> None:
         ("head", [3, 4], 0.05),
     ]
     assert kept["lr_schedulers"][0]["base_lrs"] == [0.1, 0.1], "a schedule has one for each group"
+    assert kept["lr_schedulers"][0]["max_lrs"] == [1.0, 1.0]
+    assert kept["lr_schedulers"][0]["_schedulers"] == [{"base_lrs": [0.1, 0.1]}]
     again = copy.deepcopy(kept)
     name_groups(kept, [{"name": "layer4", "params": [None] * 3}, {"name": "head", "params": [None] * 2}])
     assert kept == again

