@@ -3,60 +3,74 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from project.runtime.system import cores
+STAT = Path("/proc/stat")
 
 
-@dataclass
 class Busy:
-    """Shares of a time span, each in [0, 1].
+    """Shares of a span of time: from the start, or the last :meth:`restart`, to the last :meth:`mark`, or the end.
 
     Attributes:
         seconds: Length of the span.
-        cpu: Share of all cores that this process and its ended children used.
-        gpu: Mean utilization that the driver reports; ``None`` without a card or without ``nvidia-ml-py``.
+        cpu: Share of all the machine's cores that was in use, in [0, 1]; ``None`` where there is no ``/proc/stat``.
+        gpu: Mean utilization that the driver reports, in [0, 1]; ``None`` without a card or without ``nvidia-ml-py``.
     """
 
-    seconds: float = 0.0
-    cpu: float = 0.0
-    gpu: float | None = None
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the span here."""
+        self._began, self._ticks = time.perf_counter(), _ticks()
+        self._first = len(self.samples)
+        self.seconds, self.cpu, self.gpu = 0.0, None, None
+
+    def mark(self) -> None:
+        """End the span here, unless another mark follows."""
+        self.seconds = time.perf_counter() - self._began
+        samples = self.samples[self._first :]
+        self.gpu = sum(samples) / len(samples) if samples else None
+        idle, total = (now - then for now, then in zip(_ticks(), self._ticks, strict=True))
+        self.cpu = 1 - idle / total if total else None
+
+    seconds: float
+    cpu: float | None
+    gpu: float | None
 
     def __str__(self) -> str:
-        gpu = "unknown" if self.gpu is None else f"{self.gpu:.0%}"
-        return f"CPU {self.cpu:.0%} busy, GPU {gpu} busy"
+        cpu, gpu = ("unknown" if share is None else f"{share:.0%}" for share in (self.cpu, self.gpu))
+        return f"CPU {cpu} busy, GPU {gpu} busy"
 
 
 @contextmanager
 def measure_busy(device: torch.device) -> Iterator[Busy]:
-    """Fill in a :class:`Busy` when the block ends."""
-    found, samples, over = Busy(), [], threading.Event()
+    """Watch the machine and a card while the block runs."""
+    busy, over = Busy(), threading.Event()
 
     def sample() -> None:
         while not over.wait(0.05):
             with contextlib.suppress(Exception):
-                samples.append(torch.cuda.utilization(device) / 100)
+                busy.samples.append(torch.cuda.utilization(device) / 100)
 
     watcher = threading.Thread(target=sample, daemon=True) if _can_sample(device) else None
     if watcher is not None:
         watcher.start()
-    began, used = time.perf_counter(), _cpu_seconds()
     try:
-        yield found
+        yield busy
     finally:
-        found.seconds = time.perf_counter() - began
-        found.cpu = (_cpu_seconds() - used) / found.seconds / cores()
         over.set()
         if watcher is not None:
             watcher.join()
-        found.gpu = sum(samples) / len(samples) if samples else None
+        if not busy.seconds:
+            busy.mark()
 
 
 def _can_sample(device: torch.device) -> bool:
@@ -69,6 +83,9 @@ def _can_sample(device: torch.device) -> bool:
     return True
 
 
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+def _ticks() -> tuple[int, int]:
+    """Idle and all clock ticks of the machine's cores since its start; zeros where the kernel does not tell."""
+    if not STAT.exists():
+        return 0, 0
+    ticks = [int(field) for field in STAT.read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)

@@ -40,6 +40,21 @@ def repeat(root: Path, into: Path, train: int, val: int) -> Path:
     return into
 
 
+def shrink(root: Path, into: Path, side: int = 256) -> Path:
+    """Write ``into/{train,val}/CLASS/*.jpg``, no image's shorter side longer than ``side``: decoding takes little."""
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        with Image.open(file) as image:
+            image.draft("RGB", (side, side))
+            scale = min(side / min(image.size), 1)
+            small = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
+        target = into / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        small.save(target, quality=90)
+    return into
+
+
 def generate(into: Path, classes: int = 3, count: int = 12, side: int = 96) -> Path:
     """Write noise around one colour a class as ``into/{train,val}/CLASS/*.jpg``, where no photographs are given."""
     generator = np.random.default_rng(0)
