@@ -111,7 +111,7 @@ class FeatureCache(pl.Callback):
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
         from project.features.extraction import digest_images, distinct, image_views
-        from project.features.row_loader import Rows
+        from project.features.row_loader import open_rows
         from project.runtime.distributed import ProcessGroup
 
         source, device, ranks = data.source, trainer.strategy.root_device, ProcessGroup()
@@ -145,7 +145,8 @@ class FeatureCache(pl.Callback):
         provided, engines = self.provider.provide(computation, source, all_views, typical)
         _log(trainer, provided)
         stored.computed_by = f"{provided.option}, {count} view(s) of a training image"
-        rows = Rows(provided.found, memory(device, trainer.num_devices), device)
+        space = provided.option.space
+        rows = open_rows(space, all_views.keys, provided.found, memory(device, trainer.num_devices), device)
         data.loaders["train"].rows = _loader(trainer, rows, of_train, data, "train")
         data.loaders["val"].rows = _loader(trainer, rows, [of_val], data, "val")
         self._in_use = data, rows, stored

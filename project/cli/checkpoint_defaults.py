@@ -40,6 +40,10 @@ class CheckpointCLI(VerbCLI):
         self._checkpoint: dict[str, Any] | None = None
         super().__init__(ImageClassifier, ImageDataModule, args=self._args, **options)
 
+    def requested_verb(self) -> str | None:
+        """The verb, where it comes first."""
+        return self._args[0] if self._args and self._args[0] in self.subcommands() else None
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and put a mistake into words.
 

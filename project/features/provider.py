@@ -157,14 +157,15 @@ class RowProvider:
         """
         from project.data.transforms import evaluation
         from project.features.extraction import digest_images, distinct, image_views
-        from project.features.row_loader import Rows
+        from project.features.row_loader import open_rows
         from project.runtime.distributed import ProcessGroup
 
         digests = digest_images(source, samples, ProcessGroup())
         plain = image_views(source, samples, digests, evaluation(computation.backbone.preprocessing), [""])
         views, [[place]] = distinct([plain])
         provided, _ = self.provide(computation, source, views, views)
-        rows = Rows(provided.found, memory(torch.device("cpu")), torch.device("cpu"))
+        cpu = torch.device("cpu")
+        rows = open_rows(provided.option.space, views.keys, provided.found, memory(cpu), cpu)
         try:
             return rows[torch.from_numpy(place.astype(np.int64))].float()
         finally:

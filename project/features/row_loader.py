@@ -12,12 +12,17 @@ import torch
 
 from project.data.samplers import EpochOrder
 from project.errors import StoreError
-from project.features.store import Found, Shard
+from project.features.row_index import Keys
+from project.features.store import Found, Shard, Space
 from project.runtime.system import read_at
 
 #: Bytes of a batch of evaluation, about.
 EVALUATED = 16 * 2**20
 OPEN = 256  # files at a time
+
+
+class MissingShardError(StoreError):
+    """A file of rows is gone."""
 
 
 class RowBatch(NamedTuple):
@@ -41,13 +46,20 @@ class Rows:
         found: Where they are; none is missing.
         memory: Bytes that may be held in memory. Rows that take more are read from disk, batch by batch.
         device: Where those in memory are held.
+
+    Raises:
+        MissingShardError: Another fit has removed a file.
     """
 
     def __init__(self, found: Found, memory: int, device: torch.device) -> None:
         self._found = found
         self._files: dict[int, int] = {}
-        for number in range(min(len(found.shards), OPEN)):  # once they are open, they stay, whoever removes them
-            self._file(number)
+        try:
+            for number in range(min(len(found.shards), OPEN)):  # once they are open, they stay, whoever removes them
+                self._file(number)
+        except MissingShardError:
+            self.close()
+            raise
         self._held: torch.Tensor | None = None
         if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
             self._held = self._read(np.arange(len(found.index))).to(device)
@@ -93,7 +105,7 @@ class Rows:
             try:
                 self._files[number] = os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
-                raise StoreError(
+                raise MissingShardError(
                     f"{path} was removed by another fit, which merged it with others or made room. Run again."
                 ) from error
         return self._files[number]
@@ -103,6 +115,28 @@ class Rows:
         for file in self._files.values():
             os.close(file)
         self._files = {}
+
+
+def open_rows(space: Space, keys: Keys, found: Found, memory: int, device: torch.device) -> Rows:
+    """Open rows. Another fit may merge their files between the lookup and now; then they are looked up again.
+
+    Args:
+        space: Where they are stored.
+        keys: Of the rows, uint64 ``(N, 2)``.
+        found: Where they were found.
+        memory: Bytes that may be held in memory.
+        device: Where those in memory are held.
+
+    Raises:
+        StoreError: Another fit has removed some, to make room.
+    """
+    while True:
+        try:
+            return Rows(found, memory, device)
+        except MissingShardError:
+            found = space.find(keys)
+            if len(found.missing):
+                raise
 
 
 class RowLoader:

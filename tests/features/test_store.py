@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from project.features.row_loader import Rows
+from project.errors import StoreError
+from project.features.row_loader import Rows, open_rows
 from project.features.store import Found, Space, as_keys, evict_shards, row_key
 from tests.conftest import STORED, draw
 
@@ -226,3 +227,22 @@ def test_nothing_is_evicted_while_all_fits(rows: Callable[..., tuple[int, int]],
     assert rows(*budget) == (36, 1)
     (album / "train/red/new.png").unlink()
     assert rows("--model.image_size", "40", *budget) == (36, 0)
+
+
+@pytest.mark.parametrize("memory", [ALL, 0], ids=["in memory", "from disk"])
+def test_rows_that_another_fit_merges_after_the_lookup_are_looked_up_again(space: Space, memory: int) -> None:
+    keys = keys_from(0, 12)
+    found = space.find(keys)
+    space.compact(space.shards(), 2**20)
+    assert len(space.shards()) == 1, "the files that were found are gone"
+    rows = open_rows(space, keys, found, memory, CPU)
+    assert torch.equal(rows[torch.arange(12)], torch.cat([values(4, 5, seed=number) for number in range(3)]))
+    rows.close()
+
+
+def test_rows_that_another_fit_removes_after_the_lookup_are_reported(space: Space) -> None:
+    keys = keys_from(0, 12)
+    found = space.find(keys)
+    shard_of(space, 1).unlink()
+    with pytest.raises(StoreError, match="was removed by another fit"):
+        open_rows(space, keys, found, ALL, CPU)
