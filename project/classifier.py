@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -22,6 +21,7 @@ from project.features.row_loader import RowBatch
 from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
 from project.models.loss import mean_over_processes
+from project.models.optimizers import ArticleSGD
 from project.runtime import lightning_internals
 from project.runtime.distributed import processes
 from project.task import SingleLabel, Task, Weight
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     BackboneName = str | Backbone
 else:
     BackboneName = str
-
-
-#: The article's recipe.
-SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 
 
 class Step(NamedTuple):
@@ -90,7 +86,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         trainable: str = "head",
         image_size: int | None = None,
         head: HeadCallable = LinearHead,
-        optimizer: OptimizerCallable = SGD,
+        optimizer: OptimizerCallable = ArticleSGD,
         scheduler: SchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,

@@ -25,6 +25,9 @@ from project.cli.main import main
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 #: Flags of a small, fast model.
 SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
+SMALL += ["--dashboard.figures", "false"]  # they take longer than the fit
+#: After the flags of a small model: the dashboard's figures.
+FIGURES = ["--dashboard.figures", "true"]
 
 #: Flags of a fit whose rows are in a folder of its own, and come from one engine without a choice.
 STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]
@@ -103,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Pat
     try:
         code = main(
             [
-                *("fit", *SMALL, "--model.weights", str(weights), "--data.root", str(photos)),
+                *("fit", *SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", str(photos)),
                 *("--trainer.max_epochs", "3", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"),
             ]
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from project.data.image_index import ImageInfo
 from project.data.near_duplicates import alike, same
-from project.data.sources.base import Finding, Source, some
+from project.data.sources.base import Finding, Source, quote_names
 from project.errors import ConfigError, DataError
 from project.runtime.atomic_write import replacing
 
@@ -190,7 +190,7 @@ def _sizes_of_classes(source: Source) -> Iterator[Finding]:
     counts = Counter(source.classes[sample.label] for sample in source.splits.get("train", ()))
     tiny = [name for name, count in counts.items() if count < TINY]
     if tiny:
-        yield Finding("note", "tiny class", f"Fewer than {TINY} training images: {some(tiny)}.", tuple(tiny))
+        yield Finding("note", "tiny class", f"Fewer than {TINY} training images: {quote_names(tiny)}.", tuple(tiny))
     if counts and max(counts.values()) >= IMBALANCE * min(counts.values()):
         (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
         text = f"{most!r} has {many} training images and {least!r} {few}. Try --data.balance sampler, or loss."

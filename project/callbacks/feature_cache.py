@@ -194,5 +194,5 @@ def _loader(
         data.order(name),
         epoch=data.epoch,
         evaluates=name != "train" and not (isinstance(limit, int) and limit > 0),
-        behind=lambda: data.behind(name),
+        skip_batches=lambda: data.skip_batches(name),
     )

@@ -11,9 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.callbacks.model_checkpoint import Last
+from project.callbacks.model_checkpoint import LastCheckpoint
 from project.runtime import lightning_internals
-from project.runtime.signals import Interrupted, Signals
+from project.runtime.signals import Interrupted, SignalHandler
 
 
 class GracefulShutdown(pl.Callback):
@@ -27,7 +27,7 @@ class GracefulShutdown(pl.Callback):
         command: The command line that goes on with the fit, but for the checkpoint.
     """
 
-    def __init__(self, signals: Signals, command: str) -> None:
+    def __init__(self, signals: SignalHandler, command: str) -> None:
         self._signals = signals
         self._command = command
         self._leaving: list[subprocess.Popen[bytes]] = []
@@ -79,7 +79,7 @@ class GracefulShutdown(pl.Callback):
         if not number:
             return
         name = signal.Signals(number).name
-        last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
+        last = next((each.path for each in trainer.checkpoint_callbacks if isinstance(each, LastCheckpoint)), None)
         if last is None:
             raise Interrupted(number, f"Stopped by {name}. Nothing was saved, as this fit keeps no last.ckpt.")
         self._leaving = lightning_internals.release_subprocesses(trainer)

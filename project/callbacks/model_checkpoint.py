@@ -19,7 +19,7 @@ from project.runtime.console import print_rank_zero
 KEY = "best"
 
 
-class _AtEnds(ModelCheckpoint):
+class _EpochCheckpoint(ModelCheckpoint):
     """Saves at each epoch's end, where nothing of it is left to be done, and after validations within an epoch.
 
     Lightning's own saves at validations alone where not each epoch has one at its end, and loses the other epochs.
@@ -28,12 +28,17 @@ class _AtEnds(ModelCheckpoint):
     def __init__(self, **options: Any) -> None:
         super().__init__(save_on_train_epoch_end=True, enable_version_counter=False, **options)
 
+    @property
+    def state_key(self) -> str:
+        """The name of the state in checkpoints: that of the first version's classes, ``Best`` and ``Last``."""
+        return super().state_key.replace(type(self).__qualname__, type(self).__qualname__.removesuffix("Checkpoint"), 1)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_last_batch:
             self.on_train_epoch_end(trainer, pl_module)
 
 
-class Best(_AtEnds):
+class BestCheckpoint(_EpochCheckpoint):
     """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through.
 
     Attributes:
@@ -107,7 +112,7 @@ def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSumm
     return EvaluationSummary(trainer.current_epoch, metrics, counts.images, confusion, counts.calibration.numpy())
 
 
-class Last(_AtEnds):
+class LastCheckpoint(_EpochCheckpoint):
     """``last.ckpt``: of each epoch's end, and of where a fit was interrupted.
 
     A callback of its own: ``save_last=True`` writes it only in epochs that are also the best so far.

@@ -21,6 +21,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError, damaged_checkpoint, nearest
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
+from project.runtime.jsonargparse_internals import arguments_of_their_class
 from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
 
@@ -50,12 +51,14 @@ class CheckpointCLI(VerbCLI):
         Raises:
             ConfigError: A flag or key is unknown, or its value is not of its kind.
         """
+        validate_order(args)
         verb = next((word for word in args if word in self.subcommands()), None)
         path, _ = split_checkpoint_flag(args)
         if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
-            self.config = parser.parse_args(args)
+            with arguments_of_their_class():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise explain(error, self.verb_parser(verb) if verb else self.parser) from error
         except RecursionError as error:
@@ -176,3 +179,20 @@ def split_checkpoint_flag(args: Sequence[str]) -> tuple[str | None, list[str]]:
     flag.add_argument("--ckpt_path", nargs="?")
     known, rest = flag.parse_known_args(args)
     return known.ckpt_path, rest
+
+
+def validate_order(args: Sequence[str]) -> None:
+    """Refuse an argument of a class that comes before the class, as the class starts from its own defaults.
+
+    Raises:
+        ConfigError: One does.
+    """
+    seen: list[str] = []
+    for word in args:
+        name = word.partition("=")[0]
+        if not name.startswith("--"):
+            continue
+        early = next((other for other in seen if other.startswith(f"{name}.")), None)
+        if early and "." in name and name not in seen:
+            raise ConfigError(f"{early} comes before {name}, which starts from its class's own defaults. Put it after.")
+        seen.append(name)

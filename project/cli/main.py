@@ -17,7 +17,7 @@ from project.config.import_allowlist import allowed_imports, imports_limited
 from project.errors import ProjectError
 from project.runtime.distributed import is_externally_launched, is_peer_failure, is_rank_zero, launcher_pid
 from project.runtime.process_state import process_state
-from project.runtime.signals import Interrupted, Signals
+from project.runtime.signals import Interrupted, SignalHandler
 
 
 def _again(args: Sequence[str]) -> str:
@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> int:
     """
     try:
         more, rest = allowed_imports(args)
-        with _process_state(), Signals(launcher_pid()) as signals, imports_limited(more):
+        with _process_state(), SignalHandler(launcher_pid()) as signals, imports_limited(more):
             code = TransferCLI(rest, signals, _again(args)).exit_code
             if signals.received:
                 raise Interrupted(signals.received, "It was done already, and everything is saved.")

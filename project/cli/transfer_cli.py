@@ -18,12 +18,11 @@ from project.audit.label_issues import require_scikit_learn
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
-from project.callbacks.model_checkpoint import Best, Last
+from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
-from project.classifier import SGD, ImageClassifier
+from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS, reserve_version
-from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
@@ -31,7 +30,7 @@ from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
 from project.runtime.lightning_cli import Verb, VerbCLI
-from project.runtime.signals import Signals
+from project.runtime.signals import SignalHandler
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
@@ -48,7 +47,7 @@ class TransferCLI(CheckpointCLI):
 
     trainer: Trainer
 
-    def __init__(self, args: Sequence[str], signals: Signals, command: str) -> None:
+    def __init__(self, args: Sequence[str], signals: SignalHandler, command: str) -> None:
         self._signals = signals
         self._command = command
         self.exit_code = 0
@@ -79,7 +78,6 @@ class TransferCLI(CheckpointCLI):
         """Flags of all verbs besides those of the model, the data and the trainer."""
         parser.add_lightning_class_args(FeatureCache, "features")
         parser.add_lightning_class_args(Dashboard, "dashboard")
-        parser.set_defaults({"model.optimizer": ClassSpec.of(SGD).as_dict()})  # the parser cannot read a partial
         parser.add_argument(
             "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
         )
@@ -250,5 +248,9 @@ def build_callbacks(
         if trainer.logger is not False:
             callbacks.append(LearningRateMonitor())
         if trainer.enable_checkpointing is not False:
-            callbacks += [*([Best()] if trainer.limit_val_batches != 0 else []), Last(), ModelCardCallback()]
+            callbacks += [
+                *([BestCheckpoint()] if trainer.limit_val_batches != 0 else []),
+                LastCheckpoint(),
+                ModelCardCallback(),
+            ]
     return callbacks

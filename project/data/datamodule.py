@@ -18,8 +18,8 @@ from project.data.image_index import ImageInfo, Index
 from project.data.image_io import list_images
 from project.data.mixup import BatchMixer
 from project.data.samplers import EpochOrder, EpochSampler
-from project.data.sources.base import Sample, Source, some
-from project.data.sources.factory import Given, open_source
+from project.data.sources.base import Sample, Source, quote_names
+from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
 from project.data.split_loader import SplitLoader
 from project.data.splits import HoldOut, lacking, split
@@ -70,7 +70,7 @@ class ImageDataModule(pl.LightningDataModule):
     def __init__(
         self,
         root: str | None = None,
-        source: Given | None = None,
+        source: SourceArgument | None = None,
         predict: str | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
@@ -167,7 +167,7 @@ class ImageDataModule(pl.LightningDataModule):
         bad = [sample.name for sample, facts in zip(samples, known, strict=True) if facts.error]
         if bad:
             print_rank_zero(
-                f"Data: {len(bad)} of {len(samples)} images of {where} cannot be read, and are left out: {some(bad)}"
+                f"Data: skips {len(bad)} of {len(samples)} images of {where}, which cannot be read: {quote_names(bad)}"
             )
         return [sample for sample, facts in zip(samples, known, strict=True) if not facts.error]
 
@@ -229,8 +229,8 @@ class ImageDataModule(pl.LightningDataModule):
         rank, world_size = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         return EpochOrder(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
 
-    def behind(self, split_name: str) -> int:
-        """How many batches of the present epoch a fit that was resumed within it has behind it."""
+    def skip_batches(self, split_name: str) -> int:
+        """Number of batches of this epoch that a resumed fit has trained on already."""
         if split_name != "train" or self.trainer is None or not lightning_internals.is_resuming_epoch(self.trainer):
             return 0
         return lightning_internals.training_batches(self.trainer).processed
@@ -313,7 +313,7 @@ class ImageDataModule(pl.LightningDataModule):
         assert self.source is not None  # setup() has refused it
         transform = self.training_transform() if name == "train" else self.evaluation_transform()
         dataset = ImageDataset(self.splits[name], self.source, transform, run_seed())
-        return self._loader(dataset, EpochSampler(self.order(name), lambda: self.behind(name) * self.batch_size))
+        return self._loader(dataset, EpochSampler(self.order(name), lambda: self.skip_batches(name) * self.batch_size))
 
     def _loader(self, dataset: ImageDataset, sampler: EpochSampler) -> DataLoader[Any]:
         return ImageLoader(

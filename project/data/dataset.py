@@ -66,7 +66,7 @@ class ImageDataset(Dataset[Any]):
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
         """The items of a batch; in a worker process, a mistake in the data is an item: see :class:`ImageLoader`."""
         try:
-            self._source.expect([self._sample(number) for number in numbers])
+            self._source.prefetch([self._sample(number) for number in numbers])
             return [self[number] for number in numbers]
         except ProjectError as error:
             if get_worker_info() is None:

@@ -96,12 +96,12 @@ class EpochSampler(DistributedSampler[Any]):
 
     Args:
         order: The order.
-        behind: How many images of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
+        skip_images: Number of images to skip at the start of the epoch: a resumed fit has trained on them.
     """
 
-    def __init__(self, order: EpochOrder, behind: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, order: EpochOrder, skip_images: Callable[[], int] = lambda: 0) -> None:
         self._order = order
-        self._behind = behind
+        self._skip_images = skip_images
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -114,5 +114,5 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         indices, valid = self._order(self.epoch)
         numbers = (indices + self.epoch * self._order.count).tolist()
-        for number, counts in [*zip(numbers, valid.tolist(), strict=True)][self._behind() :]:
+        for number, counts in [*zip(numbers, valid.tolist(), strict=True)][self._skip_images() :]:
             yield number if counts else Padding(number)

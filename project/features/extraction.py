@@ -403,7 +403,11 @@ def _workers(source: Source, images: Sequence[View]) -> int:
     """How many processes decode for a GPU; 0 where threads are better, or all that there can be."""
     # A source whose reads depend on each other has something open that processes cannot share; and where processes do
     # not begin as forks, each would get a copy of all images first.
-    if len(images) < MANY or source.decoder.expect is not Source.expect or multiprocessing.get_start_method() != "fork":
+    if (
+        len(images) < MANY
+        or source.decoder.prefetch is not Source.prefetch
+        or multiprocessing.get_start_method() != "fork"
+    ):
         return 0
     workers = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     under_way = workers * PREFETCH * PART * load_image(source, images[0]).numel()

@@ -150,7 +150,7 @@ class RowLoader:
         order: In which order they come.
         epoch: Says which epoch it is.
         evaluates: Nothing is learnt, so that batches may be larger.
-        behind: How many batches of the epoch, at its beginning, are left out: those that a resumed fit has behind it.
+        skip_batches: Number of batches to skip at the start of the epoch: a resumed fit has trained on them.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class RowLoader:
         order: EpochOrder,
         epoch: Callable[[], int],
         evaluates: bool = False,
-        behind: Callable[[], int] = lambda: 0,
+        skip_batches: Callable[[], int] = lambda: 0,
     ) -> None:
         self._rows = rows
         self._views = views
@@ -170,7 +170,7 @@ class RowLoader:
         self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
         self._order = order
         self._epoch = epoch
-        self._behind = behind
+        self._skip_batches = skip_batches
 
     def __len__(self) -> int:
         return -(-len(self._order) // self.batch_size)
@@ -179,5 +179,5 @@ class RowLoader:
         epoch = self._epoch()
         view = self._views[epoch % len(self._views)]
         parts = zip(*(torch.split(part, self.batch_size) for part in self._order(epoch)), strict=True)
-        for indices, valid in itertools.islice(parts, self._behind(), None):
+        for indices, valid in itertools.islice(parts, self._skip_batches(), None):
             yield RowBatch(self._rows[view[indices]], self._labels[indices].long(), valid)

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.callbacks.model_checkpoint import Best, Last
+from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.model_card import CardFacts, card, code
@@ -63,12 +63,12 @@ class ModelCardCallback(pl.Callback):
 
 def card_path(trainer: pl.Trainer) -> Path | None:
     """Where the card of a fit is, or is to be; ``None`` of one that keeps no checkpoint, and so no model."""
-    kept = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Last)), None)
+    kept = next((each for each in trainer.checkpoint_callbacks if isinstance(each, LastCheckpoint)), None)
     return None if kept is None else kept.path.parent.parent / FILE
 
 
 def _facts(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, ended: str, checked: str) -> CardFacts:
-    best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Best)), None)
+    best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
     stored = module.stored_features
     measured = best.measured if best is not None else None
     known = [f"Known of the data before any image was read: {each.kind}." for each in data.source.findings]  # type: ignore[union-attr]

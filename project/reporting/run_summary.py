@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from project.callbacks import early_stopping_resume
-from project.callbacks.model_checkpoint import Best
+from project.callbacks.model_checkpoint import BestCheckpoint
 from project.classifier import ImageClassifier
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
@@ -62,7 +62,7 @@ class RunSummary(pl.Callback):
         why = early_stopping_resume.reason(trainer)
         rows = {} if why is None else {"ended": f"early. {why}"}
         kept, reload = trainer.checkpoint_callbacks, None  # the user's own come before ours
-        saved = next((each for each in kept if isinstance(each, Best)), trainer.checkpoint_callback)
+        saved = next((each for each in kept if isinstance(each, BestCheckpoint)), trainer.checkpoint_callback)
         # A resumed fit knows the best checkpoint of an older run, which need not be there any more.
         if isinstance(saved, ModelCheckpoint) and Path(saved.best_model_path).is_file():
             path = _from_here(Path(saved.best_model_path))
@@ -114,7 +114,7 @@ def _best(saved: ModelCheckpoint) -> dict[str, str]:
         return {}
     score = float(saved.best_model_score)
     rows = {f"best {saved.monitor}": f"{score:.4f}"}
-    measured = saved.measured if isinstance(saved, Best) else None
+    measured = saved.measured if isinstance(saved, BestCheckpoint) else None
     if measured is not None and measured.epoch is not None:
         if measured.images:
             rows[f"best {saved.monitor}"] += _interval(score, measured.images)

@@ -50,7 +50,7 @@ class Thumbnails:
             if time.perf_counter() > until:
                 break
             if at % AHEAD == 0:
-                self._source.expect([self._samples[each] for each in places[at : at + AHEAD]])
+                self._source.prefetch([self._samples[each] for each in places[at : at + AHEAD]])
             try:
                 found.append(square(self._source.read(self._samples[place], side), side))
             except DataError as error:  # stored rows have no need of it

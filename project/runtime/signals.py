@@ -32,7 +32,7 @@ class Interrupted(BaseException):
         return 128 + self.number
 
 
-class Signals:
+class SignalHandler:
     """SIGTERM and SIGINT raise :class:`Interrupted` at once, or, while somebody looks out for them, are kept for him.
 
     Args:
@@ -51,7 +51,7 @@ class Signals:
         self._parent = parent
         self._at = 0.0
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> SignalHandler:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.install()
         return self

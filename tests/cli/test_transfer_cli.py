@@ -11,7 +11,7 @@ from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.cli.transfer_cli import build_callbacks
 from project.reporting.dashboard import Dashboard
 from project.reporting.run_summary import RunSummary
-from project.runtime.signals import Signals
+from project.runtime.signals import SignalHandler
 
 
 def names(verb: str, **trainer: Any) -> list[str]:
@@ -24,7 +24,7 @@ def names(verb: str, **trainer: Any) -> list[str]:
         output="predictions.csv",
     )
     before = section.clone()
-    callbacks = build_callbacks(verb, section, GracefulShutdown(Signals(), ""), RunSummary(dashboard))
+    callbacks = build_callbacks(verb, section, GracefulShutdown(SignalHandler(), ""), RunSummary(dashboard))
     assert section.trainer == before.trainer, "the configuration is left alone"
     return [type(each).__name__ for each in callbacks]
 
@@ -35,9 +35,9 @@ ALWAYS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({}, ["RunSummary", "LearningRateMonitor", "Best", "Last", "ModelCardCallback"]),
-        ({"limit_val_batches": 0}, ["RunSummary", "LearningRateMonitor", "Last", "ModelCardCallback"]),
-        ({"logger": False}, ["RunSummary", "Best", "Last", "ModelCardCallback"]),
+        ({}, ["RunSummary", "LearningRateMonitor", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
+        ({"limit_val_batches": 0}, ["RunSummary", "LearningRateMonitor", "LastCheckpoint", "ModelCardCallback"]),
+        ({"logger": False}, ["RunSummary", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
         ({"enable_checkpointing": False}, ["RunSummary", "LearningRateMonitor"]),
         ({"fast_dev_run": True}, ["RunSummary"]),
     ],

@@ -242,7 +242,7 @@ def test_processes_feed_a_gpu_where_there_are_many_images_that_are_read_apart(
     monkeypatch.setattr(Sums, "ahead", 0)
     extraction.extract(Sums(), images, source, Space(tmp_path, {}))
     monkeypatch.setattr(Sums, "ahead", 3)
-    monkeypatch.setattr(Folder, "expect", lambda self, samples: None)
+    monkeypatch.setattr(Folder, "prefetch", lambda self, samples: None)
     extraction.extract(Sums(), images, source, Space(tmp_path, {}))
     assert found == [0, cores(), 0, 0], "few; many; on a CPU; from a source whose reads depend on each other"
 

@@ -17,11 +17,11 @@ RUNS = """
 import json, os, sys
 from pathlib import Path
 from project.cli.transfer_cli import TransferCLI
-from project.runtime.signals import Signals
+from project.runtime.signals import SignalHandler
 
 for line in json.loads(Path(sys.argv[1]).read_text()):
     name, *arguments = line
-    trainer = TransferCLI(arguments, Signals(), "").trainer
+    trainer = TransferCLI(arguments, SignalHandler(), "").trainer
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     Path(sys.argv[2], f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(values))
 """

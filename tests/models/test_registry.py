@@ -16,6 +16,8 @@ ZOO = torchvision.models.list_models(module=torchvision.models)
 #: Smallest sides that these take; all others take 32 px. The ViTs and MaxViT take one size only.
 SIDES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224}
 GIANTS = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")
+#: Building these two takes 25 s; their families have smaller members here.
+LONG = ("regnet_y_128gf", "vit_h_14")
 
 
 class WithoutDice(TorchFunctionMode):
@@ -46,7 +48,7 @@ def test_the_zoo_is_all_of_torchvision():
     assert len(ZOO) >= 80
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in ZOO])
 def test_every_classifier_of_torchvision_is_a_backbone(name, memory):
     if name in GIANTS:
         with WithoutDice():

@@ -27,7 +27,7 @@ from project.reporting.figure_logger import FigureLogger
 from project.reporting.thumbnails import Thumbnails
 from project.runtime import logger_adapters
 from project.runtime.logger_adapters import Points
-from tests.conftest import COLOURS, SMALL, scalars
+from tests.conftest import COLOURS, FIGURES, SMALL, scalars
 from tests.forked import start
 from tests.integration.launched import run_all
 
@@ -37,6 +37,12 @@ PICTURES = {
     *("train/input", "val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability"),
     *("val/mistakes_most_confident", "val/least_confident"),
 }
+
+
+@pytest.fixture
+def fit(fit: Fit) -> Fit:
+    """Runs a small fit whose dashboard has figures."""
+    return lambda *flags: fit(*FIGURES, *flags)
 
 
 def tags(run: Path) -> dict[str, set[str]]:
@@ -107,18 +113,18 @@ def test_a_negative_number_of_points_is_refused(fit: Fit, refused: Callable[[int
     assert "dashboard.points has to be at least 0" in refused(fit("--dashboard.points", "-1"))
 
 
-FIGURES = {"val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability", "val/least_confident"}
+DRAWN = {"val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability", "val/least_confident"}
 
 
 @pytest.mark.parametrize(
     ("flags", "validations", "images"),
     [
         (["--trainer.limit_val_batches", "0"], 0, {"train/input"}),
-        (["--trainer.limit_val_batches", "1"], 1, {"train/input", *FIGURES}),
-        (["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"], 2, {"train/input", *FIGURES}),
-        (["--trainer.overfit_batches", "1"], 1, {"train/input", *FIGURES}),
-        (["--data.mixup", "0.2"], 1, {"train/input", *FIGURES}),
-        (["--model.trainable", "all"], 1, {"train/input", *FIGURES}),
+        (["--trainer.limit_val_batches", "1"], 1, {"train/input", *DRAWN}),
+        (["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"], 2, {"train/input", *DRAWN}),
+        (["--trainer.overfit_batches", "1"], 1, {"train/input", *DRAWN}),
+        (["--data.mixup", "0.2"], 1, {"train/input", *DRAWN}),
+        (["--model.trainable", "all"], 1, {"train/input", *DRAWN}),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -305,7 +311,7 @@ def test_real_wandb_takes_them(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("cache", ["on", "off"])
 def test_two_processes_draw_once_and_of_all_images(cache: str, album: Path, weights: Path) -> None:
     (album / "val/red/3.png").unlink()  # an odd number, so one process has padding
-    flags = [*SMALL, "--model.weights", str(weights), "--data.root", "album", "--data.batch_size", "5"]
+    flags = [*SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", "album", "--data.batch_size", "5"]
     flags += ["--features.cache", cache, "--trainer.max_epochs", "1"]
     flags += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     ((code, said),) = run_all([["-m", "project", "fit", *flags]])
@@ -341,7 +347,7 @@ def test_an_interrupted_fit_and_one_without_validation_have_a_result(
 ) -> None:
     assert fit("--trainer.limit_val_batches", "0") == 0
     assert {"result/last_train_loss", "result/seconds"} <= tags(RUN)["scalars"]
-    flags = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "9"]
+    flags = [*SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "9"]
     stopped = start(here, ["fit", *flags], {"step": 3, "number": signal.SIGTERM})
     assert stopped.wait() == 143, stopped.said
     assert {"result/best_accuracy", "result/seconds"} <= tags(RUN.with_name("version_1"))["scalars"]

@@ -123,7 +123,7 @@ class Source(ABC):
         """SHA-256 of :meth:`content`, where it is known without reading it."""
         return None
 
-    def expect(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources have nothing to do
+    def prefetch(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources have nothing to do
         """Be told which samples are read next, for a source whose reads are better under way all at once."""
 
     def read(self, sample: Sample, min_size: int = 0) -> Image.Image:
@@ -157,7 +157,7 @@ def decoder_name(source: Source) -> str:
     return MOVED_DECODERS.get(name, name)
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
+def quote_names(names: Iterable[str], most: int = 5) -> str:
     """The first few of some names, quoted, and how many more there are."""
     listed = [repr(name) for name in names]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""

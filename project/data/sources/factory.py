@@ -16,10 +16,10 @@ from project.data.sources.torchvision_reader import bound_class
 
 #: What the parser makes of a class named as ``source`` is a factory, the first of these: an error of a class that it
 #: made itself would come with those of all the other types.
-Given: TypeAlias = Callable[[], Source | VisionDataset] | Source | VisionDataset
+SourceArgument: TypeAlias = Callable[[], Source | VisionDataset] | Source | VisionDataset
 
 
-def open_source(given: str | Given | None) -> Source | None:
+def open_source(given: str | SourceArgument | None) -> Source | None:
     """The source of some data; ``None`` of none.
 
     Args:

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from project.data.sources.base import Finding, Sample, some
+from project.data.sources.base import Finding, Sample, quote_names
 
 
 def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
@@ -26,15 +26,17 @@ def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequ
     everywhere = set().union(*here.values())
     unlearnt = [classes[number] for number in sorted(everywhere - here["train"])]
     if unlearnt:
-        text = f"{where}: no image of train has the label {some(unlearnt)}, so nothing could learn it."
+        text = f"{where}: no image of train has the label {quote_names(unlearnt)}, so nothing could learn it."
         yield Finding("refused", "class in one split", text)
     unseen = [name for number, name in enumerate(classes) if number not in everywhere]
     if unseen:
-        yield Finding("problem", "empty class", f"{where}: no image has the label {some(unseen)}.")
+        yield Finding("problem", "empty class", f"{where}: no image has the label {quote_names(unseen)}.")
     for split in [split for split in here if split != "train"]:
         lacking = [name for number, name in enumerate(classes) if number not in here[split]]
         if lacking:
-            text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
+            text = (
+                f"{split} has no images of {quote_names(lacking)}, so nothing is known of how well they are recognised."
+            )
             yield Finding("problem", "class in one split", text)
 
 
@@ -49,5 +51,5 @@ def name_findings(classes: Iterable[str]) -> Iterator[Finding]:
         alike["".join(re.sub(r"(?<=\w)[-_]", " ", name.casefold()).split())].append(name)
     for names in alike.values():
         if len(names) > 1:
-            text = f"Classes {some(names)} differ by case or space alone. Give them one name, if they are one class."
+            text = f"Classes {quote_names(names)} differ by case or space alone. If they are one class, use one name."
             yield Finding("problem", "similar names", text)

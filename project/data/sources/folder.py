@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from project.data.image_io import SUFFIXES, Listing, list_images
-from project.data.sources.base import SPLITS, Finding, Sample, some
+from project.data.sources.base import SPLITS, Finding, Sample, quote_names
 from project.data.sources.files import Files
 from project.data.sources.findings import name_findings
 from project.errors import DataError, nearest
@@ -100,7 +100,7 @@ def _class_findings(places: Mapping[str, Path], listings: Mapping[str, Mapping[s
         if split != "train":
             lacking = [name for name in known if not (name in listing and listing[name].images)]
             if lacking:
-                text = f"{split} has no images of {some(lacking)}, so nothing is known of how well they are recognised."
+                text = f"{split} has no images of {quote_names(lacking)}, so their accuracy cannot be measured."
                 yield Finding("problem", "class in one split", text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from project.data.image_io import read_bytes
-from project.data.sources.base import SPLITS, Finding, Sample, some
+from project.data.sources.base import SPLITS, Finding, Sample, quote_names
 from project.data.sources.files import PublishedDataset
 from project.errors import DataError, nearest
 
@@ -51,7 +51,7 @@ class HuggingFace(PublishedDataset):
         tables, left_out = _named(_load(datasets, path, self._configuration, self._revision), path)
         findings: list[Finding] = []
         if left_out:
-            text = f"{some(left_out)} are no names of a split that is known, and are left out."
+            text = f"{quote_names(left_out)} are no names of a split that is known, and are left out."
             findings.append(Finding("note", "other splits", text, tuple(left_out)))
         features = tables["train"].features
         self._column = image = _column(self._columns[0], "image", features, datasets.Image)
@@ -124,7 +124,9 @@ def _named(loaded: Any, path: str) -> tuple[dict[str, Any], list[str]]:
         if split:
             found[split] = name
     if "train" not in found:
-        raise DataError(f"data.source: {path} has {some(loaded)}, and no split to train on. Call one of them train.")
+        raise DataError(
+            f"data.source: {path} has {quote_names(loaded)}, and no split to train on. Call one of them train."
+        )
     return {split: loaded[name] for split, name in found.items()}, [
         name for name in loaded if name not in found.values()
     ]
@@ -135,14 +137,14 @@ def _column(given: str | None, what: str, features: Mapping[str, Any], kind: typ
         if given not in features:
             raise DataError(
                 f"data.source.{what}: there is no column {given!r}. "
-                f"{nearest(given, features)}There are {some(features)}."
+                f"{nearest(given, features)}There are {quote_names(features)}."
             )
         return given
     fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(fitting) != 1:
         raise DataError(
-            f"data.source: {some(fitting) or 'no column'} could be the {what}. "
-            f"Name one with data.source.{what}: there are {some(features)}."
+            f"data.source: {quote_names(fitting) or 'no column'} could be the {what}. "
+            f"Name one with data.source.{what}: there are {quote_names(features)}."
         )
     return fitting[0]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from project.data.sources.base import SPLITS, Finding, Sample, some
+from project.data.sources.base import SPLITS, Finding, Sample, quote_names
 from project.data.sources.files import Files
 from project.data.sources.findings import class_findings, name_findings
 from project.errors import DataError
@@ -51,7 +51,7 @@ class Manifest(Files):
                 taken[name] = number, label
                 entries.append((name, label, split, row["group"]))
         for what, places in bad.items():
-            text = f"data.root: {file}: {len(places)} rows: each {what}. Mend or remove {some(places)}."
+            text = f"data.root: {file}: {len(places)} rows: each {what}. Mend or remove {quote_names(places)}."
             findings.append(Finding("refused", "bad row", text, tuple(places)))
         self.classes = tuple(sorted({label for _, label, _, _ in entries}))
         index = {label: number for number, label in enumerate(self.classes)}
@@ -71,7 +71,7 @@ def _parted_groups(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
                 where[sample.group].add(split)
     parted = [group for group, parts in where.items() if len(parts) > 1]
     if parted:
-        text = f"{len(parted)} groups are in two splits, so what is measured was trained on: {some(parted)}."
+        text = f"{len(parted)} groups are in two splits, so what is measured was trained on: {quote_names(parted)}."
         names = tuple(sample.name for part in splits.values() for sample in part if sample.group in set(parted))
         yield Finding("problem", "group in two splits", text, names)
 
@@ -97,7 +97,7 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     lacking = [name for name in ("path", "label") if name not in columns]
     if lacking:
         raise DataError(
-            f"data.root: {file} has no column {' and no '.join(lacking)}: it has {some(names) or 'none'}. "
+            f"data.root: {file} has no column {' and no '.join(lacking)}: it has {quote_names(names) or 'none'}. "
             "The first row names the columns: path,label, and if you like split and group."
         )
     for number, values in enumerate(rows, 2):

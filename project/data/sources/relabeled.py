@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from project.data.sources.base import Sample, Source, some
+from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.findings import class_findings
 from project.errors import DataError, nearest
 
@@ -28,7 +28,7 @@ class Relabeled(Source):
         members = [name for names in groups.values() for name in names]
         twice = sorted({name for name in members if members.count(name) > 1})
         if twice:
-            raise DataError(f"Classes in more than one group: {some(twice)}.")
+            raise DataError(f"Classes in more than one group: {quote_names(twice)}.")
         self._source = source
         self._groups = groups
 
@@ -75,9 +75,9 @@ class Relabeled(Source):
         """As the source."""
         return self._source.digest(sample)
 
-    def expect(self, samples: Sequence[Sample]) -> None:
+    def prefetch(self, samples: Sequence[Sample]) -> None:
         """As the source."""
-        self._source.expect(samples)
+        self._source.prefetch(samples)
 
 
 regrouped = Relabeled  # the name in notebooks of before

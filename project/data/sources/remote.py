@@ -177,7 +177,7 @@ class RangeReader:
     def __reduce__(self) -> tuple[type[RangeReader], tuple[()]]:
         return RangeReader, ()  # in another process it begins with none
 
-    def expect(self, parts: Iterable[ByteRange]) -> None:
+    def prefetch(self, parts: Iterable[ByteRange]) -> None:
         """Begin to read what is asked for next; what was expected before is forgotten."""
         pool = ThreadPoolExecutor(AT_ONCE)
         self._expected = {part: pool.submit(fetch, *part) for part in parts if not _is_local(part[0])}

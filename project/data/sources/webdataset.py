@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from project.data.sources.base import Finding, Sample, some
+from project.data.sources.base import Finding, Sample, quote_names
 from project.data.sources.files import Files
 from project.data.sources.findings import class_findings, name_findings
 from project.data.sources.remote import ByteRange, RangeReader, expand, folder_name
@@ -75,7 +75,7 @@ class Shards(Files):
         self._urls = [url for part in urls.values() for url in part]
         twice = [url for url, count in Counter(self._urls).items() if count > 1]
         if twice:
-            raise ConfigError(f"data.source: {some(twice)} are named twice. A shard is of one split.")
+            raise ConfigError(f"data.source: {quote_names(twice)} are named twice. A shard is of one split.")
         self._parts = RangeReader()
         image, label = self._members
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
@@ -124,9 +124,9 @@ class Shards(Files):
             raise DataError(f"{sample.name} ends too soon: its shard was changed since it was indexed. Run again.")
         return content
 
-    def expect(self, samples: Sequence[Sample]) -> None:
+    def prefetch(self, samples: Sequence[Sample]) -> None:
         """Begin to read images that are not on this machine, all at once."""
-        self._parts.expect(map(self._part, samples))
+        self._parts.prefetch(map(self._part, samples))
 
     def digest(self, sample: Sample) -> bytes:
         """What the index has."""
@@ -216,13 +216,13 @@ def _mixed(classes: Sequence[str]) -> Iterator[Finding]:
     numbers = [name for name in classes if _is_number(name)]
     if 0 < len(numbers) < len(classes):
         words = [name for name in classes if not _is_number(name)]
-        text = f"Labels are partly numbers, {some(numbers)}, and partly words, {some(words)}. Are these classes twice?"
+        text = f"Some labels are numbers ({quote_names(numbers)}), others words ({quote_names(words)}): twice the same?"
         yield Finding("problem", "mixed labels", text)
     if len({int(name) for name in numbers}) < len(numbers):
-        yield Finding("problem", "mixed labels", f"Of the labels {some(numbers)} some are the same number.")
+        yield Finding("problem", "mixed labels", f"Of the labels {quote_names(numbers)} some are the same number.")
     if any(int(name) < 0 for name in numbers):
         yield Finding(
-            "problem", "negative label", f"A label below 0 is a class here: {some(numbers)}. Is it for no label?"
+            "problem", "negative label", f"A label below 0 is a class here: {quote_names(numbers)}. Is it for no label?"
         )
 
 
@@ -230,12 +230,12 @@ def _findings(
     left_out: dict[str, list[str]], unknown: dict[str, list[str]], classes: Sequence[str]
 ) -> Iterator[Finding]:
     for what, names in left_out.items():
-        text = f"data.source: {len(names)} samples are left out or are not whole: each {what}. They are {some(names)}."
+        text = f"data.source: {len(names)} samples are skipped or incomplete: each {what}: {quote_names(names)}."
         yield Finding("problem", "bad sample", text, tuple(names))
     if unknown:
         names = [name for part in unknown.values() for name in part]
         text = (
             f"data.source: {len(names)} samples have a label that is none of the {len(classes)} classes: "
-            f"{some(unknown)}. Add it to classes, or mend {some(names)}."
+            f"{quote_names(unknown)}. Add it to classes, or mend {quote_names(names)}."
         )
         yield Finding("refused", "unknown class", text, tuple(names))

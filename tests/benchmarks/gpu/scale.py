@@ -97,7 +97,7 @@ def small() -> Scale:
         epochs=3,
         images=48,
         batch_size=16,
-        precisions=("bf16-mixed", "32-true"),
+        precisions=("bf16-mixed",),
         compiles=False,
         workers=0,
     )

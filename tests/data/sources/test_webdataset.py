@@ -532,10 +532,10 @@ def test_images_of_a_batch_are_under_way_at_once(memory: MemoryFileSystem, monke
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (["0", "1", "two"], "partly numbers, '0', '1', and partly words, 'two'"),
+        (["0", "1", "two"], "Some labels are numbers ('0', '1'), others words ('two')"),
         (["0", "1", "01"], "some are the same number"),
         (["0", "1", "-1"], "A label below 0 is a class here"),
-        (["0", "1", "9" * 5000], "partly numbers"),
+        (["0", "1", "9" * 5000], "Some labels are numbers"),
     ],
 )
 def test_labels_that_can_hardly_all_be_classes_are_problems(labels: list[str], said: str, here: Path) -> None:

@@ -1,0 +1,24 @@
+"""Optimizers of the project's own recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class ArticleSGD(torch.optim.SGD):
+    """SGD with the article's learning rate and momentum as defaults.
+
+    A class of its own, so that the defaults belong to it: ``torch.optim.SGD`` keeps torch's.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        momentum: Share of the previous step that is added to each step.
+        kwargs: Other arguments of ``torch.optim.SGD``.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.001, momentum: float = 0.9, **kwargs: Any) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, **kwargs)
