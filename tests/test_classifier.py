@@ -97,7 +97,7 @@ def test_the_loss_is_smoothed_and_weighted_as_asked(weights: Path) -> None:
 def test_hyper_parameters_are_plain_types(weights: Path) -> None:
     model = build(weights, head=CosineHead, classes=["a", "b"])
     assert model.hparams["head"] == {"class_path": "project.models.heads.CosineHead", "init_args": {}}
-    assert model.hparams["optimizer"]["init_args"] == {"lr": 0.001, "momentum": 0.9}
+    assert model.hparams["optimizer"] == {"class_path": "project.models.optimizers.ArticleSGD", "init_args": {}}
 
 
 def test_an_optimizer_that_no_checkpoint_could_keep_is_refused(weights: Path) -> None:

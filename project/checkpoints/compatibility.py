@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a model go together, and what of a checkpoint gives way to what was asked for anew."""
+"""Whether a checkpoint and a model go together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, damaged_checkpoint
 
 FORMAT = 1  # of what a checkpoint holds under "transfer"
@@ -110,47 +109,3 @@ def _repeat(schedules: Any, groups: int) -> None:
                 if isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
                     schedule[key] = schedule[key] * groups
             _repeat(schedule.get("_schedulers"), groups)
-
-
-def apply_flags(checkpoint: dict[str, Any], asked: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]) -> None:
-    """On a resume, let an optimizer and a scheduler that were asked for anew beat those of the checkpoint.
-
-    What is another class begins with no state; of the same class, the arguments that differ are taken over, in each
-    parameter group those of the group of the same name.
-
-    Args:
-        checkpoint: Changed in place: the states of its optimizer and its scheduler.
-        asked: The model's hyper-parameters; ``optimizer`` and ``scheduler`` are ``{"class_path": ..., "init_args":
-            {...}}``, the scheduler may be ``None``.
-        fresh: Parameter groups of the optimizer that was asked for.
-    """
-    kept = checkpoint["hyper_parameters"]
-    optimizers, schedulers = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
-    if optimizers:
-        changed = _changed(kept["optimizer"], asked["optimizer"])
-        if changed is None:
-            checkpoint["optimizer_states"] = []
-        elif changed:
-            by_name = {group["name"]: group for group in fresh}
-            for group in optimizers[0]["param_groups"]:
-                own = by_name.get(group.get("name"), fresh[0])
-                group.update({key: own[key] for key in changed if key in group})
-                if "lr" in changed and "initial_lr" in group:
-                    group["initial_lr"] = own["lr"]
-            if "lr" in changed:
-                for schedule in schedulers or []:
-                    if len(schedule.get("base_lrs", [])) == len(fresh):
-                        schedule["base_lrs"] = [group["lr"] for group in fresh]
-    if schedulers:
-        changed = _changed(kept["scheduler"], asked["scheduler"])
-        if changed is None:
-            checkpoint["lr_schedulers"] = []
-        else:
-            schedulers[0].update({key: value for key, value in changed.items() if key in schedulers[0]})
-
-
-def _changed(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The arguments that differ; ``None`` where the class does."""
-    if then is None or now is None:
-        return {} if then is now else None
-    return ClassSpec.from_dict(now).changed_arguments(ClassSpec.from_dict(then))

@@ -14,14 +14,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from project.checkpoints.compatibility import (
     FORMAT,
-    apply_flags,
     name_groups,
     validate_identity,
     validate_tensors,
     versions,
 )
+from project.checkpoints.metadata import epochs_of
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_form
 from project.checkpoints.resume_checks import on_meta, validate_progress, validate_states
+from project.checkpoints.resumed_optimizer import apply_changes
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ProjectError, WeightsError
 from project.models.backbone import Backbone, BackboneFactory
@@ -35,6 +36,25 @@ if TYPE_CHECKING:
     Module = pl.LightningModule
 else:
     Module = object
+
+
+def construct_optimizer(
+    asked: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> tuple[Optimizer, LRScheduler | None]:
+    """The optimizer and the scheduler that hyper-parameters ask for, over some parameter groups.
+
+    Raises:
+        ConfigError: They do not take their arguments.
+    """
+    spec = ClassSpec.from_dict(asked["optimizer"])
+    own = [dict(group) for group in groups]  # an optimizer adds its settings to them
+    if spec.name == "LBFGS":  # it takes one group alone
+        own = [{"name": "all", "params": [each for group in groups for each in group["params"]]}]
+    optimizer = spec.construct("model.optimizer", Optimizer, own)
+    given = asked["scheduler"]
+    if given is None:
+        return optimizer, None
+    return optimizer, ClassSpec.from_dict(given).construct("model.scheduler", LRScheduler, optimizer)
 
 
 class CheckpointMixin(Module):
@@ -106,15 +126,7 @@ class CheckpointMixin(Module):
         Raises:
             ConfigError: They do not take their arguments.
         """
-        spec = ClassSpec.from_dict(self.hparams["optimizer"])
-        own = [dict(group) for group in groups]  # an optimizer adds its settings to them
-        if spec.name == "LBFGS":  # it takes one group alone
-            own = [{"name": "all", "params": [each for group in groups for each in group["params"]]}]
-        optimizer = spec.construct("model.optimizer", Optimizer, own)
-        given = self.hparams["scheduler"]
-        if given is None:
-            return optimizer, None
-        return optimizer, ClassSpec.from_dict(given).construct("model.scheduler", LRScheduler, optimizer)
+        return construct_optimizer(self.hparams, groups)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of the model besides its tensors, in plain types."""
@@ -160,6 +172,11 @@ class CheckpointMixin(Module):
         if trainer is not None and trainer.state.fn == "fit":
             groups = on_meta(self.parameter_groups())
             name_groups(checkpoint, groups)
-            apply_flags(checkpoint, self.hparams, self.make_optimizer(groups)[0].param_groups)
+            apply_changes(
+                checkpoint,
+                self.hparams,
+                lambda asked: construct_optimizer(asked, on_meta(groups)),
+                epochs_of(checkpoint),
+            )
             validate_states(checkpoint, groups, self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

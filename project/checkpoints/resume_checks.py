@@ -25,8 +25,12 @@ PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path",
 
 def on_meta(groups: Groups) -> list[dict[str, Any]]:
     """The same groups of parameters without memory."""
+    return _on(groups, "meta")
+
+
+def _on(groups: Groups, device: str) -> list[dict[str, Any]]:
     return [
-        {**group, "params": [nn.Parameter(torch.empty_like(each, device="meta")) for each in group["params"]]}
+        {**group, "params": [nn.Parameter(torch.zeros_like(each, device=device)) for each in group["params"]]}
         for group in groups
     ]
 
@@ -50,6 +54,11 @@ def validate_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -
         return
     failed = _rehearse(make, groups, states, schedules)
     if failed and not _rehearse(make, groups, None, None):  # else this optimizer cannot be tried in this way
+        # NAdam, for one, reads a number from its state, which has none without memory.
+        failed = _rehearse(make, _on(groups, "cpu"), states, schedules)
+    else:
+        failed = None
+    if failed:
         raise damaged_checkpoint(
             "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
             f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
@@ -93,17 +102,17 @@ def _refuse_paths(callbacks: Any) -> None:
 
 
 def _rehearse(make: Make, groups: Groups, states: Any, schedules: Any) -> Exception | None:
-    """Take a step without memory or arithmetic; gives what it raises."""
+    """Take a step on parameters of zeros, or without memory; gives what it raises."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer, scheduler = make(groups)
             if states:
-                optimizer.load_state_dict(_copied(states[0]))
+                optimizer.load_state_dict(_copied(states[0], groups[0]["params"][0].device))
             if schedules and scheduler is not None:
                 scheduler.load_state_dict(copy.deepcopy(dict(schedules[0])))
             for parameter in (each for group in groups for each in group["params"]):
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(0.0)
@@ -114,12 +123,12 @@ def _rehearse(make: Make, groups: Groups, states: Any, schedules: Any) -> Except
     return None
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, device: torch.device) -> Any:
     """A copy that a step may change: an optimizer takes a state's tensors over as they are, counts of steps too."""
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: _copied(each, device) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copied(each) for each in value]
+        return [_copied(each, device) for each in value]
     if isinstance(value, torch.Tensor):
-        return value.clone() if value.numel() == 1 else torch.empty_like(value, device="meta")
+        return value.clone() if value.numel() == 1 or device.type != "meta" else torch.empty_like(value, device="meta")
     return value

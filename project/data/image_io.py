@@ -25,6 +25,7 @@ SUFFIXES = frozenset(
 
 #: Part of what stored features are known by: to be raised when an image comes out otherwise than before.
 DECODING = 2
+ORIENTATION = 0x0112  # tag of EXIF
 
 
 @dataclass
@@ -149,13 +150,31 @@ def decode_image(content: bytes, name: str | Path, min_size: int = 0) -> Image.I
         with open_image(content) as image:
             if min_size:
                 image.draft(None, (min_size, min_size))  # JPEG alone; of another format it does nothing
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image, name)
-    except (DataError, MemoryError):
-        raise
+            return convert_image(image, name)
     except UnidentifiedImageError as error:
         raise _unreadable(name, "is not an image that can be read.") from error
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers of a format raise whatever comes of damaged bytes
+        raise _unreadable(name, f"cannot be read: {str(error) or type(error).__name__}.") from error
+
+
+def convert_image(image: Image.Image, name: str | Path) -> Image.Image:
+    """Decode an opened image upright and in RGB, as :func:`decode_image` does; the image itself is not changed.
+
+    Args:
+        image: Of any mode, decoded or not.
+        name: What to call it in an error.
+
+    Raises:
+        DataError: It is truncated.
+    """
+    try:
+        image.load()
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return _rgb(ImageOps.exif_transpose(image) if turned else image, name)
+    except (DataError, MemoryError):
+        raise
     except Exception as error:  # Pillow's readers of a format raise whatever comes of damaged bytes
         raise _unreadable(name, f"cannot be read: {str(error) or type(error).__name__}.") from error
 
@@ -213,5 +232,5 @@ def traits(image: Image.Image) -> Iterator[str]:
         yield "transparent"
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second one behind it
         yield "animated"
-    if image.getexif().get(0x0112) in range(2, 9):
+    if image.getexif().get(ORIENTATION) in range(2, 9):
         yield "turned by EXIF"

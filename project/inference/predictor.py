@@ -13,20 +13,22 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as image_functions
 
 from project.classifier import ImageClassifier
-from project.data.image_io import read_image
+from project.data.image_arrays import ImageLike, to_image
 from project.data.transforms import evaluation
 from project.errors import DataError, WeightsError
 from project.models.backbone import BackboneFactory
 from project.models.grad_cam import heat_maps
 from project.task import names_of
 
-Images = Sequence[str | Path | Image.Image] | torch.Tensor
+Images = Sequence[ImageLike] | np.ndarray | torch.Tensor
 
 
 class Classifier:
     """A trained classifier that takes images as people have them.
 
-    Images are paths, PIL images, or a uint8 tensor ``(B, 3, H, W)``. They are computed where the model is.
+    Images are a list of paths, bytes, open files, PIL images, arrays ``(H, W, C)`` or tensors ``(C, H, W)``; or an
+    array ``(B, H, W, C)`` or a tensor ``(B, C, H, W)``. Pixels are uint8, uint16, or floats in [0, 1]. All are read as
+    a file with these pixels is. They are computed where the model is.
 
     Args:
         model: The trained module; it is put in ``eval()``.
@@ -97,14 +99,12 @@ class Classifier:
         return [self.classes_.index(name) for name in classes]
 
     def _batches(self, images: Images) -> Iterator[torch.Tensor]:
-        single = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        if single or (isinstance(images, torch.Tensor) and images.dim() != 4):
-            raise TypeError("Give several images: a list of paths or PIL images, or a tensor (B, 3, H, W).")
-        if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
-            raise TypeError(f"A tensor of images has to be uint8, not {images.dtype}.")
+        single = isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read")
+        if single or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3)):
+            raise TypeError("Give several images: a list of them, an array (B, H, W, C) or a tensor (B, C, H, W).")
         items = iter(images)
         with torch.inference_mode():
-            while batch := [self._transform(_as_pil(image)) for image in islice(items, self.batch_size)]:
+            while batch := [self._transform(to_image(image)) for image in islice(items, self.batch_size)]:
                 yield torch.stack(batch).to(self.model.device)
 
 
@@ -145,11 +145,3 @@ def load(
         raise WeightsError("{reason} {hint}", path=path, reason=error, hint=hint) from error
     classifiers = [Classifier(model.to(device)) for model in models]
     return classifiers if several else classifiers[0]
-
-
-def _as_pil(image: str | Path | Image.Image | torch.Tensor) -> Image.Image:
-    if isinstance(image, torch.Tensor):
-        # By way of PIL, so that a tensor is resized just as the file that it came from would be.
-        picture: Image.Image = image_functions.to_pil_image(image)
-        return picture.convert("RGB")
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)

@@ -168,7 +168,7 @@ def test_bad_images_are_skipped_in_all_splits_and_named(unequal: Path, capsys: p
     data = ImageDataModule(root=str(unequal), on_bad_image="skip", num_workers=0)
     assert {name: len(samples) for name, samples in data.splits.items()} == {"train": 33, "val": 33, "test": 0}
     out = capsys.readouterr().out
-    assert "1 of 34 images of train cannot be read, and are left out" in out and "bad.png" in out
+    assert "skips 1 of 34 images of train, which cannot be read" in out and "bad.png" in out
     stopping = loader_of(ImageDataModule(root=str(unequal), num_workers=0))
     with pytest.raises(DataError, match=r"bad\.png"):
         list(stopping)

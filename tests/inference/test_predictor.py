@@ -77,9 +77,14 @@ def test_one_image_alone_is_refused(images: object, trained: Path) -> None:
         load(trained / "checkpoints/best.ckpt").predict(images)
 
 
-def test_float_tensors_are_refused(trained: Path) -> None:
-    with pytest.raises(TypeError, match="uint8"):
-        load(trained / "checkpoints/best.ckpt").predict(torch.zeros(1, 3, 8, 8))
+def test_batches_and_lists_of_them_give_the_same(trained: Path) -> None:
+    classifier, batch = load(trained / "checkpoints/best.ckpt"), torch.rand(5, 3, 40, 48)
+    wanted = classifier.predict_proba(batch)
+    arrays = batch.movedim(1, -1).numpy()
+    for images in (list(batch), arrays, list(arrays), (255 * batch).round().to(torch.uint8)):
+        assert np.array_equal(classifier.predict_proba(images), wanted)
+    with pytest.raises(DataError, match=r"Float pixels have to be in \[0, 1\]"):
+        classifier.predict(batch * 2)
 
 
 def test_weights_that_have_changed_since_are_refused(trained: Path, weights: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_bad_images_stop_a_fit_or_are_skipped(
     error = capsys.readouterr().err
     assert "album/train/red/bad.png" in error and "Traceback" not in error
     assert fit(*flags, "--data.on_bad_image", "skip") == 0
-    assert "1 of 25 images of train cannot be read" in capsys.readouterr().out
+    assert "skips 1 of 25 images of train, which cannot be read" in capsys.readouterr().out
 
 
 def test_bad_images_of_a_prediction_are_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

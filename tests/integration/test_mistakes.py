@@ -143,7 +143,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "a missing config": (_flags("-c", "none.yaml"), ("none.yaml",)),
     "a wrong flag": (_flags("--model.bakbone", "x"), ("--model.bakbone", "'--model.backbone'")),
     "an abbreviated flag": (_flags("--trainer.max_epoch", "1"), ("'--trainer.max_epochs'",)),
-    "a wrong argument of the optimizer": (_flags("--model.optimizer.lrr", "1"), ("'lrr'", "torch.optim.SGD", "'lr'")),
+    "a wrong argument of the optimizer": (_flags("--model.optimizer.lrr", "1"), ("'lrr'", "ArticleSGD", "'lr'")),
     "an unknown optimizer": (_flags("--model.optimizer", "Adm"), ("model.optimizer", "Adm")),
     "a value of another kind": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
     "a value that is none of the choices": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
@@ -179,7 +179,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a metric that is not there": (
         _flags(*WATCHING, "--trainer.callbacks.monitor", "val/los"),
-        ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-SGD/head, val/loss, "),
+        ("EarlyStopping", "Did you mean 'val/loss'", "There are lr-ArticleSGD/head, val/loss, "),
     ),
     "an unknown strategy": (_flags("--trainer.strategy", "ppd"), ("ppd",)),
     "devices that are no number": (_flags("--trainer.devices", "foo"), ("devices",)),

@@ -14,6 +14,8 @@ from tests.integration.launched import TORCHRUN, run_all
 
 #: Command lines one after another, as starting a process takes longer than a fit; and the last metrics of each.
 RUNS = """
+import gc
+gc.disable()  # it walks through a million objects of the libraries
 import json, os, sys
 from pathlib import Path
 from project.cli.transfer_cli import TransferCLI

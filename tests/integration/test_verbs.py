@@ -318,7 +318,7 @@ def test_one_argument_of_the_checkpoints_scheduler_can_be_changed(fit: Fit) -> N
     assert fit("--ckpt_path", last, "--model.scheduler.gamma", "0.1", "--trainer.max_epochs", "4") == 0
     kept = torch.load("runs/photos/version_1/checkpoints/last.ckpt", weights_only=True)
     assert kept["hyper_parameters"]["scheduler"]["init_args"]["gamma"] == kept["lr_schedulers"][0]["gamma"] == 0.1
-    rates = [event.value for event in scalars(Path("runs/photos/version_1")).Scalars("lr-SGD/head")]
+    rates = [event.value for event in scalars(Path("runs/photos/version_1")).Scalars("lr-ArticleSGD/head")]
     assert rates[1] / rates[0] == pytest.approx(0.1, rel=1e-4)
 
 
@@ -346,7 +346,7 @@ def test_options_of_loss_and_scheduler(fit: Fit) -> None:
     head = ["--model.head", "project.models.heads.MLPHead", "--model.head.hidden", "8"]
     loss = ["--model.label_smoothing", "0.1", "--model.class_weights", "[1, 2, 3]", "--data.augment", "standard"]
     assert fit("--trainer.max_epochs", "2", *scheduler, *head, *loss) == 0
-    rates = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("lr-SGD/head")]
+    rates = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("lr-ArticleSGD/head")]
     assert rates[0] == pytest.approx(0.001) and rates[-1] < 0.001
     assert load("runs/photos/version_0/checkpoints/last.ckpt").model.head[1].out_features == 8
 

@@ -1,0 +1,76 @@
+"""An image in any form that people have it in, as the decoder of files gives it: upright, RGB, 8 bits."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from project.data.image_io import convert_image, decode_image, read_image
+from project.errors import DataError
+
+#: One image: a path, the bytes of a file, an open file, a PIL image, an array ``(H, W)`` or ``(H, W, C)``, or a tensor
+#: ``(C, H, W)``.
+ImageLike = str | Path | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
+#: Largest value of a pixel, by its type. Floats are in [0, 1].
+LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def to_image(image: ImageLike) -> Image.Image:
+    """Decode or convert an image.
+
+    Args:
+        image: See :data:`ImageLike`. Arrays and tensors have 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA)
+            channels; they are uint8, uint16, or float in [0, 1].
+
+    Returns:
+        An image in RGB.
+
+    Raises:
+        DataError: It cannot be read, or its pixels are out of range.
+        TypeError: It is something else.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(image), "The image")
+    if isinstance(image, Image.Image):
+        return convert_image(image, getattr(image, "filename", "") or "The image")
+    if isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor  # NumPy has no bfloat16
+        return _from_array((tensor.movedim(0, -1) if tensor.dim() == 3 else tensor).numpy(), tuple(image.shape))
+    if isinstance(image, np.ndarray):
+        return _from_array(image, image.shape)
+    if isinstance(image, io.IOBase) or hasattr(image, "read"):
+        return decode_image(image.read(), getattr(image, "name", "") or "The image")
+    raise TypeError(
+        "An image is a path, bytes, an open file, a PIL image, an array (H, W, C) or a tensor (C, H, W), not a "
+        f"{type(image).__name__}."
+    )
+
+
+def _from_array(pixels: np.ndarray, shape: tuple[int, ...]) -> Image.Image:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in MODES or not pixels.size:
+        raise DataError(
+            f"Pixels of shape {shape} are not an image: arrays are (H, W) or (H, W, C), tensors (C, H, W), "
+            "with 1 to 4 channels."
+        )
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 1:  # not a number, too
+            raise DataError(f"Float pixels have to be in [0, 1], and these are from {low:g} to {high:g}.")
+        pixels = (pixels * 255).round().astype(np.uint8)
+    elif pixels.dtype in LARGEST:
+        pixels = (pixels * (255 / LARGEST[pixels.dtype])).round().astype(np.uint8)
+    else:
+        raise DataError(f"Pixels have to be uint8, uint16 or float in [0, 1], not {pixels.dtype}.")
+    mode = MODES[pixels.shape[2]]
+    return convert_image(Image.fromarray(pixels.squeeze(2) if mode == "L" else np.ascontiguousarray(pixels), mode), "")

@@ -1,0 +1,123 @@
+"""One image is read alike in every form that people have it in."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from project.data.image_arrays import to_image
+from project.data.image_io import read_image
+from project.errors import DataError
+
+RANDOM = np.random.default_rng(0)
+GREY16 = RANDOM.integers(0, 65536, (24, 32), dtype=np.uint16)
+RGBA = RANDOM.integers(0, 256, (24, 32, 4), dtype=np.uint8)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # a quarter to the right
+
+#: Files whose pixels Pillow's ``convert("RGB")`` gets wrong, and plain ones.
+FILES: dict[str, Callable[[Path], None]] = {
+    "rgb.png": lambda path: Image.fromarray(RGBA[..., :3]).save(path),
+    "grey.png": lambda path: Image.fromarray(RGBA[..., 0]).save(path),
+    "grey16.png": lambda path: Image.fromarray(GREY16).save(path),
+    "grey16.tif": lambda path: Image.fromarray(GREY16).save(path),
+    "float.tif": lambda path: Image.fromarray((GREY16 / 65535).astype(np.float32)).save(path),
+    "alpha.png": lambda path: Image.fromarray(RGBA).save(path),
+    "grey_alpha.png": lambda path: Image.fromarray(RGBA[..., :2], "LA").save(path),
+    "palette_alpha.png": lambda path: Image.fromarray(RGBA).quantize(16).save(path),
+    "palette_key.png": lambda path: Image.fromarray(RGBA[..., :3]).quantize(16).save(path, transparency=3),
+    "cmyk.jpg": lambda path: Image.fromarray(RGBA[..., :3]).convert("CMYK").save(path),
+    "turned.jpg": lambda path: Image.fromarray(RGBA[..., :3]).save(path, exif=TURNED),
+}
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "path": lambda path: path,
+    "text": str,
+    "PIL, not loaded": Image.open,
+    "PIL, loaded": lambda path: _loaded(Image.open(path)),
+    "bytes": Path.read_bytes,
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "memoryview": lambda path: memoryview(path.read_bytes()),
+    "open file": lambda path: io.BytesIO(path.read_bytes()),
+}
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_read_as_its_file_is(name: str, form: str, tmp_path: Path) -> None:
+    FILES[name](tmp_path / name)
+    with read_image(tmp_path / name) as file:
+        given = FORMS[form](tmp_path / name)
+        found = to_image(given)
+        assert found.mode == "RGB" and found.size == file.size
+        assert found.tobytes() == file.tobytes()
+    if isinstance(given, Image.Image):
+        assert given.size == (32, 24), "the caller's image stays as it is"
+        given.close()
+
+
+#: Pixels ``(H, W[, C])`` and the file that has them.
+ARRAYS: dict[str, tuple[np.ndarray, str]] = {
+    "grey": (RGBA[..., 0], "grey.png"),
+    "grey with a channel": (RGBA[..., :1], "grey.png"),
+    "grey and alpha": (RGBA[..., :2], "grey_alpha.png"),
+    "rgb": (RGBA[..., :3], "rgb.png"),
+    "rgba": (RGBA, "alpha.png"),
+    "uint16": (GREY16, "grey16.png"),
+    "float32": ((RGBA[..., :3] / 255).astype(np.float32), "rgb.png"),
+    "float64": (RGBA[..., :3] / 255, "rgb.png"),
+    "turned round in memory": (np.ascontiguousarray(RGBA[::-1, ..., :3])[::-1], "rgb.png"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_pixels_are_read_as_the_file_that_holds_them(name: str, kind: str, tmp_path: Path) -> None:
+    pixels, file = ARRAYS[name]
+    FILES[file](tmp_path / file)
+    given: Any = pixels
+    if kind == "tensor":
+        given = torch.from_numpy(pixels.copy())
+        given = given.movedim(-1, 0) if given.dim() == 3 else given
+    assert to_image(given).tobytes() == read_image(tmp_path / file).tobytes()
+
+
+def test_half_precision_tensors_are_read(tmp_path: Path) -> None:
+    ones = torch.ones(3, 4, 4)
+    assert to_image(ones.half()).getpixel((0, 0)) == (255, 255, 255)
+    assert to_image(ones.bfloat16()).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), "Pixels of shape (4, 4, 5) are not an image"),
+        (np.zeros((0, 4, 3), np.uint8), "Pixels of shape (0, 4, 3) are not an image"),
+        (torch.zeros(9, 4, 3), "Pixels of shape (9, 4, 3) are not an image"),
+        (np.full((4, 4, 3), 1.5), "Float pixels have to be in [0, 1], and these are from 1.5 to 1.5."),
+        (torch.full((3, 4, 4), -0.1), "Float pixels have to be in [0, 1], and these are from -0.1 to -0.1."),
+        (np.full((4, 4, 3), np.nan), "Float pixels have to be in [0, 1]"),
+        (np.zeros((4, 4, 3), np.int64), "Pixels have to be uint8, uint16 or float in [0, 1], not int64."),
+        (np.zeros((4, 4, 3), bool), "Pixels have to be uint8, uint16 or float in [0, 1], not bool."),
+        (b"", "The image is empty"),
+        (b"no image", "The image is not an image that can be read"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_what_is_wrong_with_it(given: Any, said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        to_image(given)
+
+
+def test_another_type_is_refused_with_those_that_are_taken() -> None:
+    with pytest.raises(TypeError, match=r"a path, bytes, an open file, a PIL image, an array .*, not a dict"):
+        to_image({})  # type: ignore[arg-type]
