@@ -51,8 +51,8 @@ def apply_changes(checkpoint: dict[str, Any], asked: Mapping[str, Any], construc
     optimizer, schedule = construct(asked)
     rate_changed = changed = True
     if same_optimizer:
-        before, _ = construct({**kept, "scheduler": None})
-        differing = _differing(before.param_groups, optimizer.param_groups)
+        before, now = (construct({**each, "scheduler": None})[0] for each in (kept, asked))
+        differing = _differing(before.param_groups, now.param_groups)
         _refuse_first_step(_name(asked["optimizer"]), differing)
         rate_changed, changed = "lr" in differing, bool(differing)
     if same_optimizer and same_schedule and not changed and not _reschedules(kept, asked, construct):
