@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.checkpoints.restore import CheckpointMixin
 from project.config.class_path import ClassSpec
@@ -22,6 +22,7 @@ from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
 from project.models.loss import mean_over_processes
 from project.models.optimizers import ArticleSGD
+from project.models.schedules import Interval
 from project.runtime import lightning_internals
 from project.runtime.distributed import processes
 from project.task import SingleLabel, Task, Weight
@@ -66,7 +67,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         image_size: Side of the network's input in pixels; by default what the weights ask for.
         head: Class of the head; it gets the width of the features and the number of classes.
         optimizer: Class of the optimizer and its arguments.
-        scheduler: Class of the learning-rate scheduler and its arguments, stepped once an epoch.
+        scheduler: Class of the learning-rate scheduler and its arguments. ``T_max`` and ``total_steps`` are the fit's
+            length by default.
+        scheduler_interval: Whether it is stepped once an epoch or once a step; by default once an epoch, and
+            OneCycleLR and CyclicLR once a step.
         label_smoothing: Share of each label that is spread over all classes, in [0, 1).
         class_weights: Weight of each class in the loss, in order of the classes' names.
         channels_last: Keep images and weights in channels_last memory format, the faster one on CPUs and tensor cores.
@@ -88,6 +92,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         head: HeadCallable = LinearHead,
         optimizer: OptimizerCallable = ArticleSGD,
         scheduler: SchedulerCallable | None = None,
+        scheduler_interval: Interval | None = None,
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
         channels_last: bool = True,
@@ -296,8 +301,16 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer
-        monitor = getattr(scheduler, "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
+        found = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if self.trainer.limit_val_batches == 0:
+                raise ConfigError(
+                    f"model.scheduler: ReduceLROnPlateau watches {monitor}, and this fit has no validation "
+                    "(trainer.limit_val_batches 0). Use another scheduler."
+                )
+            found |= {"interval": "epoch", "frequency": self.trainer.check_val_every_n_epoch or 1}
+        return {"optimizer": optimizer, "lr_scheduler": found}
 
     def on_fit_start(self) -> None:
         """Check that what is frozen is what was loaded.

@@ -23,11 +23,12 @@ COLUMNS = ("path", "predicted", "probability", "top2", "top2_probability", "top3
 
 
 class PredictionWriter(pl.Callback):
-    """Writes a row an image: its path, the predicted class with its probability, and the next two.
+    r"""Writes a row an image: its path, the predicted class with its probability, and the next two.
 
     Rows go to a temporary file beside the target, which takes the target's name once all are written. Of several
     processes, which have every so many-th image each, the first one writes; it gets the others' rows batch by batch,
-    so that nobody holds them all, and no file has to be seen by more than one node.
+    so that nobody holds them all, and no file has to be seen by more than one node. Bytes of a path that are not UTF-8
+    are written as ``\udcXX``.
 
     Args:
         output: The CSV file.
@@ -51,7 +52,9 @@ class PredictionWriter(pl.Callback):
         with self._saying_so():
             stack = contextlib.ExitStack()
             temporary = stack.enter_context(replacing(self._target))
-            self._rows = csv.writer(stack.enter_context(temporary.open("w", newline="", encoding="utf-8")))
+            self._rows = csv.writer(
+                stack.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
+            )
             self._rows.writerow(COLUMNS)
             self._open_files = stack
 

@@ -152,6 +152,8 @@ def _is(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type: scalars, their lists, and unions of these."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_is(item, typing.get_args(hint)[0]) for item in value)
     kinds: Callable[..., Any] | tuple[type, ...] = (int, float) if hint is float else hint

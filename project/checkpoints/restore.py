@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +28,7 @@ from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ProjectError, WeightsError
 from project.models.backbone import Backbone, BackboneFactory
 from project.models.cut import Cut
+from project.models.schedules import Interval, interval_of, with_length
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The arguments of a classifier that name a class, and what kind of class it has to be.
@@ -126,7 +128,30 @@ class CheckpointMixin(Module):
         Raises:
             ConfigError: They do not take their arguments.
         """
-        return construct_optimizer(self.hparams, groups)
+        return construct_optimizer(self._with_length(self.hparams, self.schedule_length()), groups)
+
+    def scheduler_interval(self) -> Interval:
+        """How often the scheduler is stepped."""
+        return interval_of(self.hparams["scheduler"], self.hparams.get("scheduler_interval"))
+
+    def schedule_length(self) -> int | None:
+        """Epochs or steps of the whole fit, whichever the scheduler counts; ``None`` where that is not known."""
+        trainer = attached_trainer(self)
+        if trainer is None or self.hparams["scheduler"] is None:
+            return None
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        if self.scheduler_interval() == "epoch":
+            return epochs
+        steps = trainer.estimated_stepping_batches if epochs or trainer.max_steps > 0 else math.inf
+        return int(steps) if math.isfinite(steps) else None
+
+    @staticmethod
+    def _with_length(asked: Mapping[str, Any], length: int | None) -> dict[str, Any]:
+        """Hyper-parameters whose scheduler is as long as a fit."""
+        scheduler = asked["scheduler"]
+        if scheduler is not None:
+            scheduler = with_length(scheduler, length, interval_of(scheduler, asked.get("scheduler_interval")))
+        return {**asked, "scheduler": scheduler}
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of the model besides its tensors, in plain types."""
@@ -154,7 +179,8 @@ class CheckpointMixin(Module):
         checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
         data: Any = getattr(self.trainer, "datamodule", None)
         split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
-        checkpoint["transfer"] = {**self.identity(), "split": dict(split)}
+        schedule = {"length": self.schedule_length()}
+        checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.
@@ -172,11 +198,13 @@ class CheckpointMixin(Module):
         if trainer is not None and trainer.state.fn == "fit":
             groups = on_meta(self.parameter_groups())
             name_groups(checkpoint, groups)
+            length = checkpoint["transfer"].get("schedule", {}).get("length")
             apply_changes(
                 checkpoint,
-                self.hparams,
+                self._with_length(checkpoint["hyper_parameters"], length if type(length) is int else None),
+                self._with_length(self.hparams, self.schedule_length()),
                 lambda asked: construct_optimizer(asked, on_meta(groups)),
-                epochs_of(checkpoint),
+                {"epoch": epochs_of(checkpoint), "step": checkpoint["global_step"]},
             )
             validate_states(checkpoint, groups, self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

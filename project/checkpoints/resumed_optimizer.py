@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError
+from project.models.schedules import Interval, interval_of
 from project.runtime.console import print_rank_zero
 
 #: Makes the optimizer and the scheduler that some hyper-parameters ask for.
@@ -27,22 +28,28 @@ FIRST_STEP = {"Rprop": ("lr",), "Adagrad": ("initial_accumulator_value",)}
 WATCHED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
 
-def apply_changes(checkpoint: dict[str, Any], asked: Mapping[str, Any], construct: Construct, steps: int) -> None:
+def apply_changes(
+    checkpoint: dict[str, Any],
+    kept: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    construct: Construct,
+    position: Mapping[Interval, int],
+) -> None:
     """Let an optimizer and a schedule that were asked for anew replace those of a checkpoint.
 
     Nothing is touched where they are the checkpoint's own.
 
     Args:
         checkpoint: Changed in place: its ``optimizer_states`` and ``lr_schedulers``.
-        asked: The model's hyper-parameters; ``optimizer`` and ``scheduler`` are ``{"class_path": ..., "init_args":
-            {...}}``, the scheduler may be ``None``.
+        kept: Its hyper-parameters; ``optimizer`` and ``scheduler`` are ``{"class_path": ..., "init_args": {...}}``, the
+            scheduler may be ``None``.
+        asked: The model's hyper-parameters.
         construct: Makes both, over parameters without memory.
-        steps: How many steps a schedule has had that the checkpoint does not hold.
+        position: How many epochs and steps of the optimizer the fit is through.
 
     Raises:
         ConfigError: An argument cannot be changed any more.
     """
-    kept = checkpoint["hyper_parameters"]
     states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
     if not states:
         return
@@ -73,7 +80,7 @@ def apply_changes(checkpoint: dict[str, Any], asked: Mapping[str, Any], construc
     elif schedule is None:
         checkpoint["lr_schedulers"] = []
     else:
-        _advance(optimizer, schedule, int(schedules[0].get("last_epoch", steps)) if schedules else steps)
+        _advance(optimizer, schedule, position[interval_of(asked["scheduler"], asked.get("scheduler_interval"))])
         checkpoint["lr_schedulers"] = [dict(schedule.state_dict())]
     fresh = optimizer.state_dict()
     if same_optimizer:

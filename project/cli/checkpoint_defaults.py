@@ -19,6 +19,7 @@ from project.cli.parser_errors import explain, explain_part
 from project.cli.run_folders import RUNS, WORDS, newest
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError, damaged_checkpoint, nearest
+from project.models.schedules import LENGTH
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.jsonargparse_internals import arguments_of_their_class
@@ -57,7 +58,7 @@ class CheckpointCLI(VerbCLI):
         if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
-            with arguments_of_their_class():
+            with arguments_of_their_class(LENGTH.values()):
                 self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise explain(error, self.verb_parser(verb) if verb else self.parser) from error

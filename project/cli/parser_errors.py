@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from project.config.class_path import ClassSpec
 from project.config.import_allowlist import refused
@@ -14,6 +16,10 @@ from project.errors import ConfigError, nearest
 from project.runtime.lightning_cli import option_names
 
 #: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
+PLATEAU = re.compile(
+    r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
+    r"Available metrics are: (?P<known>.*)"
+)
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
 )
@@ -110,11 +116,24 @@ def explain_runtime_error(error: RuntimeError) -> str | None:
         return "A path begins with ~ and the name of somebody who is not known here. Write it out."
     if not (found := UNWATCHED.search(message)):
         return None
-    known = re.findall("`(.*?)`", found["known"])
+    return _unwatched("EarlyStopping", found["metric"], re.findall("`(.*?)`", found["known"]))
+
+
+def explain_misconfiguration(error: MisconfigurationException) -> str:
+    """Say what Lightning refuses.
+
+    Args:
+        error: What Lightning raised.
+    """
+    found = PLATEAU.search(str(error))
+    if found is None:
+        return str(error)
+    return _unwatched("model.scheduler: ReduceLROnPlateau", found["metric"], re.findall("'(.*?)'", found["known"]))
+
+
+def _unwatched(what: str, metric: str, known: Sequence[str]) -> str:
     totals = ", ".join(name for name in known if "_of/" not in name)  # a class has three more
-    return (
-        f"EarlyStopping: there is no {found['metric']!r} to watch. {nearest(found['metric'], known)}There are {totals}."
-    )
+    return f"{what}: there is no {metric!r} to watch. {nearest(metric, known)}There are {totals}."
 
 
 def _out_of_memory(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import os
 import time
@@ -15,10 +16,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from project.errors import DataError
 
+#: What iPhones write; read where ``pillow-heif`` is installed.
+HEIC = (".heic", ".heif")
+READS_HEIC = importlib.util.find_spec("pillow_heif") is not None
 SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff"),
         *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".ico"),
+        *(HEIC if READS_HEIC else ()),
     )
 )
 
@@ -120,6 +125,10 @@ def stamp(path: str | Path) -> str | None:
 
 @functools.cache
 def _formats() -> list[str]:
+    if READS_HEIC:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
     return [name for name in Image.ID if name != "EPS"]  # it is a program, which Ghostscript would run
 

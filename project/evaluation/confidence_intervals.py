@@ -34,11 +34,11 @@ def wilson(successes: float, count: int) -> Interval:
 def macro_f1(confusion: np.ndarray) -> np.ndarray:
     """Mean over classes of the F1 score, of confusion matrices ``(..., C, C)``, rows the true classes: ``(...)``.
 
-    A class that is neither there nor predicted does not count.
+    A class without an image does not count.
     """
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     wrong_and_right = confusion.sum(-1) + confusion.sum(-2)
-    known = wrong_and_right > 0
+    known = confusion.sum(-1) > 0
     scores = np.divide(2.0 * right, wrong_and_right, out=np.zeros(right.shape), where=known)
     mean: np.ndarray = scores.sum(-1) / np.maximum(known.sum(-1), 1)
     return mean

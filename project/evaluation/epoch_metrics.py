@@ -127,6 +127,7 @@ class EpochMetrics(nn.Module):
                 f"{name}_of/{which}": value
                 for name, values in class_scores(*by_class).items()
                 for which, value in zip(self._classes, values, strict=True)
+                if not value.isnan()  # undefined
             }
         return found
 

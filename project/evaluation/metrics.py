@@ -11,27 +11,30 @@ MOST_CURVES = 100
 
 
 def class_scores(hits: torch.Tensor, support: torch.Tensor, predicted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Precision, recall and F1 of each class, float32 ``(C,)``; 0 where there is nothing to divide by.
+    """Precision, recall and F1 of each class, float32 ``(C,)``.
+
+    What is undefined is not a number: the precision of a class that is never predicted, and the recall and the F1 of
+    one that has no image.
 
     Args:
         hits: True positives of each class, int64 ``(C,)``.
         support: Images of each class, int64 ``(C,)``.
         predicted: Images predicted as each class, int64 ``(C,)``.
     """
-    found = {"precision": hits / predicted, "recall": hits / support, "f1": 2 * hits / (support + predicted)}
-    return {name: values.nan_to_num(0.0) for name, values in found.items()}
+    recall = hits / support
+    f1 = (2 * hits / (support + predicted)).where(support > 0, recall)
+    return {"precision": hits / predicted, "recall": recall, "f1": f1}
 
 
 def macro_f1(hits: torch.Tensor, support: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Mean F1 of the classes that have an image or a prediction, float32; 0 where there is none.
+    """Mean F1 of the classes that have an image, float32; 0 where none has.
 
     Args:
         hits: True positives of each class, int64 ``(C,)``.
         support: Images of each class, int64 ``(C,)``.
         predicted: Images predicted as each class, int64 ``(C,)``.
     """
-    seen = (support + predicted) > 0
-    return class_scores(hits, support, predicted)["f1"].sum() / seen.sum().clamp_min(1)
+    return class_scores(hits, support, predicted)["f1"].nanmean().nan_to_num(0.0)
 
 
 def calibration_bins(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import copy
 from typing import Any
 
 import torch
@@ -43,12 +43,10 @@ def heat_maps(
 
     with torch.inference_mode(False), torch.enable_grad():
         images = images.clone()  # what a caller makes in inference mode can be in no graph
-        last, channels_last = _last_maps(backbone, images[:1])
-        hook = last.register_forward_hook(cut)
-        try:
-            logits = head(_features(backbone, images)).float()
-        finally:
-            hook.remove()
+        stages = _with_the_same_tensors(backbone.stages)  # hooks on the backbone would run in other threads, too
+        last, channels_last = _last_maps(backbone, stages, images[:1])
+        last.register_forward_hook(cut)
+        logits = head(_features(backbone, stages, images)).float()
         chosen = task.answer(logits).label if wanted is None else wanted.clone()
         (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
     values, slopes = (each.detach().float().movedim(-1 if channels_last else 1, 1) for each in (maps[0], gradient))
@@ -57,15 +55,21 @@ def heat_maps(
     return heat / heat.amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _features(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
+def _with_the_same_tensors(stages: nn.ModuleDict) -> nn.ModuleDict:
+    """Modules of one's own around the same parameters and buffers."""
+    tensors = (*stages.parameters(), *stages.buffers())
+    return copy.deepcopy(stages, {id(tensor): tensor for tensor in tensors})
+
+
+def _features(backbone: Backbone, stages: nn.ModuleDict, images: torch.Tensor) -> torch.Tensor:
     """Features with a gradient graph: ``Backbone.forward`` runs the frozen stages under ``no_grad``."""
     rows = backbone.normalize(images)
-    for stage in backbone.stages.values():
+    for stage in stages.values():
         rows = stage(rows)
     return rows
 
 
-def _last_maps(backbone: Backbone, image: torch.Tensor) -> tuple[nn.Module, bool]:
+def _last_maps(backbone: Backbone, stages: nn.ModuleDict, image: torch.Tensor) -> tuple[nn.Module, bool]:
     """The module whose output are the last maps before pooling, and whether their channels come last.
 
     Images are square, so maps are too: it tells them from other tensors of four dimensions.
@@ -77,10 +81,11 @@ def _last_maps(backbone: Backbone, image: torch.Tensor) -> tuple[nn.Module, bool
         if (len(shape) == 4 and max(shape[2:]) > 1) or (len(shape) == 3 and shape[1] > 1):
             found.append((module, shape))
 
-    with ExitStack() as hooks, torch.no_grad():
-        for module in backbone.modules():
-            hooks.callback(module.register_forward_hook(look).remove)
-        _features(backbone, image)
+    hooks = [module.register_forward_hook(look) for module in stages.modules()]
+    with torch.no_grad():
+        _features(backbone, stages, image)
+    for hook in hooks:
+        hook.remove()
     if found:
         module, shape = found[-1]
         if len(shape) == 4 and shape[2] == shape[3]:

@@ -78,6 +78,7 @@ class RunSummary(pl.Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             rows["dashboard"] = f"tensorboard --logdir {_from_here(Path(trainer.logger.save_dir))}"
         print_table("Result", rows)
+        _report_absent(model, "val")
         if reload:
             print_rank_zero(reload)  # on one line however narrow the terminal, to be copied
 
@@ -101,6 +102,17 @@ def print_evaluation(trainer: pl.Trainer, model: ImageClassifier, stage: str) ->
     if accuracy in rows and images:
         rows[accuracy] += _interval(float(trainer.callback_metrics[accuracy]), images)
     print_table("Result", rows)
+    _report_absent(model, stage)
+
+
+def _report_absent(model: ImageClassifier, stage: str) -> None:
+    """Name the classes without an image, whose scores are undefined."""
+    counts = model.epoch_metrics(stage).counts
+    support = [] if counts is None else counts.support.tolist()
+    absent = [name for name, images in zip(model.classes, support, strict=False) if not images]
+    if absent and len(absent) < len(model.classes):
+        names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
+        print_rank_zero(f"{stage} has no images of {names}: {stage}/f1 is the mean of the other classes.")
 
 
 def _interval(accuracy: float, images: int) -> str:

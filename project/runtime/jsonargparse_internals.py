@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import _typehints
+from jsonargparse import _required, _typehints
 from jsonargparse._util import import_object
-
-DISCARD = "discard_init_args_on_class_path_change"
 
 
 @contextmanager
-def arguments_of_their_class() -> Iterator[None]:
+def arguments_of_their_class(optional: Collection[str] = ()) -> Iterator[None]:
     """While this is active, a class that replaces another one starts from its own defaults.
 
     jsonargparse keeps each argument that the new class takes as well: AdamW after SGD gets SGD's ``weight_decay``.
+
+    Args:
+        optional: Arguments of classes that need not be given, although they have no default.
     """
-    original = getattr(_typehints, DISCARD)
-    setattr(_typehints, DISCARD, _discard)
+    class_parser = _typehints.ActionTypeHint.get_class_parser
+
+    def without_required(*arguments: Any, **options: Any) -> Any:
+        parser = class_parser(*arguments, **options)  # type: ignore[no-untyped-call]
+        for action in parser._actions:
+            if action.dest in optional:
+                _required.clear_required(parser, action.dest)
+        return parser
+
+    with (
+        _replaced(_typehints, "discard_init_args_on_class_path_change", _discard),
+        _replaced(_typehints.ActionTypeHint, "get_class_parser", staticmethod(without_required)),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(_typehints, DISCARD, original)
+        setattr(owner, name, original)
 
 
 def _discard(parser_or_action: Any, previous: Any, value: Any) -> None:

@@ -147,7 +147,8 @@ def _(logger: TensorBoardLogger, name: str, positive: np.ndarray, probabilities:
 def _(logger: TensorBoardLogger, name: str, those: Points, step: int) -> None:
     logger.experiment.add_embedding(
         those.values,
-        metadata=[list(row) for row in those.metadata],
+        # A file's name need not be text.
+        metadata=[[cell.encode("utf-8", "backslashreplace").decode() for cell in row] for row in those.metadata],
         metadata_header=list(those.columns),
         label_img=None if those.thumbnails is None else torch.from_numpy(those.thumbnails) / 255,
         global_step=name,  # the first part of the folder; those of steps would lie about in the run's

@@ -30,7 +30,7 @@ class Fit:
         self.groups = [
             {"name": name, "params": [layer]} for name, layer in zip(("layer4", "head"), self.layers, strict=True)
         ]
-        self.hparams = {"optimizer": spec(optimizer), "scheduler": spec(scheduler)}
+        self.hparams = {"optimizer": spec(optimizer), "scheduler": spec(scheduler), "scheduler_interval": "epoch"}
         self.optimizer, self.scheduler = construct_optimizer(self.hparams, self.groups)
         self.rates: list[float] = []
 
@@ -60,7 +60,10 @@ class Fit:
     def resume(self, checkpoint: dict[str, Any], epochs: int) -> "Fit":
         """Take a checkpoint, as Lightning does after the project has looked at it."""
         groups = on_meta(self.groups)
-        apply_changes(checkpoint, self.hparams, lambda asked: construct_optimizer(asked, on_meta(groups)), epochs)
+        kept, position = checkpoint["hyper_parameters"], {"epoch": epochs, "step": epochs * STEPS}
+        apply_changes(
+            checkpoint, kept, self.hparams, lambda asked: construct_optimizer(asked, on_meta(groups)), position
+        )
         validate_states(checkpoint, groups, functools.partial(construct_optimizer, self.hparams))
         for state in checkpoint["optimizer_states"]:
             self.optimizer.load_state_dict(state)
@@ -160,8 +163,9 @@ def test_without_a_change_nothing_is_touched(optimizer: Spec, scheduler: Spec | 
     resumed = Fit(optimizer, scheduler)
     resumed.layers[0].data.copy_(fit.layers[0]), resumed.layers[1].data.copy_(fit.layers[1])
     checkpoint = fit.checkpoint()
-    resumed.resume(checkpoint, 4).train(4)
+    resumed.resume(checkpoint, 4)
     assert str(checkpoint) == str(fit.checkpoint())
+    resumed.train(4)
     assert all(torch.equal(a, b) for a, b in zip(resumed.layers, whole.layers, strict=True))
 
 
@@ -242,6 +246,6 @@ def test_groups_are_matched_by_their_names() -> None:
 
     kept = hparams({"layer4": 0.01, "head": 0.1})
     checkpoint = {"hyper_parameters": kept, "optimizer_states": [construct(kept)[0].state_dict()], "lr_schedulers": []}
-    apply_changes(checkpoint, hparams({"head": 1.0, "layer4": 0.2}), construct, 0)
+    apply_changes(checkpoint, kept, hparams({"head": 1.0, "layer4": 0.2}), construct, {"epoch": 0, "step": 0})
     states: Any = checkpoint["optimizer_states"]
     assert {group["name"]: group["lr"] for group in states[0]["param_groups"]} == {"head": 1.0, "layer4": 0.2}

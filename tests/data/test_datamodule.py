@@ -17,7 +17,7 @@ from project.data.sources.folder import Folder
 from project.data.transforms import evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
-from tests.conftest import draw
+from tests.conftest import draw, stop_workers
 
 PREPROCESSING = Preprocessing(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -112,6 +112,7 @@ def test_augmentation_is_that_of_the_seed_and_the_epoch_with_any_number_of_worke
             epochs.append((torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
         assert not torch.equal(epochs[0][0], epochs[1][0]) and torch.equal(epochs[0][0], epochs[2][0])
         seen.append(epochs[1])
+        stop_workers(loader)
     assert all(torch.equal(images, seen[0][0]) and torch.equal(labels, seen[0][1]) for images, labels in seen)
 
 

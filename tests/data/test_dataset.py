@@ -11,7 +11,7 @@ from project.data.sources.files import Files
 from project.data.transforms import evaluation
 from project.errors import DataError
 from project.preprocessing import Preprocessing
-from tests.conftest import draw
+from tests.conftest import draw, stop_workers
 
 
 @pytest.fixture
@@ -43,3 +43,4 @@ def test_workers_start_with_the_iterator(loader):
     iter(ready)
     assert ready._iterator is not None
     assert isinstance(ready, torch.utils.data.DataLoader)
+    stop_workers(ready)

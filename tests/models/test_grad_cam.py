@@ -1,6 +1,7 @@
 """Heat maps: where a network sees a class."""
 
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -126,3 +127,22 @@ def test_a_transformer_says_that_it_has_none() -> None:
     backbone = load_backbone("timm/vit_tiny_patch16_224", None)
     with pytest.raises(ModelError, match="no heat map of timm/vit_tiny_patch16_224: it pools no maps"):
         heat_maps(backbone.eval(), nn.Linear(192, 2), SingleLabel(), torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+
+
+@pytest.mark.filterwarnings(RANDOM)
+def test_threads_share_a_network() -> None:
+    backbone, task = load_backbone("resnet18", None, 32).eval(), SingleLabel()
+    head = LinearHead(backbone.feature_dim, 5)
+    images = [torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for _ in range(24)]
+
+    def look(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heat = heat_maps(backbone, head, task, image)
+        with torch.inference_mode():
+            return heat, head(backbone(image))
+
+    wanted = [look(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(look, images)]
+    for (heat, logits), (other_heat, other_logits) in zip(found, wanted, strict=True):
+        assert torch.equal(heat, other_heat) and torch.equal(logits, other_logits)
+    assert not any(module._forward_hooks for module in backbone.modules())

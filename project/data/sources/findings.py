@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from project.data.sources.base import Finding, Sample, quote_names
 
@@ -34,22 +35,41 @@ def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequ
     for split in [split for split in here if split != "train"]:
         lacking = [name for number, name in enumerate(classes) if number not in here[split]]
         if lacking:
-            text = (
-                f"{split} has no images of {quote_names(lacking)}, so nothing is known of how well they are recognised."
-            )
+            text = f"{split} has no images of {quote_names(lacking)}, so their accuracy cannot be measured."
             yield Finding("problem", "class in one split", text)
 
 
 def name_findings(classes: Iterable[str]) -> Iterator[Finding]:
-    """Classes whose names are no text, or differ by case, spaces, hyphens or underscores alone."""
+    """Classes whose names are no text, or that people would take for each other."""
     for name in classes:
         if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
             text = f"The class {name!r} has a name that is no UTF-8 text. Rename its folder, or its label."
             yield Finding("refused", "class name", text)
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in classes:
-        alike["".join(re.sub(r"(?<=\w)[-_]", " ", name.casefold()).split())].append(name)
-    for names in alike.values():
-        if len(names) > 1:
-            text = f"Classes {quote_names(names)} differ by case or space alone. If they are one class, use one name."
+    same = _groups(classes, _visible)
+    for names in same:
+        codes = " and ".join(ascii(name) for name in names)
+        text = f"Classes {codes} differ by case or by characters that cannot be seen. Give them different names."
+        yield Finding("refused", "same name", text)
+    for names in _groups(classes, lambda name: "".join(re.sub(r"(?<=\w)[-_]", " ", _visible(name)).split())):
+        if names not in same:
+            text = f"Classes {quote_names(names)} differ by spaces or hyphens alone. Are they one class?"
             yield Finding("problem", "similar names", text)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC): a file system may hold an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _visible(name: str) -> str:
+    """What can be seen of a name, whatever its case."""
+    seen = "".join(each for each in name if unicodedata.category(each) != "Cf")  # zero-width characters
+    return composed(composed(seen).casefold())
+
+
+def _groups(classes: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Classes that have a key in common."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        groups[key(name)].append(name)
+    return [names for names in groups.values() if len(names) > 1]

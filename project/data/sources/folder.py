@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from project.data.image_io import SUFFIXES, Listing, list_images
+from project.data.image_io import HEIC, SUFFIXES, Listing, list_images
 from project.data.sources.base import SPLITS, Finding, Sample, quote_names
 from project.data.sources.files import Files
-from project.data.sources.findings import name_findings
+from project.data.sources.findings import composed, name_findings
 from project.errors import DataError, nearest
 
 
@@ -54,6 +54,10 @@ class Folder(Files):
             for split in ("train", "val", "test")
             if split in places
         }
+        spelt = {composed(name): name for name in listings.get("train", {})}
+        for split, listing in listings.items():  # a file system may hold an accent as a character of its own
+            if split != "train" and len({*map(composed, listing)}) == len(listing):
+                listings[split] = {spelt.get(composed(name), name): found for name, found in listing.items()}
         self.classes = tuple(sorted({name for listing in listings.values() for name in listing}))
         self.splits = {
             split: [
@@ -83,7 +87,9 @@ def _class_findings(places: Mapping[str, Path], listings: Mapping[str, Mapping[s
         yield Finding("refused", "one class", text)
     for split, listing in listings.items():
         if listing and not any(found.images for found in listing.values()):
-            text = f"data.root: there are no images in {places[split]}. Add some, or remove the folder."
+            text = (
+                f"data.root: there are no images in {places[split]}. {_heic(listing.values())}Add some, or remove it."
+            )
             yield Finding("refused", "empty split", text)
             continue
         for name, found in listing.items():
@@ -95,7 +101,7 @@ def _class_findings(places: Mapping[str, Path], listings: Mapping[str, Mapping[s
                 )
                 yield Finding("refused", "class in one split", text, (str(folder),))
             elif not found.images and split == "train":
-                text = f"data.root: class {name!r} has no images in {folder}. Add some, or remove it."
+                text = f"data.root: class {name!r} has no images in {folder}. {_heic([found])}Add some, or remove it."
                 yield Finding("refused", "empty class", text, (str(folder),))
         if split != "train":
             lacking = [name for name in known if not (name in listing and listing[name].images)]
@@ -120,7 +126,14 @@ def _file_findings(top: Path, listings: Mapping[str, Mapping[str, Listing]]) -> 
         kinds = Counter(path.suffix.lower() or "no suffix" for path in others).most_common(5)
         text = f"{len(others)} files have no name of an image that can be read, and are left out: "
         text += ", ".join(f"{count} {kind}" for kind, count in kinds)
+        text += f". {_heic(found)}".rstrip()
         yield Finding("note", "other files", text, tuple(map(str, others)))
+
+
+def _heic(listings: Iterable[Listing]) -> str:
+    """What to install, where there are photographs of iPhones; or nothing."""
+    count = sum(path.suffix.lower() in HEIC for found in listings for path in found.others)
+    return f"To read the {count} HEIC files there: pip install pillow-heif. " if count else ""
 
 
 def _left_out(top: Path, places: Sequence[Path]) -> Iterator[Finding]:

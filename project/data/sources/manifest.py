@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections import defaultdict
@@ -88,7 +89,9 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     separator = TABLES[file.suffix.lower()]
     try:
         names, rows = _read_parquet(file) if separator is None else _read_text(file, separator)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.root: {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except (OSError, csv.Error) as error:
         raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
     columns = {name.strip().lower(): index for index, name in enumerate(names)}
     twice = [name for name in COLUMNS if sum(other.strip().lower() == name for other in names) > 1]
@@ -117,9 +120,11 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
+    content = file.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # what a spreadsheet calls Unicode
     rows = list(
         csv.reader(
-            io.StringIO(file.read_text("utf-8-sig"), newline=""),
+            io.StringIO(content.decode("utf-16" if wide else "utf-8-sig"), newline=""),
             delimiter=separator,
             skipinitialspace=True,
             strict=True,
