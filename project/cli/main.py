@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from project.cli.checkpoint_defaults import split_checkpoint_flag
-from project.cli.parser_errors import explain_misconfiguration, explain_runtime_error
+from project.cli.exit_messages import BROKEN_PIPE, describe
 from project.cli.transfer_cli import PROGRAM, TransferCLI
 from project.config.import_allowlist import allowed_imports, imports_limited
-from project.errors import ProjectError
-from project.runtime.distributed import is_externally_launched, is_peer_failure, is_rank_zero, launcher_pid
+from project.runtime.distributed import is_externally_launched, is_rank_zero, launcher_pid
 from project.runtime.process_state import process_state
 from project.runtime.signals import Interrupted, SignalHandler
 
@@ -60,7 +57,8 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit code: 0; 1 where ``check`` found problems, or another process has failed; 2 after a mistake of the user's,
-            which is told in a line or two; 143 and 130 after SIGTERM and SIGINT.
+            which is told in a line or two; 70 after an error of this project's own; 141 where nobody reads the output;
+            143 and 130 after SIGTERM and SIGINT.
     """
     try:
         more, rest = allowed_imports(args)
@@ -73,28 +71,13 @@ def main(args: Sequence[str]) -> int:
         if is_rank_zero():
             print(stop.told, file=sys.stderr)
         return stop.exit_code
-    except MisconfigurationException as error:
+    except BrokenPipeError:  # whoever reads the output has stopped, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail at its end
+        return BROKEN_PIPE
+    except Exception as error:
         if "--debug" in args:
             raise
-        print(f"error: {explain_misconfiguration(error)}", file=sys.stderr)
-        return 2
-    except ProjectError as error:
-        if "--debug" in args:
-            raise
-        if not getattr(error, "told", False):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if "--debug" in args or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(f"error: {error}. What was saved before is whole.", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        said = explain_runtime_error(error)
-        if "--debug" in args or not (said or is_peer_failure(error)):
-            raise
-        if said:
-            print(f"error: {said}", file=sys.stderr)
-            return 2
-        print("error: another process of this run has ended, and said why; so this one ends too.", file=sys.stderr)
-        return 1
+        message, code = describe(error, args)
+        if message:
+            print(message, file=sys.stderr)
+        return code

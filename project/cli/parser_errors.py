@@ -14,6 +14,7 @@ from project.config.class_path import ClassSpec
 from project.config.import_allowlist import refused
 from project.errors import ConfigError, nearest
 from project.runtime.lightning_cli import option_names
+from project.runtime.system import shared_memory
 
 #: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
 PLATEAU = re.compile(
@@ -22,6 +23,10 @@ PLATEAU = re.compile(
 )
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
+)
+#: What torch says where DataLoader workers have no shared memory left.
+SHARED_MEMORY = re.compile(
+    "out of shared memory|unable to (?:open|mmap|write|resize|allocate).*(?:shared memory|/torch_)"
 )
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
@@ -110,8 +115,13 @@ def explain_runtime_error(error: RuntimeError) -> str | None:
         error: What a library raised.
     """
     message = str(error)
+    if SHARED_MEMORY.search(message):
+        return (
+            f"The processes that load images are out of shared memory (/dev/shm has {shared_memory() / 1e6:.0f} MB). "
+            "Use --data.num_workers 0,\nor give a container more of it: docker run --shm-size 8g."
+        )
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(message):
-        return _out_of_memory(message)
+        return out_of_memory(message)
     if "Could not determine home directory" in message:
         return "A path begins with ~ and the name of somebody who is not known here. Write it out."
     if not (found := UNWATCHED.search(message)):
@@ -136,7 +146,7 @@ def _unwatched(what: str, metric: str, known: Sequence[str]) -> str:
     return f"{what}: there is no {metric!r} to watch. {nearest(metric, known)}There are {totals}."
 
 
-def _out_of_memory(message: str) -> str:
+def out_of_memory(message: str) -> str:
     """What the allocator says first, and the flags that need less."""
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes", message)
     size = "" if asked is None else f" for {asked[1] or f'{int(asked[2]) / 1e9:.3g} GB'} more"

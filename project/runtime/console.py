@@ -50,7 +50,14 @@ def _console() -> Console:
     # A file has no edge at which a path would have to be broken in two.
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     # No markup: a folder of the user's may be called [bold].
-    return Console(markup=False, width=WIDE if wide else None)
+    return _Console(markup=False, width=WIDE if wide else None)
+
+
+class _Console(Console):
+    """A console that leaves it to the command line to end where nobody reads the output."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def on_a_terminal() -> bool:

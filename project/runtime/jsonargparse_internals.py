@@ -9,6 +9,8 @@ from typing import Any
 from jsonargparse import _required, _typehints
 from jsonargparse._util import import_object
 
+from project.runtime.lightning_cli import option_names
+
 
 @contextmanager
 def arguments_of_their_class(optional: Collection[str] = ()) -> Iterator[None]:
@@ -23,9 +25,9 @@ def arguments_of_their_class(optional: Collection[str] = ()) -> Iterator[None]:
 
     def without_required(*arguments: Any, **options: Any) -> Any:
         parser = class_parser(*arguments, **options)  # type: ignore[no-untyped-call]
-        for action in parser._actions:
-            if action.dest in optional:
-                _required.clear_required(parser, action.dest)
+        for name in option_names(parser):
+            if name in optional:
+                _required.clear_required(parser, name)
         return parser
 
     with (

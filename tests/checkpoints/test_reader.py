@@ -32,7 +32,7 @@ PLAIN = st.one_of(
     ),
 )
 #: A module's fixture is the same in all examples, and so is a folder whose one file is written anew in each.
-SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def is_refused(path: Path) -> bool:

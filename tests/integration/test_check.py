@@ -101,8 +101,8 @@ def test_folders_are_examined(clean: Path) -> None:
     code, report = check("--data.root", "photos")
     assert code == 1
     refused, problems, notes = (kinds(report, level) for level in ("refused", "problem", "note"))
-    assert refused.keys() == {"empty class", "class in one split"}
-    assert problems.keys() == {"similar names", "symlink loop", "class in one split"}
+    assert refused.keys() == {"empty class", "class in one split", "same name"}
+    assert problems.keys() == {"symlink loop", "class in one split"}
     assert {"hidden files", "other files", "imbalance", "tiny class"} <= notes.keys()
     assert {Path(name).name for name in notes["hidden files"]} == {".hidden.jpg", ".ipynb_checkpoints"}
     assert report["images"] == 12 + 43, "the loop does not list images twice, or those of other classes"
