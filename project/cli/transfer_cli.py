@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,24 @@ from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS, reserve_version
+from project.cli.short_help import group_help, requested_help, short_help
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
-from project.runtime.lightning_cli import Verb, VerbCLI
+from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
+USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
+DESCRIPTIONS = {
+    "fit": "Train a classifier on images: a new head, and as much of the backbone as model.trainable says.",
+    "validate": "Measure a trained classifier on the validation images.",
+    "test": "Measure a trained classifier on the test images.",
+}
 
 
 class TransferCLI(CheckpointCLI):
@@ -64,8 +72,20 @@ class TransferCLI(CheckpointCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
         # The flags are many, and follow with what each does.
-        usage = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
-        return super().init_parser(usage=usage, exit_on_error=False, allow_abbrev=False, **kwargs)
+        return super().init_parser(usage=USAGE, exit_on_error=False, allow_abbrev=False, **kwargs)
+
+    def describe(self, verb: str) -> str:
+        """What a verb does; Lightning's docstrings say less."""
+        return DESCRIPTIONS.get(verb) or super().describe(verb)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, or print the help that is asked for."""
+        verb, group = self.requested_verb(), requested_help(args)
+        if verb is not None and group is not None:
+            options = option_helps(self.verb_parser(verb))
+            print(group_help(group, options) if group else short_help(verb, self.describe(verb), USAGE, options))
+            sys.exit(0)
+        super().parse_arguments(parser, args)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put the data before the model: its mistakes are told before any weights are read or downloaded."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping
 from inspect import cleandoc
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -23,6 +23,12 @@ class VerbCLI(LightningCLI):
     def verbs(self) -> Mapping[str, Verb]:
         """What each verb's flags and help come from; :meth:`subcommands` names the arguments that are no flags."""
         raise NotImplementedError
+
+    def describe(self, verb: str) -> str:
+        """What a verb does, in a sentence."""
+        found = self.verbs()[verb]
+        function = getattr(*found) if isinstance(found, tuple) else found
+        return cleandoc(function.__doc__ or "").partition("\n")[0]
 
     def requested_verb(self) -> str | None:
         """The only verb whose flags are needed; ``None`` for the flags of all. Building a verb's parser takes 0.1 s."""
@@ -52,8 +58,7 @@ class VerbCLI(LightningCLI):
         subcommands = parser.add_subcommands()
         self._own_flags: dict[str, list[str]] = {}
         for name, verb in self.verbs().items():
-            function = getattr(*verb) if isinstance(verb, tuple) else verb
-            description = cleandoc(function.__doc__ or "").partition("\n")[0]
+            description = self.describe(name)
             one = self.init_parser(description=description, **kwargs.get(name, {}))
             self._subcommand_parsers[name] = one
             subcommands.add_subcommand(name, one, help=description)
@@ -80,3 +85,29 @@ class VerbCLI(LightningCLI):
 def option_names(parser: ArgumentParser) -> list[str]:
     """Names of the options of a parser, such as ``trainer.max_epochs``. Relies on ``ArgumentParser._actions``."""
     return [action.dest for action in parser._actions if action.dest != "help"]
+
+
+class OptionHelp(NamedTuple):
+    """What there is to say of an option.
+
+    Attributes:
+        name: Without its dashes, such as ``trainer.max_epochs``.
+        help: From the docstring.
+        default: As text; empty for none.
+    """
+
+    name: str
+    help: str
+    default: str
+
+
+def option_helps(parser: ArgumentParser) -> list[OptionHelp]:
+    """All options of a parser in their order. Relies on ``ArgumentParser._actions``."""
+    found = []
+    for action in parser._actions:
+        default, suppressed = action.default, action.help in (None, SUPPRESS) or action.dest == "help"
+        if isinstance(default, Mapping):  # a class
+            default = str(default.get("class_path", "")).rpartition(".")[2]
+        if not suppressed and action.option_strings:
+            found.append(OptionHelp(action.dest, str(action.help), "" if default is None else str(default)))
+    return found
