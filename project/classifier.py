@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -25,6 +24,7 @@ from project.models.optimizers import ArticleSGD
 from project.models.schedules import Interval
 from project.runtime import lightning_internals
 from project.runtime.distributed import processes
+from project.runtime.unsupported import refuse_unsupported
 from project.task import SingleLabel, Task, Weight
 
 HeadCallable = Callable[[int, int], nn.Module]
@@ -161,9 +161,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 if precision != "64-true"
                 else "trainer.precision 64-true would convert the frozen weights. Use 32-true."
             )
-        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
-        if any(isinstance(each, (StochasticWeightAveraging, WeightAveraging)) for each in callbacks):
-            raise ConfigError("trainer.callbacks: weights are averaged from before there is a head. Leave that out.")
+        refuse_unsupported(getattr(self.trainer, "callbacks", []))
         self.backbone.freeze(self.cut)  # somebody may have called unfreeze() since
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):

@@ -25,7 +25,7 @@ from project.checkpoints.reader import hyper_parameters, read_checkpoint, valida
 from project.checkpoints.resume_checks import on_meta, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.config.class_path import ClassSpec
-from project.errors import CheckpointError, ProjectError, WeightsError
+from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
 from project.models.backbone import Backbone, BackboneFactory
 from project.models.cut import Cut
 from project.models.schedules import Interval, interval_of, with_length
@@ -50,6 +50,10 @@ def construct_optimizer(
     """
     spec = ClassSpec.from_dict(asked["optimizer"])
     own = [dict(group) for group in groups]  # an optimizer adds its settings to them
+    if spec.name == "SparseAdam":
+        raise ConfigError(
+            "model.optimizer: SparseAdam takes sparse gradients alone, and there are none here. Use Adam."
+        )
     if spec.name == "LBFGS":  # it takes one group alone
         own = [{"name": "all", "params": [each for group in groups for each in group["params"]]}]
     optimizer = spec.construct("model.optimizer", Optimizer, own)

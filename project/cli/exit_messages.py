@@ -48,7 +48,7 @@ def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
             return f"error: {said}", MISTAKE
         if is_peer_failure(error):
             return "error: another process of this run has ended, and said why; so this one ends too.", PEER
-    if isinstance(error, (ValueError, TypeError)) and _raised_by_lightning(error):
+    if isinstance(error, (ValueError, TypeError, RuntimeError)) and _raised_by_lightning(error):
         return f"error: {' '.join(str(error).split())}", MISTAKE
     what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     return f"internal error: {what}\nPlease report it with this file: {_report(error, args)}", INTERNAL

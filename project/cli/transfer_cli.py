@@ -118,6 +118,11 @@ class TransferCLI(CheckpointCLI):
         wanted = trainer["accelerator"]
         if wanted in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
             raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
+        if trainer["barebones"]:
+            raise ConfigError(
+                "trainer.barebones leaves out the log and the checkpoints that a fit is for. To measure speed alone: "
+                "--trainer.logger false --trainer.enable_checkpointing false"
+            )
         if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
             raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
         if verb == "check":
