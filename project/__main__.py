@@ -1,7 +1,9 @@
 """``python -m project``, and the console script ``frozen-backbone``."""
 
 import gc
+import os
 import sys
+from pathlib import Path
 
 
 def run() -> int:
@@ -13,6 +15,8 @@ def run() -> int:
 
     gc.freeze()
     gc.enable()
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the program runs
     try:
         return main(sys.argv[1:])
     finally:

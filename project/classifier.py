@@ -302,12 +302,19 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
         found = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
         if isinstance(scheduler, ReduceLROnPlateau):
+            found["interval"] = "epoch"
+        if isinstance(scheduler, ReduceLROnPlateau) and str(monitor).startswith("val/"):
+            if self.trainer.check_val_every_n_epoch is None:
+                raise ConfigError(
+                    "model.scheduler: ReduceLROnPlateau needs a validation at the end of an epoch. Leave "
+                    "trainer.check_val_every_n_epoch null out, or use another scheduler."
+                )
             if self.trainer.limit_val_batches == 0:
                 raise ConfigError(
                     f"model.scheduler: ReduceLROnPlateau watches {monitor}, and this fit has no validation "
                     "(trainer.limit_val_batches 0). Use another scheduler."
                 )
-            found |= {"interval": "epoch", "frequency": self.trainer.check_val_every_n_epoch or 1}
+            found["frequency"] = self.trainer.check_val_every_n_epoch
         return {"optimizer": optimizer, "lr_scheduler": found}
 
     def on_fit_start(self) -> None:

@@ -87,6 +87,11 @@ def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]])
     states = checkpoint.get("optimizer_states")
     for state in states if isinstance(states, list) else ():
         saved = state.get("param_groups") if isinstance(state, dict) else None
+        for group in saved if isinstance(saved, list) else ():
+            if isinstance(group, dict) and not isinstance(group.get("name", ""), str):
+                raise damaged_checkpoint(
+                    f"The checkpoint is damaged: a parameter group is called {group['name']!r:.40}."
+                )
         if not (isinstance(saved, list) and len(saved) == 1 and isinstance(saved[0], dict)) or "name" in saved[0]:
             continue
         ids = saved[0].get("params")

@@ -110,6 +110,8 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path, of: type, 
         CheckpointError: One is unknown, of another type, or names a class that may not be imported.
     """
     values = dict(checkpoint["hyper_parameters"])
+    if values.get("scheduler") is not None:
+        values.setdefault("scheduler_interval", "epoch")  # of earlier versions, which knew no other
     hints = {name: hint for name, hint in typing.get_type_hints(of.__init__).items() if name != "return"}  # type: ignore[misc]
     for name in values.keys() - hints.keys():
         raise damaged_checkpoint(f"{path} is damaged, or of another version: an unknown hyper-parameter {name!r}.")

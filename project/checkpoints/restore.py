@@ -144,10 +144,14 @@ class CheckpointMixin(Module):
         if trainer is None or self.hparams["scheduler"] is None:
             return None
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        if self.scheduler_interval() == "epoch":
+        limited = trainer.max_steps > 0
+        if not limited and (epochs is None or self.scheduler_interval() == "epoch"):
             return epochs
-        steps = trainer.estimated_stepping_batches if epochs or trainer.max_steps > 0 else math.inf
-        return int(steps) if math.isfinite(steps) else None
+        steps = trainer.estimated_stepping_batches
+        if self.scheduler_interval() == "step":
+            return int(steps) if math.isfinite(steps) else None
+        an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        return min(filter(None, (epochs, math.ceil(trainer.max_steps / an_epoch))))
 
     @staticmethod
     def _with_length(asked: Mapping[str, Any], length: int | None) -> dict[str, Any]:
@@ -205,7 +209,11 @@ class CheckpointMixin(Module):
             length = checkpoint["transfer"].get("schedule", {}).get("length")
             apply_changes(
                 checkpoint,
-                self._with_length(checkpoint["hyper_parameters"], length if type(length) is int else None),
+                # Earlier versions stepped every schedule once an epoch.
+                self._with_length(
+                    {"scheduler_interval": "epoch", **checkpoint["hyper_parameters"]},
+                    length if type(length) is int else None,
+                ),
                 self._with_length(self.hparams, self.schedule_length()),
                 lambda asked: construct_optimizer(asked, on_meta(groups)),
                 {"epoch": epochs_of(checkpoint), "step": checkpoint["global_step"]},

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.config.class_path import ClassSpec
-from project.errors import ConfigError
+from project.errors import ConfigError, damaged_checkpoint
 from project.models.schedules import Interval, interval_of
 from project.runtime.console import print_rank_zero
 
@@ -24,6 +24,7 @@ from project.runtime.console import print_rank_zero
 Construct = Callable[[Mapping[str, Any]], tuple[Optimizer, LRScheduler | None]]
 #: Arguments that count only when an optimizer takes its first step.
 FIRST_STEP = {"Rprop": ("lr",), "Adagrad": ("initial_accumulator_value",)}
+MOST_STEPS = 10**7  # of a schedule that is stepped anew: some twenty seconds
 #: What a schedule that watches a metric has found so far; all else of its state is an argument.
 WATCHED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
@@ -53,8 +54,10 @@ def apply_changes(
     states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
     if not states:
         return
-    same_optimizer = _name(kept["optimizer"]) == _name(asked["optimizer"])
-    same_schedule = _name(kept["scheduler"]) == _name(asked["scheduler"])
+    same_optimizer = _class(kept["optimizer"]) == _class(asked["optimizer"])
+    same_schedule = _class(kept["scheduler"]) == _class(asked["scheduler"])
+    if same_schedule and asked["scheduler"] is not None:
+        same_schedule = _interval(kept) == _interval(asked)
     optimizer, schedule = construct(asked)
     rate_changed = changed = True
     if same_optimizer:
@@ -80,7 +83,7 @@ def apply_changes(
     elif schedule is None:
         checkpoint["lr_schedulers"] = []
     else:
-        _advance(optimizer, schedule, position[interval_of(asked["scheduler"], asked.get("scheduler_interval"))])
+        _advance(optimizer, schedule, position[_interval(asked)])
         checkpoint["lr_schedulers"] = [dict(schedule.state_dict())]
     fresh = optimizer.state_dict()
     if same_optimizer:
@@ -95,6 +98,21 @@ def apply_changes(
 
 def _name(spec: Mapping[str, Any] | None) -> str:
     return ClassSpec.from_dict(spec).name if spec is not None else ""
+
+
+def _class(spec: Mapping[str, Any] | None) -> Any:
+    """The class itself, as it may have several paths; its path where it cannot be imported."""
+    if spec is None:
+        return None
+    try:
+        found: Any = ClassSpec.from_dict(spec).resolve(object)
+    except ConfigError:
+        return spec["class_path"]
+    return found.func
+
+
+def _interval(hparams: Mapping[str, Any]) -> Interval:
+    return interval_of(hparams["scheduler"], hparams.get("scheduler_interval"))
 
 
 def _reschedules(kept: Mapping[str, Any], asked: Mapping[str, Any], construct: Construct) -> bool:
@@ -144,7 +162,10 @@ def _advance(optimizer: Optimizer, schedule: LRScheduler, steps: int) -> None:
 
     Raises:
         ConfigError: It does not reach so far.
+        CheckpointError: The fit cannot have had so many steps.
     """
+    if steps > MOST_STEPS:
+        raise damaged_checkpoint(f"The checkpoint is damaged: it says that the fit has had {steps} steps.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of steps of a schedule before any of the optimizer
         for step in range(steps):
@@ -152,7 +173,7 @@ def _advance(optimizer: Optimizer, schedule: LRScheduler, steps: int) -> None:
                 if isinstance(schedule, ReduceLROnPlateau):  # it begins anew: nothing is known of its metric
                     return
                 schedule.step()
-            except ValueError as error:
+            except (ValueError, ArithmeticError) as error:
                 raise ConfigError(
                     f"model.scheduler: {type(schedule).__name__} ends at step {step}, and the fit is at step {steps} "
                     f"({error}). Give it more steps, or leave its arguments out."

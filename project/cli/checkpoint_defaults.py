@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class CheckpointCLI(VerbCLI):
             self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
         try:
             with arguments_of_their_class(LENGTH.values()):
-                self.config = parser.parse_args(args)
+                self.config = parser.parse_args(files_first(args))
         except ArgumentError as error:
             raise explain(error, self.verb_parser(verb) if verb else self.parser) from error
         except RecursionError as error:
@@ -190,10 +191,25 @@ def validate_order(args: Sequence[str]) -> None:
     """
     seen: list[str] = []
     for word in args:
-        name = word.partition("=")[0]
+        name = word.partition("=")[0].removesuffix(".class_path")
         if not name.startswith("--"):
             continue
         early = next((other for other in seen if other.startswith(f"{name}.")), None)
-        if early and "." in name and name not in seen:
+        if early and "." in name:
             raise ConfigError(f"{early} comes before {name}, which starts from its class's own defaults. Put it after.")
         seen.append(name)
+
+
+def files_first(args: Sequence[str]) -> list[str]:
+    """A command line with its config files before all other flags, which beat them wherever they stand."""
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in ("-c", "--config"):
+            files += [word, *islice(words, 1)]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            rest.append(word)
+    return [*rest[:1], *files, *rest[1:]] if rest[:1] and not rest[0].startswith("-") else list(args)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from project.cli.parser_errors import explain_misconfiguration, explain_runtime_error, out_of_memory
@@ -57,7 +58,7 @@ def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
 def _raised_by_lightning(error: Exception) -> bool:
     """Whether Lightning has refused a flag."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "lightning" in Path(frames[-1].filename).parts
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def _report(error: Exception, args: Sequence[str]) -> Path:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TextIO
 
 from project.cli.checkpoint_defaults import split_checkpoint_flag
 from project.cli.exit_messages import BROKEN_PIPE, describe
@@ -72,12 +73,20 @@ def main(args: Sequence[str]) -> int:
             print(stop.told, file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:  # whoever reads the output has stopped, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail at its end
-        return BROKEN_PIPE
+        return _silenced(sys.stdout)
     except Exception as error:
         if "--debug" in args:
             raise
         message, code = describe(error, args)
-        if message:
-            print(message, file=sys.stderr)
+        try:
+            if message:
+                print(message, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            return _silenced(sys.stderr)
         return code
+
+
+def _silenced(stream: TextIO) -> int:
+    """Lead a stream that nobody reads to nowhere, or the interpreter would fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return BROKEN_PIPE

@@ -42,13 +42,19 @@ def to_image(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return convert_image(image, getattr(image, "filename", "") or "The image")
     if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.device.type == "meta":
+            raise DataError(f"A tensor of an image has to be dense, not {image.layout} on {image.device}.")
         tensor = image.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor  # NumPy has no bfloat16
         return _from_array((tensor.movedim(0, -1) if tensor.dim() == 3 else tensor).numpy(), tuple(image.shape))
     if isinstance(image, np.ndarray):
         return _from_array(image, image.shape)
     if isinstance(image, io.IOBase) or hasattr(image, "read"):
-        return decode_image(image.read(), getattr(image, "name", "") or "The image")
+        try:
+            content = image.read()
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise DataError(f"The image cannot be read: {error}.") from error
+        return decode_image(content, getattr(image, "name", "") or "The image")
     raise TypeError(
         "An image is a path, bytes, an open file, a PIL image, an array (H, W, C) or a tensor (C, H, W), not a "
         f"{type(image).__name__}."
@@ -63,6 +69,7 @@ def _from_array(pixels: np.ndarray, shape: tuple[int, ...]) -> Image.Image:
             f"Pixels of shape {shape} are not an image: arrays are (H, W) or (H, W, C), tensors (C, H, W), "
             "with 1 to 4 channels."
         )
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
         if not 0 <= low <= high <= 1:  # not a number, too

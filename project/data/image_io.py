@@ -180,6 +180,8 @@ def convert_image(image: Image.Image, name: str | Path) -> Image.Image:
     """
     try:
         image.load()
+        if 0 in image.size:
+            raise _unreadable(name, "has no pixels.")
         turned = image.getexif().get(ORIENTATION, 1) != 1
         return _rgb(ImageOps.exif_transpose(image) if turned else image, name)
     except (DataError, MemoryError):

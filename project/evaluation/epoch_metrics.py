@@ -123,11 +123,13 @@ class EpochMetrics(nn.Module):
         if len(self._classes) > 5:
             found["top5"] = torch.tensor(counts.in_top5) / counts.support.sum()
         if len(self._classes) <= MOST_CURVES:
+            # A class without an image has none. The precision of one that is never predicted is 0: whatever watches a
+            # score finds it in each epoch.
             found |= {
-                f"{name}_of/{which}": value
+                f"{name}_of/{which}": value.nan_to_num(0.0)
                 for name, values in class_scores(*by_class).items()
-                for which, value in zip(self._classes, values, strict=True)
-                if not value.isnan()  # undefined
+                for which, value, images in zip(self._classes, values, counts.support, strict=True)
+                if images
             }
         return found
 

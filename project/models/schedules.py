@@ -42,8 +42,10 @@ def with_length(scheduler: Mapping[str, Any], length: int | None, interval: Inte
     spec = ClassSpec.from_dict(scheduler)
     key = LENGTH.get(spec.name)
     given = {name: value for name, value in spec.init_args.items() if not (name == key and value is None)}
-    if key is None or given.get("epochs") is not None:  # OneCycleLR takes epochs and steps_per_epoch instead
+    if key is None:
         return spec.as_dict()
+    if given.get("epochs") and given.get("steps_per_epoch") and key not in given:  # OneCycleLR's other way to say it
+        given[key] = given["epochs"] * given["steps_per_epoch"]
     if key not in given:
         if length is None:
             raise ConfigError(
@@ -51,6 +53,8 @@ def with_length(scheduler: Mapping[str, Any], length: int | None, interval: Inte
                 f"Give --model.scheduler.{key} or --trainer.max_epochs."
             )
         return ClassSpec(spec.class_path, {**given, key: length}).as_dict()
+    if not (isinstance(given[key], int) and given[key] > 0):
+        raise ConfigError(f"model.scheduler: {spec.name} needs a {key} of at least 1, not {given[key]!r}.")
     if spec.name == "OneCycleLR" and length is not None and given[key] != length:
         raise ConfigError(
             f"model.scheduler: OneCycleLR has total_steps {given[key]}, and the fit has {length} {interval}s. "

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from project.checkpoints.restore import construct_optimizer
 from project.checkpoints.resume_checks import on_meta, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
-from project.errors import ConfigError
+from project.errors import CheckpointError, ConfigError
 
 Spec = tuple[str, dict[str, Any]]
 EPOCHS = 8  # of a whole fit
@@ -70,7 +70,7 @@ class Fit:
         for state in checkpoint["lr_schedulers"]:
             assert self.scheduler is not None
             self.scheduler.load_state_dict(state)
-        self.rates = [float("nan")] * epochs
+        self.rates = [float("nan")] * min(epochs, 99)
         return self
 
 
@@ -249,3 +249,28 @@ def test_groups_are_matched_by_their_names() -> None:
     apply_changes(checkpoint, kept, hparams({"head": 1.0, "layer4": 0.2}), construct, {"epoch": 0, "step": 0})
     states: Any = checkpoint["optimizer_states"]
     assert {group["name"]: group["lr"] for group in states[0]["param_groups"]} == {"head": 1.0, "layer4": 0.2}
+
+
+def test_a_schedule_that_is_stepped_otherwise_is_stepped_to_where_the_fit_is() -> None:
+    fit = Fit(SGD, STEP).train(4)
+    resumed = Fit(SGD, STEP)
+    resumed.hparams["scheduler_interval"] = "step"
+    resumed.resume(fit.checkpoint(), 4)
+    assert resumed.scheduler is not None and resumed.scheduler.last_epoch == 4 * STEPS
+
+
+def test_optimizers_of_one_name_are_different_classes() -> None:
+    timm = pytest.importorskip("timm.optim", reason="needs timm")
+    assert timm.Adafactor is not torch.optim.Adafactor
+    fit = Fit(("Adafactor", {"lr": 0.01})).train(2)
+    resumed = Fit(("Adafactor", {"lr": 0.01}))
+    resumed.hparams["optimizer"] = {"class_path": "timm.optim.Adafactor", "init_args": {"lr": 0.01}}
+    resumed.optimizer, _ = construct_optimizer(resumed.hparams, resumed.groups)
+    resumed.resume(fit.checkpoint(), 2)
+    assert not resumed.optimizer.state
+
+
+def test_a_count_of_steps_that_cannot_be_is_refused() -> None:
+    fit = Fit(SGD, STEP).train(1)
+    with pytest.raises(CheckpointError, match="says that the fit has had 1000000000000 steps"):
+        Fit(("SGD", {"lr": 0.1}), STEP).resume(fit.checkpoint(), 10**12)

@@ -183,6 +183,8 @@ def test_an_argument_before_its_class_is_refused(here: Path, photos: Path, capsy
     early = ["--model.optimizer.lr", "0.1", "--model.optimizer", "AdamW"]
     assert main(["fit", *SMALL, "--data.root", str(photos), *early]) == 2
     assert "--model.optimizer.lr comes before --model.optimizer, which starts" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="Put it after"):
+        validate_order(["--model.optimizer.lr=1", "--model.optimizer.class_path", "AdamW"])
     validate_order(["fit", "--data.root", "x", "--data.rooted=x", "--model.optimizer=AdamW", "--model.optimizer.lr=1"])
     with pytest.raises(ConfigError, match="Put it after"):
         validate_order(["--data.source.root=x", "--data.source=torchvision.datasets.EuroSAT"])
@@ -193,3 +195,10 @@ def test_a_fit_trains_with_them(fit: Callable[..., int]) -> None:
     checkpoint = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (0.0625, 0.01)
+
+
+def test_flags_beat_config_files_wherever_they_stand(here: Path, photos: Path) -> None:
+    (here / "c.yaml").write_text(yaml.safe_dump({"model": {"optimizer": {"class_path": "torch.optim.AdamW"}}}))
+    for where in (["--model.optimizer.lr", "0.4", "-c", "c.yaml"], ["--config=c.yaml", "--model.optimizer.lr", "0.4"]):
+        optimizer, _ = parsed(["fit", *SMALL, "--model.weights", "null", "--data.root", str(photos), *where])
+        assert type(optimizer) is optim.AdamW and optimizer.param_groups[0]["lr"] == 0.4

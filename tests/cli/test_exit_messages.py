@@ -88,3 +88,11 @@ def test_a_pipe_that_nobody_reads_ends_quietly(
         monkeypatch.setattr(sys, "stdout", closed)
         assert main(["check", "--data.root", str(photos)]) == 141
     assert not capsys.readouterr().err
+
+
+def test_so_does_a_mistake_whose_message_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        assert main(["fit", "--data.rot", "x"]) == 141

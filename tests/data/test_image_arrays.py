@@ -47,6 +47,12 @@ FORMS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def _closed() -> io.BytesIO:
+    file = io.BytesIO(b"...")
+    file.close()
+    return file
+
+
 def _loaded(image: Image.Image) -> Image.Image:
     image.load()
     return image
@@ -74,6 +80,7 @@ ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "rgb": (RGBA[..., :3], "rgb.png"),
     "rgba": (RGBA, "alpha.png"),
     "uint16": (GREY16, "grey16.png"),
+    "big-endian": (GREY16.astype(">u2"), "grey16.png"),
     "float32": ((RGBA[..., :3] / 255).astype(np.float32), "rgb.png"),
     "float64": (RGBA[..., :3] / 255, "rgb.png"),
     "turned round in memory": (np.ascontiguousarray(RGBA[::-1, ..., :3])[::-1], "rgb.png"),
@@ -87,7 +94,7 @@ def test_pixels_are_read_as_the_file_that_holds_them(name: str, kind: str, tmp_p
     FILES[file](tmp_path / file)
     given: Any = pixels
     if kind == "tensor":
-        given = torch.from_numpy(pixels.copy())
+        given = torch.from_numpy(pixels.astype(pixels.dtype.newbyteorder("=")))
         given = given.movedim(-1, 0) if given.dim() == 3 else given
     assert to_image(given).tobytes() == read_image(tmp_path / file).tobytes()
 
@@ -109,6 +116,10 @@ def test_half_precision_tensors_are_read(tmp_path: Path) -> None:
         (np.full((4, 4, 3), np.nan), "Float pixels have to be in [0, 1]"),
         (np.zeros((4, 4, 3), np.int64), "Pixels have to be uint8, uint16 or float in [0, 1], not int64."),
         (np.zeros((4, 4, 3), bool), "Pixels have to be uint8, uint16 or float in [0, 1], not bool."),
+        (torch.zeros(3, 4, 4).to_sparse(), "A tensor of an image has to be dense"),
+        (torch.zeros(3, 4, 4, device="meta"), "A tensor of an image has to be dense"),
+        (Image.new("RGB", (0, 4)), "has no pixels"),
+        (_closed(), "The image cannot be read: I/O operation on closed file"),
         (b"", "The image is empty"),
         (b"no image", "The image is not an image that can be read"),
     ],

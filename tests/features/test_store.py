@@ -246,3 +246,14 @@ def test_rows_that_another_fit_removes_after_the_lookup_are_reported(space: Spac
     shard_of(space, 1).unlink()
     with pytest.raises(StoreError, match="was removed by another fit"):
         open_rows(space, keys, found, ALL, CPU)
+
+
+def test_a_link_that_leads_nowhere_is_reported_rather_than_looked_up_for_ever(space: Space) -> None:
+    space.refresh_index()
+    keys = keys_from(0, 12)
+    found = space.find(keys)
+    path = shard_of(space, 1)
+    path.unlink()
+    path.symlink_to("/nowhere/at/all")
+    with pytest.raises(StoreError, match="was removed by another fit"):
+        open_rows(space, keys, found, ALL, CPU)

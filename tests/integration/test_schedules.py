@@ -92,3 +92,52 @@ def test_a_wrong_metric_gets_the_right_one(fit: Fit, refused: Callable[[int], st
     plateau = ["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "val/los"]
     said = refused(fit(*ADAM, *plateau))
     assert "there is no 'val/los' to watch. Did you mean 'val/loss'" in said
+
+
+def test_steps_that_end_a_fit_are_its_length(fit: Fit) -> None:
+    assert fit(*ADAM, *COSINE, "--trainer.max_steps", "6", "--trainer.max_epochs", "100") == 0
+    assert state()["T_max"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([*COSINE, "--model.scheduler.T_max", "0"], "CosineAnnealingLR needs a T_max of at least 1, not 0"),
+        (
+            [*CYCLE, "--model.scheduler.epochs", "2", "--model.scheduler.steps_per_epoch", "1"],
+            "OneCycleLR has total_steps 2, and the fit has 3 steps",
+        ),
+        ([*PLATEAU, "--trainer.check_val_every_n_epoch", "null"], "needs a validation at the end of an epoch"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_before_training(
+    flags: list[str], words: str, fit: Fit, refused: Callable[[int], str]
+) -> None:
+    assert words in refused(fit(*ADAM, *flags))
+
+
+def test_a_plateau_of_the_training_needs_no_validation(fit: Fit) -> None:
+    watched = [
+        "--model.scheduler",
+        "lightning.pytorch.cli.ReduceLROnPlateau",
+        "--model.scheduler.monitor",
+        "train/loss",
+    ]
+    assert fit(*ADAM, *watched, "--trainer.limit_val_batches", "0") == 0
+
+
+def test_an_older_checkpoint_steps_its_schedule_once_an_epoch(fit: Fit) -> None:
+    cyclic = ["--model.scheduler", "CyclicLR", "--model.scheduler.base_lr", "0.001", "--model.scheduler.max_lr", "0.1"]
+    flags = [*cyclic, "--model.scheduler.cycle_momentum", "false", "--model.scheduler_interval", "epoch"]
+    assert fit(*ADAM, *flags, "--trainer.max_epochs", "2") == 0
+    checkpoint = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)
+    del checkpoint["hyper_parameters"]["scheduler_interval"], checkpoint["transfer"]["schedule"]
+    torch.save(checkpoint, "old.ckpt")
+    assert fit("--data.batch_size", "8", "--ckpt_path", "old.ckpt", "--trainer.max_epochs", "4") == 0
+    assert state(1)["last_epoch"] == 4
+
+
+def test_a_score_is_there_in_each_epoch(fit: Fit) -> None:
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/precision_of/red"]
+    stopping += ["--trainer.callbacks.mode=max"]
+    assert fit("--model.optimizer.lr", "5", *stopping, "--trainer.max_epochs", "4") == 0

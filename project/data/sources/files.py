@@ -60,4 +60,4 @@ class PublishedDataset(Encoded):
             if count
         ]
         listed = class_findings(f"data.source: {self.name}", self.classes, self.splits)
-        self.findings = (*findings, *unlabelled, *listed, *name_findings(self.classes))
+        self.findings = (*findings, *unlabelled, *listed, *name_findings(self.classes, published=True))

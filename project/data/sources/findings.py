@@ -39,13 +39,18 @@ def class_findings(where: str, classes: Sequence[str], splits: Mapping[str, Sequ
             yield Finding("problem", "class in one split", text)
 
 
-def name_findings(classes: Iterable[str]) -> Iterator[Finding]:
-    """Classes whose names are no text, or that people would take for each other."""
+def name_findings(classes: Iterable[str], published: bool = False) -> Iterator[Finding]:
+    """Classes whose names are no text, or that people would take for each other.
+
+    Args:
+        classes: Their names.
+        published: The names are somebody else's, who may tell A from a.
+    """
     for name in classes:
         if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
             text = f"The class {name!r} has a name that is no UTF-8 text. Rename its folder, or its label."
             yield Finding("refused", "class name", text)
-    same = _groups(classes, _visible)
+    same = _groups(classes, _shown if published else _visible)
     for names in same:
         codes = " and ".join(ascii(name) for name in names)
         text = f"Classes {codes} differ by case or by characters that cannot be seen. Give them different names."
@@ -61,10 +66,18 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+#: Characters without a shape that are not of category Cf: fillers, a joiner, and variation selectors.
+HIDDEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+
+
+def _shown(name: str) -> str:
+    """What can be seen of a name."""
+    return composed("".join(each for each in name if unicodedata.category(each) != "Cf" and each not in HIDDEN))
+
+
 def _visible(name: str) -> str:
-    """What can be seen of a name, whatever its case."""
-    seen = "".join(each for each in name if unicodedata.category(each) != "Cf")  # zero-width characters
-    return composed(composed(seen).casefold())
+    """The same, whatever its case."""
+    return composed(_shown(name).casefold())
 
 
 def _groups(classes: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:

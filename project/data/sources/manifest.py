@@ -121,10 +121,14 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
     content = file.read_bytes()
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # what a spreadsheet calls Unicode
+    encoding = "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as UTF-16 does
+        encoding = "utf-32"
+    elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what a spreadsheet calls Unicode
+        encoding = "utf-16"
     rows = list(
         csv.reader(
-            io.StringIO(content.decode("utf-16" if wide else "utf-8-sig"), newline=""),
+            io.StringIO(content.decode(encoding), newline=""),
             delimiter=separator,
             skipinitialspace=True,
             strict=True,

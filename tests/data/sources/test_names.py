@@ -31,6 +31,8 @@ RED, BLUE = (200, 40, 40), (40, 40, 200)
         (("stra\N{LATIN SMALL LETTER SHARP S}e", "STRASSE"), "refused"),
         (("big cat", "big_cat"), "problem"),
         (("cat", "dog"), None),
+        (("cat", "cat\u3164"), "refused"),
+        (("cat", "cat\ufe0f"), "refused"),
     ],
 )
 def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, str], level: str | None) -> None:
@@ -101,7 +103,7 @@ def test_they_are_read_where_the_library_is(tmp_path: Path) -> None:
     assert image_io.read_image(tmp_path / "a.heic").size == picture.size
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_table_of_any_unicode_is_read(encoding: str, tmp_path: Path) -> None:
     for name in (CAFE, "tea"):
         draw(tmp_path / f"{name}.png", RED, 0)
@@ -115,3 +117,7 @@ def test_another_encoding_is_refused_with_the_one_to_take(tmp_path: Path) -> Non
     (tmp_path / "table.csv").write_text(f"path,label\n{CAFE}.png,{CAFE}\n", encoding="cp1252")
     with pytest.raises(DataError, match=r"is not UTF-8 text .* Save it as UTF-8"):
         Manifest(str(tmp_path / "table.csv")).require()
+
+
+def test_published_names_may_differ_by_case() -> None:
+    assert [finding.level for finding in name_findings("aA", published=True)] == ["problem"]
