@@ -70,7 +70,7 @@ FLAGS: dict[str, tuple[Sequence[str], str]] = {
 }
 OPTIMIZERS = {
     "sparse": (["SparseAdam"], "SparseAdam takes sparse gradients alone"),
-    "two-dimensional": (["Muon"], "Muon only supports 2D parameters"),
+    "two-dimensional": (["torch.optim.Muon"], "Muon only supports 2D parameters"),
     "fused, scaled and clipped": (
         [
             *("AdamW", "--model.optimizer.fused", "true", "--trainer.precision", "16-mixed"),
