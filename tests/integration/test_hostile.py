@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm  # noqa: F401 - it imports wandb where that is installed, which makes folders: before the watch
 import torch
 
 from project import load
