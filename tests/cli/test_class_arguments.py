@@ -94,8 +94,8 @@ def made(here: Path, photos: Path, trained: Path) -> Callable[..., list[Made]]:
     def make(**parts: tuple[type, Mapping[str, Any]]) -> list[Made]:
         flags: list[str] = []
         for part, (kind, given) in parts.items():
-            name = kind.__name__ if kind is not lr_scheduler.ReduceLROnPlateau else f"{kind.__module__}.{kind.__name__}"
-            flags += [f"--model.{part}", name]  # Lightning has a class of that name, too
+            # The whole path: Lightning and timm have classes of some of these names, too.
+            flags += [f"--model.{part}", f"{kind.__module__}.{kind.__name__}"]
             flags += [
                 f"--model.{part}.{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
                 for key, value in given.items()

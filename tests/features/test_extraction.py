@@ -31,6 +31,11 @@ from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
 from tests.conftest import SMALL, STORED, draw, scalars
 
+# A DataLoader that the garbage collector ends, as after a test that expects an error, may find that its workers have
+# ended abnormally: torch's finalizers run in any order. It says so in whichever test runs then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 Fit = Callable[..., int]
 Counts = Callable[..., tuple[int, int]]
 
