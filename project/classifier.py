@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.checkpoints.restore import CheckpointMixin
+from project.checkpoints.resume_checks import on_meta
+from project.checkpoints.resumed_optimizer import validate_schedule
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
 from project.evaluation.epoch_metrics import EpochMetrics
@@ -299,6 +301,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer
+        validate_schedule(self.make_optimizer(on_meta(self.parameter_groups()))[1])
         monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
         found = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -96,6 +96,26 @@ def apply_changes(
         checkpoint["optimizer_states"] = [fresh]
 
 
+def validate_schedule(schedule: LRScheduler | None) -> None:
+    """Take a step of a schedule, before a fit does: torch accepts arguments that fail there, such as ``step_size 0``.
+
+    Args:
+        schedule: Over parameters without memory; it is of no use afterwards.
+
+    Raises:
+        ConfigError: It cannot be stepped.
+    """
+    if schedule is None or isinstance(schedule, ReduceLROnPlateau):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of steps of a schedule before any of the optimizer
+        try:
+            schedule.step()
+        except Exception as error:  # what a class makes of arguments that are not for it can be anything
+            name = type(schedule).__name__
+            raise ConfigError(f"model.scheduler: {name} cannot be stepped ({error}). Check its arguments.") from error
+
+
 def _name(spec: Mapping[str, Any] | None) -> str:
     return ClassSpec.from_dict(spec).name if spec is not None else ""
 

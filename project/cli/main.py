@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         Exit code: 0; 1 where ``check`` found problems, or another process has failed; 2 after a mistake of the user's,
-            which is told in a line or two; 70 after an error of this project's own; 141 where nobody reads the output;
+            with a message of one or two lines; 70 after an internal error; 141 where the output pipe is closed;
             143 and 130 after SIGTERM and SIGINT.
     """
     try:

@@ -17,16 +17,17 @@ from project.runtime.lightning_cli import option_names
 from project.runtime.system import shared_memory
 
 #: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
-PLATEAU = re.compile(
-    r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
-    r"Available metrics are: (?P<known>.*)"
-)
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
 )
 #: What torch says where DataLoader workers have no shared memory left.
 SHARED_MEMORY = re.compile(
     "out of shared memory|unable to (?:open|mmap|write|resize|allocate).*(?:shared memory|/torch_)"
+)
+#: What Lightning says of a schedule whose metric is not there.
+PLATEAU = re.compile(
+    r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
+    r"Available metrics are: (?P<known>.*)"
 )
 UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"

@@ -136,9 +136,3 @@ class ClassSpec:
         except Exception as error:  # what a class makes of arguments that are not for it can be anything
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConfigError(f"{key}: {self.class_path} does not take these arguments: {reason}.") from error
-
-    def changed_arguments(self, other: ClassSpec) -> dict[str, Any] | None:
-        """The arguments that differ from those of the same class; ``None`` where the class differs."""
-        if self.name != other.name:
-            return None
-        return {key: value for key, value in self.init_args.items() if other.init_args.get(key) != value}

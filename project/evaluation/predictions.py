@@ -22,9 +22,9 @@ class ValidationPredictions:
         labels: Their classes, int64 ``(N,)``.
         predicted: The classes that they got, int64 ``(N,)``.
         confidence: Probabilities of those, float32 ``(N,)``.
-        probability_indices: Which of the N probabilities are kept of, int64 ``(n,)``.
+        probability_indices: Indices of the images whose probabilities are kept, int64 ``(n,)``.
         probabilities: Of these, float32 ``(n, C)``.
-        feature_indices: Which of the N features are kept of, int64 ``(m,)``.
+        feature_indices: Indices of the images whose features are kept, int64 ``(m,)``.
         features: Of these, float32 ``(m, D)``.
     """
 

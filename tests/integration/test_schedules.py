@@ -107,6 +107,7 @@ def test_steps_that_end_a_fit_are_its_length(fit: Fit) -> None:
             [*CYCLE, "--model.scheduler.epochs", "2", "--model.scheduler.steps_per_epoch", "1"],
             "OneCycleLR has total_steps 2, and the fit has 3 steps",
         ),
+        (["--model.scheduler", "StepLR", "--model.scheduler.step_size", "0"], "StepLR cannot be stepped"),
         ([*PLATEAU, "--trainer.check_val_every_n_epoch", "null"], "needs a validation at the end of an epoch"),
     ],
 )
