@@ -17,10 +17,10 @@ class ProjectError(Exception):
         hint: How to fix it.
 
     Attributes:
-        told: Whether another process of a distributed run reports it, so that this one need not.
+        reported_elsewhere: Whether another process of a distributed run reports it, so that this one need not.
     """
 
-    told = False
+    reported_elsewhere = False
 
     def __init__(self, message: str, *, path: object = None, reason: object = None, hint: str = "") -> None:
         self.path = None if path is None else str(path)

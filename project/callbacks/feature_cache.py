@@ -110,8 +110,8 @@ class FeatureCache(pl.Callback):
 
     def _use(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
         """Have all rows, and put them in the place of the images."""
-        from project.features.extraction import digest_images, distinct, image_views
         from project.features.row_loader import open_rows
+        from project.features.views import digest_images, distinct, image_views
         from project.runtime.distributed import ProcessGroup
 
         source, device, ranks = data.source, trainer.strategy.root_device, ProcessGroup()

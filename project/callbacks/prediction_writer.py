@@ -123,7 +123,7 @@ class PredictionWriter(pl.Callback):
             try:
                 self._write(str(exception))
             except ProjectError as error:
-                exception.told = error.told
+                exception.reported_elsewhere = error.reported_elsewhere
 
     def _discard(self) -> None:
         if self._open_files is not None:

@@ -36,7 +36,7 @@ def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
         another process has failed, 70 after an error of this project's own.
     """
     if isinstance(error, ProjectError):
-        return "" if error.told else f"error: {error}", MISTAKE
+        return "" if error.reported_elsewhere else f"error: {error}", MISTAKE
     if isinstance(error, MisconfigurationException):
         return f"error: {explain_misconfiguration(error)}", MISTAKE
     if isinstance(error, OSError) and error.errno in FULL:

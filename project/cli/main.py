@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> int:
             return code
     except Interrupted as stop:
         if is_rank_zero():
-            print(stop.told, file=sys.stderr)
+            print(stop.message, file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:  # whoever reads the output has stopped, as head does
         return _silenced(sys.stdout)

@@ -17,8 +17,9 @@ from project.errors import EngineError, ProjectError, StoreError
 from project.features.engine_options import EngineOption
 from project.features.engine_selection import EngineChoice, RateFile, choose, cost
 from project.features.engines import DTYPES, Engine
-from project.features.extraction import View, Views, extract, load_image
+from project.features.extraction import extract
 from project.features.store import SHARD, Found, evict_shards, unwritable
+from project.features.views import View, Views, load_image
 from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.runtime.distributed import ProcessGroup

@@ -14,8 +14,9 @@ from torch.nn import functional
 from project.data.sources.base import Source
 from project.features.builder import Provided
 from project.features.engines import Engine
-from project.features.extraction import Views, load_image, run
+from project.features.extraction import run
 from project.features.row_loader import Rows
+from project.features.views import Views, load_image
 from project.task import SingleLabel
 
 TRAINED = 2000  # rows that the probe is trained on, at most

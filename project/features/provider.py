@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what a fit alone needs is imported when one begins
     from project.data.sources.base import Sample, Source
     from project.features.builder import Progress, Provided
     from project.features.engine_options import EngineFactory, EngineOption
-    from project.features.extraction import View, Views
+    from project.features.views import View, Views
     from project.runtime.distributed import ProcessGroup
 
 CALIBRATION = 128  # images that int8 is calibrated on
@@ -107,7 +107,7 @@ class RowProvider:
         """
         from project.features.builder import RowBuilder
         from project.features.engine_options import EngineFactory
-        from project.features.extraction import load_image
+        from project.features.views import load_image
         from project.runtime.distributed import ProcessGroup
 
         ranks = ProcessGroup()
@@ -156,8 +156,8 @@ class RowProvider:
             Rows ``(N, ...)``, float32, on the CPU.
         """
         from project.data.transforms import evaluation
-        from project.features.extraction import digest_images, distinct, image_views
         from project.features.row_loader import open_rows
+        from project.features.views import digest_images, distinct, image_views
         from project.runtime.distributed import ProcessGroup
 
         digests = digest_images(source, samples, ProcessGroup())

@@ -13,7 +13,8 @@ import torch
 from project.data.samplers import EpochOrder
 from project.errors import StoreError
 from project.features.row_index import Keys
-from project.features.store import Found, Shard, Space
+from project.features.shard import Shard
+from project.features.store import Found, Space
 from project.runtime.system import read_at
 
 #: Bytes of a batch of evaluation, about.

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,22 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from project.errors import StoreError
 from project.features.row_index import FILE, Keys, read_index, write_index
+from project.features.shard import SUFFIX, Shard, describe_shard, file_sha256, is_sound, open_shard, shard_of
 from project.runtime.atomic_write import TEMPORARY, appearing, replacing
 from project.runtime.system import cores
 
-SUFFIX = ".safetensors"
 DAMAGED = ".damaged"
 #: Bytes of a shard, about: a run that is killed loses at most as much.
 SHARD = 64 * 2**20
 UNLISTED = 16  # shards beside the index, from which on it is written anew
-
-_verified: dict[Path, tuple[int, int, int]] = {}
-"""Shards whose bytes this process has verified, with what tells them from later ones."""
 
 
 def row_key(content: bytes, view: str) -> bytes:
@@ -55,28 +50,6 @@ def row_key(content: bytes, view: str) -> bytes:
 def as_keys(keys: Sequence[bytes]) -> Keys:
     """Put keys of 16 bytes into an array."""
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2).astype(np.uint64)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of rows that is whole.
-
-    Attributes:
-        path: The file.
-        offset: Where its rows begin, in bytes.
-        dtype: Of its rows.
-        shape: Of one row.
-    """
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -136,11 +109,11 @@ class Space:
                 row[wanted] = rows
 
             index.look_up(keys, order, here >= 0, take)
-            shards = {path: _shard(path, about) for path, about in listed.items() if path in number}
+            shards = {path: shard_of(path, about) for path, about in listed.items() if path in number}
         unreadable = []
         for path in number.keys() - listed.keys():
             try:
-                opened = _open(path)
+                opened = open_shard(path)
             except OSError:  # another user's, or removed just now: that is no damage
                 continue
             if opened is None:
@@ -174,7 +147,7 @@ class Space:
         """
         with ThreadPoolExecutor(cores()) as pool:
             paths = [shard.path for shard in found.shards]
-            sound = list(pool.map(_verify, paths))
+            sound = list(pool.map(is_sound, paths))
         return [*found.unreadable, *(path for path, whole in zip(paths, sound, strict=True) if not whole)]
 
     def quarantine(self, shards: Collection[Path]) -> None:
@@ -195,9 +168,9 @@ class Space:
         added: dict[str, tuple[Any, Keys]] = {}
         for name in there.keys() - listed.keys():
             with suppress(OSError):  # removed just now
-                opened = _open(there[name])
+                opened = open_shard(there[name])
                 if opened is not None:
-                    added[name] = (_about(opened[0], len(opened[1])), opened[1])
+                    added[name] = (describe_shard(opened[0], len(opened[1])), opened[1])
         gone = {name for name in listed if name not in there}
         more = sum(len(keys) for _, keys in added.values())
         less = sum(listed[name]["rows"] for name in gone)
@@ -222,7 +195,7 @@ class Space:
                 length = path.stat().st_size
             except FileNotFoundError:  # another fit has made room
                 continue
-            if 2 * length > size or not _verify(path):  # large already; a damaged one is not given a sound name
+            if 2 * length > size or not is_sound(path):  # large already; a damaged one is not given a sound name
                 continue
             if total + length > size:
                 self._merge(batch)
@@ -265,7 +238,7 @@ class Space:
 
         def name(written: Path) -> str:
             nonlocal shard
-            shard = self.path / f"{_sha256(written)}{SUFFIX}"
+            shard = self.path / f"{file_sha256(written)}{SUFFIX}"
             return shard.name
 
         try:
@@ -348,60 +321,6 @@ def evict_shards(root: Path, budget: int, keep: Collection[Path]) -> int:
         if not any(path.parent.glob(f"*{SUFFIX}")):
             (path.parent / FILE).unlink(missing_ok=True)
     return freed
-
-
-def _open(path: Path) -> tuple[Shard, Keys] | None:
-    """A shard and its keys; ``None`` where the file is damaged so far that it cannot be opened."""
-    try:
-        with safe_open(path, "pt") as file:
-            keys = file.get_tensor("keys").numpy().astype(np.uint64)
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))["rows"]
-        if len(keys) != header["shape"][0]:
-            return None
-        about = {"offset": 8 + length + header["data_offsets"][0], "dtype": header["dtype"], "shape": header["shape"]}
-        return _shard(path, about), keys
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        return None
-
-
-DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPE.items()}
-
-
-def _shard(path: Path, about: Mapping[str, Any]) -> Shard:
-    return Shard(path, about["offset"], DTYPE[about["dtype"]], tuple(about["shape"][1:]))
-
-
-def _about(shard: Shard, rows: int) -> dict[str, Any]:
-    """What an index has of a shard: all that is needed to read a row."""
-    return {"rows": rows, "offset": shard.offset, "dtype": NAMES[shard.dtype], "shape": [rows, *shard.shape]}
-
-
-def _verify(path: Path) -> bool:
-    """Whether a shard is what its name says. It counts as used now."""
-    try:
-        sound = _verified.get(path) == _stamp(path) or _sha256(path) == path.stem
-    except FileNotFoundError:  # removed meanwhile: whoever reads it says so
-        return True
-    if sound:
-        # The time has nanoseconds of its own, so whatever is written to the file later changes it.
-        now = time.time_ns()
-        with suppress(OSError):  # a read-only folder keeps no account of what is used
-            os.utime(path, ns=(now, now))
-            _verified[path] = _stamp(path)
-    return sound
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _match(keys: Keys, order: np.ndarray, held: Keys) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,7 @@ class FigureLogger:
         if stored is None or not stored.examples or not isinstance(data, ImageDataModule) or data.source is None:
             return False
         with self.attempt("train/input"):
-            from project.features.extraction import load_image
+            from project.features.views import load_image
             from project.reporting import figures
 
             views = [view for of_one in stored.examples for view in of_one]

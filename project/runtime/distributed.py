@@ -103,21 +103,21 @@ class ProcessGroup:
             failure, message = error, f"Process {self.rank} failed: {type(error).__name__}: {error}"
         self.fail(self.gather(message), failure)
 
-    def fail(self, told: Sequence[str | None], failure: Exception | None = None) -> None:
+    def fail(self, messages: Sequence[str | None], failure: Exception | None = None) -> None:
         """Fail where some process has failed. The first process says it, others what they alone have to say.
 
         Args:
-            told: What went wrong in each process; ``None`` where all is well.
+            messages: What went wrong in each process; ``None`` where all is well.
             failure: What went wrong in this one.
 
         Raises:
             ProjectError: Another process has failed, or this one.
         """
-        failed = [rank for rank, message in enumerate(told) if message is not None]
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
         if not failed:
             return
-        said = told[failed[0]] or ""
+        said = messages[failed[0]] or ""
         error = failure or ProjectError(said)
         if isinstance(error, ProjectError):
-            error.told = self.rank > 0 and told[self.rank] in (None, said)
+            error.reported_elsewhere = self.rank > 0 and messages[self.rank] in (None, said)
         raise error

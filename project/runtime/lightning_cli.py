@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping
 from inspect import cleandoc
@@ -13,16 +14,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 Verb = Callable[..., Any] | tuple[type, str]
 
 
-class VerbCLI(LightningCLI):
+class VerbCLI(LightningCLI, ABC):
     """LightningCLI whose verbs are any functions, and which leaves a checkpoint's arguments to its subclass.
 
     Relies on when LightningCLI calls ``_add_subcommands()``, ``_parse_ckpt_path()`` and ``_run_subcommand()``, and on
     its reading a verb's parser from ``_subcommand_parsers``.
     """
 
+    @abstractmethod
     def verbs(self) -> Mapping[str, Verb]:
         """What each verb's flags and help come from; :meth:`subcommands` names the arguments that are no flags."""
-        raise NotImplementedError
 
     def describe(self, verb: str) -> str:
         """What a verb does, in a sentence."""
@@ -40,6 +41,7 @@ class VerbCLI(LightningCLI):
     def apply_checkpoint(self) -> None:
         """Apply ``--ckpt_path`` to the parsed configuration; Lightning overrides flags with the checkpoint's values."""
 
+    @abstractmethod
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
         """Run a verb.
 
@@ -47,7 +49,6 @@ class VerbCLI(LightningCLI):
             verb: Its name.
             flags: The values of its own flags.
         """
-        raise NotImplementedError
 
     def verb_parser(self, verb: str) -> LightningArgumentParser:
         """The parser of a verb."""

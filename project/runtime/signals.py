@@ -18,13 +18,13 @@ class Interrupted(BaseException):
 
     Args:
         number: The signal: SIGTERM or SIGINT.
-        told: What there is to say to the user.
+        message: What to print for the user.
     """
 
-    def __init__(self, number: int, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
         self.number = number
-        self.told = told
+        self.message = message
 
     @property
     def exit_code(self) -> int:

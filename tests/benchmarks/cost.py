@@ -30,9 +30,10 @@ from project.data.sources.base import Sample
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
 from project.features.engine_options import EngineFactory
-from project.features.extraction import digest_images, distinct, extract, image_views, load_image
+from project.features.extraction import extract
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
+from project.features.views import digest_images, distinct, image_views, load_image
 from project.models.backbone import load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.decoding import ours, rate

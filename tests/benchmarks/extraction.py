@@ -33,7 +33,8 @@ from project.data.transforms import evaluation
 from project.features.engine_options import EngineFactory, EngineOption
 from project.features.engine_selection import ceiling, cost
 from project.features.engines import Engine
-from project.features.extraction import View, digest_images, distinct, extract, image_views, load_image, run
+from project.features.extraction import extract, run
+from project.features.views import View, digest_images, distinct, image_views, load_image
 from project.models.backbone import Backbone, load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.measure import middle, progress, table

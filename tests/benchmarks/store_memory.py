@@ -25,9 +25,9 @@ import torch
 from project.data.samplers import EpochOrder
 from project.data.sources.base import Sample
 from project.data.sources.digits import Digits
-from project.features.extraction import distinct, image_views
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space
+from project.features.views import distinct, image_views
 
 SHARD = 1 << 16  # rows
 MB = 2**20

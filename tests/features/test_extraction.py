@@ -24,8 +24,9 @@ from project.data.sources.folder import Folder
 from project.data.transforms import training
 from project.errors import DataError
 from project.features import extraction
-from project.features.extraction import digest_images, image_views, load_image, run
+from project.features.extraction import run
 from project.features.store import Space
+from project.features.views import digest_images, image_views, load_image
 from project.preprocessing import Preprocessing
 from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
@@ -130,7 +131,7 @@ def test_an_image_that_changes_meanwhile_is_named(
         draw(album / "train/red/3.png", (0, 0, 0), 0)
         return digests
 
-    monkeypatch.setattr("project.features.extraction.digest_images", digest_then_change)
+    monkeypatch.setattr("project.features.views.digest_images", digest_then_change)
     said = refused(fit(*STORED, "--data.root", "album"))
     assert "album/train/red/3.png" in said and "changed" in said
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from project.features import row_index, store
+from project.features import row_index, shard, store
 from project.features.row_index import FILE, read_index, write_index
 from project.features.store import Space, as_keys
 from tests.features.test_store import keys_from, read, values
@@ -28,8 +28,8 @@ def space(tmp_path: Path) -> Space:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The shards whose keys are read."""
     found: list[Path] = []
-    original = store._open
-    monkeypatch.setattr(store, "_open", lambda path: (found.append(path), original(path))[1])
+    original = store.open_shard
+    monkeypatch.setattr(store, "open_shard", lambda path: (found.append(path), original(path))[1])
     return found
 
 
@@ -145,8 +145,8 @@ def test_indices_that_are_merged_in_parts_find_every_key(
 
 def test_a_shard_is_verified_once_per_process_unless_it_changes(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     read_whole: list[Path] = []
-    original = store._sha256
-    monkeypatch.setattr(store, "_sha256", lambda path: (read_whole.append(path), original(path))[1])
+    original = shard.file_sha256
+    monkeypatch.setattr(shard, "file_sha256", lambda path: (read_whole.append(path), original(path))[1])
     found = space.find(keys_from(0, 8))
     assert space.verify(found) == [] and len(read_whole) == 2, "those whose rows are used"
     assert space.verify(space.find(keys_from(0, 12))) == [] and len(read_whole) == 3

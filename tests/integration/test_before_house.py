@@ -21,7 +21,7 @@ from project.cli.main import main
 from project.data.image_io import read_image
 from project.data.sources.folder import Folder
 from project.features.engine_options import EngineFactory
-from project.features.extraction import digest_images, image_views
+from project.features.views import digest_images, image_views
 from project.models.backbone import load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.conftest import COLOURS, draw, scalars, told

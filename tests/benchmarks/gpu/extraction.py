@@ -17,9 +17,10 @@ from project.data.transforms import evaluation
 from project.features.engine_options import EngineFactory
 from project.features.engine_selection import measure
 from project.features.engines import DTYPES, Engine
-from project.features.extraction import Views, digest_images, extract, image_views, load_image
+from project.features.extraction import extract
 from project.features.frozen_prefix import FrozenPrefix
 from project.features.store import Space
+from project.features.views import Views, digest_images, image_views, load_image
 from project.models.backbone import Backbone, load_backbone
 from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores

@@ -7,7 +7,7 @@ import pytest
 from project.data.sources.folder import Folder
 from project.data.sources.relabeled import Relabeled
 from project.errors import DataError
-from project.features.extraction import image_views
+from project.features.views import image_views
 
 
 def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None:

@@ -30,7 +30,7 @@ from project.data.sources.tar_index import ShardIndexer
 from project.data.sources.webdataset import Shards
 from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
-from project.features.extraction import digest_images, image_views
+from project.features.views import digest_images, image_views
 from project.preprocessing import Preprocessing
 from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cache_folder
