@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "ImageClassifier", "ImageDataModule", "Trainer", "load"]
 
-_HOMES = {
+_MODULES = {
     "Classifier": "project.inference.predictor",
     "ImageClassifier": "project.classifier",
     "ImageDataModule": "project.data.datamodule",
@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Torch and Lightning take seconds to import, so a name brings them in when it is first used.
-    if name not in _HOMES:
+    # Torch and Lightning take seconds to import, so they are imported on first use of a name.
+    if name not in _MODULES:
         raise AttributeError(f"module 'project' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

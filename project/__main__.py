@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def run() -> int:
-    """Run the verb that the program's arguments name, and give its exit code."""
-    # The libraries make a million objects that stay. Without this, the garbage collector walks through them again and
-    # again during the imports, and once more when the interpreter ends: 2 s in all.
+    """Run the verb in ``sys.argv`` and return the exit code."""
+    # The imports create a million permanent objects. Without this, the garbage collector scans them repeatedly during
+    # the imports and once more at exit, which takes 2 s.
     gc.disable()
     from project.cli.main import main
 
     gc.freeze()
     gc.enable()
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the program runs
+    if sys.stdout is None:  # the caller closed it
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until exit
     try:
         return main(sys.argv[1:])
     finally:

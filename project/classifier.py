@@ -1,4 +1,4 @@
-"""ImageClassifier: a backbone, of which some or all is frozen, and a head, as a LightningModule."""
+"""ImageClassifier: LightningModule of a partly or fully frozen backbone and a head."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.checkpoints.restore import CheckpointMixin
 from project.checkpoints.resume_checks import on_meta
-from project.checkpoints.resumed_optimizer import validate_schedule
+from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
 from project.evaluation.epoch_metrics import EpochMetrics
-from project.features.provider import RowComputation, StoredFeatures
+from project.features.frozen_prefix import PrefixSpec
+from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
-from project.models.loss import mean_over_processes
+from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.schedules import Interval
 from project.runtime import lightning_internals
-from project.runtime.distributed import processes
+from project.runtime.distributed import world_size
 from project.runtime.unsupported import refuse_unsupported
 from project.task import SingleLabel, Task, Weight
 
 HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
-#: The command line knows a name alone; from Python a loaded backbone is taken as well.
+#: The command line accepts only a name; Python code can also pass a loaded backbone.
 if TYPE_CHECKING:
     BackboneName = str | Backbone
 else:
     BackboneName = str
 
 
-class Step(NamedTuple):
-    """What a step makes of a batch, its padding left out.
+class StepOutput(NamedTuple):
+    """Outputs of a step, without padding.
 
     Attributes:
-        loss: Its sum over the batch, and the weight to divide that by.
-        probabilities: ``(B, C)``, float32, without a gradient.
+        loss: Summed loss of the batch, and the divisor for the mean.
+        probabilities: ``(B, C)``, float32, detached.
         labels: int64 ``(B,)``.
-        features: ``(B, D)``, what the head is given, without a gradient.
+        features: Inputs of the head ``(B, D)``, detached.
     """
 
     loss: tuple[torch.Tensor, Weight]
@@ -56,33 +57,33 @@ class Step(NamedTuple):
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
-    """A pretrained backbone and a new head; what is frozen stays bit for bit what it was.
+    """A pretrained backbone and a new head. The frozen stages are bit-identical after training.
 
-    ``encode`` and ``classify`` are its two halves: images to rows at the cut, rows to logits.
+    ``encode`` maps images to rows at the cut, ``classify`` maps rows to logits.
 
     Args:
-        backbone: A torchvision classifier, or ``timm/NAME``. From Python also a loaded
-            :class:`~project.models.backbone.Backbone`, whose frozen stages are then shared, not copied.
+        backbone: A torchvision classifier, or ``timm/NAME``. Python code can also pass a loaded
+            :class:`~project.models.backbone.Backbone`; its frozen stages are shared, not copied.
         weights: A name of torchvision's or timm's weights, a file, ``pkg:NAME`` of an installed package, or null for
-            random ones.
-        trainable: What trains besides the head: head (nothing), a stage such as layer4 (from it to the end), or all.
-        image_size: Side of the network's input in pixels; by default what the weights ask for.
-        head: Class of the head; it gets the width of the features and the number of classes.
-        optimizer: Class of the optimizer and its arguments.
-        scheduler: Class of the learning-rate scheduler and its arguments. ``T_max`` and ``total_steps`` are the fit's
-            length by default.
-        scheduler_interval: Whether it is stepped once an epoch or once a step; by default once an epoch, and
-            OneCycleLR and CyclicLR once a step.
-        label_smoothing: Share of each label that is spread over all classes, in [0, 1).
-        class_weights: Weight of each class in the loss, in order of the classes' names.
-        channels_last: Keep images and weights in channels_last memory format, the faster one on CPUs and tensor cores.
-        compile: Run the backbone through torch.compile.
-        classes: Names of the classes; by default those of the data or of the checkpoint.
+            random weights.
+        trainable: First stage to train: head (the head only), a stage such as layer4 (it and all later ones), or all.
+        image_size: Image size in pixels; by default that of the weights.
+        head: Class of the head; it is called with the width of the features and the number of classes.
+        optimizer: Class and arguments of the optimizer.
+        scheduler: Class and arguments of the learning-rate scheduler. ``T_max`` and ``total_steps`` default to the
+            length of the fit.
+        scheduler_interval: Step the scheduler every epoch or every step; by default every epoch, but every step for
+            OneCycleLR and CyclicLR.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        class_weights: Weight of each class in the loss, in the order of the class names.
+        channels_last: Use the channels_last memory format, which is faster on CPUs and tensor cores.
+        compile: Compile the backbone with torch.compile.
+        classes: Class names; by default those of the data or of the checkpoint.
 
     Raises:
         ModelError: Unknown backbone or stage.
-        WeightsError: Weights that are unknown, missing, altered, unsafe, or of another network.
-        ConfigError: Arguments out of their range.
+        WeightsError: The weights are unknown, missing, modified, unsafe, or of another network.
+        ConfigError: An argument is out of range.
     """
 
     def __init__(
@@ -104,11 +105,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
         self.hparams.pop("_instantiator", None)
-        for part in ("head", "optimizer", "scheduler"):  # plain types alone, so that the checkpoint loads safely
+        for part in ("head", "optimizer", "scheduler"):  # plain types, so that checkpoints load with weights_only
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"model.label_smoothing has to be at least 0 and less than 1, not {label_smoothing}.")
+            raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
@@ -118,43 +119,43 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         else:
             self.backbone = loaded
             self.backbone.freeze(self.cut)
-        #: SHA-256 of the frozen stages as they were loaded.
+        #: SHA-256 of the frozen stages as loaded.
         self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
-        self.hparams["weights"] = (
-            loaded.origin.weights
-        )  # of a file, the whole path: checkpoints are loaded from anywhere
+        self.hparams["weights"] = loaded.origin.weights  # absolute path of a file, valid in any working directory
         if compile:
             self.backbone.compile_halves()
         self.task: Task = SingleLabel()
         self.head: nn.Module = nn.Identity()
-        #: The stored rows that the present or the last fit trains on; ``None`` where it computes features anew.
+        #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
-            self._name_classes(classes)
+            self._set_classes(classes)
 
-    def _name_classes(self, classes: Sequence[str]) -> None:
-        """Make the parts whose size is the number of classes: head, loss weights, metrics."""
+    def _set_classes(self, classes: Sequence[str]) -> None:
+        """Create the parts that depend on the classes: head, loss weights, metrics."""
         self.hparams["classes"] = list(classes)
         head = ClassSpec.from_dict(self.hparams["head"])
         self.head = head.construct("model.head", nn.Module, self.backbone.feature_dim, len(classes))
         weights = self.hparams["class_weights"]
         if weights is not None and len(weights) != len(classes):
-            raise ConfigError(f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}).")
+            raise ConfigError(
+                f"model.class_weights: {len(weights)} weights for {len(classes)} classes ({classes}). Give one each."
+            )
         if weights is not None and min(weights) < 0:
-            raise ConfigError(f"model.class_weights have to be at least 0, not {min(weights)}.")
+            raise ConfigError(f"model.class_weights must be at least 0, not {min(weights)}.")
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_metrics", EpochMetrics(stage, self.task, classes))
 
     def setup(self, stage: str) -> None:
-        """Take the classes from the data, and tell the data what the weights ask of an image.
+        """Set the classes from the data, and the preprocessing of the data from the weights.
 
         Raises:
-            DataError: The data's classes are not those that the head was trained on.
-            ConfigError: Nothing names the classes, or the precision would change the frozen weights.
+            DataError: The classes of the data differ from those of the model.
+            ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true" and self.cut.frozen:
@@ -164,43 +165,43 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 else "trainer.precision 64-true would convert the frozen weights. Use 32-true."
             )
         refuse_unsupported(getattr(self.trainer, "callbacks", []))
-        self.backbone.freeze(self.cut)  # somebody may have called unfreeze() since
+        self.backbone.freeze(self.cut)  # unfreeze() may have been called
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
-        named = getattr(data, "classes", None)
-        if named and self.classes and tuple(named) != self.classes:
+        classes = getattr(data, "classes", None)
+        if classes and self.classes and tuple(classes) != self.classes:
             raise DataError(
-                f"The data's classes ({', '.join(named)}) are not the model's ({', '.join(self.classes)})."
+                f"The data's classes ({', '.join(classes)}) are not the model's ({', '.join(self.classes)})."
                 "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
             )
-        if named and not self.classes:
-            self._name_classes(named)
-        balance = getattr(data, "class_weights", None) if stage == "fit" else None
-        if balance is not None:
+        if classes and not self.classes:
+            self._set_classes(classes)
+        balanced_weights = getattr(data, "class_weights", None) if stage == "fit" else None
+        if balanced_weights is not None:
             if self.hparams["class_weights"] is not None:
-                raise ConfigError("data.balance loss and model.class_weights are both given: keep one.")
-            self.loss_weights = torch.tensor(balance, device=self.device)
+                raise ConfigError("data.balance=loss and model.class_weights exclude each other. Remove one of them.")
+            self.loss_weights = torch.tensor(balanced_weights, device=self.device)
         if not self.classes:
-            raise ConfigError("Nothing names the classes: give --data.root PATH to train, or --ckpt_path X.ckpt.")
+            raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the frozen half: images to rows at the cut, without a gradient graph.
+        """Run the frozen prefix: images to rows at the cut, without a gradient graph.
 
         Args:
             images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
 
         Returns:
-            Features ``(B, D)`` with ``trainable: head``, else maps ``(B, K, h, w)``.
+            Features ``(B, D)`` if only the head trains, else maps ``(B, K, h, w)``.
         """
         return self.backbone.encode(images.contiguous(memory_format=self._layout), self.cut)
 
     def refine(self, rows: torch.Tensor) -> torch.Tensor:
-        """Run the trainable stages of the backbone: rows at the cut to features ``(B, D)``."""
+        """Run the trainable suffix of the backbone: rows at the cut to features ``(B, D)``."""
         return self.backbone.refine(rows, self.cut)
 
     def classify(self, rows: torch.Tensor) -> torch.Tensor:
-        """Run the trained half: rows at the cut to logits ``(B, C)``."""
+        """Run the trainable suffix and the head: rows at the cut to logits ``(B, C)``."""
         logits: torch.Tensor = self.head(self.refine(rows))
         return logits
 
@@ -208,140 +209,140 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Map images ``(B, 3, H, W)``, uint8 or float in [0, 1], to logits ``(B, C)``."""
         return self.classify(self.encode(images))
 
-    def row_computation(self, device: torch.device, precision: str) -> RowComputation:
-        """How rows of the frozen half are computed.
+    def prefix_spec(self, device: torch.device, precision: str) -> PrefixSpec:
+        """Describe the computation of rows, for the feature store.
 
         Args:
-            device: Where the model is.
-            precision: Lightning's name of the precision, such as 32-true.
+            device: Device of the model.
+            precision: Precision in Lightning's notation, such as 32-true.
         """
         layout = "channels_last" if self.hparams["channels_last"] else "contiguous"
-        return RowComputation(self.backbone, self.cut, self.encode, layout, device, precision)
+        return PrefixSpec(self.backbone, self.cut, self.encode, layout, device, precision)
 
-    def _step(self, batch: Any, stage: str) -> Step:
+    def _step(self, batch: Any, stage: str) -> StepOutput:
         inputs, targets, *rest = batch
         stored = isinstance(batch, RowBatch)
         features = self.refine(inputs.to(self.backbone.mean.dtype) if stored else self.encode(inputs))
         logits = self.head(features).float()
-        if rest and processes() > 1:  # one that has nothing but padding takes part with a loss of 0: the others wait
+        if rest and world_size() > 1:  # a rank with only padding contributes a loss of 0, so the others do not hang
             valid = rest[0]
             logits, targets, features = logits[valid], targets[valid], features[valid]
         probabilities = self.task.probabilities(logits.detach())
         loss = self.task.loss(logits, targets, self.loss_weights, self.hparams["label_smoothing"])
         labels = self.task.labels(targets)
-        self.epoch_metrics(stage).add(loss, probabilities, labels)
-        return Step(loss, probabilities, labels, features.detach())
+        self.epoch_metrics(stage).update(loss, probabilities, labels)
+        return StepOutput(loss, probabilities, labels, features.detach())
 
     def epoch_metrics(self, stage: str) -> EpochMetrics:
-        """What the epoch of a stage, ``train``, ``val`` or ``test``, adds up to so far."""
+        """Metrics of the current epoch of a stage: ``train``, ``val`` or ``test``."""
         return cast(EpochMetrics, self.get_submodule(f"{stage}_metrics"))
 
-    def _epoch_end(self, stage: str) -> None:
-        # The loss is logged here rather than in each step: over stored rows, log() would take a fifth of an epoch.
-        # And what is logged is the same in all processes already: log(sync_dist=True) is reduced when somebody looks,
-        # and the progress bar looks in the first process alone, which then waits for the others for ever.
-        values = self.epoch_metrics(stage).take(self.device)
+    def _log_epoch(self, stage: str) -> None:
+        # Log the loss once per epoch: on stored rows, log() in every step takes a fifth of the epoch.
+        # The values are already reduced over ranks. log(sync_dist=True) would reduce lazily, on first access, and the
+        # progress bar reads them on rank zero only, which would deadlock.
+        values = self.epoch_metrics(stage).compute(self.device)
         if stage == "train" and not values["train/loss"].isfinite():
             raise ConfigError(
-                f"The training loss is no number any more in epoch {self.current_epoch + 1}: the fit has diverged.\n"
-                "Lower the learning rate (model.optimizer.lr). The checkpoints of the epochs before are whole."
+                f"Training diverged in epoch {self.current_epoch + 1}: the loss is NaN or inf.\n"
+                "Lower the learning rate (model.optimizer.lr). Checkpoints of earlier epochs are intact."
             )
-        of_classes = {name: values.pop(name) for name in list(values) if "_of/" in name}
-        shown = [name for name in values if name.endswith(("/loss", "/accuracy"))]
-        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        per_class = {name: values.pop(name) for name in list(values) if "_of/" in name}
+        main = [name for name in values if name.endswith(("/loss", "/accuracy"))]
+        self.log_dict({name: values.pop(name) for name in main}, prog_bar=True)
         self.log_dict(values)
         if self.trainer.state.fn != "fit":
-            self.log_dict(of_classes)
-        elif of_classes:
-            self._log_at_once(of_classes)
+            self.log_dict(per_class)
+        elif per_class:
+            self._log_per_class(per_class)
 
-    def _log_at_once(self, values: dict[str, torch.Tensor]) -> None:
-        """Log the scores of each class: of a hundred, log() would take twice as long as an epoch on rows."""
-        for known in (self.trainer.callback_metrics, self.trainer.logged_metrics):
-            known.update(values)
+    def _log_per_class(self, values: dict[str, torch.Tensor]) -> None:
+        """Log per-class scores directly: for 100 classes, log() takes twice as long as an epoch on stored rows."""
+        for metrics in (self.trainer.callback_metrics, self.trainer.logged_metrics):
+            metrics.update(values)
         if not self.trainer.sanity_checking:
-            step = lightning_internals.logging_step(self.trainer)  # as Lightning counts for all else
+            step = lightning_internals.logging_step(self.trainer)  # same step as Lightning's own logging
             numbers = {**{name: float(value) for name, value in values.items()}, "epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(numbers, step)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Loss of a batch of images ``(B, 3, H, W)`` and labels ``(B,)``."""
-        return mean_over_processes(*self._step(batch, "train").loss)
+        """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``."""
+        return global_mean_loss(*self._step(batch, "train").loss)
 
     def validation_step(  # type: ignore[override]
         self, batch: Any, batch_idx: int
-    ) -> Step:
-        """Loss and metrics of a batch; what is known of each image is for callbacks to look at."""
+    ) -> StepOutput:
+        """Update the metrics; return the outputs of each image for callbacks."""
         return self._step(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and metrics of a batch."""
+        """Update the metrics."""
         self._step(batch, "test")
 
     def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
-        """Paths and probabilities ``(B, C)``, float32, of a batch of images and their paths."""
+        """Paths, and float32 probabilities ``(B, C)``, of a batch of images and paths."""
         images, paths = batch
         return paths, self.task.probabilities(self(images))
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end("train")
+        self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
-        self._epoch_end("val")
+        self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test."""
-        self._epoch_end("test")
+        """Log the metrics of the epoch."""
+        self._log_epoch("test")
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer over all that trains, and the injected scheduler."""
+        """Create the optimizer of all trainable parameters, and the scheduler."""
         optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer
-        validate_schedule(self.make_optimizer(on_meta(self.parameter_groups()))[1])
+        validate_scheduler(self.make_optimizer(on_meta(self.parameter_groups()))[1])
         monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
-        found = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
+        config = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
         if isinstance(scheduler, ReduceLROnPlateau):
-            found["interval"] = "epoch"
+            config["interval"] = "epoch"
         if isinstance(scheduler, ReduceLROnPlateau) and str(monitor).startswith("val/"):
             if self.trainer.check_val_every_n_epoch is None:
                 raise ConfigError(
-                    "model.scheduler: ReduceLROnPlateau needs a validation at the end of an epoch. Leave "
-                    "trainer.check_val_every_n_epoch null out, or use another scheduler."
+                    "model.scheduler: ReduceLROnPlateau requires validation at the end of epochs. Remove "
+                    "trainer.check_val_every_n_epoch=null or use another scheduler."
                 )
             if self.trainer.limit_val_batches == 0:
                 raise ConfigError(
-                    f"model.scheduler: ReduceLROnPlateau watches {monitor}, and this fit has no validation "
-                    "(trainer.limit_val_batches 0). Use another scheduler."
+                    f"model.scheduler: ReduceLROnPlateau monitors {monitor}, but this fit has no validation "
+                    "(trainer.limit_val_batches=0). Use another scheduler."
                 )
-            found["frequency"] = self.trainer.check_val_every_n_epoch
-        return {"optimizer": optimizer, "lr_scheduler": found}
+            config["frequency"] = self.trainer.check_val_every_n_epoch
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        """Check that what is frozen is what was loaded.
+        """Check that the frozen stages are unchanged since loading.
 
         Raises:
-            FrozenError: It has changed.
+            FrozenError: They have changed.
         """
         for stage in ("train", "val", "test"):
-            self.epoch_metrics(stage).reset()  # an epoch that was broken off left its own
+            self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:
-        """Check it again.
+        """Check that the frozen stages are unchanged after training.
 
         Raises:
-            FrozenError: It has changed.
+            FrozenError: They have changed.
         """
-        self._check_frozen("in training")
+        self._check_frozen("during training")
 
     def _check_frozen(self, when: str) -> None:
         loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)
         if now != loaded:
             raise FrozenError(
-                f"The frozen part of {self.backbone.name} has changed {when}: SHA-256 {loaded} as loaded, now {now}."
-                "\nSome callback or code writes to it; do not use the checkpoints of this run."
+                f"The frozen stages of {self.backbone.name} changed {when}: SHA-256 {loaded} as loaded, {now} now."
+                "\nA callback or other code modifies them. Fix it, and discard the checkpoints of this run."
             )

@@ -1,4 +1,4 @@
-"""The mistakes that people make, each with what went wrong, where, and how to mend it."""
+"""User errors. Each message says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 
 class ProjectError(Exception):
-    """A mistake that the user can fix: shown as one or two lines, exit code 2, no traceback.
+    """An error that the user can fix. The command line prints one or two lines, no traceback, and exits with code 2.
 
     Args:
-        message: What is wrong, where, and how to fix it. If fields are given, it is a template of ``{path}``,
-            ``{reason}`` and ``{hint}``.
-        path: The file, folder or key that it concerns.
-        reason: What is wrong with that; by default the message.
+        message: The message, or, if any of the fields below is given, a template of ``{path}``, ``{reason}`` and
+            ``{hint}``.
+        path: File, folder or configuration key.
+        reason: What is wrong; the message by default.
         hint: How to fix it.
 
     Attributes:
-        reported_elsewhere: Whether another process of a distributed run reports it, so that this one need not.
+        reported_elsewhere: Whether another rank reports this error, so that this one prints nothing.
     """
 
     reported_elsewhere = False
@@ -31,66 +31,68 @@ class ProjectError(Exception):
 
 
 class ConfigError(ProjectError):
-    """A flag or a key of the configuration is wrong."""
+    """Invalid flag or configuration key."""
 
 
 class DataError(ProjectError):
-    """The images or their folders are wrong."""
+    """Invalid images or data folders."""
 
 
 class ModelError(ProjectError):
-    """The backbone or the head is wrong."""
+    """Invalid backbone or head."""
 
 
 class WeightsError(ProjectError):
-    """A file of weights is missing, altered, or of another network."""
+    """Missing, damaged or incompatible weights file."""
 
 
 class CheckpointError(ProjectError):
-    """A checkpoint is missing, altered, or of another model."""
+    """Missing, damaged or incompatible checkpoint."""
 
 
 class EngineError(ProjectError):
-    """An engine cannot compute this network on this machine."""
+    """An engine cannot run the network on this machine."""
 
 
 class StoreError(ProjectError):
-    """Stored features cannot be kept or read where they should be."""
+    """The feature store cannot be read or written."""
 
 
 class FrozenError(ProjectError):
-    """A part that was to stay frozen has changed."""
+    """A frozen parameter or buffer has changed."""
 
 
-def damaged_checkpoint(what: str) -> CheckpointError:
-    """Say that a checkpoint is not as a fit wrote it.
+def damaged_checkpoint(reason: str) -> CheckpointError:
+    """Make the error for a damaged checkpoint.
 
     Args:
-        what: Which checkpoint, and what is wrong with it, in a sentence.
+        reason: A sentence that names the checkpoint and what is wrong with it.
     """
     return CheckpointError(
         "{reason}\n{hint}",
-        reason=" ".join(what.splitlines()),
-        hint="Take another one of its run, best.ckpt or last.ckpt, or fit anew.",
+        reason=" ".join(reason.splitlines()),
+        hint="Use another checkpoint of the run (best.ckpt or last.ckpt), or retrain.",
     )
 
 
-def abbreviate(value: object, most: int = 80) -> str:
-    """A value in one line of so many characters at most: a tensor has several, and a checkpoint may hold any."""
-    return " ".join(repr(value).split())[:most]
+def abbreviate(value: object, max_length: int = 80) -> str:
+    """The ``repr`` of a value on one line, truncated."""
+    return " ".join(repr(value).split())[:max_length]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Say which known names come nearest to a misspelt one.
-
-    Args:
-        word: What was written.
-        known: The names that would have been right.
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest up to three known names that are similar to a misspelled one, ignoring case.
 
     Returns:
-        ``"Did you mean 'a', 'b' or 'c'? "``, or an empty string where nothing is near.
+        ``"Did you mean 'a', 'b' or 'c'? "``, or an empty string if no name is similar.
     """
-    near = [repr(match) for match in difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)]
-    if not near:
+
+    def similarity(name: str) -> tuple[float, bool, str]:
+        ratio = difflib.SequenceMatcher(None, name.lower(), word.lower()).ratio()
+        return ratio, name[:1].lower() == word[:1].lower(), name
+
+    scores = sorted(map(similarity, known), reverse=True)
+    matches = [repr(name) for ratio, _, name in scores if ratio >= 0.6][:3]
+    if not matches:
         return ""
-    return f"Did you mean {' or '.join(filter(None, [', '.join(near[:-1]), near[-1]]))}? "
+    return f"Did you mean {' or '.join(filter(None, [', '.join(matches[:-1]), matches[-1]]))}? "

@@ -1,4 +1,4 @@
-"""How an image is brought into the form that a set of weights was trained on."""
+"""Image preprocessing that a set of weights requires."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre crop and normalisation, as the weights ask for them.
+    """Resize, centre crop and normalisation.
 
     Attributes:
         resize: Length in pixels that the shorter edge is resized to.
-        crop: Side in pixels of the centre crop, the network's input size.
-        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another name of Pillow's filters.
-        mean: Mean of each channel, of values in [0, 1].
-        std: Standard deviation of each channel, of values in [0, 1].
-        squash: Whether both edges are resized to that length, and the image's shape is lost.
+        crop: Side in pixels of the centre crop: the network's image size.
+        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another Pillow filter.
+        mean: Mean per channel, for values in [0, 1].
+        std: Standard deviation per channel, for values in [0, 1].
+        squash: Whether both edges are resized to ``resize``, ignoring the aspect ratio.
     """
 
     resize: int
@@ -26,11 +26,11 @@ class Preprocessing:
     std: tuple[float, float, float]
     squash: bool = False
 
-    def at(self, size: int | None) -> Preprocessing:
-        """The same preprocessing for another input size, with the same share of the image cropped.
+    def with_image_size(self, size: int | None) -> Preprocessing:
+        """Preprocessing for another image size, with the same ratio of resize to crop.
 
         Args:
-            size: Side of the crop in pixels; ``None`` keeps the weights' own.
+            size: Side of the crop in pixels; ``None`` keeps the current size.
         """
         if size is None:
             return self

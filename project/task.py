@@ -1,6 +1,6 @@
-"""What a label means: how a target is encoded, the loss, the activation, the metrics and the answer.
+"""Tasks: how targets are encoded, the loss, the activation, the metrics and the decoding of predictions.
 
-One class for each kind of task. Everything else speaks of targets, probabilities and answers only.
+The rest of the project is independent of the kind of task.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torchmetrics.classification import MulticlassAccuracy
 Weight = torch.Tensor | int
 
 
-class Answer(NamedTuple):
-    """What a model answers for each image.
+class Prediction(NamedTuple):
+    """Predicted classes of a batch.
 
     Attributes:
-        confidence: Probability of the answer, float32 ``(B,)``.
-        label: The answer as an index into the classes, int64 ``(B,)``.
+        confidence: Probability of the predicted class, float32 ``(B,)``.
+        label: Index of the predicted class, int64 ``(B,)``.
     """
 
     confidence: torch.Tensor
@@ -30,52 +30,45 @@ class Answer(NamedTuple):
 
 
 class Task(Protocol):
-    """How outputs of a head are trained, scored and read."""
+    """Interface for training, scoring and decoding the outputs of a head."""
 
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> tuple[torch.Tensor, Weight]:
-        """Summed loss of a batch, and what to divide it by for the mean.
+        """Summed loss of a batch, and the divisor for the mean.
 
         Args:
             logits: ``(B, C)``; B may be 0.
-            targets: As the data gives them, or mixed.
+            targets: Targets of the data, possibly mixed.
             weights: Weight of each class ``(C,)``.
-            smoothing: Share of each target that is spread over all classes.
+            smoothing: Label smoothing in [0, 1).
         """
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``(..., C)`` to float32 probabilities of the same shape."""
 
-    def answer(self, scores: torch.Tensor) -> Answer:
-        """The answer of each row of scores or probabilities ``(B, C)``."""
+    def predict(self, scores: torch.Tensor) -> Prediction:
+        """Predicted class of each row of logits or probabilities ``(B, C)``."""
 
     def labels(self, targets: torch.Tensor) -> torch.Tensor:
-        """Index of the class that counts as right for each target, int64 ``(B,)``."""
+        """Index of the true class of each target, int64 ``(B,)``."""
 
-    def is_among(self, scores: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
-        """Whether the right class is among the so many highest scores, bool ``(B,)``."""
+    def in_top_k(self, scores: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
+        """Whether the true class is among the k highest scores, bool ``(B,)``."""
 
-    def training_metrics(self, classes: int) -> MetricCollection:
-        """Metrics of training: cheap, and enough to see over-fitting by."""
+    def training_metrics(self, num_classes: int) -> MetricCollection:
+        """Metrics that are cheap enough to compute on every training batch."""
 
 
 class SingleLabel:
-    """Each image has one class; a target is its index. Softmax and cross-entropy."""
+    """Single-label classification with softmax and cross-entropy; a target is a class index."""
 
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> tuple[torch.Tensor, Weight]:
-        """Cross-entropy.
+        """Summed cross-entropy, and the divisor that torch uses for the mean.
 
-        Args:
-            logits: ``(B, C)``; B may be 0.
-            targets: int64 ``(B,)``, or the share of each class, float ``(B, C)``.
-            weights: Weight of each class ``(C,)``.
-            smoothing: Share of each target that is spread over all classes.
-
-        Returns:
-            Its sum, and what torch divides that by for the mean: the number of images, or the weights of their classes.
+        Targets are class indices, int64 ``(B,)``, or class probabilities, float ``(B, C)``.
         """
         summed = functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="sum")
         return summed, len(targets) if weights is None or targets.dim() > 1 else weights[targets].sum()
@@ -84,24 +77,24 @@ class SingleLabel:
         """Softmax, in float32."""
         return logits.float().softmax(-1)
 
-    def answer(self, scores: torch.Tensor) -> Answer:
-        """The class with the highest score; the first of equal ones."""
-        return Answer(*scores.max(1))
+    def predict(self, scores: torch.Tensor) -> Prediction:
+        """The class with the highest score; the first one of a tie."""
+        return Prediction(*scores.max(1))
 
     def labels(self, targets: torch.Tensor) -> torch.Tensor:
-        """The target itself; of mixed images, the class with the largest share."""
+        """The target itself; for a mixed target, the class with the highest probability."""
         return targets if targets.dim() == 1 else targets.argmax(1)
 
-    def is_among(self, scores: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
-        """Whether the class is among the so many highest scores, bool ``(B,)``."""
-        return (scores.topk(count).indices == self.labels(targets)[:, None]).any(1)
+    def in_top_k(self, scores: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
+        """Whether the true class is among the k highest scores, bool ``(B,)``."""
+        return (scores.topk(k).indices == self.labels(targets)[:, None]).any(1)
 
-    def training_metrics(self, classes: int) -> MetricCollection:
+    def training_metrics(self, num_classes: int) -> MetricCollection:
         """Accuracy."""
-        # Labels are indices of classes by construction; to look each time would cost more than the metric.
-        return MetricCollection({"accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)})
+        # Labels are valid class indices; validating each batch would cost more than the metric.
+        return MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)})
 
 
-def names_of(answer: Answer, classes: Sequence[str]) -> list[str]:
-    """Names of the answered classes."""
-    return [classes[index] for index in answer.label.tolist()]
+def names_of(prediction: Prediction, classes: Sequence[str]) -> list[str]:
+    """Names of the predicted classes."""
+    return [classes[index] for index in prediction.label.tolist()]

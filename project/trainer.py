@@ -9,29 +9,31 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.exact_resume import ExactResume
-from project.callbacks.progress_bar import Progress
+from project.callbacks.progress_bar import FitProgressBar
 from project.checkpoints.io import AtomicCheckpointIO
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, whose checkpoints are written whole or not at all, and which resumes a fit bit for bit.
+    """Lightning's Trainer with atomic checkpoint writes and bit-exact resumption.
 
     Args:
-        args: As Lightning's.
-        kwargs: As Lightning's. A progress bar among the callbacks takes the place of this project's.
+        args: Passed to Lightning's Trainer.
+        kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         shows_progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
-        kwargs["callbacks"] = _with_own(kwargs.get("callbacks"), shows_progress)
+        kwargs["callbacks"] = _with_default_callbacks(kwargs.get("callbacks"), shows_progress)
         super().__init__(*args, **kwargs)
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not where one was asked for
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user passed one
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def _with_own(given: pl.Callback | list[pl.Callback] | None, shows_progress: bool) -> list[pl.Callback]:
-    """The callbacks that were passed in, and this project's: a list that Lightning may extend."""
-    callbacks = [given] if isinstance(given, pl.Callback) else [*(given or [])]
-    if shows_progress and not any(isinstance(each, ProgressBar) for each in callbacks):
-        callbacks.append(Progress())
+def _with_default_callbacks(
+    user_callbacks: pl.Callback | list[pl.Callback] | None, shows_progress: bool
+) -> list[pl.Callback]:
+    """Add this project's callbacks to the user's, in a new list, as Lightning extends it."""
+    callbacks = [user_callbacks] if isinstance(user_callbacks, pl.Callback) else [*(user_callbacks or [])]
+    if shows_progress and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(FitProgressBar())
     return [ExactResume(), *callbacks]

@@ -1,4 +1,4 @@
-"""Data that the tests make themselves: images of coloured noise, a file of weights, a finished run."""
+"""Shared fixtures: images of coloured noise, a weights file, a finished run, and helpers to run the command line."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Of the processes that tests start: on tensors this small, a second thread only waits, and spins while others compute.
+# For child processes: on small tensors, a second thread only spins and slows others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from typing import Any
@@ -23,19 +23,19 @@ from project.classifier import ImageClassifier
 from project.cli.main import main
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-#: Flags of a small, fast model.
+#: Flags of a small and fast model.
 SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
-SMALL += ["--dashboard.figures", "false"]  # they take longer than the fit
-#: After the flags of a small model: the dashboard's figures.
+SMALL += ["--dashboard.figures", "false"]  # drawing them takes longer than the fit
+#: Flags that re-enable the dashboard's figures after SMALL.
 FIGURES = ["--dashboard.figures", "true"]
 
-#: Flags of a fit whose rows are in a folder of its own, and come from one engine without a choice.
+#: Flags of a fit with its own feature store and a fixed engine.
 STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of all tests and of the processes that they start, in place of the user's."""
+    """Cache folder of all tests and their child processes, instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -48,7 +48,7 @@ def _one_thread() -> None:
 
 
 def draw(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
-    """Write an image of noise around a colour."""
+    """Write an image of a colour with noise."""
     noise = np.random.default_rng(seed).integers(-40, 40, (40, 48, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype("uint8")).save(path)
@@ -56,28 +56,28 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
 
 
 def scalars(run: Path) -> EventAccumulator:
-    """What a run has logged."""
+    """TensorBoard events of a run."""
     events = EventAccumulator(str(run))
     events.Reload()
     return events
 
 
 def stop_workers(loader: Any) -> None:
-    """End the processes of a DataLoader, as a trainer does. Left to the garbage collector, they take 5 s each."""
+    """Stop the workers of a DataLoader, as a trainer does. The garbage collector would take 5 s for each."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
         loader._iterator = None
 
 
-def told(out: str) -> list[tuple[int, int]]:
-    """How many rows each fit that printed this has reused and computed."""
-    counts = re.findall(r"Features: (\d+) rows reused, (\d+) computed", out)
+def row_counts(output: str) -> list[tuple[int, int]]:
+    """Reused and computed feature rows of each fit in an output."""
+    counts = re.findall(r"Features: (\d+) rows reused, (\d+) computed", output)
     return [(int(reused), int(computed)) for reused, computed in counts]
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``photos/{train,val,test}/CLASS/*.png``: three colours, 8, 4 and 4 images of each. Not to be written to."""
+    """``photos/{train,val,test}/CLASS/*.png``: three colours, 8, 4 and 4 images of each. Read-only."""
     root = tmp_path_factory.mktemp("data") / "photos"
     for index, (name, colour) in enumerate(COLOURS.items()):
         for split, count in (("train", 8), ("val", 4), ("test", 4)):
@@ -88,7 +88,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of weights for ResNet18."""
+    """ResNet18 weights file."""
     from torchvision.models import resnet18
 
     torch.manual_seed(1)
@@ -106,7 +106,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Path) -> Path:
-    """Folder of a finished run. Not to be written to: see ``run``."""
+    """Folder of a finished run. Read-only: see ``run``."""
     folder = tmp_path_factory.mktemp("trained")
     before = Path.cwd()
     os.chdir(folder)
@@ -125,13 +125,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Pat
 
 @pytest.fixture
 def run(trained: Path, here: Path) -> Path:
-    """A copy of the finished run, in an empty working directory."""
+    """A writable copy of the finished run, in an otherwise empty working directory."""
     return Path(shutil.copytree(trained, here / "runs" / "photos" / "version_0"))
 
 
 @pytest.fixture
 def fit(here: Path, photos: Path, weights: Path) -> Callable[..., int]:
-    """Runs a small fit in an empty working directory; later flags beat its own."""
+    """Runs a small fit in an empty working directory; additional flags override its own."""
 
     def run_fit(*flags: str) -> int:
         small = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "1"]
@@ -142,11 +142,11 @@ def fit(here: Path, photos: Path, weights: Path) -> Callable[..., int]:
 
 @pytest.fixture
 def rows(fit: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, int]]:
-    """Runs a small fit on this test's own store; gives how many rows it has reused and computed."""
+    """Runs a small fit with its own feature store; returns its numbers of reused and computed rows."""
 
     def run_fit(*flags: str) -> tuple[int, int]:
         assert fit(*STORED, *flags) == 0
-        (counts,) = told(capsys.readouterr().out)
+        (counts,) = row_counts(capsys.readouterr().out)
         return counts
 
     return run_fit
@@ -154,34 +154,34 @@ def rows(fit: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callabl
 
 @pytest.fixture
 def album(here: Path, photos: Path) -> Path:
-    """A copy of the photos that may be changed."""
+    """A writable copy of the photos."""
     return Path(shutil.copytree(photos, here / "album"))
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[int], str]:
-    """Checks that a verb ended as a mistake should, and gives back what it said."""
+    """Asserts that a verb ended with a user error (exit code 2, at most two lines); returns the message."""
 
     def check(code: int) -> str:
         err = capsys.readouterr().err
-        said = err[err.index("error: ") :]
+        message = err[err.index("error: ") :]
         assert code == 2
         assert "Traceback" not in err
-        assert len(said.strip().splitlines()) <= 2, said
-        return said
+        assert len(message.strip().splitlines()) <= 2, message
+        return message
 
     return check
 
 
 @pytest.fixture
 def mount() -> Iterator[Callable[..., None]]:
-    """Mounts with the arguments given, the last of which is the folder; skips where that is not allowed."""
+    """Runs ``mount`` with arguments that end in a folder; skips the test if mounting is not permitted."""
     mounted: list[str] = []
 
     def run_mount(*arguments: str) -> None:
-        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"this process may not mount: {done.stderr.strip()}")
+        result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"mounting is not permitted: {result.stderr.strip()}")
         if "remount" not in arguments[1]:
             mounted.append(arguments[-1])
 
@@ -190,8 +190,8 @@ def mount() -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-class _Products(TorchDispatchMode):
-    """Notes the type of the results of matrix products and convolutions."""
+class _ProductDtypes(TorchDispatchMode):
+    """Records the result dtypes of matrix products and convolutions."""
 
     def __init__(self, dtypes: set[torch.dtype]) -> None:
         super().__init__()
@@ -206,13 +206,13 @@ class _Products(TorchDispatchMode):
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
-    """The types that a fit's training steps multiply in."""
+    """Dtypes of the matrix products and convolutions in a fit's training steps."""
     dtypes: set[torch.dtype] = set()
     step = ImageClassifier.training_step
 
-    def watched(self: ImageClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
-        with _Products(dtypes):
+    def recorded_step(self: ImageClassifier, batch: Any, batch_idx: int) -> torch.Tensor:
+        with _ProductDtypes(dtypes):
             return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ImageClassifier, "training_step", watched)
+    monkeypatch.setattr(ImageClassifier, "training_step", recorded_step)
     return dtypes

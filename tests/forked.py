@@ -1,4 +1,4 @@
-"""The command line in processes of their own, which have what it imports already and begin at once."""
+"""The command line in child processes of a fork server, which has imported the libraries already."""
 
 import itertools
 import multiprocessing
@@ -24,33 +24,33 @@ CONTEXT.set_forkserver_preload(["tests.forked"])
 
 @dataclass
 class Run:
-    """A command line that runs, or has run."""
+    """A running or finished command line."""
 
     process: BaseProcess
     log: Path
 
     def wait(self, seconds: float = 60) -> int:
-        """Its exit code; negative after a signal that it did not answer."""
+        """Wait for the exit code; negative if a signal killed the process."""
         self.process.join(seconds)
         if self.process.exitcode is None:
-            self.process.kill()  # or the tests would wait for it at their end
-            raise AssertionError(f"still running after {seconds} s: {self.said}")
+            self.process.kill()  # otherwise pytest would wait for it
+            raise AssertionError(f"still running after {seconds} s: {self.output}")
         return self.process.exitcode
 
     @property
-    def said(self) -> str:
-        """All that it has printed."""
+    def output(self) -> str:
+        """Everything printed so far, stdout and stderr."""
         return self.log.read_text()
 
     def await_text(self, text: str, seconds: float = 60) -> None:
-        """Wait until it has printed something."""
-        until = time.monotonic() + seconds
-        while text not in self.said:
-            assert self.process.is_alive() and time.monotonic() < until, f"it never said {text!r}: {self.said}"
+        """Wait until the output contains a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.is_alive() and time.monotonic() < deadline, f"no {text!r} in: {self.output}"
             time.sleep(0.01)
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
@@ -59,10 +59,10 @@ def start(folder: Path, arguments: Sequence[str], at: dict[str, Any] | None = No
     """Start a command line.
 
     Args:
-        folder: Its working directory; what it prints goes to ``log.txt`` there.
-        arguments: After ``python -m project``.
-        at: Where it sends itself the signal ``number``: in the ``step`` of that number, or, if it ``validates``, in the
-            validation after so many; or when it ``reads`` the image of that number.
+        folder: Working directory; the output goes to ``log.txt`` in it.
+        arguments: Arguments after ``python -m project``.
+        at: When the process sends itself the signal ``number``: in the training step ``step``, or with ``validates`` in
+            the validation after that step; or before it reads the image of index ``reads``.
     """
     log = folder / "log.txt"
     log.write_text("")
@@ -81,33 +81,33 @@ def _child(folder: str, log: str, cache: str, arguments: list[str], at: dict[str
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of what it starts in its turn, as in any other process
+    multiprocessing.set_start_method("fork", force=True)  # the default for the processes that it starts
     if at is not None:
-        _signal_itself(**at)
+        _signal_self(**at)
     sys.exit(main(arguments))
 
 
-def _signal_itself(
+def _signal_self(
     step: int | None = None, number: int = signal.SIGKILL, validates: bool = False, reads: int | None = None
 ) -> None:
-    """In the middle of the work on a batch, of training or the first of validation after it; or on an image."""
+    """Patch the method of a training step, a validation step or an image read to send the signal first."""
     if reads is not None:
-        left = itertools.count(reads, -1)
-        _before(Files, "content", lambda *_: next(left) == 0, number)
+        remaining = itertools.count(reads, -1)
+        _signal_before(Files, "content", lambda *_: next(remaining) == 0, number)
     else:
 
-        def now(model: Any, *_: Any) -> bool:
+        def is_step(model: Any, *_: Any) -> bool:
             return bool(model.trainer.global_step == step and not model.trainer.sanity_checking)
 
-        _before(ImageClassifier, "validation_step" if validates else "training_step", now, number)
+        _signal_before(ImageClassifier, "validation_step" if validates else "training_step", is_step, number)
 
 
-def _before(kind: type, name: str, now: Callable[..., bool], number: int) -> None:
-    original = getattr(kind, name)
+def _signal_before(cls: type, name: str, condition: Callable[..., bool], number: int) -> None:
+    original = getattr(cls, name)
 
-    def interrupted(*arguments: Any) -> Any:
-        if now(*arguments):
+    def patched(*arguments: Any) -> Any:
+        if condition(*arguments):
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    setattr(kind, name, interrupted)
+    setattr(cls, name, patched)

@@ -20,7 +20,7 @@ def build(weights: Path, **options: object) -> ImageClassifier:
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 
 
-def test_encode_then_classify_is_forward(weights: Path) -> None:
+def test_encode_then_classify_equals_forward(weights: Path) -> None:
     for trainable, shape in (("head", (4, 512)), ("layer4", (4, 256, 2, 2)), ("all", (4, 3, 32, 32))):
         model = build(weights, trainable=trainable, classes=["a", "b"]).eval()
         rows = model.encode(IMAGES)
@@ -29,31 +29,31 @@ def test_encode_then_classify_is_forward(weights: Path) -> None:
         assert torch.equal(model.classify(rows), model(IMAGES))
 
 
-def test_only_what_trains_is_given_to_the_optimizer(weights: Path) -> None:
+def test_optimizer_gets_only_trainable_parameters(weights: Path) -> None:
     model = build(weights, trainable="layer4", classes=["a", "b"], optimizer=partial(torch.optim.AdamW, lr=0.1))
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
-    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     expected = [*model.backbone.stages["layer4"].parameters(), *model.head.parameters()]
-    assert given == {id(parameter) for parameter in expected}
+    assert optimized == {id(parameter) for parameter in expected}
     assert [group["name"] for group in optimizer.param_groups] == ["layer4", "head"]
 
 
-def test_works_with_lightnings_own_trainer_and_nothing_typed(weights: Path, photos: Path, tmp_path: Path) -> None:
+def test_classifier_works_with_a_plain_lightning_trainer(weights: Path, photos: Path, tmp_path: Path) -> None:
     model = build(weights, head=partial(MLPHead, hidden=8))
     trainer = pl.Trainer(
         max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False, logger=False, log_every_n_steps=1
     )
-    with pytest.warns(UserWarning):  # Lightning's remarks on modules in eval mode and on num_workers
+    with pytest.warns(UserWarning):  # Lightning warns about modules in eval mode and about num_workers
         trainer.fit(model, datamodule=ImageDataModule(str(photos), num_workers=0))
     assert model.classes == ("blue", "green", "red")
     assert "val/accuracy" in trainer.callback_metrics
     path = next(tmp_path.rglob("*.ckpt"))
-    again = ImageClassifier.load_from_checkpoint(path).eval()
-    assert torch.equal(again(IMAGES), model.eval()(IMAGES))
+    restored = ImageClassifier.load_from_checkpoint(path).eval()
+    assert torch.equal(restored(IMAGES), model.eval()(IMAGES))
 
 
-def test_nobody_can_thaw_it_by_lightnings_own_calls(weights: Path) -> None:
+def test_unfreeze_and_train_mode_do_not_change_the_frozen_stages(weights: Path) -> None:
     model = build(weights, classes=["a", "b"])
     before = model.backbone.fingerprint(model.cut)
     model.unfreeze()
@@ -66,18 +66,18 @@ def test_nobody_can_thaw_it_by_lightnings_own_calls(weights: Path) -> None:
     assert model.backbone.fingerprint(model.cut) == before
 
 
-def test_float_images_in_0_1_and_uint8_images_are_the_same(weights: Path) -> None:
+def test_float_and_uint8_images_give_equal_logits(weights: Path) -> None:
     model = build(weights, classes=["a", "b"]).eval()
     torch.testing.assert_close(model(IMAGES), model(IMAGES.float() / 255), rtol=1e-5, atol=1e-5)
 
 
-def test_top5_is_there_above_five_classes_only() -> None:
+def test_top5_is_logged_only_for_more_than_five_classes() -> None:
     probabilities, labels = torch.eye(6)[[0, 1, 2, 3, 4, 5]] * 0.9 + 0.1 / 6, torch.tensor([0, 1, 2, 3, 4, 0])
-    five, metrics = (EpochMetrics("val", SingleLabel(), list(names)) for names in ("abcde", "abcdef"))
-    five.add((torch.tensor(1.0), 5), probabilities[:5, :5], labels[:5])
-    assert not any("top5" in name for name in five.take(torch.device("cpu")))
-    metrics.add((torch.tensor(1.0), 6), probabilities, labels)
-    values = metrics.take(torch.device("cpu"))
+    five, six = (EpochMetrics("val", SingleLabel(), list(names)) for names in ("abcde", "abcdef"))
+    five.update((torch.tensor(1.0), 5), probabilities[:5, :5], labels[:5])
+    assert not any("top5" in name for name in five.compute(torch.device("cpu")))
+    six.update((torch.tensor(1.0), 6), probabilities, labels)
+    values = six.compute(torch.device("cpu"))
     assert values["val/accuracy"] == pytest.approx(5 / 6)
     assert values["val/recall_of/a"] == pytest.approx(0.5)
     assert values["val/top5"] >= values["val/accuracy"]
@@ -85,7 +85,7 @@ def test_top5_is_there_above_five_classes_only() -> None:
     assert 0 < values["val/f1"] < 1
 
 
-def test_the_loss_is_smoothed_and_weighted_as_asked(weights: Path) -> None:
+def test_loss_uses_label_smoothing_and_class_weights(weights: Path) -> None:
     labels = torch.tensor([0, 1, 1, 0])
     model = build(weights, classes=["a", "b"], label_smoothing=0.2, class_weights=[1.0, 3.0])
     model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -100,23 +100,23 @@ def test_hyper_parameters_are_plain_types(weights: Path) -> None:
     assert model.hparams["optimizer"] == {"class_path": "project.models.optimizers.ArticleSGD", "init_args": {}}
 
 
-def test_an_optimizer_that_no_checkpoint_could_keep_is_refused(weights: Path) -> None:
+def test_optimizer_that_cannot_be_saved_is_rejected(weights: Path) -> None:
     with pytest.raises(ConfigError, match=r"functools\.partial"):
         build(weights, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
 
-def test_a_loaded_backbone_is_injected_and_comes_back_from_a_checkpoints_arguments(weights: Path) -> None:
+def test_injected_backbone_is_shared_and_can_be_restored_from_hyper_parameters(weights: Path) -> None:
     backbone = load_backbone("resnet18", str(weights), 32)
-    one, other = (ImageClassifier(backbone, trainable="layer4", classes=["a", "b"]) for _ in range(2))
-    assert one.backbone.stages["layer3"] is other.backbone.stages["layer3"]
-    assert one.backbone.stages["layer4"] is not other.backbone.stages["layer4"]
-    arguments = {name: one.hparams[name] for name in ("backbone", "weights", "image_size")}
+    first, second = (ImageClassifier(backbone, trainable="layer4", classes=["a", "b"]) for _ in range(2))
+    assert first.backbone.stages["layer3"] is second.backbone.stages["layer3"]
+    assert first.backbone.stages["layer4"] is not second.backbone.stages["layer4"]
+    arguments = {name: first.hparams[name] for name in ("backbone", "weights", "image_size")}
     assert arguments == {"backbone": "resnet18", "weights": str(weights), "image_size": 32}
-    assert one.identity() == ImageClassifier(**arguments, trainable="layer4", classes=["a", "b"]).identity()
+    assert first.identity() == ImageClassifier(**arguments, trainable="layer4", classes=["a", "b"]).identity()
 
 
 class FrozenProjection(torch.nn.Module):
-    """A head with a part that does not train."""
+    """A head with a frozen layer."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -127,17 +127,16 @@ class FrozenProjection(torch.nn.Module):
         return self.out(self.proj(features))
 
 
-def test_a_checkpoint_holds_the_parts_of_a_head_that_do_not_train(weights: Path) -> None:
+def test_checkpoint_contains_the_frozen_parts_of_a_head(weights: Path) -> None:
     model = build(weights, head=FrozenProjection, classes=["a", "b"])
     expected = {"head.proj.weight", "head.proj.bias", "head.out.weight", "head.out.bias"}
-    assert set(model._trained(model.state_dict())) == expected
+    assert set(model._without_frozen(model.state_dict())) == expected
     model.freeze()
-    assert "head.out.weight" in model._trained(model.state_dict()), "whatever requires a gradient at the moment"
+    assert "head.out.weight" in model._without_frozen(model.state_dict()), "independent of requires_grad"
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.AdamW])
-def test_optimizers_of_one_group_train_stages_too(optimizer: type, weights: Path) -> None:
+def test_optimizers_with_one_parameter_group_also_train_stages(optimizer: type, weights: Path) -> None:
     model = build(weights, trainable="layer4", classes=["a", "b"], optimizer=partial(optimizer, lr=0.1))
-    made = model.configure_optimizers()
-    count = sum(len(group["params"]) for group in made.param_groups)
+    count = sum(len(group["params"]) for group in model.configure_optimizers().param_groups)
     assert count == len([*model.backbone.stages["layer4"].parameters(), *model.head.parameters()])

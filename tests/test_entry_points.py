@@ -1,4 +1,4 @@
-"""The ways to start the program."""
+"""Console script of the package."""
 
 import tomllib
 from importlib import import_module
@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_console_script_is_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_script_runs_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["frozen-backbone"].partition(":")
     run = getattr(import_module(module), function)
@@ -17,7 +19,7 @@ def test_the_console_script_is_the_program(monkeypatch: pytest.MonkeyPatch, caps
     assert run() == 2
     assert "unknown flag --no_such_flag" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["frozen-backbone", "--help"])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as exit_info:
         run()
-    assert stop.value.code == 0
+    assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith("usage: python -m project VERB")

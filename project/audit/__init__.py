@@ -1,1 +1,1 @@
-"""Checks of the data: what would spoil a result, and labels that look wrong."""
+"""Data checks: duplicates, unreadable images, class imbalance, label issues."""

@@ -1,4 +1,4 @@
-"""The data doctor: everything that would spoil a result, and where it is, from what is known of each image."""
+"""Data checks: find what would make training fail or results wrong, from the properties of each image."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from pathlib import Path
 from typing import Any
 
 from project.data.image_index import ImageInfo
-from project.data.near_duplicates import alike, same
+from project.data.image_io import CAMERA_DEPTHS
+from project.data.near_duplicates import duplicates, near_duplicates
 from project.data.sources.base import Finding, Source, quote_names
 from project.errors import ConfigError, DataError
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 
-TINY = 10  # training images of a class, under which little can be learnt of it
-IMBALANCE = 10  # times as many images in the largest class as in the smallest
-SPREAD = 10  # times as many pixels in the largest image as in the median one, or in that as in the smallest
+TINY = 10  # a class with fewer training images is reported
+IMBALANCE = 10  # reported ratio of the sizes of the largest and the smallest class
+SPREAD = 10  # reported ratio of pixel counts: of the largest image to the median, or of the median to the smallest
+LEVELS = ("refused", "problem", "note")  # of findings, most severe first
+Row = tuple[str, str, str, str]  # path, class, split and group of an image
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """Result of the data checks.
 
     Attributes:
         source: Name of the data.
-        counts: Images by class and split.
-        findings: All of them: what cannot be trained on, problems, notes.
-        bad: Images that are better left out, each with the reason.
+        counts: Number of images by class and split.
+        findings: All findings, most severe first.
+        bad: Images to leave out, by path, with the reason.
         rows: All images: path, class, split and group.
-        facts: What is known of each, by its path.
+        infos: Properties of each image, by path.
     """
 
     source: str
     counts: Mapping[str, Mapping[str, int]]
     findings: tuple[Finding, ...]
     bad: Mapping[str, str]
-    rows: tuple[tuple[str, str, str, str], ...]
-    facts: Mapping[str, ImageInfo]
+    rows: tuple[Row, ...]
+    infos: Mapping[str, ImageInfo]
 
     @property
     def clean(self) -> bool:
-        """Whether there are notes at most."""
+        """Whether all findings are notes."""
         return all(finding.level == "note" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """The JSON report, in plain types."""
         return {
             "source": self.source,
             "images": len(self.rows),
@@ -62,165 +65,180 @@ class Audit:
         """Write a manifest without the bad images, for ``data.root``.
 
         Args:
-            path: A CSV file; paths in it are relative to its folder.
+            path: A CSV file. Image paths are written relative to its folder.
 
         Returns:
-            How many rows it has.
+            Number of rows.
 
         Raises:
-            ConfigError: It cannot be written.
+            ConfigError: The file cannot be written.
             DataError: The images are not files.
         """
         if path.suffix.lower() != ".csv":
-            raise ConfigError(f"--fix: {path} has to end in .csv, for data.root to know it as a manifest.")
-        kept = [row for row in self.rows if row[0] not in self.bad]
-        if not kept:
-            raise DataError("--fix: no image is left that could be in a manifest.")
-        strangers = [name for name, *_ in kept if not Path(name).is_file()]
-        if strangers:
-            raise DataError(f"--fix: the images of {self.source} are not files, as a manifest needs ({strangers[0]}).")
-        split = {name for _, _, name, _ in kept} != {"train"}
-        columns = ["path", "label", *(["split"] if split else []), *(["group"] if any(row[3] for row in kept) else [])]
-        # A table's first spaces are skipped when it is read, unless they are quoted.
-        spaced = any(value[:1] == " " for row in kept for value in row)
+            raise ConfigError(f"--fix: {path} must end in .csv, so that data.root recognizes it as a manifest.")
+        good = [row for row in self.rows if row[0] not in self.bad]
+        if not good:
+            raise DataError("--fix: no image is left to write to the manifest.")
+        missing = [name for name, *_ in good if not Path(name).is_file()]
+        if missing:
+            raise DataError(f"--fix: the images of {self.source} are not files, as a manifest needs ({missing[0]}).")
+        has_splits = {split for _, _, split, _ in good} != {"train"}
+        has_groups = any(group for *_, group in good)
+        columns = ["path", "label", *(["split"] if has_splits else []), *(["group"] if has_groups else [])]
+        # A manifest's reader skips leading spaces, unless the field is quoted.
+        has_leading_space = any(value[:1] == " " for row in good for value in row)
         folder = path.parent.resolve()
         try:
-            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
+            with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, quoting=csv.QUOTE_ALL if has_leading_space else csv.QUOTE_MINIMAL)
                 writer.writerow(columns)
-                for name, label, place, group in kept:
-                    values = {"path": os.path.relpath(Path(name).absolute(), folder), "label": label, "split": place}
-                    writer.writerow([({**values, "group": group})[column] for column in columns])
+                for name, label, split, group in good:
+                    relative = os.path.relpath(Path(name).absolute(), folder)
+                    values = {"path": relative, "label": label, "split": split, "group": group}
+                    writer.writerow([values[column] for column in columns])
         except (OSError, UnicodeEncodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else f"{error.object!r} is no UTF-8 name"
-            raise ConfigError(f"--fix: {path} cannot be written: {why}.") from error
-        return len(kept)
+            reason = error.strerror if isinstance(error, OSError) else f"{error.object!r} is not valid UTF-8"
+            raise ConfigError(f"--fix: cannot write {path}: {reason}.") from error
+        return len(good)
 
 
-def audit(source: Source, facts: Mapping[str, ImageInfo]) -> Audit:
-    """Examine data.
+def audit(source: Source, infos: Mapping[str, ImageInfo]) -> Audit:
+    """Check the data of a source.
 
     Args:
         source: The data.
-        facts: What is known of each image, by its name.
+        infos: Properties of each image, by name.
     """
     rows = [
         (sample.name, source.classes[sample.label], split, sample.group)
         for split, samples in source.splits.items()
         for sample in samples
     ]
-    known = [facts[name] for name, *_ in rows]
+    row_infos = [infos[name] for name, *_ in rows]
     bad: dict[str, str] = {}
     findings = [
         *source.findings,
-        *_unreadable(rows, known, bad),
-        *_duplicates(rows, known, bad),
-        *_sizes_of_classes(source),
-        *_traits(rows, known),
-        *_sizes_of_images(rows, known),
+        *_unreadable_findings(rows, row_infos, bad),
+        *_duplicate_findings(rows, row_infos, bad),
+        *_class_size_findings(source),
+        *_trait_findings(rows, row_infos),
+        *_image_size_findings(rows, row_infos),
     ]
-    order = ("refused", "problem", "note")
-    findings.sort(key=lambda finding: order.index(finding.level))
+    findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts: dict[str, Counter[str]] = {name: Counter() for name in source.classes}
     for _, label, split, _ in rows:
         counts[label][split] += 1
-    return Audit(source.name, counts, tuple(findings), bad, tuple(rows), facts)
+    return Audit(source.name, counts, tuple(findings), bad, tuple(rows), infos)
 
 
-Row = tuple[str, str, str, str]
-
-
-def _unreadable(rows: Sequence[Row], known: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
+def _unreadable_findings(rows: Sequence[Row], infos: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for (name, *_), facts in zip(rows, known, strict=True):
-        if facts.error:
-            kinds[facts.kind].append((name, facts.error))
-            bad[name] = facts.kind
-    for kind, found in kinds.items():
-        text = " ".join(found[0]) if len(found) == 1 else f"{len(found)} files, such as {' '.join(found[0])}"
-        yield Finding("problem", kind, text, tuple(name for name, _ in found))
+    for (name, *_), info in zip(rows, infos, strict=True):
+        if info.error:
+            kinds[info.kind].append((name, info.error))
+            bad[name] = info.kind
+    for kind, errors in kinds.items():
+        text = " ".join(errors[0]) if len(errors) == 1 else f"{len(errors)} files, such as {' '.join(errors[0])}"
+        yield Finding("problem", kind, text, tuple(name for name, _ in errors))
 
 
-def _duplicates(rows: Sequence[Row], known: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
-    exact = same(known)
-    yield from _copies("the same", exact.sets(), rows, bad)
-    # Also of those that are the same to the byte, as another that is alike may be in another split.
-    seen = [members for members in alike(known).sets() if len({exact.find(at) for at in members}) > 1]
-    yield from _copies("alike to the eye", seen, rows, bad)
+def _duplicate_findings(rows: Sequence[Row], infos: Sequence[ImageInfo], bad: dict[str, str]) -> Iterator[Finding]:
+    exact = duplicates(infos)
+    yield from _cluster_findings("duplicate", exact.sets(), rows, bad)
+    # Clusters with exact duplicates are included: a near-duplicate of them may be in another split.
+    near = [members for members in near_duplicates(infos).sets() if len({exact.find(index) for index in members}) > 1]
+    yield from _cluster_findings("near-duplicate", near, rows, bad)
 
 
-#: Which copy is the better one to keep: what is trained on is left out rather than what is measured with.
-KEPT = ("test", "val", "train")
+#: Of duplicates in several splits, the one to keep: a training image is dropped rather than an evaluation image.
+KEEP_ORDER = ("test", "val", "train")
 
 
-def _copies(how: str, sets: Iterable[Sequence[int]], rows: Sequence[Row], bad: dict[str, str]) -> Iterator[Finding]:
-    kinds: dict[str, list[list[int]]] = defaultdict(list)
-    for members in sets:
+def _cluster_findings(
+    relation: str, clusters: Iterable[Sequence[int]], rows: Sequence[Row], bad: dict[str, str]
+) -> Iterator[Finding]:
+    """Report clusters of duplicates or near-duplicates, and add the images to leave out to ``bad``."""
+    kinds: dict[str, list[Sequence[int]]] = defaultdict(list)
+    for members in clusters:
         if len(members) < 2:
             continue
-        labels, splits = {rows[at][1] for at in members}, {rows[at][2] for at in members}
+        labels, splits = {rows[index][1] for index in members}, {rows[index][2] for index in members}
         if len(labels) > 1:
-            kinds["two labels"].append(list(members))
+            kinds["two labels"].append(members)
         if len(splits) > 1:
-            kinds["two splits"].append(list(members))
+            kinds["two splits"].append(members)
         if len(labels) == len(splits) == 1:
-            kinds["copies"].append(list(members))
-        if len(labels) > 1:  # who knows which is right
-            bad.update({rows[at][0]: f"{how}, under two labels" for at in members})
-        elif len(splits) > 1 or how == "the same":
-            first = min(members, key=lambda at: (KEPT.index(rows[at][2]), at))
-            other = [at for at in members if at != first]
-            if how != "the same":  # a burst of pictures within one split does no harm
-                other = [at for at in other if rows[at][2] != rows[first][2]]
-            bad.update({rows[at][0]: f"{how} as {rows[first][0]}" for at in other if rows[at][0] not in bad})
-    for kind, found in kinds.items():
-        named = [[f"{rows[at][0]} ({rows[at][2]}, {rows[at][1]})" for at in members] for members in found]
-        text = {
-            "two labels": "Images that are {} are under two labels, {}",
-            "two splits": "Images that are {} are in two splits, so what is measured was trained on, {}",
-            "copies": "Images of one class and split are {}, {}",
+            kinds["copies"].append(members)
+        if len(labels) > 1:  # the correct label is unknown
+            bad.update({rows[index][0]: f"{relation} with another label" for index in members})
+        elif len(splits) > 1 or relation == "duplicate":
+            best = min(members, key=lambda index: (KEEP_ORDER.index(rows[index][2]), index))
+            others = [index for index in members if index != best]
+            if relation != "duplicate":  # similar photographs within one split do no harm
+                others = [index for index in others if rows[index][2] != rows[best][2]]
+            bad.update(
+                {rows[index][0]: f"{relation} of {rows[best][0]}" for index in others if rows[index][0] not in bad}
+            )
+    for kind, groups in kinds.items():
+        where = {
+            "two labels": "with different labels",
+            "two splits": "in different splits, so evaluation data was trained on",
+            "copies": "within one class and split",
         }[kind]
-        times = "once" if len(found) == 1 else f"{len(found)} times"
-        text = f"{text.format(how, times)}: {' and '.join(named[0][:3])}"
+        examples = [f"{rows[index][0]} ({rows[index][2]}, {rows[index][1]})" for index in groups[0][:3]]
+        count = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
+        text = f"{relation.capitalize()}s {where} ({count}): {' and '.join(examples)}"
         level: Any = "note" if kind == "copies" else "problem"
-        yield Finding(level, f"{how}: {kind}", text, tuple(rows[at][0] for members in found for at in members))
+        names = tuple(rows[index][0] for members in groups for index in members)
+        yield Finding(level, f"{relation}: {kind}", text, names)
 
 
-def _sizes_of_classes(source: Source) -> Iterator[Finding]:
+def _class_size_findings(source: Source) -> Iterator[Finding]:
     counts = Counter(source.classes[sample.label] for sample in source.splits.get("train", ()))
     tiny = [name for name, count in counts.items() if count < TINY]
     if tiny:
         yield Finding("note", "tiny class", f"Fewer than {TINY} training images: {quote_names(tiny)}.", tuple(tiny))
     if counts and max(counts.values()) >= IMBALANCE * min(counts.values()):
-        (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
-        text = f"{most!r} has {many} training images and {least!r} {few}. Try --data.balance sampler, or loss."
-        yield Finding("note", "imbalance", text, (most, least))
+        (largest, most), (smallest, least) = counts.most_common(1)[0], counts.most_common()[-1]
+        text = f"{largest!r} has {most} training images, {smallest!r} has {least}. Try --data.balance sampler, or loss."
+        yield Finding("note", "imbalance", text, (largest, smallest))
 
 
-def _traits(rows: Sequence[Row], known: Sequence[ImageInfo]) -> Iterator[Finding]:
-    handled = {
-        "turned by EXIF": "are turned upright",
-        "16-bit": "are rescaled",
-        "float": "are rescaled",
-        "CMYK": "are converted",
-        "palette": "are converted",
-        "transparent": "are laid on white",
-        "animated": "give their first frame",
+def _trait_findings(rows: Sequence[Row], infos: Sequence[ImageInfo]) -> Iterator[Finding]:
+    handling = {
+        "turned by EXIF": "rotated upright",
+        "16-bit": "rescaled to 8 bits",
+        **{f"{depth}-bit": f"{depth} bits deep and rescaled" for depth in CAMERA_DEPTHS},
+        "float": "rescaled to 8 bits",
+        "CMYK": "converted to RGB",
+        "palette": "converted to RGB",
+        "transparent": "drawn on white",
+        "animated": "reduced to their first frame",
     }
-    for trait, what in handled.items():
-        names = [name for (name, *_), facts in zip(rows, known, strict=True) if trait in facts.traits]
-        if names:
-            yield Finding("note", trait, f"Images that {what}: {len(names)}.", tuple(names))
+    names = {
+        trait: tuple(name for (name, *_), info in zip(rows, infos, strict=True) if trait in info.traits)
+        for trait in (*handling, "nearly black")
+    }
+    for trait, result in handling.items():
+        if names[trait]:
+            yield Finding("note", trait, f"Images that are {result}: {len(names[trait])}.", names[trait])
+    # Probably 10- or 12-bit pixels whose depth no file states.
+    dark = names["nearly black"]
+    if dark and len(dark) == len(names["16-bit"]):
+        text = (
+            f"All {len(dark)} 16-bit images use less than 1/16 of their range, so they probably have 10- or 12-bit "
+            "pixels. State the bit depth (TIFF MaxSampleValue, PNG sBIT), or rescale them to 16 bits."
+        )
+        yield Finding("problem", "nearly black", text, dark)
 
 
-def _sizes_of_images(rows: Sequence[Row], known: Sequence[ImageInfo]) -> Iterator[Finding]:
-    sizes = {row[0]: (facts.width, facts.height) for row, facts in zip(rows, known, strict=True) if facts.width}
+def _image_size_findings(rows: Sequence[Row], infos: Sequence[ImageInfo]) -> Iterator[Finding]:
+    sizes = {row[0]: (info.width, info.height) for row, info in zip(rows, infos, strict=True) if info.width}
     if not sizes:
         return
-    by_area = sorted(sizes, key=lambda name: sizes[name][0] * sizes[name][1])
-    least, most = by_area[0], by_area[-1]
-    area = {name: sizes[name][0] * sizes[name][1] for name in (least, most)}
-    middle = statistics.median(width * height for width, height in sizes.values())
-    if area[most] >= SPREAD * middle or middle >= SPREAD * area[least]:
-        text = "From {}x{} to {}x{} pixels.".format(*sizes[least], *sizes[most])
-        yield Finding("note", "image sizes", text, (least, most))
+    areas = {name: width * height for name, (width, height) in sizes.items()}
+    smallest, largest = min(areas, key=areas.__getitem__), max(areas, key=areas.__getitem__)
+    median = statistics.median(areas.values())
+    if areas[largest] >= SPREAD * median or median >= SPREAD * areas[smallest]:
+        text = "From {}x{} to {}x{} pixels.".format(*sizes[smallest], *sizes[largest])
+        yield Finding("note", "image sizes", text, (smallest, largest))

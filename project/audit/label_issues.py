@@ -1,4 +1,4 @@
-"""Labels that look wrong: what images of other classes are like, by the frozen features alone."""
+"""Label issues: find images whose frozen features contradict their label."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch.nn import functional
 from project.data.datamodule import ImageDataModule
 from project.data.image_index import ImageInfo
 from project.data.sources.base import Sample
-from project.data.splits import place
+from project.data.splits import assign_places
 from project.errors import ConfigError, DataError
-from project.features.provider import RowComputation, RowProvider
+from project.features.frozen_prefix import PrefixSpec
+from project.features.provider import RowProvider
 
 NEIGHBOURS = 10
 FOLDS = 5
-TEMPERATURE = 0.1  # of the neighbours' votes, in cosines
-PENALTY = 1e-3  # on the probes' squared weights: it keeps a wrong label from being learnt by heart
+TEMPERATURE = 0.1  # softmax temperature of the neighbours' cosine similarities
+PENALTY = 1e-3  # L2 penalty of the probes, which keeps them from memorizing wrong labels
 
 
 class Suspect(NamedTuple):
-    """An image whose label looks wrong.
+    """An image whose label is probably wrong.
 
     Attributes:
-        name: Its path.
-        label: Its class, as labelled.
-        looks_like: The class that it looks like.
-        score: Probability of its label, less that of the likeliest other class: from -1, surely wrong, to 1.
-        neighbour: The image of that class that is most like it.
+        name: Path of the image.
+        label: Its label.
+        looks_like: The class predicted instead.
+        score: Probability of the label minus that of ``looks_like``, in [-1, 0). The lowest is the most suspect.
+        neighbour: The most similar image of that class.
     """
 
     name: str
@@ -44,40 +45,40 @@ class Suspect(NamedTuple):
 
 
 def suspects_of(
-    computation: RowComputation,
+    prefix: PrefixSpec,
     data: ImageDataModule,
-    facts: Mapping[str, ImageInfo],
+    infos: Mapping[str, ImageInfo],
     provider: RowProvider,
-    most: int,
+    limit: int,
 ) -> list[Suspect]:
-    """Find the labels of some data that look wrong: see :func:`find_suspects`.
+    """Find label issues in all splits of the data: see :func:`find_suspects`.
 
     Args:
-        computation: Of the frozen backbone that tells what images are like.
-        data: The data, all splits of it.
-        facts: What is known of each image, by its name; those that cannot be read are left out.
-        provider: Provides their features.
-        most: How many to return.
+        prefix: Computes the features with the frozen backbone.
+        data: The data.
+        infos: Properties of each image, by name. Images that cannot be read are skipped.
+        provider: Stores the features.
+        limit: Maximum number of suspects.
 
     Raises:
-        ConfigError: None is to be returned, or scikit-learn is not installed.
+        ConfigError: The limit is less than 1, or scikit-learn is not installed.
         DataError: The data cannot be trained on, or no image can be read.
     """
-    if most < 1:
-        raise ConfigError(f"--top has to be at least 1, not {most}.")
+    if limit < 1:
+        raise ConfigError(f"--top must be at least 1, got {limit}.")
     require_scikit_learn()
     source = data.source
-    assert source is not None  # there would be no facts
+    assert source is not None  # there are no infos without a source
     source.require()
-    samples = [sample for split in source.splits.values() for sample in split if not facts[sample.name].error]
+    samples = [sample for split in source.splits.values() for sample in split if not infos[sample.name].error]
     if not samples:
         raise DataError("--suspects: no image can be read.")
-    families = [where.family for _, where in place(samples, [facts[sample.name] for sample in samples], 0)]
-    return find_suspects(provider.rows_of(computation, source, samples), samples, families, source.classes, most)
+    clusters = [place.cluster for _, place in assign_places(samples, [infos[sample.name] for sample in samples], 0)]
+    return find_suspects(provider.encode_samples(prefix, source, samples), samples, clusters, source.classes, limit)
 
 
 def require_scikit_learn() -> None:
-    """Refuse a search for suspect labels without its library.
+    """Raise if scikit-learn, which finds label issues, is not installed.
 
     Raises:
         ConfigError: It is not installed.
@@ -87,77 +88,80 @@ def require_scikit_learn() -> None:
 
 
 def find_suspects(
-    features: torch.Tensor, samples: Sequence[Sample], families: Sequence[int], classes: Sequence[str], most: int
+    features: torch.Tensor, samples: Sequence[Sample], clusters: Sequence[int], classes: Sequence[str], limit: int
 ) -> list[Suspect]:
-    """Find the labels that other images contradict most.
+    """Find the labels that the features contradict most.
 
-    Each image is judged by those that are not of its family, in two ways whose probabilities are averaged: by a probe
-    that was trained on the other folds, and by a vote of its nearest neighbours. Labels are ranked by their margin, as
-    in Northcutt and others, "Confident learning" (2021).
+    Class probabilities of each image are the mean of two estimates from images outside its cluster: a linear probe
+    trained on the other folds, and a weighted vote of the nearest neighbours. Labels are ranked by their margin, as in
+    Northcutt et al., "Confident learning" (2021).
 
     Args:
         features: ``(N, D)``.
         samples: N samples.
-        families: Number of each image's family: copies of one picture say nothing of each other.
-        classes: Names of the classes.
-        most: How many to return.
+        clusters: Cluster of each image. Near-duplicates are in one cluster, so that a copy does not confirm a label.
+        classes: Class names.
+        limit: Maximum number of suspects.
 
     Returns:
-        The most suspect first; only those that look more like another class than like their own.
+        Images whose label is less probable than another class, the most suspect first.
     """
     labels = torch.tensor([sample.label for sample in samples])
-    family = torch.tensor(families)
+    cluster = torch.tensor(clusters)
     rows = functional.normalize(features - features.mean(0), dim=1)
-    likely = (_probe(rows, labels, family, len(classes)) + _vote(rows, labels, family, len(classes))) / 2
-    own = likely.gather(1, labels[:, None])[:, 0]
-    others = likely.scatter(1, labels[:, None], -1.0)
-    rival, looks = others.max(1)
-    margin = own - rival
-    found: list[Suspect] = []
-    for at in margin.argsort()[:most].tolist():
-        if margin[at] < 0:
-            like = (rows @ rows[at]).masked_fill((labels != looks[at]) | (family == family[at]), -2.0)
-            found.append(
+    by_probe, by_vote = (estimate(rows, labels, cluster, len(classes)) for estimate in (_probe, _neighbour_vote))
+    probabilities = (by_probe + by_vote) / 2
+    of_label = probabilities.gather(1, labels[:, None])[:, 0]
+    best_other, predicted = probabilities.scatter(1, labels[:, None], -1.0).max(1)
+    margins = of_label - best_other
+    suspects: list[Suspect] = []
+    for index in margins.argsort()[:limit].tolist():
+        if margins[index] < 0:
+            candidates = (labels == predicted[index]) & (cluster != cluster[index])
+            similarity = (rows @ rows[index]).masked_fill(~candidates, -2.0)
+            suspects.append(
                 Suspect(
-                    samples[at].name,
-                    classes[int(labels[at])],
-                    classes[int(looks[at])],
-                    float(margin[at]),
-                    samples[int(like.argmax())].name,
+                    samples[index].name,
+                    classes[int(labels[index])],
+                    classes[int(predicted[index])],
+                    float(margins[index]),
+                    samples[int(similarity.argmax())].name,
                 )
             )
-    return found
+    return suspects
 
 
-def _vote(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classes: int) -> torch.Tensor:
-    """Probabilities ``(N, C)`` by the nearest neighbours outside the family, the nearer the weightier."""
-    found = torch.zeros(len(rows), classes)
-    for at in range(0, len(rows), 1024):  # not all pairs at once
-        part = slice(at, at + 1024)
-        cosines = (rows[part] @ rows.T).masked_fill(family[part, None] == family, -torch.inf)
-        nearest, who = cosines.topk(min(NEIGHBOURS, len(rows) - 1))
+def _neighbour_vote(rows: torch.Tensor, labels: torch.Tensor, cluster: torch.Tensor, classes: int) -> torch.Tensor:
+    """Class probabilities ``(N, C)`` from the nearest neighbours outside the cluster, weighted by similarity."""
+    probabilities = torch.zeros(len(rows), classes)
+    for begin in range(0, len(rows), 1024):  # bounds the memory for all pairs
+        part = slice(begin, begin + 1024)
+        cosines = (rows[part] @ rows.T).masked_fill(cluster[part, None] == cluster, -torch.inf)
+        nearest, indices = cosines.topk(min(NEIGHBOURS, len(rows) - 1))
         weights = (nearest / TEMPERATURE).softmax(1).nan_to_num(0.0)
-        found[part].scatter_add_(1, labels[who], weights)
-    return found
+        probabilities[part].scatter_add_(1, labels[indices], weights)
+    return probabilities
 
 
-def _probe(rows: torch.Tensor, labels: torch.Tensor, family: torch.Tensor, classes: int) -> torch.Tensor:
-    """Probabilities ``(N, C)`` by linear probes, each image by the one that has not seen its family.
+def _probe(rows: torch.Tensor, labels: torch.Tensor, cluster: torch.Tensor, classes: int) -> torch.Tensor:
+    """Class probabilities ``(N, C)`` from linear probes, each image by a probe trained without its cluster.
 
-    Not ``cross_val_predict``: it fails where a class lies in one fold alone and leaves only one to train on.
+    ``cross_val_predict`` would fail if a class is in one fold only and a single class is left to train on.
     """
     linear_model, model_selection = import_module("sklearn.linear_model"), import_module("sklearn.model_selection")
-    found = np.full((len(rows), classes), 1 / classes, np.float32)
-    x, y, groups = rows.numpy(), labels.numpy(), family.numpy()
-    count = min(FOLDS, len(np.unique(groups)), int(np.bincount(y).max()))
-    folds = model_selection.StratifiedGroupKFold(count, shuffle=True, random_state=0).split if count > 1 else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class in y")
-        parts = list(folds(x, y, groups)) if folds else []
-    for seen, held in parts:
-        if len(held) and len(np.unique(y[seen])) > 1:
-            # Its penalty is that of the sum of the losses, PENALTY that of their mean.
-            probe = linear_model.LogisticRegression(C=1 / (PENALTY * len(seen)), max_iter=200).fit(x[seen], y[seen])
-            found[held] = 0
-            found[np.ix_(held, probe.classes_)] = probe.predict_proba(x[held])
-    return torch.from_numpy(found)
+    probabilities = np.full((len(rows), classes), 1 / classes, np.float32)
+    x, y, groups = rows.numpy(), labels.numpy(), cluster.numpy()
+    folds = min(FOLDS, len(np.unique(groups)), int(np.bincount(y).max()))
+    parts = []
+    if folds > 1:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class in y")
+            splitter = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+            parts = list(splitter.split(x, y, groups))
+    for train, held_out in parts:
+        if len(held_out) and len(np.unique(y[train])) > 1:
+            # scikit-learn applies 1 / C to the sum of the losses, PENALTY applies to their mean.
+            probe = linear_model.LogisticRegression(C=1 / (PENALTY * len(train)), max_iter=200).fit(x[train], y[train])
+            probabilities[held_out] = 0
+            probabilities[np.ix_(held_out, probe.classes_)] = probe.predict_proba(x[held_out])
+    return torch.from_numpy(probabilities)

@@ -1,4 +1,4 @@
-"""A fit that is resumed goes on as if it had never stopped, to the bit."""
+"""Exact resume: a resumed fit is bit-identical to one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -27,139 +27,139 @@ KEY = "resume"
 
 
 class ExactResume(Callback):
-    """Puts into a checkpoint what Lightning leaves out, and takes it up again.
+    """Saves and restores the training state that Lightning omits from checkpoints.
 
-    That is: the state of what draws random numbers; the metrics of an epoch that is not over; and what a scheduler
-    that watches a metric has yet to see, as Lightning saves before it steps it. What is drawn within a step comes from
-    the run's seed, the epoch and the batch, in each process, so nothing that was drawn before it matters.
+    That is the RNG states, the metrics of an unfinished epoch, and the metric values that ReduceLROnPlateau has not
+    seen yet, as Lightning saves a checkpoint before it steps schedulers. Each training step is also seeded from the
+    run's seed, the epoch, the batch and the rank, so it does not depend on earlier random numbers.
     """
 
     def __init__(self) -> None:
-        self._kept: Mapping[str, Any] | None = None
-        self._data: str | None = None
-        self._accumulated: int | None = None
+        self._restored: Mapping[str, Any] | None = None
+        self._data_digest: str | None = None
+        #: In a resumed, unfinished epoch: its accumulate_grad_batches, and its completed validation batches.
+        self._accumulation: int | None = None
         self._validated: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._data = _outline(trainer) if stage == "fit" else None  # once: it is saved in every epoch
+        self._data_digest = _data_digest(trainer) if stage == "fit" else None  # computed once, saved in every epoch
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         progress, validation = lightning_internals.epochs(trainer), lightning_internals.validation_batches(trainer)
-        within = progress.processed < progress.ready
-        mine: dict[str, Any] = {"chance": _chance()}
-        if within and isinstance(pl_module, ImageClassifier):
-            mine["train"] = pl_module.epoch_metrics("train").state()
+        within_epoch = progress.processed < progress.ready
+        rank_state: dict[str, Any] = {"chance": _rng_state()}
+        if within_epoch and isinstance(pl_module, ImageClassifier):
+            rank_state["train"] = pl_module.epoch_metrics("train").state()
         checkpoint[KEY] = {
             "seed": run_seed(),
-            "batches_of": _batches_of(trainer),
-            "data": self._data,
-            "within": within,
-            "validating": within and trainer.validating,
-            # What has seen a validation's end has counted it; it is repeated all the same when the epoch goes on.
-            "counted": within and trainer.validating and validation.completed == validation.ready,
-            "watched": _watched(trainer),
-            "processes": _of_all(trainer, mine),
+            "batches_of": _batch_settings(trainer),
+            "data": self._data_digest,
+            "within": within_epoch,
+            "validating": within_epoch and trainer.validating,
+            # At the end of a validation, EarlyStopping has counted it already, and resuming repeats it.
+            "counted": within_epoch and trainer.validating and validation.completed == validation.ready,
+            "watched": _monitored_values(trainer),
+            "processes": _gather(trainer, rank_state),
         }
-        if within:
+        if within_epoch:
             accumulates = lightning_internals.accumulates_gradients(trainer)
             lightning_internals.make_resumable(checkpoint, trainer.validating, accumulates)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        kept = checkpoint.get(KEY)
-        if kept is not None and trainer.state.fn == "fit":
-            with ProcessGroup().together():
-                self._go_on(trainer, checkpoint, kept)
+        state = checkpoint.get(KEY)
+        if state is not None and trainer.state.fn == "fit":
+            with ProcessGroup().propagate_errors():
+                self._prepare(trainer, checkpoint, state)
+            self._restored = state
 
-    def _go_on(self, trainer: pl.Trainer, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
-        with _refusing_damage():
-            then, now, told = kept["batches_of"], _batches_of(trainer), _told(kept["batches_of"])
+    def _prepare(self, trainer: pl.Trainer, checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None:
+        """Check that the fit can be resumed with the current settings, and correct the EarlyStopping states."""
+        with _report_damage():
+            saved, current, described = state["batches_of"], _batch_settings(trainer), _describe(state["batches_of"])
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(each, GradientAccumulationScheduler) for each in callbacks):
-            now["accumulated"] = then["accumulated"]
-            self._accumulated = then["accumulated"] if kept["within"] else None  # the callback says it to new epochs
-        data, ours = kept.get("data"), self._data
-        if data is not None and ours is not None and data != ours:
-            if kept["within"]:
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            current["accumulated"] = saved["accumulated"]
+            # The scheduler sets it only when an epoch starts.
+            self._accumulation = saved["accumulated"] if state["within"] else None
+        digest = state.get("data")
+        if digest is not None and self._data_digest is not None and digest != self._data_digest:
+            if state["within"]:
                 raise CheckpointError(
-                    "The checkpoint was saved within an epoch of other images, or other labels of them.\n"
-                    "Give the data as it was, or a checkpoint of an epoch's end."
+                    "The checkpoint was saved within an epoch, and the images or labels have changed since then.\n"
+                    "Restore the data, or use a checkpoint from the end of an epoch."
                 )
-            print_rank_zero(
-                "Checkpoint: the images or their labels are not those that it was trained on; it goes on with these"
-            )
-        if kept["within"] and then != now:
+            print_rank_zero("Checkpoint: the images or labels have changed since then; training uses the new ones")
+        if state["within"] and saved != current:
             raise CheckpointError(
-                "The checkpoint was saved within an epoch, whose batches this fit cannot go on with: there were "
-                f"{told}, now {_told(now)}.\nTake the same, or a checkpoint of an epoch's end."
+                f"The checkpoint was saved within an epoch with {described}; this fit has {_describe(current)}.\n"
+                "Use the same settings, or a checkpoint from the end of an epoch."
             )
-        with _refusing_damage():
-            why = early_stopping_resume.restore_early_stopping(
-                trainer, checkpoint, kept["watched"], kept.get("counted", False)
+        with _report_damage():
+            reason = early_stopping_resume.restore_early_stopping(
+                trainer, checkpoint, state["watched"], state.get("counted", False)
             )
-        if why:
+        if reason:
             raise ConfigError(
-                f"EarlyStopping has ended this fit, and would end it again at once: {why}\n"
-                "Give it more patience or other thresholds, or leave it out, to go on."
+                f"EarlyStopping has stopped this fit and would stop it again at once: {reason}\n"
+                "To resume, increase its patience, change its thresholds, or remove it."
             )
-        self._kept = kept
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        kept, self._kept = self._kept, None
-        if kept is None:
+        state, self._restored = self._restored, None
+        if state is None:
             return
-        with _refusing_damage():
-            mine = kept["processes"][trainer.global_rank % len(kept["processes"])]
-            if kept["within"]:
+        with _report_damage():
+            rank_state = state["processes"][trainer.global_rank % len(state["processes"])]
+            if state["within"]:
                 validated = lightning_internals.discard_started_batches(trainer)
-                self._validated = None if kept.get("validating", True) else validated
+                self._validated = None if state.get("validating", True) else validated
                 if isinstance(pl_module, ImageClassifier):
-                    pl_module.epoch_metrics("train").merge(mine["train"])
+                    pl_module.epoch_metrics("train").merge(rank_state["train"])
             for config in trainer.lr_scheduler_configs:
-                if config.reduce_on_plateau and kept["watched"] and not kept["within"]:
-                    config.scheduler.step(kept["watched"][str(config.monitor)])
+                if config.reduce_on_plateau and state["watched"] and not state["within"]:
+                    config.scheduler.step(state["watched"][str(config.monitor)])
                     lightning_internals.count_scheduler_step(trainer)
-            _take_up(mine["chance"])
+            _restore_rng_state(rank_state["chance"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # They were of the epoch which was resumed within, where nobody calls this.
-        self._accumulated = self._validated = None
+        self._accumulation = self._validated = None  # not called for the resumed, unfinished epoch
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._accumulated is not None:
-            trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
-        if self._validated is not None:  # Lightning counts the validation before this batch once more
+        if self._accumulation is not None:
+            trainer.accumulate_grad_batches, self._accumulation = self._accumulation, None
+        if self._validated is not None:  # Lightning counts the epoch's last validation a second time
             lightning_internals.set_validated_batches(trainer, self._validated)
             self._validated = None
         reseed(pl_module.device, run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Or else Lightning, in an epoch that was resumed within, leaves out the schedulers that watch a metric.
+        # At the end of an epoch that was resumed within, Lightning would not step ReduceLROnPlateau.
         lightning_internals.end_restart(trainer)
 
 
 @contextmanager
-def _refusing_damage() -> Iterator[None]:
+def _report_damage() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever is wrong with it: it may come from anywhere
+    except Exception as error:  # a damaged state can raise almost anything
         raise damaged_checkpoint(
-            f"The checkpoint is damaged: what it keeps for a fit to go on cannot be taken up ({abbreviate(error)})."
+            f"The checkpoint is damaged: its training state cannot be restored ({abbreviate(error)})."
         ) from error
 
 
-def _batches_of(trainer: pl.Trainer) -> dict[str, int]:
+def _batch_settings(trainer: pl.Trainer) -> dict[str, int]:
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", 0)
     return {"images": size, "processes": trainer.world_size, "accumulated": trainer.accumulate_grad_batches}
 
 
-def _outline(trainer: pl.Trainer) -> str | None:
-    """What tells data from other data without reading an image: SHA-256 of which class each image of a split is."""
+def _data_digest(trainer: pl.Trainer) -> str | None:
+    """SHA-256 of the class names and of the labels of each split; no image is read."""
     data: Any = getattr(trainer, "datamodule", None)
     if not isinstance(data, ImageDataModule):
         return None
@@ -167,31 +167,31 @@ def _outline(trainer: pl.Trainer) -> str | None:
     return hashlib.sha256(json.dumps([data.classes, labels]).encode()).hexdigest()
 
 
-def _told(batches: Mapping[str, int]) -> str:
+def _describe(settings: Mapping[str, int]) -> str:
     return (
-        f"batches of {batches['images']} in {batches['processes']} processes (data.batch_size, trainer.devices), "
-        f"{batches['accumulated']} accumulated"
+        f"data.batch_size {settings['images']}, world size {settings['processes']} and "
+        f"trainer.accumulate_grad_batches {settings['accumulated']}"
     )
 
 
-def _watched(trainer: pl.Trainer) -> dict[str, float]:
-    """The last value of each metric that a scheduler or EarlyStopping goes by."""
+def _monitored_values(trainer: pl.Trainer) -> dict[str, float]:
+    """The last value of each metric that ReduceLROnPlateau or EarlyStopping monitors."""
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-    names += [each.monitor for each in early_stopping_resume.early_stopping_callbacks(trainer)]
+    names += [callback.monitor for callback in early_stopping_resume.early_stopping_callbacks(trainer)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 
-def _of_all(trainer: pl.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each process has, in the order of their ranks."""
+def _gather(trainer: pl.Trainer, rank_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all ranks, in order."""
     if trainer.world_size == 1:
-        return [mine]
-    found: list[dict[str, Any]] = [{} for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(found, mine)
-    return found
+        return [rank_state]
+    states: list[dict[str, Any]] = [{} for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(states, rank_state)
+    return states
 
 
-def _chance() -> dict[str, Any]:
-    """The state of what draws random numbers in this process, in plain types."""
+def _rng_state() -> dict[str, Any]:
+    """RNG states of torch, CUDA, ``random`` and NumPy in this process, in plain types."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -202,10 +202,10 @@ def _chance() -> dict[str, Any]:
     }
 
 
-def _take_up(state: Mapping[str, Any]) -> None:
+def _restore_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
     version, words, gauss = state["random"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Which checkpoints a fit keeps: the best epoch's, and the last one's."""
+"""Checkpoints of a fit: ``best.ckpt`` and ``last.ckpt``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
 from project.evaluation.summary import EvaluationSummary
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 
 KEY = "best"
 
 
 class _EpochCheckpoint(ModelCheckpoint):
-    """Saves at each epoch's end, where nothing of it is left to be done, and after validations within an epoch.
+    """Saves at the end of each training epoch, and after each validation within an epoch.
 
-    Lightning's own saves at validations alone where not each epoch has one at its end, and loses the other epochs.
+    Lightning's ModelCheckpoint saves only after validations if not every epoch ends with one, and omits other epochs.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -30,7 +30,7 @@ class _EpochCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The name of the state in checkpoints: that of the first version's classes, ``Best`` and ``Last``."""
+        """Key of the state in checkpoints. It has the class names of the first version, ``Best`` and ``Last``."""
         return super().state_key.replace(type(self).__qualname__, type(self).__qualname__.removesuffix("Checkpoint"), 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,37 +39,36 @@ class _EpochCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(_EpochCheckpoint):
-    """``best.ckpt``: of the epoch with the best validation accuracy, over all that a resumed fit has been through.
+    """Writes ``best.ckpt`` at the epoch with the best validation accuracy, including epochs before a resume.
 
     Attributes:
-        measured: What that epoch came to; ``None`` where that is not known.
+        measured: Validation results of that epoch; ``None`` if they are unknown.
     """
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max")
-        self._before: tuple[Path, torch.Tensor] | None = None
-        self._writes = True
+        self._previous: tuple[Path, torch.Tensor] | None = None  # best checkpoint before the resume, and its score
+        self._is_rank_zero = True
         self.measured: EvaluationSummary | None = None
-        self._measured_before: EvaluationSummary | None = None
+        self._previous_measured: EvaluationSummary | None = None
         self._measured_score: torch.Tensor | None = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.best_model_score is not self._measured_score:  # so this is the best epoch so far
+        if self.best_model_score is not self._measured_score:  # this is a new best epoch
             self._measured_score = self.best_model_score
             self.measured = _measured(trainer, pl_module)
-        of = self.measured
-        if of is not None and of.epoch is not None:
-            checkpoint[KEY] = of.state()
+        if self.measured is not None and self.measured.epoch is not None:
+            checkpoint[KEY] = self.measured.state()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look for the best checkpoint so far, of the same fit, beside the one that it goes on from."""
-        # Not at the path that the checkpoint names: it may come from anywhere, and name any file.
+        """Find the previous best checkpoint of the same fit, in the folder of the resumed one."""
+        # The path in the checkpoint is ignored: an untrusted checkpoint could name any file.
         path = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
-        self._writes = trainer.is_global_zero
+        self._is_rank_zero = trainer.is_global_zero
         if not path.is_file() or path.is_symlink():
             return
         try:
@@ -79,24 +78,26 @@ class BestCheckpoint(_EpochCheckpoint):
         except (CheckpointError, KeyError, TypeError):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
-            self._before = path, score
-            self._measured_before = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
+            self._previous = path, score
+            self._previous_measured = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
-            print_rank_zero(f"Checkpoint: {path} is not of this fit; the best one is looked for anew")
+            print_rank_zero(
+                f"Checkpoint: {path} is ignored (damaged or from another fit); best.ckpt considers only new epochs"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best checkpoint so far along into this fit's own folder, and its score."""
-        if self._before is None:
+        """Copy the previous best checkpoint to this run's folder, and restore its score."""
+        if self._previous is None:
             return
-        assert self.dirpath is not None  # Lightning sets it up before it restores anything
-        before, score = self._before
-        here = Path(self.dirpath) / before.name
-        if self._writes and not (here.exists() and here.samefile(before)):
-            with replacing(here) as temporary:
-                temporary.write_bytes(before.read_bytes())
-        path = str(here)
+        assert self.dirpath is not None  # Lightning sets it before it restores states
+        previous, score = self._previous
+        copy = Path(self.dirpath) / previous.name
+        if self._is_rank_zero and not (copy.exists() and copy.samefile(previous)):
+            with atomic_write(copy) as temporary:
+                temporary.write_bytes(previous.read_bytes())
+        path = str(copy)
         self.best_model_score = self.kth_value = self._measured_score = score
-        self.measured = self._measured_before or EvaluationSummary(None, {str(self.monitor): float(score)})
+        self.measured = self._previous_measured or EvaluationSummary(None, {str(self.monitor): float(score)})
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
         current = state_dict.get("current_score")
@@ -104,18 +105,19 @@ class BestCheckpoint(_EpochCheckpoint):
 
 
 def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
+    """Validation metrics, confusion matrix and calibration of the current epoch."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None
     if counts is None:
         return EvaluationSummary(trainer.current_epoch, metrics)
-    confusion = counts.confusion.int().numpy()  # in half the bytes: it is saved
+    confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
     return EvaluationSummary(trainer.current_epoch, metrics, counts.images, confusion, counts.calibration.numpy())
 
 
 class LastCheckpoint(_EpochCheckpoint):
-    """``last.ckpt``: of each epoch's end, and of where a fit was interrupted.
+    """Writes ``last.ckpt`` at the end of each epoch, and when a fit is interrupted.
 
-    A callback of its own: ``save_last=True`` writes it only in epochs that are also the best so far.
+    ModelCheckpoint's ``save_last=True`` would write it only together with a new best checkpoint.
     """
 
     def __init__(self) -> None:
@@ -123,8 +125,8 @@ class LastCheckpoint(_EpochCheckpoint):
 
     @property
     def path(self) -> Path:
-        """Where it is, or is to be."""
+        """Path of ``last.ckpt``, which may not exist yet."""
         return Path(self.dirpath or ".") / "last.ckpt"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin anew: this fit has a ``last.ckpt`` of its own."""
+        """Ignore the saved state: each run writes its own ``last.ckpt``."""

@@ -1,4 +1,4 @@
-"""Predictions as a CSV file."""
+"""Writes predictions to a CSV file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ProjectError
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 
@@ -23,12 +23,11 @@ COLUMNS = ("path", "predicted", "probability", "top2", "top2_probability", "top3
 
 
 class PredictionWriter(pl.Callback):
-    r"""Writes a row an image: its path, the predicted class with its probability, and the next two.
+    r"""Writes a CSV row per image: its path and the three most probable classes with their probabilities.
 
-    Rows go to a temporary file beside the target, which takes the target's name once all are written. Of several
-    processes, which have every so many-th image each, the first one writes; it gets the others' rows batch by batch,
-    so that nobody holds them all, and no file has to be seen by more than one node. Bytes of a path that are not UTF-8
-    are written as ``\udcXX``.
+    Rows are written to a temporary file, which is renamed to the target at the end. In a distributed run, rank zero
+    gathers and writes the rows batch by batch, so that no rank holds all of them and no shared file system is needed.
+    Bytes of a path that are not UTF-8 are written as ``\udcXX``.
 
     Args:
         output: The CSV file.
@@ -36,22 +35,22 @@ class PredictionWriter(pl.Callback):
 
     def __init__(self, output: str) -> None:
         if not output or Path(output).expanduser().is_dir():
-            raise ConfigError(f"--output: {output!r} is no name of a file, such as predictions.csv.")
+            raise ConfigError(f"--output must name a file, such as predictions.csv, not {output!r}.")
         self._target = Path(output).expanduser()
         self._open_files: contextlib.ExitStack | None = None
-        self._parted = True  # whether no process waits for this one
+        self._peers_waiting = False  # whether other ranks wait for this one's rows
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ranks = ProcessGroup()
-        with self._ranks.together():
+        with self._ranks.propagate_errors():
             if self._ranks.rank == 0:
                 self._open()
-        self._parted = False
+        self._peers_waiting = True
 
     def _open(self) -> None:
-        with self._saying_so():
+        with self._report_os_error():
             stack = contextlib.ExitStack()
-            temporary = stack.enter_context(replacing(self._target))
+            temporary = stack.enter_context(atomic_write(self._target))
             self._rows = csv.writer(
                 stack.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
             )
@@ -59,7 +58,7 @@ class PredictionWriter(pl.Callback):
             self._open_files = stack
 
     @contextlib.contextmanager
-    def _saying_so(self) -> Iterator[None]:
+    def _report_os_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -86,31 +85,34 @@ class PredictionWriter(pl.Callback):
         self._write(rows)
 
     def _write(self, rows: Rows) -> bool:
-        """Write the rows of all processes, in the images' order; says whether there may be more of them.
+        """Gather the rows of all ranks and write them in the order of the images.
 
         Args:
-            rows: This process's; ``None`` once it has no more, or why it fails.
+            rows: This rank's rows, ``None`` once it has no more, or the message of its failure.
+
+        Returns:
+            Whether any rank may have more rows.
         """
         parts = self._ranks.gather(rows)
         failures = [part if isinstance(part, str) else None for part in parts]
-        self._parted = any(failure is not None for failure in failures)  # nobody waits where all fail
-        self._ranks.fail(failures)
+        self._peers_waiting = not any(failure is not None for failure in failures)  # a failure stops all ranks
+        self._ranks.raise_if_any_failed(failures)
         if self._open_files is not None:
-            ordered = itertools.zip_longest(*[part for part in parts if isinstance(part, list)])
-            with self._saying_so():
-                # Padding has no path, and a process with fewer rows than others none at all.
-                self._rows.writerows(row for each in ordered for row in each if row and row[0])
+            # Rank r of R has every R-th image, starting with the r-th.
+            interleaved = itertools.zip_longest(*[part for part in parts if isinstance(part, list)])
+            with self._report_os_error():
+                # Skip padding, which has no path, and the missing rows of shorter parts.
+                self._rows.writerows(row for rows_of_all in interleaved for row in rows_of_all if row and row[0])
         return any(part is not None for part in parts)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        more = True
-        while more:  # others may have a batch more, if the loaders are the user's
-            more = self._write(None)
-        self._parted = True
+        while self._write(None):  # with the user's own loaders, other ranks may have more batches
+            pass
+        self._peers_waiting = False
         if self._open_files is not None:
-            written, self._open_files = self._open_files, None
-            with self._saying_so():
-                written.close()
+            files, self._open_files = self._open_files, None
+            with self._report_os_error():
+                files.close()
         print_rank_zero(f"Predictions: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -118,8 +120,8 @@ class PredictionWriter(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._discard()
-        if isinstance(exception, ProjectError) and not self._parted:
-            self._parted = True
+        if isinstance(exception, ProjectError) and self._peers_waiting:
+            self._peers_waiting = False
             try:
                 self._write(str(exception))
             except ProjectError as error:
@@ -127,6 +129,6 @@ class PredictionWriter(pl.Callback):
 
     def _discard(self) -> None:
         if self._open_files is not None:
-            broken_off, self._open_files = self._open_files, None
-            with contextlib.suppress(OSError):  # what is left to be written is of no use
-                broken_off.__exit__(ConfigError, ConfigError("not all was predicted"), None)
+            files, self._open_files = self._open_files, None
+            with contextlib.suppress(OSError):  # from flushing rows that are discarded anyway
+                files.__exit__(ConfigError, ConfigError("prediction is incomplete"), None)

@@ -1,4 +1,4 @@
-"""How far a fit is, and how long it still takes: a bar on a terminal, a line of some epochs elsewhere."""
+"""Progress of a fit and its remaining time: a bar on a terminal, one line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.runtime import lightning_internals
-from project.runtime.console import Bar, Pace, clock, on_a_terminal, print_rank_zero
+from project.runtime.console import Bar, EtaEstimator, format_duration, is_terminal, print_rank_zero
 
-MOST_LINES = 40  # of a fit, whatever its number of epochs
-GROWTH = 1.2  # of the number of epochs from one line to the next, where nobody knows how many there will be
+MAX_LINES = 40  # of a fit with a known number of epochs; longer fits print only every n-th epoch
+GROWTH = 1.2  # ratio of the epochs of successive lines, if the number of epochs is unknown
 
 
-class Progress(ProgressBar):
-    """One bar over all epochs of a fit, with the time that is left of the whole.
+class FitProgressBar(ProgressBar):
+    """One progress bar over all epochs of a fit, with the remaining time of the whole fit.
 
-    Lightning's own counts the batches of an epoch, and takes a sixth of the time of one over stored rows: it looks up
-    and formats all metrics with every batch.
+    Lightning's bar covers a single epoch, and takes a sixth of the time of an epoch on stored rows, because it formats
+    all metrics after each batch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._bar: Bar | None = None
-        self._pace = Pace()
-        self._first = 0  # epoch of this fit
-        self._validated = 0  # batches of this epoch
-        self._next_line = 1
+        self._eta = EtaEstimator()  # used without a bar
+        self._first_epoch = 0  # after a resume, not 0
+        self._validated = 0  # validation batches of the current epoch
+        self._next_line = 1  # number of completed epochs
 
     def disable(self) -> None:
         self._enabled = False
@@ -37,9 +37,9 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def _show(self, what: str) -> None:
-        if self._enabled and self._bar is None and on_a_terminal():
-            self._bar = Bar(what)
+    def _show(self, description: str) -> None:
+        if self._enabled and self._bar is None and is_terminal():
+            self._bar = Bar(description)
             self._bar.start()
 
     def _hide(self) -> None:
@@ -48,26 +48,26 @@ class Progress(ProgressBar):
             self._bar = None
 
     def _count(self, done: int, total: int | None) -> None:
-        (self._bar or self._pace).count(done, total)
+        (self._bar or self._eta).count(done, total)
 
-    # --- a fit
+    # fit
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._show("Trying a batch of validation")
+        self._show("Sanity check")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first = trainer.current_epoch
-        self._pace = Pace()
+        self._first_epoch = trainer.current_epoch
+        self._eta = EtaEstimator()
         self._validated = 0
         self._show("")
-        self._name_epoch(trainer)
+        self._describe_epoch(trainer)
         self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Of the epoch before: what its training came to was not known yet when it ended.
-        self._say_epoch(trainer, trainer.current_epoch)
+        # The previous epoch's training metrics are complete only now.
+        self._print_epoch(trainer, trainer.current_epoch)
         self._validated = 0
-        self._name_epoch(trainer)
+        self._describe_epoch(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,49 +76,55 @@ class Progress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch + 1 == _epochs(trainer):
-            self._hide()  # Lightning says at once why it stops, past the bar
+            self._hide()  # Lightning now prints why it stops, which would break the bar
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._say_epoch(trainer, trainer.current_epoch, ends=True)
+        self._print_epoch(trainer, trainer.current_epoch, ends=True)
         self._hide()
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn != "fit":
-            self._count_evaluated(trainer.num_val_batches, *given[3:])
+            self._count_evaluated(trainer.num_val_batches, *args[3:])
         elif not trainer.sanity_checking:
             self._validated += 1
             self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 
     def _count_batches(self, trainer: pl.Trainer, trained: int) -> None:
-        """Count what is done of all epochs, those of validation included."""
+        """Count the training and validation batches of all epochs."""
         training, validation = trainer.num_training_batches, _validation_batches(trainer)
         epochs = _epochs(trainer)
         if not self._enabled or epochs is None or not math.isfinite(training):
             return
-        each = int(training) + validation
-        validated = self._validated // (trainer.check_val_every_n_epoch or 1)  # as of an average epoch
-        self._count(trainer.current_epoch * each + trained + validated, epochs * each)
+        per_epoch = int(training) + validation
+        validated = self._validated // (trainer.check_val_every_n_epoch or 1)  # averaged over epochs
+        self._count(trainer.current_epoch * per_epoch + trained + validated, epochs * per_epoch)
 
-    def _name_epoch(self, trainer: pl.Trainer) -> None:
+    def _describe_epoch(self, trainer: pl.Trainer) -> None:
         if self._bar is not None:
-            of = _epochs(trainer)
-            self._bar.tell(f"Epoch {trainer.current_epoch + 1}{f'/{of}' if of else ''}", _metrics(trainer))
+            epochs = _epochs(trainer)
+            self._bar.describe(f"Epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs else ''}", _metrics(trainer))
 
-    def _say_epoch(self, trainer: pl.Trainer, done: int, ends: bool = False) -> None:
-        """Say what an epoch came to, where there is no bar: of so few of them that a file of lines stays short."""
-        if not self._enabled or self._bar is not None or on_a_terminal() or done <= self._first:
+    def _print_epoch(self, trainer: pl.Trainer, done: int, ends: bool = False) -> None:
+        """Without a bar, print the metrics of an epoch, but not of every epoch of a long fit.
+
+        Args:
+            trainer: The trainer.
+            done: Number of completed epochs.
+            ends: Whether the fit ends here; its last epoch is always printed.
+        """
+        if not self._enabled or self._bar is not None or is_terminal() or done <= self._first_epoch:
             return
         epochs = _epochs(trainer)
         if not ends and done < self._next_line:
             return
-        step = math.ceil(epochs / MOST_LINES) if epochs else max(1, int(done * GROWTH) - done)
+        step = math.ceil(epochs / MAX_LINES) if epochs else max(1, int(done * GROWTH) - done)
         self._next_line = (done // step + 1) * step
-        left = f"; {clock(self._pace.left)} left" if epochs and not ends else ""
-        # What an earlier epoch's validation came to is no news of this one.
-        told = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith("val/")]
-        print_rank_zero(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(told)}{left}")
+        left = f"; {format_duration(self._eta.seconds_left)} left" if epochs and not ends else ""
+        # Without a validation in this epoch, val/ metrics are those of an earlier one.
+        metrics = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith("val/")]
+        print_rank_zero(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(metrics)}{left}")
 
-    # --- the other verbs
+    # validate, test, predict
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -130,14 +136,14 @@ class Progress(ProgressBar):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show("Predicting")
 
-    def on_test_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
-        self._count_evaluated(trainer.num_test_batches, *given[3:])
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._count_evaluated(trainer.num_test_batches, *args[3:])
 
-    def on_predict_batch_end(self, trainer: pl.Trainer, *given: Any) -> None:
-        self._count_evaluated(trainer.num_predict_batches, *given[3:])
+    def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._count_evaluated(trainer.num_predict_batches, *args[3:])
 
     def _count_evaluated(self, batches: list[int | float], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what is done of the batches of all loaders."""
+        """Count the batches of all data loaders."""
         total, done = sum(batches), int(sum(batches[:dataloader_idx])) + batch_idx + 1
         self._count(done, int(total) if math.isfinite(total) else None)
 
@@ -159,7 +165,7 @@ class Progress(ProgressBar):
 
 
 def _epochs(trainer: pl.Trainer) -> int | None:
-    """How many there will be, if nothing stops the fit before; ``None`` where nobody knows."""
+    """Number of epochs from ``max_epochs`` and ``max_steps``; ``None`` if neither is set."""
     bounds = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
     batches = trainer.num_training_batches
     if trainer.max_steps >= 0 and 0 < batches < math.inf:
@@ -168,7 +174,7 @@ def _epochs(trainer: pl.Trainer) -> int | None:
 
 
 def _validation_batches(trainer: pl.Trainer) -> int:
-    """Of an epoch, on average."""
+    """Number of validation batches per epoch, on average."""
     batches = sum(trainer.num_val_batches) if trainer.enable_validation else 0
     if not math.isfinite(batches):
         return 0
@@ -177,7 +183,7 @@ def _validation_batches(trainer: pl.Trainer) -> int:
 
 
 def _metrics(trainer: pl.Trainer) -> list[str]:
-    """What was logged for a bar, the most telling first."""
+    """The metrics logged for the progress bar, as text: accuracies first, validation before training."""
     values = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
     order = sorted(values, key=lambda name: (not name.endswith("accuracy"), not name.startswith("val")))
     return [f"{name} {values[name]:.4f}" for name in order]

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, read safely, checked before a fit is resumed from them."""
+"""Checkpoints: atomic writes, safe reads, and checks before a fit is resumed."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a model go together."""
+"""Checks that a checkpoint fits a model."""
 
 from __future__ import annotations
 
@@ -12,77 +12,84 @@ import torch
 
 from project.errors import CheckpointError, damaged_checkpoint
 
-FORMAT = 1  # of what a checkpoint holds under "transfer"
+FORMAT = 1  # version of the checkpoint's "transfer" entry
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the libraries that a checkpoint depends on."""
-    # Milliseconds for each: a checkpoint is written in every epoch, and one over stored rows takes some tens of them.
+    # Cached: a look-up takes milliseconds, and an epoch on stored rows, which ends in a checkpoint, only tens of them.
     return {name: version(name) for name in ("torch", "torchvision", "lightning")}
 
 
-def validate_identity(theirs: Any, ours: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint says of its model with what the model is.
+def validate_identity(saved: Any, model: Mapping[str, Any]) -> None:
+    """Compare the identity in a checkpoint with that of the model.
 
     Args:
-        theirs: What the checkpoint holds under ``transfer``.
-        ours: The identity of the model that it is to be loaded into.
+        saved: The checkpoint's ``transfer`` entry.
+        model: Identity of the model that the checkpoint is loaded into.
 
     Raises:
-        CheckpointError: They are of another format, or another backbone, preprocessing or set of classes.
+        CheckpointError: The format, backbone, preprocessing or classes differ.
     """
-    if not isinstance(theirs, dict) or theirs.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(
-            "This is not a checkpoint that this version's fit wrote. Take one of runs/NAME/version_N/checkpoints."
+            "The checkpoint was not written by this version's fit. Use one from runs/NAME/version_N/checkpoints."
         )
-    then, now = theirs["backbone"], ours["backbone"]
-    if then["sha256"] != now["sha256"]:
+    trained, current = saved["backbone"], model["backbone"]
+    if trained["sha256"] != current["sha256"]:
         raise CheckpointError(
-            f"The checkpoint was trained on another backbone: {then['name']} ({then['source']}), this model has "
-            f"{now['name']} ({now['source']}); SHA-256 {then['sha256'][:12]}, not {now['sha256'][:12]}.\n"
-            "Leave --model.backbone and --model.weights out, and the checkpoint's own are taken."
+            f"The backbones differ: the checkpoint has {trained['name']} ({trained['source']}), the model has "
+            f"{current['name']} ({current['source']}); SHA-256 {trained['sha256'][:12]} and {current['sha256'][:12]}.\n"
+            "Omit --model.backbone and --model.weights to use the checkpoint's."
         )
-    if theirs["preprocessing"] != ours["preprocessing"]:
-        changed = [key for key, value in ours["preprocessing"].items() if theirs["preprocessing"].get(key) != value]
-        told = [f"{key} {theirs['preprocessing'].get(key)}, not {ours['preprocessing'][key]}" for key in changed]
+    if saved["preprocessing"] != model["preprocessing"]:
+        differences = [
+            f"{key} is {saved['preprocessing'].get(key)} in the checkpoint and {value} in the model"
+            for key, value in model["preprocessing"].items()
+            if saved["preprocessing"].get(key) != value
+        ]
         raise CheckpointError(
-            f"The checkpoint was trained on images of another form: {'; '.join(told)}.\n"
-            "Leave --model.image_size out, and the checkpoint's own is taken."
+            f"The preprocessing differs: {'; '.join(differences)}.\nOmit --model.image_size to use the checkpoint's."
         )
-    if theirs["classes"] != ours["classes"]:
+    if saved["classes"] != model["classes"]:
         raise CheckpointError(
-            f"The checkpoint's classes are {theirs['classes']}, the model's {ours['classes']}.\n"
-            "Leave --model.classes out, and the checkpoint's own are taken."
+            f"The classes differ: the checkpoint has {saved['classes']}, the model has {model['classes']}.\n"
+            "Omit --model.classes to use the checkpoint's."
         )
 
 
-def validate_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Compare the tensors that a checkpoint should hold with those that it holds.
+def validate_tensors(expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Compare the tensors that a checkpoint must contain with those that it contains.
 
     Raises:
-        CheckpointError: One is missing, unexpected, or of another shape or type.
+        CheckpointError: A tensor is missing, unexpected, or has another shape or type.
     """
-    mend = "it was trained with another model.head or model.trainable. Leave these flags out, and its own are taken."
-    for kind, names in (("lacks", set(expected) - set(found)), ("has an unexpected", set(found) - set(expected))):
+    fix = "it was trained with another model.head or model.trainable. Omit these flags to use the checkpoint's."
+    for problem, names in (("lacks", set(expected) - set(saved)), ("has an unexpected", set(saved) - set(expected))):
         if names:
-            raise CheckpointError(f"The checkpoint {kind} tensor {min(names, key=str)!r}: {mend}")
+            raise CheckpointError(f"The checkpoint {problem} tensor {min(names, key=str)!r}: {fix}")
     for name, tensor in expected.items():
-        value = found[name]
+        value = saved[name]
         if value.shape != tensor.shape:
-            shapes = f"{tuple(value.shape)}, not {tuple(tensor.shape)}"
-            raise CheckpointError(f"The checkpoint's tensor {name!r} is of shape {shapes}: {mend}")
-        # Floats of another width are what trainer.precision bf16-true leaves.
+            shapes = f"{tuple(value.shape)}, expected {tuple(tensor.shape)}"
+            raise CheckpointError(f"The checkpoint's tensor {name!r} has shape {shapes}: {fix}")
+        # trainer.precision bf16-true saves floats of another width.
         if value.dtype != tensor.dtype and not (value.is_floating_point() and tensor.is_floating_point()):
-            raise damaged_checkpoint(f"The checkpoint is damaged: {name!r} is of {value.dtype}, not {tensor.dtype}.")
+            raise damaged_checkpoint(
+                f"The checkpoint is damaged: {name!r} has type {value.dtype}, expected {tensor.dtype}."
+            )
 
 
-def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give the optimizer's state the groups of this version: earlier ones had one group without a name.
+def name_parameter_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Split the optimizer state of earlier versions, which had one unnamed group, into this version's named groups.
 
     Args:
         checkpoint: Changed in place.
-        groups: The groups that the optimizer will have, by ``name`` and ``params``.
+        groups: The optimizer's groups, each with ``name`` and ``params``.
+
+    Raises:
+        CheckpointError: A group's name is not a string.
     """
     states = checkpoint.get("optimizer_states")
     for state in states if isinstance(states, list) else ():
@@ -90,27 +97,26 @@ def name_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]])
         for group in saved if isinstance(saved, list) else ():
             if isinstance(group, dict) and not isinstance(group.get("name", ""), str):
                 raise damaged_checkpoint(
-                    f"The checkpoint is damaged: a parameter group is called {group['name']!r:.40}."
+                    f"The checkpoint is damaged: a parameter group has the name {group['name']!r:.40}."
                 )
         if not (isinstance(saved, list) and len(saved) == 1 and isinstance(saved[0], dict)) or "name" in saved[0]:
             continue
         ids = saved[0].get("params")
         if not isinstance(ids, list) or len(ids) != sum(len(group["params"]) for group in groups):
-            continue  # refused with the rest of the state
-        left = iter(ids)
+            continue  # validate_states reports it
+        remaining = iter(ids)
         state["param_groups"] = [
-            {**saved[0], "name": group["name"], "params": [*itertools.islice(left, len(group["params"]))]}
+            {**saved[0], "name": group["name"], "params": [*itertools.islice(remaining, len(group["params"]))]}
             for group in groups
         ]
-        schedules = checkpoint.get("lr_schedulers")
-        _repeat(schedules, len(groups))
+        _repeat_per_group(checkpoint.get("lr_schedulers"), len(groups))
 
 
-def _repeat(schedules: Any, groups: int) -> None:
-    """Repeat what schedules hold for a single group, those within others too."""
-    for schedule in schedules if isinstance(schedules, list) else ():
-        if isinstance(schedule, dict):
+def _repeat_per_group(schedulers: Any, groups: int) -> None:
+    """Repeat the single group's learning rates for each group, also in nested schedulers."""
+    for scheduler in schedulers if isinstance(schedulers, list) else ():
+        if isinstance(scheduler, dict):
             for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
-                if isinstance(schedule.get(key), list) and len(schedule[key]) == 1:
-                    schedule[key] = schedule[key] * groups
-            _repeat(schedule.get("_schedulers"), groups)
+                if isinstance(scheduler.get(key), list) and len(scheduler[key]) == 1:
+                    scheduler[key] = scheduler[key] * groups
+            _repeat_per_group(scheduler.get("_schedulers"), groups)

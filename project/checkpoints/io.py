@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that a kill or a full disk loses nothing, and reading it so that nothing in it runs."""
+"""Checkpoint I/O: atomic, durable writes and safe reads."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from project.errors import CheckpointError
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plugin for checkpoints, whose files are at any moment the old ones or the new ones, whole.
+    """Lightning's checkpoint plugin with atomic writes: a file is always the complete old or the complete new one.
 
-    Lightning's own stages them in ``$TMPDIR`` and copies them over the old ones, without a flush: on another file
-    system, a kill on the way destroys both (issues 21253, 21800).
+    Lightning stages a checkpoint in ``$TMPDIR`` and copies it over the old one without fsync. Across file systems, a
+    kill during the copy destroys both (issues 21253, 21800).
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint beside its place, flush it to the disk, and give it its name.
+        """Write a checkpoint to a temporary file in the same folder, fsync it, and rename it.
 
         Args:
-            checkpoint: What Lightning has put together.
-            path: A file; or the address of an object in a store, which is for fsspec to write.
-            storage_options: None, for a file.
+            checkpoint: Lightning's checkpoint.
+            path: A file, or a URL, which Lightning's fsspec writer handles.
+            storage_options: For a URL.
 
         Raises:
-            CheckpointError: It cannot be written; the file that was there before still is.
+            CheckpointError: The file cannot be written; a previous file is left intact.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        content = io.BytesIO()  # torch's own writer, on a full disk, does not say what the system said
+        content = io.BytesIO()  # on a full disk, torch's own file writer hides the system's error message
         torch.save(checkpoint, content)
         target = Path(path)
         try:
-            with replacing(target) as temporary:
+            with atomic_write(target) as temporary:
                 temporary.write_bytes(content.getbuffer())
         except OSError as error:
-            before = "What it held before is whole." if target.exists() else "There was none before."
+            previous = "The previous file is intact." if target.exists() else "There is no previous file."
             raise CheckpointError(
-                f"The checkpoint {path} cannot be written: {error.strerror}. {before}\n"
-                "Make room, or name another folder with --trainer.default_root_dir PATH."
+                f"The checkpoint {path} cannot be written: {error.strerror}. {previous}\n"
+                "Free some space, or choose another folder with --trainer.default_root_dir PATH."
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Read a checkpoint's plain types and tensors, whatever ``weights_only`` says: nothing in it is executed."""
+        """Read a checkpoint's tensors and plain types. ``weights_only`` is ignored: no code is ever executed."""
         return super().load_checkpoint(path, map_location, weights_only=True)

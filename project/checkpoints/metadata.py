@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its model."""
+"""Training metadata in a checkpoint: split settings, completed epochs, seed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from project.errors import damaged_checkpoint
 from project.runtime.lightning_internals import epochs_of_checkpoint
 
-#: How a fit has held images out, and of what type each setting is.
-SPLIT: dict[str, tuple[type, ...]] = {
+#: Types of the settings that define the split.
+SPLIT_SETTINGS: dict[str, tuple[type, ...]] = {
     "val_fraction": (float, int),
     "test_fraction": (float, int),
     "fold": (str, type(None)),
@@ -19,35 +19,37 @@ SPLIT: dict[str, tuple[type, ...]] = {
 
 
 def split_settings(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """How images were held out of what the checkpoint's model was trained on; empty if it does not say.
+    """The settings that split the checkpoint's training data; empty if it has none.
 
     Args:
-        checkpoint: What :func:`project.checkpoints.reader.read_checkpoint` has read.
-        path: Where from, for the message.
+        checkpoint: From :func:`project.checkpoints.reader.read_checkpoint`.
+        path: The checkpoint's file, for the message.
 
     Raises:
-        CheckpointError: What it says makes no sense.
+        CheckpointError: The settings are invalid.
     """
-    values = checkpoint["transfer"].get("split") or {}
-    if not isinstance(values, dict) or any(not isinstance(values[key], SPLIT.get(key, ())) for key in values):
-        raise damaged_checkpoint(f"{path} does not say in a way that makes sense how images were held out: {values}.")
-    return values
+    settings = checkpoint["transfer"].get("split") or {}
+    if not isinstance(settings, dict) or any(
+        not isinstance(value, SPLIT_SETTINGS.get(key, ())) for key, value in settings.items()
+    ):
+        raise damaged_checkpoint(f"{path} is damaged: its split settings are invalid: {settings}.")
+    return settings
 
 
-def epochs_of(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs a checkpoint's fit has been through, to their end.
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Number of epochs that a checkpoint's fit has completed.
 
     Raises:
-        CheckpointError: It does not say.
+        CheckpointError: The count is missing or invalid.
     """
     try:
         return epochs_of_checkpoint(checkpoint)
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged_checkpoint("The checkpoint is damaged: it does not say how many epochs it has had.") from error
+        raise damaged_checkpoint("The checkpoint is damaged: it has no valid number of completed epochs.") from error
 
 
-def seed_of(checkpoint: Mapping[str, Any]) -> int | None:
-    """The seed of a checkpoint's fit; ``None`` where it is not known."""
-    kept = checkpoint.get("resume")
-    seed = kept.get("seed") if isinstance(kept, dict) else None
+def fit_seed(checkpoint: Mapping[str, Any]) -> int | None:
+    """The seed of a checkpoint's fit; ``None`` if it is unknown."""
+    resume = checkpoint.get("resume")
+    seed = resume.get("seed") if isinstance(resume, dict) else None
     return seed if type(seed) is int and 0 <= seed < 2**32 else None

@@ -1,9 +1,9 @@
-"""Save and restore an ImageClassifier: what was trained, and which backbone it belongs to."""
+"""Save and restore an ImageClassifier: its trained tensors and the identity of its backbone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,24 +15,24 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from project.checkpoints.compatibility import (
     FORMAT,
-    name_groups,
+    name_parameter_groups,
     validate_identity,
     validate_tensors,
     versions,
 )
-from project.checkpoints.metadata import epochs_of
-from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_form
+from project.checkpoints.metadata import completed_epochs
+from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
 from project.checkpoints.resume_checks import on_meta, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
-from project.models.backbone import Backbone, BackboneFactory
+from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.models.schedules import Interval, interval_of, with_length
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
-#: The arguments of a classifier that name a class, and what kind of class it has to be.
-PARTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
+#: The classifier's arguments that name a class, each with the required base class.
+CLASS_ARGUMENTS: dict[str, type] = {"head": nn.Module, "optimizer": Optimizer, "scheduler": LRScheduler}
 
 if TYPE_CHECKING:
     Module = pl.LightningModule
@@ -41,35 +41,50 @@ else:
 
 
 def construct_optimizer(
-    asked: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    hparams: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[Optimizer, LRScheduler | None]:
-    """The optimizer and the scheduler that hyper-parameters ask for, over some parameter groups.
+    """Construct the optimizer and the scheduler of some hyper-parameters.
+
+    Args:
+        hparams: With ``optimizer`` and ``scheduler``, each as ``{"class_path": ..., "init_args": {...}}``; the
+            scheduler may be ``None``.
+        groups: The parameter groups to optimize.
 
     Raises:
-        ConfigError: They do not take their arguments.
+        ConfigError: A class does not accept its arguments, or the optimizer cannot work here.
     """
-    spec = ClassSpec.from_dict(asked["optimizer"])
-    own = [dict(group) for group in groups]  # an optimizer adds its settings to them
+    spec = ClassSpec.from_dict(hparams["optimizer"])
+    groups = [dict(group) for group in groups]  # copied, as the optimizer adds its settings
     if spec.name == "SparseAdam":
-        raise ConfigError(
-            "model.optimizer: SparseAdam takes sparse gradients alone, and there are none here. Use Adam."
-        )
-    if spec.name == "LBFGS":  # it takes one group alone
-        own = [{"name": "all", "params": [each for group in groups for each in group["params"]]}]
-    optimizer = spec.construct("model.optimizer", Optimizer, own)
-    given = asked["scheduler"]
-    if given is None:
+        raise ConfigError("model.optimizer: SparseAdam needs sparse gradients, and these are dense. Use Adam.")
+    if spec.name == "LBFGS":  # it accepts a single group
+        groups = [{"name": "all", "params": [parameter for group in groups for parameter in group["params"]]}]
+    optimizer = spec.construct("model.optimizer", Optimizer, groups)
+    _refuse_capturable(optimizer)
+    if hparams["scheduler"] is None:
         return optimizer, None
-    return optimizer, ClassSpec.from_dict(given).construct("model.scheduler", LRScheduler, optimizer)
+    return optimizer, ClassSpec.from_dict(hparams["scheduler"]).construct("model.scheduler", LRScheduler, optimizer)
+
+
+def _refuse_capturable(optimizer: Optimizer) -> None:
+    """Refuse ``capturable`` on devices without CUDA graphs: torch raises an AssertionError in the first step."""
+    for group in optimizer.param_groups:
+        devices = {parameter.device.type for parameter in group["params"]}
+        if group.get("capturable") and not group.get("fused") and devices & {"cpu", "mps"}:
+            raise ConfigError(
+                f"model.optimizer: {type(optimizer).__name__} with capturable true needs a GPU.\n"
+                "Set --model.optimizer.capturable false, or train on a GPU."
+            )
 
 
 class CheckpointMixin(Module):
-    """The part of a classifier that writes and reads checkpoints.
+    """Checkpoint support of a classifier: saving, loading, and resuming with changed arguments.
 
     Attributes:
-        backbone: The network.
-        cut: Which of its stages are frozen.
-        frozen_sha256: SHA-256 of these as they were loaded.
+        backbone: The pretrained network.
+        cut: Separates its frozen stages from the trainable ones.
+        head: Maps features to logits.
+        frozen_sha256: SHA-256 of the frozen stages as they were loaded.
     """
 
     backbone: Backbone
@@ -79,7 +94,7 @@ class CheckpointMixin(Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the logits; empty until the data or a checkpoint has named them."""
+        """Class names in the order of the logits; empty until the data or a checkpoint provides them."""
         return tuple(self.hparams["classes"] or ())
 
     @classmethod
@@ -87,23 +102,23 @@ class CheckpointMixin(Module):
         cls,
         checkpoint_path: str | Path,
         map_location: str | torch.device | None = None,
-        backbones: BackboneFactory | None = None,
+        backbones: Callable[..., Backbone] | None = None,
         **changes: Any,
     ) -> Self:
-        """Load a trained model, safely; Lightning's own would parse classes that a checkpoint's arguments name.
+        """Load a trained model safely. Lightning's version would instantiate any class that a checkpoint names.
 
         Args:
             checkpoint_path: A checkpoint of a fit.
-            map_location: Device that the model is moved to; by default the CPU.
-            backbones: Loads the backbone; models that share one share its frozen stages.
-            changes: Arguments other than the checkpoint's.
+            map_location: Device to move the model to; by default the CPU.
+            backbones: Loads the backbone; models with the same backbone share its frozen stages.
+            changes: Constructor arguments that override the checkpoint's.
 
         Raises:
-            CheckpointError: It is missing, damaged, unsafe, or does not fit its backbone.
-            WeightsError: The backbone's weights are not to be had on this machine.
+            CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit its backbone.
+            WeightsError: The backbone's weights are not available on this machine.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        arguments = hyper_parameters(checkpoint, checkpoint_path, cls, **PARTS)
+        arguments = hyper_parameters(checkpoint, checkpoint_path, cls, **CLASS_ARGUMENTS)
         try:
             arguments |= changes
             if backbones is not None:
@@ -118,51 +133,52 @@ class CheckpointMixin(Module):
         return model if map_location is None else model.to(map_location)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, stage by stage: ``{"name": "layer4", "params": [...]}``; the head comes last."""
-        parts = [(name, self.backbone.stages[name]) for name in self.cut.trainable] + [("head", self.head)]
-        groups = [{"name": name, "params": [p for p in part.parameters() if p.requires_grad]} for name, part in parts]
+        """The trainable parameters, one group per stage: ``{"name": "layer4", "params": [...]}``; the head is last."""
+        modules = [(name, self.backbone.stages[name]) for name in self.cut.trainable] + [("head", self.head)]
+        groups = [
+            {"name": name, "params": [p for p in module.parameters() if p.requires_grad]} for name, module in modules
+        ]
         return [group for group in groups if group["params"]]
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
-        """The injected optimizer over some parameter groups, and the injected scheduler.
+        """Construct the configured optimizer and scheduler.
 
         Args:
-            groups: As :meth:`parameter_groups` gives them.
+            groups: From :meth:`parameter_groups`.
 
         Raises:
-            ConfigError: They do not take their arguments.
+            ConfigError: A class does not accept its arguments, or the optimizer cannot work here.
         """
         return construct_optimizer(self._with_length(self.hparams, self.schedule_length()), groups)
 
     def scheduler_interval(self) -> Interval:
-        """How often the scheduler is stepped."""
+        """Whether the scheduler is stepped once per epoch or once per optimizer step."""
         return interval_of(self.hparams["scheduler"], self.hparams.get("scheduler_interval"))
 
     def schedule_length(self) -> int | None:
-        """Epochs or steps of the whole fit, whichever the scheduler counts; ``None`` where that is not known."""
+        """Length of the whole fit in the scheduler's unit, epochs or steps; ``None`` if it is unknown."""
         trainer = attached_trainer(self)
         if trainer is None or self.hparams["scheduler"] is None:
             return None
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        limited = trainer.max_steps > 0
-        if not limited and (epochs is None or self.scheduler_interval() == "epoch"):
+        if trainer.max_steps <= 0 and (epochs is None or self.scheduler_interval() == "epoch"):
             return epochs
         steps = trainer.estimated_stepping_batches
         if self.scheduler_interval() == "step":
             return int(steps) if math.isfinite(steps) else None
-        an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        return min(filter(None, (epochs, math.ceil(trainer.max_steps / an_epoch))))
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        return min(filter(None, (epochs, math.ceil(trainer.max_steps / steps_per_epoch))))
 
     @staticmethod
-    def _with_length(asked: Mapping[str, Any], length: int | None) -> dict[str, Any]:
-        """Hyper-parameters whose scheduler is as long as a fit."""
-        scheduler = asked["scheduler"]
+    def _with_length(hparams: Mapping[str, Any], length: int | None) -> dict[str, Any]:
+        """The hyper-parameters, with the fit's length filled in where the scheduler needs one."""
+        scheduler = hparams["scheduler"]
         if scheduler is not None:
-            scheduler = with_length(scheduler, length, interval_of(scheduler, asked.get("scheduler_interval")))
-        return {**asked, "scheduler": scheduler}
+            scheduler = with_length(scheduler, length, interval_of(scheduler, hparams.get("scheduler_interval")))
+        return {**hparams, "scheduler": scheduler}
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the model besides its tensors, in plain types."""
+        """Identity of the model, for a checkpoint: classes, preprocessing, backbone and versions, in plain types."""
         return {
             "format": FORMAT,
             "classes": list(self.classes),
@@ -177,46 +193,48 @@ class CheckpointMixin(Module):
             "versions": dict(versions()),
         }
 
-    def _trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a state dict, what does not belong to a frozen stage: all that a fit may change, and a head as it is."""
+    def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a state dict outside the frozen stages."""
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained tensors alone: the frozen ones are known by name and SHA-256."""
-        checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
+        """Remove the frozen tensors, which name and SHA-256 identify, and add the model's identity."""
+        checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
         data: Any = getattr(self.trainer, "datamodule", None)
         split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         schedule = {"length": self.schedule_length()}
         checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, then complete it with the frozen tensors for Lightning's strict load.
+        """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.
 
         Raises:
-            CheckpointError: Another backbone, preprocessing or classes; missing or unexpected tensors.
+            CheckpointError: The backbone, preprocessing or classes differ, tensors are missing or unexpected, or the
+                training state is damaged.
+            ConfigError: A changed argument cannot take effect in a resumed fit.
         """
-        validate_form(checkpoint)
+        validate_schema(checkpoint)
         validate_identity(checkpoint["transfer"], self.identity())
         state = self.state_dict()
-        validate_tensors(self._trained(state), checkpoint["state_dict"])
+        validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
         trainer = attached_trainer(self)
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit":
             groups = on_meta(self.parameter_groups())
-            name_groups(checkpoint, groups)
+            name_parameter_groups(checkpoint, groups)
             length = checkpoint["transfer"].get("schedule", {}).get("length")
             apply_changes(
                 checkpoint,
-                # Earlier versions stepped every schedule once an epoch.
+                # Earlier versions stepped every scheduler once an epoch.
                 self._with_length(
                     {"scheduler_interval": "epoch", **checkpoint["hyper_parameters"]},
                     length if type(length) is int else None,
                 ),
                 self._with_length(self.hparams, self.schedule_length()),
-                lambda asked: construct_optimizer(asked, on_meta(groups)),
-                {"epoch": epochs_of(checkpoint), "step": checkpoint["global_step"]},
+                lambda hparams: construct_optimizer(hparams, on_meta(groups)),
+                {"epoch": completed_epochs(checkpoint), "step": checkpoint["global_step"]},
             )
             validate_states(checkpoint, groups, self.make_optimizer)
         checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: what it holds besides the model is tried before anything relies on it."""
+"""Checks of a checkpoint's training state before a fit is resumed from it."""
 
 from __future__ import annotations
 
@@ -15,120 +15,125 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.errors import CheckpointError, abbreviate, damaged_checkpoint
 
-#: Parameter groups, by ``name`` and ``params``.
+#: Parameter groups, each with ``name`` and ``params``.
 Groups = Sequence[Mapping[str, Any]]
-#: Makes the optimizer and the scheduler of what trains.
-Make = Callable[[Groups], tuple[Optimizer, LRScheduler | None]]
-#: Where a state of ModelCheckpoint has the path of a file that it may remove later.
-PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
+#: Constructs the optimizer and the scheduler of parameter groups.
+Construct = Callable[[Groups], tuple[Optimizer, LRScheduler | None]]
+#: Keys of ModelCheckpoint's state with paths of files that it may remove later.
+PATH_KEYS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
 
 
 def on_meta(groups: Groups) -> list[dict[str, Any]]:
-    """The same groups of parameters without memory."""
-    return _on(groups, "meta")
+    """Copies of parameter groups on the meta device."""
+    return _copy_groups(groups, "meta")
 
 
-def _on(groups: Groups, device: str) -> list[dict[str, Any]]:
+def _copy_groups(groups: Groups, device: str) -> list[dict[str, Any]]:
     return [
-        {**group, "params": [nn.Parameter(torch.zeros_like(each, device=device)) for each in group["params"]]}
+        {
+            **group,
+            "params": [nn.Parameter(torch.zeros_like(parameter, device=device)) for parameter in group["params"]],
+        }
         for group in groups
     ]
 
 
-def validate_states(checkpoint: Mapping[str, Any], groups: Groups, make: Make) -> None:
-    """Refuse callbacks that name other files, and an optimizer and a scheduler that cannot go on.
+def validate_states(checkpoint: Mapping[str, Any], groups: Groups, construct: Construct) -> None:
+    """Check the states of callbacks, optimizer and scheduler.
 
-    Torch and Lightning take these over as they are: what is wrong with them shows a step later, or an epoch.
+    Torch and Lightning restore them unchecked: an error would appear a step or an epoch later.
 
     Args:
-        checkpoint: As read, plain types and tensors.
-        groups: What trains, without memory: see :func:`on_meta`.
-        make: Makes their optimizer and scheduler.
+        checkpoint: As read, with plain types and tensors.
+        groups: The trainable parameters, from :func:`on_meta`.
+        construct: Constructs their optimizer and scheduler.
 
     Raises:
-        CheckpointError: The states are damaged, or not to be trusted.
+        CheckpointError: A state is damaged, or a callback's state has an unsafe path.
     """
-    _refuse_paths(checkpoint.get("callbacks"))
-    states, schedules = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
-    if not states and not schedules:
+    _refuse_unsafe_paths(checkpoint.get("callbacks"))
+    states, schedulers = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
+    if not states and not schedulers:
         return
-    failed = _rehearse(make, groups, states, schedules)
-    if failed and not _rehearse(make, groups, None, None):  # else this optimizer cannot be tried in this way
-        # NAdam, for one, reads a number from its state, which has none without memory.
-        failed = _rehearse(make, _on(groups, "cpu"), states, schedules)
-    else:
-        failed = None
-    if failed:
+    error = _try_step(construct, groups, states, schedulers)
+    if error is None or _try_step(construct, groups, None, None):  # this optimizer cannot step on the meta device
+        return
+    # The states may be valid all the same: NAdam, for one, reads a value from its state, and meta tensors have none.
+    error = _try_step(construct, _copy_groups(groups, "cpu"), states, schedulers)
+    if error:
         raise damaged_checkpoint(
-            "The checkpoint is damaged: its optimizer or its scheduler cannot go on from the state that it holds "
-            f"({type(failed).__name__}: {str(failed) or 'no more is known'})."
+            "The checkpoint is damaged: its optimizer or scheduler state cannot be restored "
+            f"({type(error).__name__}: {str(error) or 'no details'})."
         )
 
 
-def validate_progress(found: Any, fresh: Any, place: str) -> None:
-    """Refuse counts of loops that are none.
+def validate_progress(saved: Any, fresh: Any, place: str) -> None:
+    """Check the counts of the training loops.
 
     Args:
-        found: What a checkpoint holds of the loops, or of a part of them.
-        fresh: What would be saved of them before a run.
-        place: Where in the checkpoint, for the message.
+        saved: The checkpoint's loop state, or a part of it.
+        fresh: The same part of the loop state before a run.
+        place: Its key in the checkpoint, for the message.
 
     Raises:
-        CheckpointError: One is missing, or of another type.
+        CheckpointError: A count is missing, negative, or has another type.
     """
-    if type(found) is not type(fresh) or (isinstance(fresh, int) and found < 0):
-        raise damaged_checkpoint(f"The checkpoint is damaged: {place} cannot be {abbreviate(found, 40)}.")
+    if type(saved) is not type(fresh) or (isinstance(fresh, int) and saved < 0):
+        raise damaged_checkpoint(f"The checkpoint is damaged: {place} cannot be {abbreviate(saved, 40)}.")
     for key, value in fresh.items() if isinstance(fresh, dict) else ():
-        if key not in found:
+        if key not in saved:
             raise damaged_checkpoint(f"The checkpoint is damaged: {place}.{key} is missing.")
-        validate_progress(found[key], value, f"{place}.{key}")
+        validate_progress(saved[key], value, f"{place}.{key}")
 
 
-def _refuse_paths(callbacks: Any) -> None:
-    """ModelCheckpoint removes the best file so far for a better one, wherever a checkpoint says that it is.
+def _refuse_unsafe_paths(callbacks: Any) -> None:
+    """Refuse paths that lead ModelCheckpoint out of its folder.
 
-    It does look whether it lies in its own folder, but ``OWN/../../else`` does by that look, and so does any URL.
+    ModelCheckpoint removes the previous best file, at the path that the checkpoint gives. Its own check that the file
+    is in its folder accepts ``FOLDER/../../other`` and any URL.
     """
     if callbacks is not None and not (
-        isinstance(callbacks, dict) and all(isinstance(v, dict) for v in callbacks.values())
+        isinstance(callbacks, dict) and all(isinstance(state, dict) for state in callbacks.values())
     ):
-        raise damaged_checkpoint("The checkpoint is damaged: the states of its callbacks are none.")
+        raise damaged_checkpoint("The checkpoint is damaged: the states of its callbacks are not dicts.")
     for name, state in (callbacks or {}).items():
-        for key in PATHS:
+        for key in PATH_KEYS:
             value = state.get(key) or ""
             for path in value if isinstance(value, dict) else [value]:
                 if path and not (isinstance(path, str) and path == os.path.normpath(path)):
-                    raise CheckpointError(f"The checkpoint's {name!s:.40} has a {key} that is no plain path: {path!r}.")
+                    raise CheckpointError(
+                        f"The checkpoint is unsafe: {key} of {name!s:.40} is not a normalized path: {path!r}."
+                    )
 
 
-def _rehearse(make: Make, groups: Groups, states: Any, schedules: Any) -> Exception | None:
-    """Take a step on parameters of zeros, or without memory; gives what it raises."""
+def _try_step(construct: Construct, groups: Groups, states: Any, schedulers: Any) -> Exception | None:
+    """Restore the states and take a step with zero gradients; returns the exception that this raises, if any."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer, scheduler = make(groups)
+            optimizer, scheduler = construct(groups)
             if states:
-                optimizer.load_state_dict(_copied(states[0], groups[0]["params"][0].device))
-            if schedules and scheduler is not None:
-                scheduler.load_state_dict(copy.deepcopy(dict(schedules[0])))
-            for parameter in (each for group in groups for each in group["params"]):
+                optimizer.load_state_dict(_copy_state(states[0], groups[0]["params"][0].device))
+            if schedulers and scheduler is not None:
+                scheduler.load_state_dict(copy.deepcopy(dict(schedulers[0])))
+            for parameter in (parameter for group in groups for parameter in group["params"]):
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(0.0)
             elif scheduler is not None:
                 scheduler.step()
-    except Exception as error:  # anything, of any optimizer
+    except Exception as error:  # any class of optimizer may raise anything
         return error
     return None
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    """A copy that a step may change: an optimizer takes a state's tensors over as they are, counts of steps too."""
+def _copy_state(value: Any, device: torch.device) -> Any:
+    """Copy an optimizer state: the optimizer would modify the checkpoint's tensors, such as step counts, in place."""
     if isinstance(value, dict):
-        return {key: _copied(each, device) for key, each in value.items()}
+        return {key: _copy_state(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copied(each, device) for each in value]
+        return [_copy_state(item, device) for item in value]
     if isinstance(value, torch.Tensor):
         return value.clone() if value.numel() == 1 or device.type != "meta" else torch.empty_like(value, device="meta")
     return value

@@ -1,39 +1,40 @@
-"""What ``--ckpt_path`` does: find the checkpoint, take its arguments as defaults, and go on from it or refuse it."""
+"""``--ckpt_path``: find the checkpoint, use its settings as defaults of the flags, and validate it."""
 
 from __future__ import annotations
 
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from project.checkpoints.metadata import epochs_of, seed_of, split_settings
+from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
 from project.checkpoints.reader import hyper_parameters, read_checkpoint
-from project.checkpoints.restore import PARTS
+from project.checkpoints.restore import CLASS_ARGUMENTS
 from project.classifier import ImageClassifier
-from project.cli.parser_errors import explain, explain_part
-from project.cli.run_folders import RUNS, WORDS, newest
+from project.cli.parser_errors import explain, explain_instantiation
+from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError, damaged_checkpoint, nearest
-from project.models.schedules import LENGTH
+from project.errors import ConfigError, ProjectError, damaged_checkpoint, did_you_mean
+from project.models.schedules import LENGTH_ARGUMENT
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
-from project.runtime.jsonargparse_internals import arguments_of_their_class
+from project.runtime.jsonargparse_internals import class_change_resets_arguments
 from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
 
 
 class CheckpointCLI(VerbCLI):
-    """A command line whose flags and files beat what a checkpoint says.
+    """Command line in which flags and config files override the settings of a checkpoint.
 
     Args:
         args: Command line, without the program's name.
-        options: Of LightningCLI.
+        options: Arguments of LightningCLI.
     """
 
     trainer: Trainer
@@ -44,124 +45,128 @@ class CheckpointCLI(VerbCLI):
         super().__init__(ImageClassifier, ImageDataModule, args=self._args, **options)
 
     def requested_verb(self) -> str | None:
-        """The verb, where it comes first."""
+        """The verb, if it is the first argument."""
         return self._args[0] if self._args and self._args[0] in self.subcommands() else None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and put a mistake into words.
+        """Parse the command line.
 
         Raises:
-            ConfigError: A flag or key is unknown, or its value is not of its kind.
+            ConfigError: A flag or key is unknown, or has an invalid value.
         """
         validate_order(args)
-        verb = next((word for word in args if word in self.subcommands()), None)
+        verb = next((arg for arg in args if arg in self.subcommands()), None)
         path, _ = split_checkpoint_flag(args)
-        if verb and path and path not in WORDS and self._checkpoint is None and "--help" not in args:
-            self._take_defaults(verb, path)  # before parsing: a flag may set one argument of the checkpoint's optimizer
+        if verb and path and path not in CHECKPOINT_ALIASES and self._checkpoint is None and "--help" not in args:
+            # Before parsing, as a flag may change a single argument of the checkpoint's optimizer.
+            self._set_defaults_from_checkpoint(verb, path)
         try:
-            with arguments_of_their_class(LENGTH.values()):
-                self.config = parser.parse_args(files_first(args))
+            with class_change_resets_arguments(LENGTH_ARGUMENT.values()):
+                self.config = parser.parse_args(config_files_first(args))
         except ArgumentError as error:
             raise explain(error, self.verb_parser(verb) if verb else self.parser) from error
         except RecursionError as error:
-            raise ConfigError("The config holds itself, or is too deep: look for & and * in it.") from error
+            raise ConfigError(
+                "The config is recursive or nested too deeply. Check its & and * (YAML aliases)."
+            ) from error
 
     def apply_checkpoint(self) -> None:
-        """Take the checkpoint's hyper-parameters as defaults, so that flags and config files beat them.
+        """Use the checkpoint's hyper-parameters as defaults, so that flags and config files override them.
 
-        Lightning's own puts them over the flags (issue 21455).
+        In Lightning they override the flags (issue 21455).
 
         Raises:
-            CheckpointError: It is missing, damaged, unsafe, or not one of this project's.
-            ConfigError: There is nothing left to train.
+            CheckpointError: The checkpoint is missing, damaged, unsafe, or not from this project.
+            ConfigError: No epochs or steps are left to train.
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
         if path == "":
-            raise ConfigError("--ckpt_path: '' is no file. Name one, or leave the flag out.")
-        if path in WORDS:
-            path = self.config[verb].ckpt_path = self._find(verb, path)
+            raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
+        if path in CHECKPOINT_ALIASES:
+            path = self.config[verb].ckpt_path = self._resolve_alias(verb, path)
         if not path:
             return
-        if self._checkpoint is None:  # a word or a config file names it
-            self._take_defaults(verb, path)
+        if self._checkpoint is None:  # set by an alias or a config file
+            self._set_defaults_from_checkpoint(verb, path)
             self.parse_arguments(self.parser, self._args)
         self.config[verb].ckpt_path = str(path)
         assert self._checkpoint is not None
         if verb in ("validate", "test"):
-            self._tell_of_another_split(verb, path)
-        epochs, most = epochs_of(self._checkpoint), self.config[verb].trainer.max_epochs
-        if verb == "fit" and most is not None and -1 < most <= epochs:
-            raise ConfigError(f"{path} has had {epochs} epochs: raise --trainer.max_epochs, which is {most}, to go on.")
-        steps, most = self._checkpoint["global_step"], self.config[verb].trainer.max_steps
-        if verb == "fit" and -1 < most <= steps:
-            raise ConfigError(f"{path} has had {steps} steps: raise --trainer.max_steps, which is {most}, to go on.")
+            self._warn_if_split_differs(verb, path)
+        trainer = self.config[verb].trainer
+        for unit, done, limit in (
+            ("epochs", completed_epochs(self._checkpoint), trainer.max_epochs),
+            ("steps", self._checkpoint["global_step"], trainer.max_steps),
+        ):
+            if verb == "fit" and limit is not None and -1 < limit <= done:
+                raise ConfigError(
+                    f"{path}: {done} {unit} are already complete; increase --trainer.max_{unit} ({limit}) to resume."
+                )
 
-    def _tell_of_another_split(self, verb: str, path: str) -> None:
-        """Say where images are held out otherwise than in the fit."""
+    def _warn_if_split_differs(self, verb: str, path: str) -> None:
         assert self._checkpoint is not None
-        then, now = split_settings(self._checkpoint, path), self.config[verb].data
-        others = [f"data.{key} was {value}" for key, value in then.items() if now.get(key) != value]
-        if others:
+        trained, data = split_settings(self._checkpoint, path), self.config[verb].data
+        changed = [f"data.{key} was {value}" for key, value in trained.items() if data.get(key) != value]
+        if changed:
             print_rank_zero(
-                f"Checkpoint: its fit held images out otherwise ({', '.join(others)}): if these are its images, some "
-                "of those that are evaluated now were trained on."
+                f"Warning: the checkpoint was trained with different split settings ({', '.join(changed)}); "
+                "evaluation data may overlap its training data."
             )
 
     def instantiate_classes(self) -> None:
-        """Make the parts.
+        """Instantiate the data, the model and the trainer.
 
         Raises:
-            ConfigError: One does not take what it was given, or needs a library that is not here.
+            ConfigError: A class rejects its arguments, or needs a library that is not installed.
         """
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError) as error:
-            raise explain_part(error) from error
+            raise explain_instantiation(error) from error
 
-    def _find(self, verb: str, word: str) -> str | None:
-        """The checkpoint that a word stands for, of the runs on this data."""
+    def _resolve_alias(self, verb: str, alias: str) -> str | None:
+        """Find the checkpoint of the latest run on this data; ``None`` if there is none yet and the verb is fit."""
         config = self.config[verb]
         if config.trainer.logger not in (None, True, False):
-            raise ConfigError(f"--ckpt_path {word} is looked for under {RUNS}/; with another logger, name the file.")
+            raise ConfigError(f"--ckpt_path {alias} searches {RUNS_FOLDER}/ only. With another logger, pass the file.")
         if not config.name and config.data.root is None and config.data.source is None:
-            raise ConfigError(
-                f"--ckpt_path {word} of which run? Name it with --name NAME, or the data with --data.root."
-            )
-        name = config.name or self._name_of_data(verb)
-        folder = Path(config.trainer.default_root_dir or RUNS) / name
-        found = newest(folder, word)
-        if found is None and verb != "fit":
-            raise ConfigError(f"There is no {word}.ckpt under {folder}: name a checkpoint with --ckpt_path FILE.")
+            raise ConfigError(f"--ckpt_path {alias}: cannot tell which run. Pass --name or --data.root.")
+        name = config.name or self._data_name(verb)
+        folder = Path(config.trainer.default_root_dir or RUNS_FOLDER) / name
+        path = newest_checkpoint(folder, alias)
+        if path is None and verb != "fit":
+            raise ConfigError(f"There is no {alias}.ckpt under {folder}. Pass a file with --ckpt_path FILE.")
         print_rank_zero(
-            f"Checkpoint: {found}" if found else f"Checkpoint: there is no {word}.ckpt under {folder} yet; a new fit"
+            f"Checkpoint: {path}" if path else f"Checkpoint: no {alias}.ckpt under {folder} yet; starting a new fit"
         )
-        return str(found) if found else None
+        return str(path) if path else None
 
-    def _name_of_data(self, verb: str) -> str:
-        parser = LightningArgumentParser()  # of its own: the verb's would make the model and the trainer as well
+    def _data_name(self, verb: str) -> str:
+        parser = LightningArgumentParser()  # the verb's parser would also instantiate the model and the trainer
         parser.add_lightning_class_args(ImageDataModule, "data")
-        only = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
-        return str(parser.instantiate_classes(only).data.name)
+        config = Namespace(data=self.config[verb].data)  # type: ignore[no-untyped-call]
+        return str(parser.instantiate_classes(config).data.name)
 
-    def _take_defaults(self, verb: str, path: str) -> None:
-        if not Path(path).expanduser().is_file() and nearest(path, WORDS):
-            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {nearest(path, WORDS)}")
+    def _set_defaults_from_checkpoint(self, verb: str, path: str) -> None:
+        suggestion = did_you_mean(path, CHECKPOINT_ALIASES)
+        if suggestion and not Path(path).expanduser().is_file():
+            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {suggestion}")
         self._checkpoint = read_checkpoint(path)
-        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **PARTS)
+        arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **CLASS_ARGUMENTS)
         defaults = {f"model.{key}": value for key, value in arguments.items()}
-        # As well as how images were held out: or what is validated, or trained on from here, would be others.
+        # The same split: otherwise training images could end up in validation.
         defaults |= {f"data.{key}": value for key, value in split_settings(self._checkpoint, path).items()}
-        if verb == "fit" and seed_of(self._checkpoint) is not None:  # it goes on with the same chance
-            defaults["seed_everything"] = seed_of(self._checkpoint)
+        if verb == "fit" and fit_seed(self._checkpoint) is not None:
+            defaults["seed_everything"] = fit_seed(self._checkpoint)
         self.verb_parser(verb).set_defaults(defaults)
 
     @contextmanager
-    def blaming_checkpoint(self) -> Iterator[None]:
-        """Report an error while Lightning restores a checkpoint as damage of that checkpoint.
+    def restore_errors(self) -> Iterator[None]:
+        """Convert errors during Lightning's restore of a checkpoint.
 
         Raises:
-            CheckpointError: Its states are damaged.
+            CheckpointError: The checkpoint's training state is damaged.
         """
         try:
             yield
@@ -172,44 +177,64 @@ class CheckpointCLI(VerbCLI):
                 raise
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             path = self.config[self.config.subcommand].ckpt_path
-            raise damaged_checkpoint(f"{path} is damaged: its states cannot be restored ({reason}).") from error
+            raise damaged_checkpoint(f"{path} is damaged: its training state cannot be restored ({reason}).") from error
 
 
 def split_checkpoint_flag(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What ``--ckpt_path`` says on a command line, and the rest of it."""
+    """Split ``--ckpt_path`` from a command line; returns its value and the remaining arguments."""
     flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flag.add_argument("--ckpt_path", nargs="?")
-    known, rest = flag.parse_known_args(args)
-    return known.ckpt_path, rest
+    parsed, rest = flag.parse_known_args(args)
+    return parsed.ckpt_path, rest
 
 
 def validate_order(args: Sequence[str]) -> None:
-    """Refuse an argument of a class that comes before the class, as the class starts from its own defaults.
+    """Refuse a flag that a later, more general flag would override silently.
+
+    A class flag (``--model.optimizer AdamW``) resets the arguments of the class (``--model.optimizer.lr 0.1``); a group
+    flag (``--model '{optimizer: AdamW}'``, or a file) overrides the flags of its keys.
 
     Raises:
-        ConfigError: One does.
+        ConfigError: A flag is followed by one that overrides it.
     """
-    seen: list[str] = []
-    for word in args:
-        name = word.partition("=")[0].removesuffix(".class_path")
+    earlier_names: list[str] = []
+    for arg, next_arg in zip_longest(args, args[1:], fillvalue=""):
+        flag, equals, value = arg.partition("=")
+        name = flag.removesuffix(".class_path")
         if not name.startswith("--"):
             continue
-        early = next((other for other in seen if other.startswith(f"{name}.")), None)
-        if early and "." in name:
-            raise ConfigError(f"{early} comes before {name}, which starts from its class's own defaults. Put it after.")
-        seen.append(name)
+        overridden = [earlier for earlier in earlier_names if earlier.startswith(f"{name}.")]
+        reason = "which starts from its class's own defaults"
+        if "." not in name and overridden:
+            keys = _group_keys(value if equals else next_arg)
+            overridden = [earlier for earlier in overridden if earlier.split(".")[1].rstrip("+") in keys]
+            reason = "which overrides it"
+        if overridden:
+            raise ConfigError(f"{overridden[0]} comes before {name}, {reason}. Put it after.")
+        earlier_names.append(name)
 
 
-def files_first(args: Sequence[str]) -> list[str]:
-    """A command line with its config files before all other flags, which beat them wherever they stand."""
+def _group_keys(value: str) -> set[str]:
+    """Top-level keys of a group flag's value: YAML or JSON, or the path of such a file."""
+    try:
+        content = yaml.safe_load(value)
+        if isinstance(content, str):
+            content = yaml.safe_load(Path(content).read_text())
+    except (OSError, ValueError, yaml.YAMLError):  # reported by the parser
+        return set()
+    return {str(key) for key in content} if isinstance(content, Mapping) else set()
+
+
+def config_files_first(args: Sequence[str]) -> list[str]:
+    """Move config files before all other flags, so that flags override them wherever they are on the command line."""
     files: list[str] = []
     rest: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word in ("-c", "--config"):
-            files += [word, *islice(words, 1)]
-        elif word.startswith("--config="):
-            files.append(word)
+    remaining = iter(args)
+    for arg in remaining:
+        if arg in ("-c", "--config"):
+            files += [arg, *islice(remaining, 1)]
+        elif arg.startswith("--config="):
+            files.append(arg)
         else:
-            rest.append(word)
+            rest.append(arg)
     return [*rest[:1], *files, *rest[1:]] if rest[:1] and not rest[0].startswith("-") else list(args)

@@ -1,4 +1,4 @@
-"""What an exception means to the user: a line or two, and the exit code."""
+"""Error message and exit code for each kind of exception."""
 
 from __future__ import annotations
 
@@ -19,52 +19,61 @@ from project.errors import ProjectError
 from project.runtime.distributed import is_peer_failure
 from project.runtime.system import cache_folder
 
-MISTAKE, PEER, INTERNAL, BROKEN_PIPE = 2, 1, 70, 141
-LIBRARIES = ("frozen-backbone", "torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "timm", "pillow")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+USER_ERROR, PEER_FAILURE, INTERNAL_ERROR, BROKEN_PIPE = 2, 1, 70, 141
+REPORTED_PACKAGES = (
+    "frozen-backbone",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "timm",
+    "pillow",
+)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
-    """Say what has ended a command.
+    """Describe the exception that ended a command.
 
     Args:
-        error: What was raised.
+        error: The exception.
         args: The command line.
 
     Returns:
-        The message, empty where another process reports it; and the exit code: 2 after what the user can mend, 1 where
-        another process has failed, 70 after an error of this project's own.
+        The message, empty if another rank reports it, and the exit code: 2 for a user error, 1 if another rank failed,
+        70 for an internal error.
     """
     if isinstance(error, ProjectError):
-        return "" if error.reported_elsewhere else f"error: {error}", MISTAKE
+        return "" if error.reported_elsewhere else f"error: {error}", USER_ERROR
     if isinstance(error, MisconfigurationException):
-        return f"error: {explain_misconfiguration(error)}", MISTAKE
-    if isinstance(error, OSError) and error.errno in FULL:
-        return f"error: {error}. What was saved before is whole.", MISTAKE
+        return f"error: {explain_misconfiguration(error)}", USER_ERROR
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"error: {error}. Files that were already saved are intact.", USER_ERROR
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return f"error: {out_of_memory('DefaultCPUAllocator')}", MISTAKE
+        return f"error: {out_of_memory('DefaultCPUAllocator')}", USER_ERROR
     if isinstance(error, RuntimeError):
-        said = explain_runtime_error(error)
-        if said:
-            return f"error: {said}", MISTAKE
+        explanation = explain_runtime_error(error)
+        if explanation:
+            return f"error: {explanation}", USER_ERROR
         if is_peer_failure(error):
-            return "error: another process of this run has ended, and said why; so this one ends too.", PEER
+            return "error: Another rank failed (see its message); shutting down.", PEER_FAILURE
     if isinstance(error, (ValueError, TypeError, RuntimeError)) and _raised_by_lightning(error):
-        return f"error: {' '.join(str(error).split())}", MISTAKE
-    what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-    return f"internal error: {what}\nPlease report it with this file: {_report(error, args)}", INTERNAL
+        return f"error: {' '.join(str(error).split())}", USER_ERROR
+    summary = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return f"internal error: {summary}\nPlease report it with this file: {_write_report(error, args)}", INTERNAL_ERROR
 
 
 def _raised_by_lightning(error: Exception) -> bool:
-    """Whether Lightning has refused a flag."""
+    """Whether Lightning raised the error, which means that it rejects a setting."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
-def _report(error: Exception, args: Sequence[str]) -> Path:
-    """Write the traceback, the command line and the versions to a file."""
+def _write_report(error: Exception, args: Sequence[str]) -> Path:
+    """Write the command line, versions and traceback to a file."""
     lines = [f"python -m project {' '.join(args)}", f"{platform.platform()}, Python {platform.python_version()}"]
-    for name in LIBRARIES:
+    for name in REPORTED_PACKAGES:
         try:
             lines.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -78,4 +87,4 @@ def _report(error: Exception, args: Sequence[str]) -> Path:
             return folder / name
         except OSError:
             continue
-    raise error  # nothing can be written: then the traceback itself
+    raise error  # no writable folder: show the traceback instead

@@ -1,4 +1,4 @@
-"""Errors of the parser, of parts and of Lightning, in one line that says which key, and what it could have been."""
+"""Short messages for errors of the parser, of class instantiation and of Lightning."""
 
 from __future__ import annotations
 
@@ -11,51 +11,67 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from project.config.class_path import ClassSpec
-from project.config.import_allowlist import refused
-from project.errors import ConfigError, nearest
+from project.config.import_allowlist import import_refusal, is_importable
+from project.errors import ConfigError, did_you_mean
+from project.runtime.jsonargparse_internals import accepted_class_paths
 from project.runtime.lightning_cli import option_names
 from project.runtime.system import shared_memory
 
-#: What libraries say that have no memory left and raise something else than torch.OutOfMemoryError.
+# --- messages of libraries
+
+#: Out of memory, raised as something else than torch.OutOfMemoryError.
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
 )
-#: What torch says where DataLoader workers have no shared memory left.
-SHARED_MEMORY = re.compile(
+#: DataLoader workers out of shared memory.
+OUT_OF_SHARED_MEMORY = re.compile(
     "out of shared memory|unable to (?:open|mmap|write|resize|allocate).*(?:shared memory|/torch_)"
 )
-#: What Lightning says of a schedule whose metric is not there.
-PLATEAU = re.compile(
+#: Lightning's EarlyStopping, at the end of an epoch.
+EARLY_STOPPING_METRIC = re.compile(
+    r"Early stopping conditioned on metric `(?P<metric>.*?)` which is not available.*following: (?P<known>.*)"
+)
+#: Lightning's ReduceLROnPlateau.
+PLATEAU_METRIC = re.compile(
     r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
     r"Available metrics are: (?P<known>.*)"
 )
-UNKNOWN = re.compile(
+
+# --- messages of the parser. For a union type, it lists the objections of every member.
+
+#: An unknown flag, key of a config, or argument of a class.
+UNKNOWN_KEY = re.compile(
     r"unrecognized arguments: (?P<flag>--[\w.]+)"
     r"|(?:Group '(?P<group>[\w.]+)'|Parser|Subcommand '\w+') does not accept option '(?P<key>[\w.]+)'"
-    r"|Parser key \"(?P<part>[\w.]+)\".*?Option '(?P<argument>[\w.]+)' is not accepted.*?class_path='(?P<path>[\w.]+)'",
+    r"|Parser key \"(?P<class_key>[\w.]+)\".*?Option '(?P<argument>[\w.]+)' is not accepted"
+    r".*?class_path='(?P<path>[\w.]+)'",
     re.DOTALL,
 )
-#: What the parser says of a name that may not be imported. Of a union's kinds, others may have had other objections.
-DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
-#: A config, or a part of one, by its address.
-ELSEWHERE = re.compile(
-    r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<place>\w[\w.+:]*://[^\s'\"]*)"
+#: An import that the allowlist denies.
+IMPORT_DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
+#: A URL in the place of a config file.
+URL = re.compile(
+    r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<url>\w[\w.+:]*://[^\s'\"]*)"
 )
-#: A part that lacks arguments; of a union's kinds it is the one that is meant.
-LACKS = re.compile(
-    r"Parser key \"(?P<key>[\w.]+)\".*?the following arguments are required: (?P<words>[\w, ]+)", re.DOTALL
+#: A class name that does not exist.
+UNKNOWN_CLASS = re.compile(
+    r"Parser key \"(?P<key>[\w.]+)\".*?"
+    r"(?:Expected a dot import path string: |has no attribute '\w+'\. Got value: )(?P<path>[\w.]+)",
+    re.DOTALL,
 )
-#: Which part it is, where the parser says so, and what was given.
-LACKING = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+the following arguments are required")
-GIVEN = re.compile(r"\n *Given value: (.*)")
-#: What a union's kinds that were not meant say.
-OF_OTHERS = re.compile(r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w")
-#: Lightning's EarlyStopping, once an epoch is over.
-UNWATCHED = re.compile(
-    r"Early stopping conditioned on metric `(?P<metric>.*?)` which is not available.*following: (?P<known>.*)"
+#: A class without its required arguments; in a union, this is the member that the user meant.
+MISSING_ARGUMENTS = re.compile(
+    r"Parser key \"(?P<key>[\w.]+)\".*?the following arguments are required: (?P<names>[\w, ]+)", re.DOTALL
 )
-#: How the parser names types, and how people do.
-PLAINER = (
+#: The class without its arguments, where the parser names it.
+INCOMPLETE_CLASS = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+the following arguments are required")
+GIVEN_VALUE = re.compile(r"\n *Given value: (.*)")
+#: Objections of union members that the user did not mean.
+OTHER_MEMBERS = re.compile(
+    r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w"
+)
+#: Replacements that turn the parser's lines into plain text.
+REPLACEMENTS = (
     (r"Parser key \"([\w.]+)\":", r"\1:"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal\[([^\]]*)\]", r"\1"),
@@ -63,159 +79,172 @@ PLAINER = (
     (r"Does not validate against any of the Union subtypes", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r".*Multiple subclasses with name (\w+).*", r"several classes are called \1: give the whole path of one"),
-    (r"Import path (\S+ )?does not correspond to a subclass of (Source|VisionDataset)$", ""),  # either will do
+    (r"Import path (\S+ )?does not correspond to a subclass of (Source|VisionDataset)$", ""),  # either is accepted
     (r"Problem with given class_path '\S+':$", ""),
-    (r"Expected '(\S+)' to be a subclass of ([\w |]+).*", r"\1 is no \2."),
+    (r"Expected '(\S+)' to be a subclass of ([\w |]+).*", r"\1 is not a \2."),
     (r"Expected a path but (\S+) either not accessible or invalid.*", r"there is no class \1."),
     (r"\.? ?Got value: (Namespace|None).*", "."),
     (r"(Got value: \S+)\.$", r"\1"),
     (r"Expected a dot import path string: .*", ""),
     (r"Expected an? ", "expected "),
-    (r"\('cannot represent an object', <\w+\.\w+: ('\w+')>\)", r"its default \1 cannot be kept; say it yourself."),
+    (r"\('cannot represent an object', <\w+\.\w+: ('\w+')>\)", r"its default \1 cannot be stored; set it explicitly."),
     (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
 )
 
 
 def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
-    """Say what is wrong with a flag or a config file.
+    """Explain an invalid flag or config file.
 
     Args:
-        error: What the parser raised.
-        parser: The verb's parser, whose keys are known.
+        error: Exception of the parser.
+        parser: Parser of the verb, for its keys.
     """
     message = str(error)
-    denied = DENIED.search(message)
-    if denied:
-        return ConfigError(refused(denied["path"]))
-    elsewhere = ELSEWHERE.search(message)
-    if elsewhere:
+    if denied := IMPORT_DENIED.search(message):
+        return ConfigError(import_refusal(denied["path"]))
+    if url := URL.search(message):
         return ConfigError(
-            f"{elsewhere['place']} is no file here, and nothing is fetched. Download it, read it, and give its path."
+            f"{url['url']} is not a local file, and nothing is downloaded. Download it and pass its path."
         )
-    if found := UNKNOWN.search(message):
-        return _unknown(found, parser)
-    lacks = LACKS.search(message)
-    return _lacking(lacks, message) if lacks else ConfigError(_plain(message))
+    if unknown := UNKNOWN_KEY.search(message):
+        return _unknown_key(unknown, parser)
+    if missing := MISSING_ARGUMENTS.search(message):
+        return _missing_arguments(missing, message)
+    plain = _plain_text(message)
+    unknown_class = UNKNOWN_CLASS.search(message) if "there is no class" in plain else None
+    return _unknown_class(unknown_class["key"], unknown_class["path"], parser) if unknown_class else ConfigError(plain)
 
 
-def explain_part(error: Exception) -> ConfigError:
-    """Say why a part cannot be made of what the parser has let pass.
+def explain_instantiation(error: Exception) -> ConfigError:
+    """Explain why a class that passed the parser cannot be instantiated.
 
     Args:
-        error: What was raised when it was made.
+        error: Exception of the instantiation.
     """
-    lines, parts = _plainer(str(error)), [path.rpartition(".")[2] for path in _parts(_given(str(error)))]
-    meant = " ".join([line for line in lines if not OF_OTHERS.match(line)] or lines)
-    return ConfigError(f"{' or '.join(parts)}: {meant}" if parts else meant)
+    lines = _plain_lines(str(error))
+    names = [path.rpartition(".")[2] for path in _class_paths(_given_value(str(error)))]
+    reason = " ".join([line for line in lines if not OTHER_MEMBERS.match(line)] or lines)
+    return ConfigError(f"{' or '.join(names)}: {reason}" if names else reason)
 
 
 def explain_runtime_error(error: RuntimeError) -> str | None:
-    """Say what is wrong with a value that nobody could hold against anything before; ``None`` of other errors.
+    """Explain a runtime error that the user can fix; ``None`` for others.
 
     Args:
-        error: What a library raised.
+        error: Exception of a library.
     """
     message = str(error)
-    if SHARED_MEMORY.search(message):
+    if OUT_OF_SHARED_MEMORY.search(message):
         return (
-            f"The processes that load images are out of shared memory (/dev/shm has {shared_memory() / 1e6:.0f} MB). "
-            "Use --data.num_workers 0,\nor give a container more of it: docker run --shm-size 8g."
+            f"DataLoader workers are out of shared memory (/dev/shm has {shared_memory() / 1e6:.0f} MB). "
+            "Use --data.num_workers 0,\nor give the container more: docker run --shm-size 8g."
         )
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(message):
         return out_of_memory(message)
     if "Could not determine home directory" in message:
-        return "A path begins with ~ and the name of somebody who is not known here. Write it out."
-    if not (found := UNWATCHED.search(message)):
+        return "Cannot expand ~user in a path: unknown user. Write the path in full."
+    if not (match := EARLY_STOPPING_METRIC.search(message)):
         return None
-    return _unwatched("EarlyStopping", found["metric"], re.findall("`(.*?)`", found["known"]))
+    return _unknown_metric("EarlyStopping", match["metric"], re.findall("`(.*?)`", match["known"]))
 
 
 def explain_misconfiguration(error: MisconfigurationException) -> str:
-    """Say what Lightning refuses.
+    """Explain a setting that Lightning rejects.
 
     Args:
-        error: What Lightning raised.
+        error: Exception of Lightning.
     """
-    found = PLATEAU.search(str(error))
-    if found is None:
+    match = PLATEAU_METRIC.search(str(error))
+    if match is None:
         return str(error)
-    return _unwatched("model.scheduler: ReduceLROnPlateau", found["metric"], re.findall("'(.*?)'", found["known"]))
+    known = re.findall("'(.*?)'", match["known"])
+    return _unknown_metric("model.scheduler: ReduceLROnPlateau", match["metric"], known)
 
 
-def _unwatched(what: str, metric: str, known: Sequence[str]) -> str:
-    totals = ", ".join(name for name in known if "_of/" not in name)  # a class has three more
-    return f"{what}: there is no {metric!r} to watch. {nearest(metric, known)}There are {totals}."
+def _unknown_metric(source: str, metric: str, known: Sequence[str]) -> str:
+    names = ", ".join(name for name in known if "_of/" not in name)  # without the metrics of single classes
+    return f"{source}: metric {metric!r} is not logged. {did_you_mean(metric, known)}Available: {names}."
 
 
 def out_of_memory(message: str) -> str:
-    """What the allocator says first, and the flags that need less."""
-    asked = re.search(r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes", message)
-    size = "" if asked is None else f" for {asked[1] or f'{int(asked[2]) / 1e9:.3g} GB'} more"
-    where = "memory" if "DefaultCPUAllocator" in message else "GPU memory"
+    """Explain an allocator's message, and name the flags that reduce memory."""
+    requested = re.search(r"Tried to allocate ([\d.]+ \w+)|tried to allocate (\d+) bytes", message)
+    size = "" if requested is None else f" for {requested[1] or f'{int(requested[2]) / 1e9:.3g} GB'} more"
+    memory = "memory" if "DefaultCPUAllocator" in message else "GPU memory"
     return (
-        f"Not enough {where}{size}. Lower --data.batch_size (--trainer.accumulate_grad_batches makes up for it),\n"
+        f"Not enough {memory}{size}. Lower --data.batch_size (--trainer.accumulate_grad_batches compensates),\n"
         "lower --model.image_size, train fewer stages (--model.trainable), or use --trainer.precision bf16-mixed."
     )
 
 
-def _unknown(found: re.Match[str], parser: ArgumentParser) -> ConfigError:
-    part = found.groupdict()
-    if part["argument"]:
-        word, place = part["argument"], f" in {part['part']} ({part['path']})"
-        known = list(inspect.signature(ClassSpec(part["path"]).resolve(object)).parameters)
-        return ConfigError(f"unknown key {word!r}{place}. {nearest(word, known)}It takes {', '.join(known)}.")
+def _unknown_key(match: re.Match[str], parser: ArgumentParser) -> ConfigError:
+    if argument := match["argument"]:
+        accepted = list(inspect.signature(ClassSpec(match["path"]).resolve(object)).parameters)
+        return ConfigError(
+            f"unknown key {argument!r} in {match['class_key']} ({match['path']}). "
+            f"{did_you_mean(argument, accepted)}It takes {', '.join(accepted)}."
+        )
     keys = option_names(parser)
-    if part["flag"]:
-        word = part["flag"]
-        return ConfigError(f"unknown flag {word}. {nearest(word, [f'--{key}' for key in keys])}See --help for all.")
-    word = ".".join(filter(None, (part["group"], part["key"])))
-    sections = {key.partition(".")[0] for key in keys}
-    section = word.partition(".")[0]
+    if flag := match["flag"]:
+        return ConfigError(
+            f"unknown flag {flag}. {did_you_mean(flag, [f'--{key}' for key in keys])}See --help for all."
+        )
+    key = ".".join(filter(None, (match["group"], match["key"])))
+    sections = {name.partition(".")[0] for name in keys}
+    section = key.partition(".")[0]
     if section not in sections:
-        return ConfigError(f"unknown key {section!r}. {nearest(section, sections)}See --help for all.")
-    return ConfigError(f"unknown key {word!r}. {nearest(word, keys)}See --help for all.")
+        return ConfigError(f"unknown key {section!r}. {did_you_mean(section, sections)}See --help for all.")
+    return ConfigError(f"unknown key {key!r}. {did_you_mean(key, keys)}See --help for all.")
 
 
-def _lacking(found: re.Match[str], message: str) -> ConfigError:
-    key, words = found["key"], found["words"].split(", ")
-    lacking, given = LACKING.search(message), _given(message)
-    listed, parts = given.startswith("["), _parts(given)
-    path = lacking["path"] if lacking else "".join(parts[:1])
+def _unknown_class(key: str, path: str, parser: ArgumentParser) -> ConfigError:
+    accepted = [known for known in accepted_class_paths(parser, key) if is_importable(known)]
+    if "." not in path:
+        accepted = [known.rpartition(".")[2] for known in accepted]
+    return ConfigError(f"{key}: there is no class {path}. {did_you_mean(path, dict.fromkeys(accepted))}".strip())
+
+
+def _missing_arguments(match: re.Match[str], message: str) -> ConfigError:
+    key, arguments = match["key"], match["names"].split(", ")
+    incomplete, value = INCOMPLETE_CLASS.search(message), _given_value(message)
+    is_list, paths = value.startswith("["), _class_paths(value)
+    path = incomplete["path"] if incomplete else "".join(paths[:1])
     name = path.rpartition(".")[2] or "it"
-    # A flag is of the class, or of the last one, where the key takes a class and not in a list alone.
-    flagged = parts[:1] if not listed else parts[-1:] if "Not a valid subclass" in message else []
-    if path in flagged:
-        mend = "Say it with " + " ".join(f"--{key}.{word} VALUE" for word in words)
+    # A flag sets an argument of the only class, or of the last in a list if the key also accepts a single class.
+    flag_paths = paths[:1] if not is_list else paths[-1:] if "Not a valid subclass" in message else []
+    if path in flag_paths:
+        fix = "Set " + " ".join(f"--{key}.{argument} VALUE" for argument in arguments)
     else:
-        mend = f"In a config: {{class_path: {name}, init_args: {{{', '.join(f'{word}: VALUE' for word in words)}}}}}"
-    return ConfigError(f"{key}: {name} needs {', '.join(words)}. {mend}")
+        init_args = ", ".join(f"{argument}: VALUE" for argument in arguments)
+        fix = f"In a config: {{class_path: {name}, init_args: {{{init_args}}}}}"
+    return ConfigError(f"{key}: {name} needs {', '.join(arguments)}. {fix}")
 
 
-def _given(message: str) -> str:
-    """The whole value that was given; those of a union's kinds come before it."""
-    return "".join(GIVEN.findall(f"\n{message}")[-1:])
+def _given_value(message: str) -> str:
+    """The value of the key: the last one in the message, after those of the union's members."""
+    return "".join(GIVEN_VALUE.findall(f"\n{message}")[-1:])
 
 
-def _parts(given: str) -> list[str]:
-    return re.findall(r"class_path='([\w.]+)'", given)
+def _class_paths(value: str) -> list[str]:
+    return re.findall(r"class_path='([\w.]+)'", value)
 
 
-def _plainer(message: str) -> list[str]:
+def _plain_lines(message: str) -> list[str]:
     lines = []
     for line in message.splitlines():
         line = line.strip(" -")
-        for pattern, plainer in PLAINER:
-            line = re.sub(pattern, plainer, line).strip()
+        for pattern, replacement in REPLACEMENTS:
+            line = re.sub(pattern, replacement, line).strip()
         if line:
             lines.append(line)
     return list(dict.fromkeys(lines))
 
 
-def _plain(message: str) -> str:
-    lines = _plainer(message)
+def _plain_text(message: str) -> str:
+    lines = _plain_lines(message)
     others = [line for line in lines if not line.startswith("there is no class")]
-    if any(line.startswith(("several classes", "expected '")) or " is no " in line for line in others):
+    if any(line.startswith(("several classes", "expected '")) or " is not a " in line for line in others):
         lines = others
     lines = [line for line in lines if not (line == "expected null" and len(lines) > 2)]
     before, word, after = " ".join(lines).partition("expected ")
-    return before + word + after.replace(" expected ", ", or ")  # the kinds of a union, each on a line of its own
+    return before + word + after.replace(" expected ", ", or ")  # one line per member of a union

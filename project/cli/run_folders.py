@@ -1,4 +1,4 @@
-"""Folders of runs: ``runs/NAME/version_N``."""
+"""Run folders: ``runs/NAME/version_N``."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from pathlib import Path
 from project.errors import ConfigError
 from project.runtime.distributed import is_first_process
 
-#: Where they are, unless ``trainer.default_root_dir`` says otherwise.
-RUNS = "runs"
-#: Words for a checkpoint of the run that saved one last.
-WORDS = ("last", "best")
+#: Parent of all run folders, unless ``trainer.default_root_dir`` is set.
+RUNS_FOLDER = "runs"
+#: Values of ``--ckpt_path`` that mean a checkpoint of the latest run.
+CHECKPOINT_ALIASES = ("last", "best")
 
 
 def reserve_version(folder: Path) -> int | None:
-    """Make the next ``version_N`` folder of a run, which no other process can have made.
+    """Create the next ``version_N`` folder of a run. Safe with concurrent fits.
 
     Args:
         folder: ``runs/NAME``.
 
     Returns:
-        N; ``None`` in the other processes of a distributed run, which write nothing.
+        N; ``None`` on ranks other than zero, which write nothing.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        ConfigError: The folder is not writable.
     """
     if not is_first_process():
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(m[1]) for m in (re.fullmatch(r"version_(\d+)", entry.name) for entry in folder.iterdir()) if m]
-        number = max(taken, default=-1) + 1
+        matches = [re.fullmatch(r"version_(\d+)", entry.name) for entry in folder.iterdir()]
+        number = max((int(match[1]) for match in matches if match), default=-1) + 1
         while True:
             try:
                 (folder / f"version_{number}").mkdir()
                 return number
-            except FileExistsError:  # another fit began at the same moment
+            except FileExistsError:  # a concurrent fit has just created it
                 number += 1
     except OSError as error:
-        raise ConfigError(f"The run's folder {folder} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"Cannot write to the run folder {folder}: {error.strerror}.") from error
 
 
-def newest(folder: Path, word: str) -> Path | None:
-    """The checkpoint that was saved last, of all versions of a run.
+def newest_checkpoint(folder: Path, alias: str) -> Path | None:
+    """The most recently saved checkpoint among all versions of a run.
 
     Args:
         folder: ``runs/NAME``.
-        word: ``last`` or ``best``.
+        alias: ``last`` or ``best``.
 
     Returns:
-        Its path; ``None`` where there is none.
+        Its path; ``None`` if there is none.
     """
-    found = folder.glob(f"version_*/checkpoints/{word}.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    paths = folder.glob(f"version_*/checkpoints/{alias}.ckpt")
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)

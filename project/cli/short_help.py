@@ -1,4 +1,4 @@
-"""The help of a verb on a page: data and model first, and the trainer's flags by name."""
+"""One-page help of a verb: data and model flags first, trainer flags by name only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from project.runtime.lightning_cli import OptionHelp
 
-#: Groups of flags with a title each; what has no group comes after them.
+#: Flag groups and their titles; flags without a group follow.
 GROUPS = {
     "data": "Data",
     "model": "Model",
@@ -17,85 +17,90 @@ GROUPS = {
     "dashboard": "Dashboard",
 }
 TRAINER = "trainer"
-#: Of flags whose own help is Lightning's.
-SHORTER = {
+#: Replacements for the help texts of Lightning's own flags.
+SHORT_TEXTS = {
     "ckpt_path": "Checkpoint: a file, or last or best of the runs on this data",
     "config": "YAML file of flags",
     "print_config": "Print the configuration and exit",
-    "seed_everything": "Seed of all that is random",
+    "seed_everything": "Random seed",
 }
-FLAG = 28  # columns of a flag's name
-WIDEST = 110
-LINES = 2  # of a flag, at most
+FLAG_WIDTH = 28
+MAX_WIDTH = 110
+MAX_LINES = 2  # per flag
 
 
 def requested_help(args: Sequence[str]) -> str | None:
-    """Which help a command line asks for.
+    """The help that a command line asks for.
 
     Returns:
-        The group of ``--GROUP.help``; an empty string for ``--help``; ``None`` where no help is asked for.
+        GROUP for ``--GROUP.help``; an empty string for ``--help``; ``None`` for neither.
     """
-    for word in args:
-        if word in ("-h", "--help"):
+    for arg in args:
+        if arg in ("-h", "--help"):
             return ""
-        group = re.fullmatch(r"--(\w+)\.help", word)
-        if group and (group[1] in GROUPS or group[1] == TRAINER):
-            return group[1]
+        match = re.fullmatch(r"--(\w+)\.help", arg)
+        if match and (match[1] in GROUPS or match[1] == TRAINER):
+            return match[1]
     return None
 
 
 def short_help(verb: str, description: str, usage: str, options: Iterable[OptionHelp]) -> str:
-    """A line or two for each flag of a verb; of the trainer's the names alone."""
-    known = [each for each in options if not each.name.endswith(".help") and each.name not in (*GROUPS, TRAINER)]
-    parts = [f"usage: {usage.replace('VERB', verb)}", description]
+    """Help with at most two lines per flag, and only the names of the trainer's flags."""
+    shown = [
+        option for option in options if not option.name.endswith(".help") and option.name not in (*GROUPS, TRAINER)
+    ]
+    sections = [f"usage: {usage.replace('VERB', verb)}", description]
     for group, title in GROUPS.items():
-        parts.append(_section(title, [each for each in known if each.name.startswith(f"{group}.")], LINES))
-    parts.append(
-        _section(f"{verb.capitalize()}", [each for each in known if "." not in each.name and each.help], LINES)
-    )
-    names = [each.name.partition(".")[2] for each in known if each.name.startswith(f"{TRAINER}.")]
-    listed = textwrap.fill(", ".join(names), _width(), initial_indent="  ", subsequent_indent="  ")
-    parts.append(f"Trainer: --trainer.NAME, of Lightning's Trainer\n{listed}")
-    parts.append(
-        "More: --trainer.help, --data.help or --model.help say all about these flags;\n"
+        sections.append(_section(title, _of_group(group, shown), MAX_LINES))
+    ungrouped = [option for option in shown if "." not in option.name and option.help]
+    sections.append(_section(verb.capitalize(), ungrouped, MAX_LINES))
+    names = ", ".join(option.name.partition(".")[2] for option in _of_group(TRAINER, shown))
+    wrapped = textwrap.fill(names, _width(), initial_indent="  ", subsequent_indent="  ")
+    sections.append(f"Trainer: --trainer.NAME, passed to Lightning's Trainer\n{wrapped}")
+    sections.append(
+        "More: --trainer.help, --data.help and --model.help describe these flags in full;\n"
         "--model.optimizer.help CLASS lists the arguments of a class."
     )
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(section for section in sections if section)
 
 
 def group_help(group: str, options: Iterable[OptionHelp]) -> str:
-    """All that is known of the flags of a group."""
-    return _section(GROUPS.get(group, "Trainer"), [each for each in options if each.name.startswith(f"{group}.")], 0)
+    """Full help of a group's flags."""
+    return _section(GROUPS.get(group, "Trainer"), _of_group(group, options))
 
 
-def _section(title: str, options: Sequence[OptionHelp], lines: int) -> str:
+def _of_group(group: str, options: Iterable[OptionHelp]) -> list[OptionHelp]:
+    return [option for option in options if option.name.startswith(f"{group}.")]
+
+
+def _section(title: str, options: Sequence[OptionHelp], max_lines: int = 0) -> str:
     if not options:
         return ""
-    return "\n".join([f"{title}:", *(_entry(option, lines) for option in options)])
+    return "\n".join([f"{title}:", *(_entry(option, max_lines) for option in options)])
 
 
-def _entry(option: OptionHelp, lines: int) -> str:
+def _entry(option: OptionHelp, max_lines: int) -> str:
+    """Help of one flag; ``max_lines`` of 0 means no limit."""
     text = _plain(option.help)
-    if lines:
-        text = SHORTER.get(option.name) or text.partition(". ")[0].rstrip(".")
+    if max_lines:
+        text = SHORT_TEXTS.get(option.name) or text.partition(". ")[0].rstrip(".")
     if option.default not in (None, "", "{}", "==SUPPRESS=="):
         text += f" [{option.default}]"
-    found = textwrap.wrap(text, _width() - FLAG - 4) or [""]
-    if lines and len(found) > lines:
-        found = [
-            *found[: lines - 1],
-            textwrap.shorten(" ".join(found[lines - 1 :]), _width() - FLAG - 4, placeholder=" ..."),
-        ]
+    width = _width() - FLAG_WIDTH - 4
+    lines = textwrap.wrap(text, width) or [""]
+    if max_lines and len(lines) > max_lines:
+        rest = " ".join(lines[max_lines - 1 :])
+        lines = [*lines[: max_lines - 1], textwrap.shorten(rest, width, placeholder=" ...")]
     flag = f"--{option.name}"
-    first = f"  {flag:<{FLAG}}  {found[0]}" if len(flag) <= FLAG else f"  {flag}  {found[0]}"
-    return "\n".join([first, *(" " * (FLAG + 4) + line for line in found[1:])])
+    first = f"  {flag:<{FLAG_WIDTH}}  {lines[0]}"
+    return "\n".join([first, *(" " * (FLAG_WIDTH + 4) + line for line in lines[1:])])
 
 
 def _plain(text: str) -> str:
-    """Without the marks of reStructuredText."""
+    """Remove reStructuredText markup."""
     text = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"\1", text)
     return " ".join(text.replace("``", "").split())
 
 
 def _width() -> int:
-    return min(shutil.get_terminal_size().columns, WIDEST)
+    return min(shutil.get_terminal_size().columns, MAX_WIDTH)

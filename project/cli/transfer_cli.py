@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with the project's defaults, folders of runs, and errors for people."""
+"""The command line: LightningCLI with this project's verbs, defaults and run folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
-from project.cli.run_folders import RUNS, reserve_version
+from project.cli.run_folders import RUNS_FOLDER, reserve_version
 from project.cli.short_help import group_help, requested_help, short_help
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
@@ -38,9 +38,9 @@ from project.trainer import Trainer
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
 DESCRIPTIONS = {
-    "fit": "Train a classifier on images: a new head, and as much of the backbone as model.trainable says.",
-    "validate": "Measure a trained classifier on the validation images.",
-    "test": "Measure a trained classifier on the test images.",
+    "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
+    "validate": "Evaluate a trained classifier on the validation images.",
+    "test": "Evaluate a trained classifier on the test images.",
 }
 
 
@@ -49,20 +49,23 @@ class TransferCLI(CheckpointCLI):
 
     Args:
         args: Command line, without the program's name and ``--allow_imports``.
-        signals: What this process is told.
-        command: What goes on with it, but for the checkpoint, to be told to a user.
+        signals: Signal handler of the process.
+        resume_command: Command that resumes the fit, without its checkpoint; printed for the user.
+
+    Attributes:
+        exit_code: Exit code of the verb.
     """
 
     trainer: Trainer
 
-    def __init__(self, args: Sequence[str], signals: SignalHandler, command: str) -> None:
+    def __init__(self, args: Sequence[str], signals: SignalHandler, resume_command: str) -> None:
         self._signals = signals
-        self._command = command
+        self._resume_command = resume_command
         self.exit_code = 0
         super().__init__(
             args,
             trainer_class=Trainer,
-            # The report says what trains and what is frozen shorter than the model summary would.
+            # RunSummary replaces the model summary.
             trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -70,16 +73,15 @@ class TransferCLI(CheckpointCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Parsers raise their errors, for :func:`main` to put into words, and take whole flags only."""
-        # The flags are many, and follow with what each does.
+        """Create a parser that raises errors instead of exiting, and accepts no abbreviated flags."""
         return super().init_parser(usage=USAGE, exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def describe(self, verb: str) -> str:
-        """What a verb does; Lightning's docstrings say less."""
+        """One-line description of a verb."""
         return DESCRIPTIONS.get(verb) or super().describe(verb)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, or print the help that is asked for."""
+        """Parse the command line, or print the requested help and exit."""
         verb, group = self.requested_verb(), requested_help(args)
         if verb is not None and group is not None:
             options = option_helps(self.verb_parser(verb))
@@ -88,104 +90,103 @@ class TransferCLI(CheckpointCLI):
         super().parse_arguments(parser, args)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Put the data before the model: its mistakes are told before any weights are read or downloaded."""
+        """Add the data before the model, so that data errors are raised before weights are read or downloaded."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(ImageDataModule, "data")
         parser.add_lightning_class_args(ImageClassifier, "model")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Flags of all verbs besides those of the model, the data and the trainer."""
+        """Add the flags of all verbs besides those of the model, the data and the trainer."""
         parser.add_lightning_class_args(FeatureCache, "features")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_argument(
-            "--name", type=str | None, help="Folder of the run under runs/; by default the data's name."
+            "--name", type=str | None, help="Name of the run's folder under runs/; the name of the data by default."
         )
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot work before any weights are read.
+        """Reject invalid configurations before any weights are read.
 
         Raises:
-            ConfigError: There is no checkpoint to evaluate, or no data.
+            ConfigError: A required flag is missing, or flags contradict each other.
         """
         verb, config = self.subcommand, self.config[self.subcommand]
         data, model, trainer = config.data, config.model, config.trainer
-        # Data is refused before any weights are read for it. ``check`` takes any data, and reads no weights.
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
+        # ``check`` without ``--suspects`` needs no model.
         if verb == "check" and not config.suspects:
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
-        wanted = trainer["accelerator"]
-        if wanted in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
-            raise ConfigError(f"trainer.accelerator: torch finds no {wanted} here. Use --trainer.accelerator cpu")
+        accelerator = trainer["accelerator"]
+        if accelerator in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
+            raise ConfigError(f"trainer.accelerator: torch finds no {accelerator}. Use --trainer.accelerator cpu")
         if trainer["barebones"]:
             raise ConfigError(
-                "trainer.barebones leaves out the log and the checkpoints that a fit is for. To measure speed alone: "
+                "trainer.barebones is not supported: it disables logs and checkpoints. To measure speed: "
                 "--trainer.logger false --trainer.enable_checkpointing false"
             )
         if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
-            raise ConfigError("trainer.sync_batchnorm would strip timm's BatchNorm of its activations. Leave it out.")
+            raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
         if verb == "check":
-            model["trainable"] = "head"  # labels are judged by the whole backbone
-            if self.config.check.suspects:
+            model["trainable"] = "head"  # suspects are found with features of the whole backbone
+            if config.suspects:
                 require_scikit_learn()
         if verb == "demo":
             demo.require(config.port)
-            model["compile"] = False  # a page would wait for it longer than for its answers
+            model["compile"] = False  # compiling takes longer than the page's predictions
         name = config.name
         if name and (Path(name).name != name or name == ".."):
             raise ConfigError(
-                f"--name: {name!r} is no name of one folder. For another place: --trainer.default_root_dir"
+                f"--name: {name!r} is not a single folder name. To change the parent: --trainer.default_root_dir"
             )
         if verb not in ("fit", "check") and not config.ckpt_path:
-            raise ConfigError(
-                f"{verb} needs a trained model: name it with --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt"
-            )
+            raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
         if verb == "predict":
             if data["predict"] is None:
-                raise ConfigError("Nothing to predict: name an image or a folder with --data.predict PATH")
+                raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
         elif verb != "demo" and data["root"] is None and data["source"] is None:
-            raise ConfigError("No data: name a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
+            raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
 
-    def _make_data(self, kind: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
-        data = kind(*args, **kwargs)
+    def _make_data(self, cls: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
+        """Create the data module, and check its source before weights are read; ``check`` accepts faulty data."""
+        data = cls(*args, **kwargs)
         if self.subcommand != "check" and data.source is not None:
             data.source.require()
         return data
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The verbs, and the arguments of their functions that are not flags."""
+        """Verbs, each with the arguments of its function that are not flags."""
         inherited = VerbCLI.subcommands()
         verbs = {verb: skipped | {"weights_only"} for verb, skipped in inherited.items()}
         return verbs | {
             "predict": set(),
-            "check": {"data", "computation", "provider"},
+            "check": {"data", "prefix", "provider"},
             "demo": {"model", "data", "device", "precision", "provider"},
         }
 
     def verbs(self) -> dict[str, Verb]:
-        """What the flags of each verb come from."""
+        """Function or method of each verb, which defines its flags."""
         lightning: dict[str, Verb] = {verb: (Trainer, verb) for verb in ("fit", "validate", "test")}
         return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo}
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
         """Add ``--suspects``, which takes no value."""
         if verb == "check":
-            parser.add_argument("--suspects", action="store_true", help="Name images that look like another class.")
+            parser.add_argument("--suspects", action="store_true", help="List images that look like another class.")
 
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
-        """Run a verb and print its result. The exit code of ``check`` says whether the data is clean."""
-        given = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
+        """Run a verb and print its result. ``check`` sets the exit code to 1 if it finds problems."""
+        inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
         provider = self._section.features.provider
         device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
-        with self.blaming_checkpoint():
+        with self.restore_errors():
             if verb == "fit":
-                self.trainer.fit(**given, weights_only=True)  # a checkpoint is never unpickled
+                self.trainer.fit(**inputs, weights_only=True)  # checkpoints are never unpickled
                 self._report.show(self.trainer, self.model, card_path(self.trainer))
             elif verb in ("validate", "test"):
-                getattr(self.trainer, verb)(**given, verbose=False, weights_only=True)
-                if flags["verbose"]:  # in fewer digits than Lightning's, and with an interval
+                getattr(self.trainer, verb)(**inputs, verbose=False, weights_only=True)
+                if flags["verbose"]:  # with fewer digits than Lightning's table, and confidence intervals
                     print_evaluation(self.trainer, self.model, "val" if verb == "validate" else "test")
             elif verb == "predict":
                 self.predict(**flags)
@@ -193,77 +194,75 @@ class TransferCLI(CheckpointCLI):
                 demo.demo(
                     self.model, data=self.datamodule, device=device, precision=precision, provider=provider, **flags
                 )
-            elif self.trainer.global_rank == 0:  # one process checks the data for all
+            elif self.trainer.global_rank == 0:  # a single rank checks the data
                 suspects = self._section.suspects
-                computation = self.model.row_computation(device, precision) if suspects else None
-                self.exit_code = 0 if check(self.datamodule, computation, provider, **flags) else 1
+                prefix = self.model.prefix_spec(device, precision) if suspects else None
+                self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
 
     def predict(self, ckpt_path: str | None = None, output: str = "predictions.csv") -> None:
-        """Predict images, and write a CSV file with a row for each.
+        """Predict images and write one row per image to a CSV file.
 
         Args:
-            ckpt_path: Checkpoint whose model predicts.
-            output: The CSV file: path, predicted class, its probability, and the next two classes with theirs.
+            ckpt_path: Checkpoint of the model.
+            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities.
         """
-        del output  # build_callbacks gives it to the callback that writes the file
+        del output  # used by build_callbacks
         self.trainer.predict(
             self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True
         )
 
     @property
     def _section(self) -> Namespace:
-        """Configuration of the verb, with its classes instantiated."""
+        """Configuration of the verb, with instantiated classes."""
         section: Namespace = self.config_init[self.subcommand]
         return section
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the trainer: a fit gets its folder, its checkpoints and its dashboard; other verbs write no logs."""
+        """Create the trainer. Only fit has a run folder, checkpoints and logs."""
         section, verb = self._section, str(self.subcommand)
         options = {**section.trainer, **kwargs}
         if verb == "fit":
-            self._signals.meanwhile = "No batch has been trained since it began: give the same command again."
+            self._signals.message = "No batch has been trained yet; run the same command again."
             options |= self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
         self._report = RunSummary(section.dashboard)
-        callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._command), self._report)
+        callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self._report)
         if verb == "fit" and not section.trainer.fast_dev_run:
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), self.config[verb]))
         return Trainer(**{**options, "callbacks": callbacks})
 
     def _run_folder(self, section: Namespace) -> dict[str, Any]:
-        """Reserve the folder of a fit, and point the trainer's options to it."""
-        given = section.trainer
-        if given.fast_dev_run:
+        """Create the run folder of a fit; returns the trainer options for it."""
+        trainer = section.trainer
+        if trainer.fast_dev_run:
             return {}
-        if given.logger:  # a logger of the user's has a folder of its own
+        if trainer.logger:  # the user's logger has its own folder
             if section.name:
-                raise ConfigError("--name is of the usual logger. Call yours by its own: --trainer.logger.name NAME")
+                raise ConfigError("--name applies only to the default logger; use --trainer.logger.name NAME.")
             return {}
-        runs, name = Path(given.default_root_dir or RUNS), section.name or self.datamodule.name
+        runs, name = Path(trainer.default_root_dir or RUNS_FOLDER), section.name or self.datamodule.name
         number = reserve_version(runs / name)
         options: dict[str, Any] = {}
         if number is not None:
             options["default_root_dir"] = runs / name / f"version_{number}"
-        if given.logger is None:
+        if trainer.logger is None:
             options["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
         return options
 
 
-def build_callbacks(
-    verb: str, section: Namespace, interruption: GracefulShutdown, report: RunSummary
-) -> list[pl.Callback]:
-    """The callbacks of a verb, in the order in which Lightning calls them: first those that the user has configured.
+def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, report: RunSummary) -> list[pl.Callback]:
+    """Callbacks of a verb in Lightning's calling order, starting with the user's.
 
     Args:
-        verb: Its name.
+        verb: Name of the verb.
         section: Its configuration, with instantiated classes.
-        interruption: Ends a fit when a signal is received.
-        report: Prints what a fit trains, and its result.
+        shutdown: Stops a fit after a signal.
+        report: Prints the summary of a fit.
     """
-    given, trainer = section.trainer.callbacks or [], section.trainer
-    callbacks: list[pl.Callback] = [*(given if isinstance(given, list) else [given])]
-    callbacks += [section.features, section.dashboard, interruption]
+    trainer, user_callbacks = section.trainer, section.trainer.callbacks or []
+    callbacks: list[pl.Callback] = [*(user_callbacks if isinstance(user_callbacks, list) else [user_callbacks])]
+    callbacks += [section.features, section.dashboard, shutdown]
     if verb == "predict":
         callbacks.append(PredictionWriter(section.output))
     if verb != "fit":

@@ -1,1 +1,1 @@
-"""Classes that are named in a config, a flag or a checkpoint, and what these names may import."""
+"""Class specifications in configs, flags and checkpoints, and the import allowlist."""

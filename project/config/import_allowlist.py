@@ -1,4 +1,4 @@
-"""What a name in a config, a flag or a checkpoint may import: one list, for the parser and for checkpoints."""
+"""Allowlist of imports for class paths in configs, flags and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jsonargparse import set_parsing_settings
 
 from project.errors import ConfigError
 
-#: With all that lies under each. These hold parts, and what parts are made of. The rest of torch and the others
-#: downloads, compiles, and loads libraries and pickles: ``loader: torch.ops.load_library`` would need no class at all.
-IMPORTABLE = (
+#: Importable packages, modules and classes, with everything below them. Other parts of these libraries download,
+#: compile, unpickle or load shared libraries, and need no class for it: ``loader: torch.ops.load_library``.
+ALLOWED = (
     "project",
     "torch.nn",
     "torch.optim",
@@ -21,99 +21,99 @@ IMPORTABLE = (
     "torchvision.ops",
     "torchvision.transforms",
     "torchmetrics.classification",
-    *(f"lightning.{of}.{parts}" for of in ("pytorch", "fabric") for parts in ("accelerators", "plugins", "strategies")),
-    *(f"lightning.pytorch.{parts}" for parts in ("callbacks", "loggers", "profilers")),
-    "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, and which metric it watches
+    *(
+        f"lightning.{package}.{part}"
+        for package in ("pytorch", "fabric")
+        for part in ("accelerators", "plugins", "strategies")
+    ),
+    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "profilers")),
+    "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's scheduler with the name of its metric
     "timm.layers",
     "timm.optim",
 )
-#: What under these is left out: it downloads and unpacks, or unpickles a file of the working directory.
-BARRED = ("torchvision.datasets.utils", *(f"torchvision.datasets.{name}" for name in ("lsun", "LSUN", "LSUNClass")))
-#: Of these the list alone decides, wherever they were imported: see :func:`takes_if_imported`.
-LIBRARIES = {entry.partition(".")[0] for entry in IMPORTABLE} - {"project"}
-#: What they come to, for people.
-KNOWN = "project, torch.nn, torch.optim, and the parts of torchvision, torchmetrics, lightning and timm"
+#: Exceptions below the allowed names: they download and unpack archives, or unpickle a file of the working directory.
+EXCLUDED = ("torchvision.datasets.utils", *(f"torchvision.datasets.{name}" for name in ("lsun", "LSUN", "LSUNClass")))
+#: Libraries for which the list decides even if a module is already imported: see :func:`is_usable_if_imported`.
+LIBRARIES = {entry.partition(".")[0] for entry in ALLOWED} - {"project"}
+#: Summary of the list for error messages.
+ALLOWED_SUMMARY = "project, torch.nn, torch.optim, and parts of torchvision, torchmetrics, lightning and timm"
 
-#: What may be imported besides, while the command line runs; ``None`` where Python code is the caller.
-_more: ContextVar[tuple[str, ...] | None] = ContextVar("_more", default=None)
+#: Names of ``--allow_imports`` while the command line runs; ``None`` when used from Python.
+_extra_allowed: ContextVar[tuple[str, ...] | None] = ContextVar("_extra_allowed", default=None)
 
 
-def allowed_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--allow_imports`` from a command line.
-
-    The parser does not know this flag, so no config file can set it.
+def split_allow_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split ``--allow_imports`` from a command line. The main parser does not define it, so no config file can set it.
 
     Args:
         args: Command line, without the program's name.
 
     Returns:
-        The names that may be imported besides the usual ones, and the other arguments.
+        Additional names that may be imported, and the remaining arguments.
 
     Raises:
-        ConfigError: It is said without a value.
+        ConfigError: The flag has no value.
     """
     flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flag.add_argument("--allow_imports", action="append", default=[])
     try:
-        found, rest = flag.parse_known_args(args)
+        parsed, rest = flag.parse_known_args(args)
     except ArgumentError as error:
         raise ConfigError("--allow_imports needs the name of a package, such as mypackage.") from error
-    return [name for given in found.allow_imports for name in given.split(",")], rest
+    return [name for names in parsed.allow_imports for name in names.split(",")], rest
 
 
 @contextmanager
-def imports_limited(more: Sequence[str] = ()) -> Iterator[None]:
-    """Let names import what is listed and nothing else, and the parser read configs from files alone.
+def restricted_imports(extra: Sequence[str] = ()) -> Iterator[None]:
+    """Restrict class paths to the allowlist, and configs to local files, while the command line runs.
 
     Args:
-        more: Packages, modules or classes that may be imported as well.
+        extra: Additional packages, modules or classes to allow.
 
     Raises:
-        ConfigError: One is no such name.
+        ConfigError: An additional name is not valid.
     """
     try:
-        # The parser holds the module that defines a class against the list too: ``torch.nn.modules.module.os.system``
-        # is a name in torch.nn, of what is not.
-        set_parsing_settings(import_path_denylist=["*", *BARRED], import_path_allowlist=[*IMPORTABLE, *more])
+        # The parser also checks the module that defines a class: ``torch.nn.modules.module.os.system`` is a name in
+        # torch.nn, but defined elsewhere.
+        set_parsing_settings(import_path_denylist=["*", *EXCLUDED], import_path_allowlist=[*ALLOWED, *extra])
     except ValueError as error:
-        raise ConfigError(f"--allow_imports takes names of packages such as mypackage, or several: a,b. {error}") from (
-            error
-        )
+        raise ConfigError(f"--allow_imports takes package names, separated by commas: a,b. {error}") from error
     set_parsing_settings(
         config_read_mode_urls_enabled=False,
-        config_read_mode_fsspec_enabled=False,  # Lightning allows it
-        validate_subclass_spec_in_any=True,  # where anything goes, a class_path is still held against the list
-        instantiate_subclass_spec_in_any=False,  # and is not made
+        config_read_mode_fsspec_enabled=False,  # Lightning enables it
+        validate_subclass_spec_in_any=True,  # checks class_path against the list also where the type is Any
+        instantiate_subclass_spec_in_any=False,  # but does not instantiate it
     )
-    token = _more.set(tuple(more))
+    token = _extra_allowed.set(tuple(extra))
     try:
         yield
     finally:
-        _more.reset(token)
-        # The parser's list can be added to, not put back: what the flag allowed is denied again.
-        set_parsing_settings(import_path_denylist=[entry for entry in more if entry not in IMPORTABLE])
+        _extra_allowed.reset(token)
+        # The parser's allowlist cannot shrink, so the additional names are denied again.
+        set_parsing_settings(import_path_denylist=[entry for entry in extra if entry not in ALLOWED])
 
 
 def is_importable(path: str) -> bool:
-    """Whether a name is listed: of the entries that it lies under, the longest decides, as in the parser."""
-    listed = dict.fromkeys(BARRED, False) | dict.fromkeys((*IMPORTABLE, *(_more.get() or ())), True)
-    words = path.split(".")
-    above = (".".join(words[:count]) for count in range(len(words), 0, -1))
-    return next((listed[entry] for entry in above if entry in listed), False)
+    """Whether a name is allowed. The longest matching entry decides, as in the parser."""
+    rules = dict.fromkeys(EXCLUDED, False) | dict.fromkeys((*ALLOWED, *(_extra_allowed.get() or ())), True)
+    parts = path.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((rules[prefix] for prefix in prefixes if prefix in rules), False)
 
 
-def takes_if_imported(path: str) -> bool:
-    """Whether a class is accepted once its module is imported: from Python, where someone has done that.
+def is_usable_if_imported(path: str) -> bool:
+    """Whether an unlisted class is accepted if its module is already imported, which holds in Python only.
 
-    Of the libraries above the list alone decides: they import much themselves that nobody has asked for.
+    Not for the libraries of the list: they import many modules that the user did not ask for.
     """
-    return _more.get() is None and path.partition(".")[0] not in LIBRARIES
+    return _extra_allowed.get() is None and path.partition(".")[0] not in LIBRARIES
 
 
-def refused(path: str) -> str:
-    """Say that a name may not be imported, and the mend."""
-    if _more.get() is not None:
-        mend = f"--allow_imports {path.partition('.')[0]}"
+def import_refusal(path: str) -> str:
+    """Error message for a name that is not allowed, with the fix."""
+    if _extra_allowed.get() is not None:
+        fix = f"--allow_imports {path.partition('.')[0]}"
     else:
-        mend = "in Python, import its module first" if takes_if_imported(path) else "use it in a class of your own"
-    return f"class_path {path!r} is outside {KNOWN}.\nIf you trust it and what it does: {mend}."
+        fix = "import its module first" if is_usable_if_imported(path) else "wrap it in a class of your own"
+    return f"class_path {path!r} is outside the allowed imports: {ALLOWED_SUMMARY}.\nIf you trust it: {fix}."

@@ -1,4 +1,4 @@
-"""ImageDataModule: a source, split, transformed and batched."""
+"""The data module: splits, transforms and batches the images of a source."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
 from project.data.split_loader import SplitLoader
-from project.data.splits import HoldOut, lacking, split
+from project.data.splits import HoldOut, empty_split_error, split
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, progress_counter
-from project.runtime.seeding import run_seed, seed_at
+from project.runtime.seeding import derive_seed, run_seed
 from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches of images, uint8 ``(B, 3, H, W)``, and labels ``(B,)``, int64.
+    """Batches of images, uint8 ``(B, 3, H, W)``, and labels, int64 ``(B,)``.
 
-    The constructor reads no data: :meth:`prepare_data`, :meth:`setup`, :attr:`splits` and :attr:`classes` prepare the
-    source, once.
+    The constructor does no I/O. :meth:`prepare_data`, :meth:`setup`, :attr:`splits` and :attr:`classes` prepare the
+    source on first use.
 
-    How an image is resized and cropped comes from the backbone's weights: :class:`~project.classifier.ImageClassifier`
-    sets :attr:`preprocessing` when Lightning sets both up. Without it, set it yourself.
+    Resize and crop come from the backbone's weights: :class:`~project.classifier.ImageClassifier` sets
+    :attr:`preprocessing` when Lightning sets up both. Without a classifier, set it yourself.
 
     Args:
-        root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``; or a table of them, CSV, TSV or
-            Parquet, with columns path, label and, if you like, split and group.
-        source: Another source of labelled images, in place of ``root``: ``project.data.sources.Digits``, a data set of
-            torchvision such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
-        predict: An image, or a folder of images at any depth, to predict.
-        batch_size: Images a batch, of each process.
-        num_workers: Processes that read images; by default one fewer than there are cores, one at least, eight at most.
-        val_fraction: Share of each class that is held out for validation, where the data has no split of its own.
-        test_fraction: The same for the test.
-        fold: Validate one fold of several and train on the others, such as 2/5, the second of five; train and val of
-            the data are put together for it.
-        split_seed: Seed of the hold-out and of the folds.
-        augment: What is done to training images at random: none, flip, standard (random crop, flip, colour), trivial
-            or rand (the crop, the flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2,
-            each with its class_path and init_args.
-        mixup: Mix pairs of training images: parameter of MixUp's Beta distribution, such as 0.2; 0 for none.
-        cutmix: Put a part of one training image into another: parameter of CutMix's Beta distribution, such as 1.0; 0
-            for none. With both, each batch gets one of the two.
-        balance: Make up for classes of different sizes: sampler draws images of each class equally often, loss weighs
-            the errors of each class equally, none does neither.
-        on_bad_image: What to do about an image that cannot be read: stop and name it, or skip it in all epochs.
-        pin_memory: Copy batches into page-locked memory, which makes their way to a GPU faster, where there is one.
+        root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``; or a table (CSV, TSV or Parquet)
+            with columns path and label, and optionally split and group.
+        source: Source of labelled images, instead of ``root``: ``project.data.sources.Digits``, a torchvision data set
+            such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
+        predict: Image to predict, or folder to search recursively for images.
+        batch_size: Batch size per process.
+        num_workers: Number of worker processes that load images. Default: number of cores - 1, from 1 to 8.
+        val_fraction: Fraction of each class to hold out for validation if the data has no val split.
+        test_fraction: Fraction of each class to hold out for the test if the data has no test split.
+        fold: Cross-validation fold, such as 2/5: validate on the second of five folds, train on the others. The train
+            and val splits of the data are merged first.
+        split_seed: Seed of the held-out split and of the folds.
+        augment: Random transforms of training images: none, flip, standard (random crop, flip, colour), trivial or rand
+            (random crop, flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2 classes, each
+            with class_path and init_args.
+        mixup: MixUp of training images: alpha of the Beta distribution, such as 0.2; 0 disables it.
+        cutmix: CutMix of training images: alpha of the Beta distribution, such as 1.0; 0 disables it. If mixup is set
+            too, one of the two is chosen at random for each batch.
+        balance: Compensate for class imbalance: sampler draws each class equally often, loss weights each class
+            equally in the loss, none does neither.
+        on_bad_image: When an image cannot be read: stop with its name, or skip it in every epoch.
+        pin_memory: Copy batches to pinned memory, for faster transfer to a GPU if there is one.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         if root is not None and source is not None:
             raise ConfigError(
-                "data.root and data.source are both given: keep one; --data.source null drops a config's."
+                "data.root and data.source are both set: keep one. --data.source null clears that of a config file."
             )
         if batch_size < 1:
-            raise ConfigError(f"data.batch_size has to be at least 1, not {batch_size}.")
+            raise ConfigError(f"data.batch_size must be at least 1, got {batch_size}.")
         if num_workers is not None and num_workers < 0:
-            raise ConfigError(f"data.num_workers has to be at least 0, not {num_workers}.")
-        if any(parameter != 0 and not 0.01 <= parameter <= 100 for parameter in (mixup, cutmix)):
-            raise ConfigError("data.mixup and data.cutmix have to be 0, or from 0.01 to 100.")
+            raise ConfigError(f"data.num_workers must be at least 0, got {num_workers}.")
+        if any(alpha != 0 and not 0.01 <= alpha <= 100 for alpha in (mixup, cutmix)):
+            raise ConfigError("data.mixup and data.cutmix must each be 0, or from 0.01 to 100.")
         self.root = root
         self.source = open_source(root if root is not None else source)
         self.predict_path = predict
@@ -106,211 +106,207 @@ class ImageDataModule(pl.LightningDataModule):
         self.balance = balance
         self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
-        #: The loaders of train, val and test, one object each for all runs.
+        #: The loaders of train, val and test. Every run uses the same objects.
         self.loaders = {
-            name: SplitLoader(functools.partial(self._split_loader, name), self.epoch)
+            name: SplitLoader(functools.partial(self._image_loader, name), self.current_epoch)
             for name in ("train", "val", "test")
         }
-        #: How images are held out: a checkpoint keeps it, lest another fit train on what this one held.
+        #: Split settings. Checkpoints store them, so that a later fit holds out the same images.
         self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed)
-        self._mix = mixup, cutmix
-        self._skip = on_bad_image == "skip"
+        self._mix_alphas = mixup, cutmix
+        self._skips_bad_images = on_bad_image == "skip"
 
     @functools.cached_property
-    def name(self) -> str:  # type: ignore[override]  # cached, so that Lightning may set it as well
-        """Name of the data, in folders of runs. It is known without reading the data."""
+    def name(self) -> str:  # type: ignore[override]  # a cached property, because Lightning assigns to it
+        """Name of the data in run folders. It is known without reading the data."""
         return self.source.name if self.source else "data"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, in the order of their indices; ``None`` without labelled data.
-
-        Calls :meth:`Source.prepare` if needed.
-        """
+        """Class names in the order of their indices; ``None`` without labelled data. Prepares the source."""
         return self.source.classes if self.source else None
 
     @functools.cached_property
     def splits(self) -> dict[str, list[Sample]]:
-        """Samples by ``train``, ``val`` and ``test``. The first time, the data is prepared and images may be read.
+        """Samples of ``train``, ``val`` and ``test``. The first access prepares the source and may read images.
 
         Raises:
-            DataError: The data is not fit to be trained on.
+            DataError: The data cannot be trained on.
         """
         if self.source is None:
             return {}
         self.source.require()
-        found = split(self.source.splits, self.facts, self.hold_out)
-        if self._skip:
-            found = {name: self._readable(samples, name) for name, samples in found.items()}
-        for number, name in enumerate(self.source.classes):
-            if all(sample.label != number for sample in found["train"]):
+        splits = split(self.source.splits, self.image_infos, self.hold_out)
+        if self._skips_bad_images:
+            splits = {name: self._skip_unreadable(samples, name) for name, samples in splits.items()}
+        trained = {sample.label for sample in splits["train"]}
+        for label, name in enumerate(self.source.classes):
+            if label not in trained:
                 raise DataError(
-                    f"No image of class {name!r} is left to train on: all are held out, or cannot be read. "
+                    f"Class {name!r} has no training images left: all are held out or cannot be read. "
                     "Add images of it, or remove it."
                 )
-        return found
+        return splits
 
-    def facts(self, samples: Sequence[Sample], source: Source | None = None) -> list[ImageInfo]:
-        """What is known of images; those not known yet are read.
+    def image_infos(self, samples: Sequence[Sample], source: Source | None = None) -> list[ImageInfo]:
+        """Properties of images, from the image index; images that are not indexed are read.
 
         Args:
-            samples: Whose.
-            source: Reads them; by default that of the data.
+            samples: N samples.
+            source: The source that reads them. Default: :attr:`source`.
+
+        Returns:
+            N properties.
         """
         source = source or self.source
-        assert source is not None  # there would be no samples
+        assert source is not None  # there are no samples without a source
         with progress_counter("Reading images") as done:
             return Index(cache_folder()).facts(source, samples, done)
 
-    def _readable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
-        known = self.facts(samples, source)
-        bad = [sample.name for sample, facts in zip(samples, known, strict=True) if facts.error]
+    def _skip_unreadable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
+        infos = self.image_infos(samples, source)
+        bad = [sample.name for sample, info in zip(samples, infos, strict=True) if info.error]
         if bad:
             print_rank_zero(
-                f"Data: skips {len(bad)} of {len(samples)} images of {where}, which cannot be read: {quote_names(bad)}"
+                f"Data: skipping {len(bad)} of {len(samples)} images of {where} that cannot be read: {quote_names(bad)}"
             )
-        return [sample for sample, facts in zip(samples, known, strict=True) if not facts.error]
+        return [sample for sample, info in zip(samples, infos, strict=True) if not info.error]
 
     def prepare_data(self) -> None:
-        """Prepare and split the data, in one process, so that the others find in the caches what it has read."""
+        """Prepare and split the data in one process, so that the other ranks find it in the caches."""
         _ = self.splits
-        if self._skip and self.predict_path is not None:
-            _ = self.predicted
+        if self._skips_bad_images and self.predict_path is not None:
+            _ = self.predict_samples
 
     def setup(self, stage: str) -> None:
-        """Check that there are images for what is about to be done.
+        """Check that the splits that a stage needs have images.
 
         Raises:
-            ConfigError: No data was named.
+            ConfigError: No data was specified.
             DataError: A split is empty.
         """
         if stage == "predict":
             if self.predict_path is None:
-                raise ConfigError("Nothing to predict: name an image or a folder with --data.predict PATH.")
+                raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH.")
             return
         if self.source is None:
-            raise ConfigError("No data: name a folder of images with --data.root PATH.")
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        for name in needed:
+            raise ConfigError("No data. Pass an image folder with --data.root PATH.")
+        for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             if not self.splits[name]:
-                raise lacking(name, self.source.splits, self.hold_out)
+                raise empty_split_error(name, self.source.splits, self.hold_out)
 
     @property
     def class_weights(self) -> list[float] | None:
-        """Weight of each class in the loss that makes up for their sizes, with a mean of 1 over the training images."""
+        """Class weights for the loss, inverse to class size, with a mean of 1 over the training images."""
         if self.balance != "loss":
             return None
         counts = self.class_counts["train"]
         return [len(self.splits["train"]) / (len(counts) * count) if count else 0.0 for count in counts]
 
-    def training_weights(self) -> torch.Tensor | None:
-        """How often each training image is to come, relative to the others; ``None`` for each once an epoch."""
-        if self.balance != "sampler":
-            return None
-        counts = self.class_counts["train"]
-        return torch.tensor([1 / counts[sample.label] for sample in self.splits["train"]])
-
     @functools.cached_property
     def class_counts(self) -> dict[str, list[int]]:
-        """How many images of each class there are, in the order of the classes, by split."""
+        """Number of images of each class, in the order of the classes, by split."""
         counts = {name: Counter(sample.label for sample in samples) for name, samples in self.splits.items()}
         return {name: [count[label] for label in range(len(self.classes or ()))] for name, count in counts.items()}
 
     def order(self, split_name: str) -> EpochOrder:
-        """In which order the images of a split come: the train split's shuffled, unless it is over-fitted on.
+        """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.
 
-        The seed is that of the run, if Lightning's ``seed_everything`` was called.
+        The seed is that of Lightning's ``seed_everything``, if it was called.
         """
-        trains = split_name == "train" and not getattr(self.trainer, "overfit_batches", 0)
-        weights = self.training_weights() if trains else None
-        return self._order(len(self.splits[split_name]), trains, weights)
+        shuffle = split_name == "train" and not getattr(self.trainer, "overfit_batches", 0)
+        weights = None
+        if shuffle and self.balance == "sampler":
+            counts = self.class_counts["train"]
+            weights = torch.tensor([1 / counts[sample.label] for sample in self.splits["train"]])
+        return self._order(len(self.splits[split_name]), shuffle, weights)
 
-    def _order(self, count: int, trains: bool = False, weights: torch.Tensor | None = None) -> EpochOrder:
+    def _order(self, count: int, shuffle: bool = False, weights: torch.Tensor | None = None) -> EpochOrder:
         rank, world_size = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
-        return EpochOrder(count, trains, run_seed(), weights, rank, world_size, self.batch_size)
+        return EpochOrder(count, shuffle, run_seed(), weights, rank, world_size, self.batch_size)
 
     def skip_batches(self, split_name: str) -> int:
-        """Number of batches of this epoch that a resumed fit has trained on already."""
+        """Number of batches to skip in this epoch, because a resumed fit has already trained on them."""
         if split_name != "train" or self.trainer is None or not lightning_internals.is_resuming_epoch(self.trainer):
             return 0
         return lightning_internals.training_batches(self.trainer).processed
 
     def training_transform(self) -> Transform:
-        """What is done to an image of the train split."""
-        return training(self._known(), self.augment)
+        """Transform of the train split."""
+        return training(self._require_preprocessing(), self.augment)
 
     def evaluation_transform(self) -> Transform:
-        """What is done to an image of any other split."""
-        return evaluation(self._known())
+        """Transform of all other splits."""
+        return evaluation(self._require_preprocessing())
 
-    def epoch(self) -> int:
-        """Number of the present epoch; 0 for all of them while a few batches are over-fitted on."""
+    def _require_preprocessing(self) -> Preprocessing:
+        if self.preprocessing is None:
+            raise ConfigError("ImageDataModule.preprocessing is not set. Copy it from an ImageClassifier's backbone.")
+        return self.preprocessing
+
+    def current_epoch(self) -> int:
+        """The current epoch; always 0 with ``overfit_batches``, so that every epoch has the same batches."""
         if self.trainer is None or self.trainer.overfit_batches:  # type: ignore[attr-defined]
             return 0
         return int(self.trainer.current_epoch)
 
     def train_dataloader(self) -> SplitLoader:
         """Batches of the train split, shuffled and augmented."""
-        return self._loader_of("train")
+        return self._reset_loader("train")
 
     def val_dataloader(self) -> SplitLoader:
         """Batches of the validation split."""
-        return self._loader_of("val")
+        return self._reset_loader("val")
 
     def test_dataloader(self) -> SplitLoader:
         """Batches of the test split."""
-        return self._loader_of("test")
+        return self._reset_loader("test")
 
-    def _loader_of(self, name: str) -> SplitLoader:
-        self.loaders[name].close()  # a run may have other settings than the one before
+    def _reset_loader(self, name: str) -> SplitLoader:
+        self.loaders[name].close()  # settings may have changed since the last run
         return self.loaders[name]
 
     def teardown(self, stage: str) -> None:
-        """End the processes that read images."""
+        """Stop the worker processes."""
         for loader in self.loaders.values():
             loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that read images."""
+        """Stop the worker processes."""
         self.teardown("")
 
     @functools.cached_property
-    def predicted(self) -> list[Sample]:
+    def predict_samples(self) -> list[Sample]:
         """The images to predict.
 
         Raises:
-            DataError: There are none.
+            DataError: There are no images.
         """
         path = Path(str(self.predict_path)).expanduser()
         if not path.exists():
-            raise DataError(f"data.predict: there is no file or folder {self.predict_path}.")
+            raise DataError(f"data.predict: {self.predict_path} does not exist.")
         samples = [Sample(str(file), 0) for file in (list_images(path).images if path.is_dir() else [path])]
-        if self._skip:
-            samples = self._readable(samples, str(path), Files())
+        if self._skips_bad_images:
+            samples = self._skip_unreadable(samples, str(path), Files())
         if not samples:
-            raise DataError(f"data.predict: there are no images in {self.predict_path}.")
+            raise DataError(f"data.predict: {self.predict_path} contains no images.")
         return samples
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 ``(B, 3, H, W)``, and their paths."""
-        dataset = NamedImageDataset(self.predicted, Files(), self.evaluation_transform())
+        dataset = NamedImageDataset(self.predict_samples, Files(), self.evaluation_transform())
         return self._loader(dataset, EpochSampler(self._order(len(dataset))))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""
         if self.mixes and self.trainer is not None and self.trainer.training:
             batch_idx = lightning_internals.training_batches(self.trainer).ready
-            seed = seed_at(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-            return BatchMixer(len(self.classes or ()), *self._mix)(batch, seed)
+            seed = derive_seed(run_seed(), "mix", self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
+            return BatchMixer(len(self.classes or ()), *self._mix_alphas)(batch, seed)
         return batch
 
-    def _known(self) -> Preprocessing:
-        if self.preprocessing is None:
-            raise ConfigError("ImageDataModule.preprocessing is not set: it comes from an ImageClassifier's backbone.")
-        return self.preprocessing
-
-    def _split_loader(self, name: str) -> DataLoader[Any]:
-        assert self.source is not None  # setup() has refused it
+    def _image_loader(self, name: str) -> DataLoader[Any]:
+        assert self.source is not None  # setup() raises without a source
         transform = self.training_transform() if name == "train" else self.evaluation_transform()
         dataset = ImageDataset(self.splits[name], self.source, transform, run_seed())
         return self._loader(dataset, EpochSampler(self.order(name), lambda: self.skip_batches(name) * self.batch_size))

@@ -1,4 +1,4 @@
-"""Samples as a torch dataset."""
+"""Torch dataset and loader of images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from project.data.samplers import Padding
 from project.data.sources.base import Sample, Source
 from project.data.transforms import SeededRandom, Transform
 from project.errors import ProjectError
-from project.runtime.seeding import seed_at
+from project.runtime.seeding import derive_seed
 
 
 class ImageBatch(NamedTuple):
-    """Images with their targets; an item of a dataset is one without the first dimension.
+    """A batch of images with targets. A dataset item is the same without the batch dimension.
 
     Attributes:
-        images: uint8 ``(B, 3, H, W)``; of mixed images float in [0, 1].
-        targets: int64 ``(B,)``; of mixed images the share of each class, float ``(B, C)``.
-        valid: Whether each image counts, bool ``(B,)``: false for padding.
+        images: uint8 ``(B, 3, H, W)``; float in [0, 1] after MixUp or CutMix.
+        targets: Labels, int64 ``(B,)``; class probabilities, float ``(B, C)``, after MixUp or CutMix.
+        valid: bool ``(B,)``; false for padding.
     """
 
     images: torch.Tensor
@@ -30,16 +30,16 @@ class ImageBatch(NamedTuple):
 
 
 class ImageDataset(Dataset[Any]):
-    """Items are :class:`ImageBatch` of one image, uint8 ``(3, H, W)``.
+    """Items are an :class:`ImageBatch` of one image, uint8 ``(3, H, W)``.
 
-    Item ``e * n + i`` of n is image i in epoch e: what is random in the transform is drawn from the seed, the epoch and
-    i, so it is the same with any number of workers. As in any sequence, item -1 is the last image.
+    Item ``epoch * N + i`` is image i of N in that epoch. Random transforms are seeded by the seed, the epoch and i, so
+    they do not depend on the number of workers. Item -1 is the last image, as in any sequence.
 
     Args:
-        samples: What to read.
-        source: Reads them.
-        transform: From the image to the tensor.
-        seed: Of what is random in the transform.
+        samples: N samples.
+        source: The source that reads them.
+        transform: Applied to each image.
+        seed: Seed of random transforms.
     """
 
     def __init__(self, samples: Sequence[Sample], source: Source, transform: Transform, seed: int = 0) -> None:
@@ -60,11 +60,11 @@ class ImageDataset(Dataset[Any]):
     def _image(self, number: int) -> torch.Tensor:
         epoch, index = divmod(number, len(self))
         image = self._source.read(self.samples[index], self._transform.min_size)
-        with SeededRandom(seed_at(self._seed, max(epoch, 0), index)):
+        with SeededRandom(derive_seed(self._seed, max(epoch, 0), index)):
             return self._transform(image)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
-        """The items of a batch; in a worker process, a mistake in the data is an item: see :class:`ImageLoader`."""
+        """The items of a batch. In a worker process, an error is returned as the item: see :class:`ImageLoader`."""
         try:
             self._source.prefetch([self._sample(number) for number in numbers])
             return [self[number] for number in numbers]
@@ -75,28 +75,29 @@ class ImageDataset(Dataset[Any]):
 
 
 class NamedImageDataset(ImageDataset):
-    """Items are an image, uint8 ``(3, H, W)``, and its name, which padding has none of."""
+    """Items are an image, uint8 ``(3, H, W)``, and its name; the name of padding is empty."""
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:
         return self._image(number), "" if isinstance(number, Padding) else self._sample(number).name
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader of images, with :func:`collate`, that raises a worker's mistake in the data as it was.
+    """A DataLoader that raises the original :class:`ProjectError` of a worker. It needs :func:`collate`.
 
-    torch's own makes an exception of the same class, without its fields, whose message is the worker's traceback.
+    A plain DataLoader raises a new exception of the same class, without its fields, with the worker's traceback as the
+    message.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return _raising(super().__iter__())
+        return _raise_errors(super().__iter__())
 
 
 def collate(items: list[Any]) -> Any:
-    """A batch of items; the error where a worker has one in their place."""
+    """Collate items into a batch, or return the error that a worker put in their place."""
     return items[0] if isinstance(items[0], ProjectError) else default_collate(items)
 
 
-def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, ProjectError):
             raise batch

@@ -1,4 +1,4 @@
-"""An image in any form that people have it in, as the decoder of files gives it: upright, RGB, 8 bits."""
+"""Conversion of paths, bytes, PIL images, arrays and tensors to upright 8-bit RGB images."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ from project.errors import DataError
 #: One image: a path, the bytes of a file, an open file, a PIL image, an array ``(H, W)`` or ``(H, W, C)``, or a tensor
 #: ``(C, H, W)``.
 ImageLike = str | Path | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
-#: Largest value of a pixel, by its type. Floats are in [0, 1].
+#: Pixel value of white for each integer dtype. Floats are in [0, 1].
 LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def to_image(image: ImageLike) -> Image.Image:
-    """Decode or convert an image.
+    """Decode or convert an image to upright RGB.
 
     Args:
         image: See :data:`ImageLike`. Arrays and tensors have 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA)
-            channels; they are uint8, uint16, or float in [0, 1].
-
-    Returns:
-        An image in RGB.
+            channels and are uint8, uint16, or float in [0, 1].
 
     Raises:
-        DataError: It cannot be read, or its pixels are out of range.
-        TypeError: It is something else.
+        DataError: The image cannot be read, or its pixels are out of range.
+        TypeError: The argument is of another type.
     """
     if isinstance(image, (str, Path)):
         return read_image(image)
@@ -43,7 +40,7 @@ def to_image(image: ImageLike) -> Image.Image:
         return convert_image(image, getattr(image, "filename", "") or "The image")
     if isinstance(image, torch.Tensor):
         if image.layout != torch.strided or image.device.type == "meta":
-            raise DataError(f"A tensor of an image has to be dense, not {image.layout} on {image.device}.")
+            raise DataError(f"An image tensor must be dense, not {image.layout} on {image.device}.")
         tensor = image.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor  # NumPy has no bfloat16
         return _from_array((tensor.movedim(0, -1) if tensor.dim() == 3 else tensor).numpy(), tuple(image.shape))
@@ -52,7 +49,7 @@ def to_image(image: ImageLike) -> Image.Image:
     if isinstance(image, io.IOBase) or hasattr(image, "read"):
         try:
             content = image.read()
-        except (OSError, ValueError) as error:  # ValueError: it is closed
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
             raise DataError(f"The image cannot be read: {error}.") from error
         return decode_image(content, getattr(image, "name", "") or "The image")
     raise TypeError(
@@ -66,18 +63,18 @@ def _from_array(pixels: np.ndarray, shape: tuple[int, ...]) -> Image.Image:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in MODES or not pixels.size:
         raise DataError(
-            f"Pixels of shape {shape} are not an image: arrays are (H, W) or (H, W, C), tensors (C, H, W), "
+            f"An image cannot have shape {shape}: arrays are (H, W) or (H, W, C), tensors (C, H, W), "
             "with 1 to 4 channels."
         )
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
-        if not 0 <= low <= high <= 1:  # not a number, too
-            raise DataError(f"Float pixels have to be in [0, 1], and these are from {low:g} to {high:g}.")
+        if not 0 <= low <= high <= 1:  # false for NaN too
+            raise DataError(f"Float pixels must be in [0, 1]; these are in [{low:g}, {high:g}].")
         pixels = (pixels * 255).round().astype(np.uint8)
     elif pixels.dtype in LARGEST:
         pixels = (pixels * (255 / LARGEST[pixels.dtype])).round().astype(np.uint8)
     else:
-        raise DataError(f"Pixels have to be uint8, uint16 or float in [0, 1], not {pixels.dtype}.")
+        raise DataError(f"Pixels must be uint8, uint16 or float in [0, 1], not {pixels.dtype}.")
     mode = MODES[pixels.shape[2]]
     return convert_image(Image.fromarray(pixels.squeeze(2) if mode == "L" else np.ascontiguousarray(pixels), mode), "")

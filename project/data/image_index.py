@@ -1,4 +1,4 @@
-"""What is to be known of each image: read once, whole, and kept under its content."""
+"""An index of image properties, computed once per image and stored by content hash."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from project.errors import DataError
 from project.runtime.system import cores
 
 T = TypeVar("T")
-SIDE = 16  # of the thumbnail
-FILE = "images-3.sqlite"  # another number for other columns
-VERSION = f"3 pillow {PIL.__version__}"  # of what is kept: another Pillow may read what this one cannot
+SIDE = 16  # of the thumbnail, in pixels
+DARK = 256 // 16  # grey value that 12-bit pixels in a 16-bit range do not reach
+FILE = "images-3.sqlite"  # raise the number when the columns change
+VERSION = f"4 pillow {PIL.__version__}"  # part of each key: another Pillow may decode what this one cannot
 
 
 class ImageInfo(NamedTuple):
-    """What is known of an image.
+    """Properties of an image.
 
     Attributes:
-        digest: SHA-256 of its bytes; empty if they cannot be had.
-        error: Why it cannot be decoded, without its name; empty if it can.
-        kind: A word or two for the error.
-        width: Pixels, as stored.
-        height: Pixels, as stored.
-        traits: What is out of the ordinary, and taken care of when it is decoded.
-        phash: Its perceptual hash, 64 bits; 0 if it cannot be decoded.
-        thumbnail: ``SIDE * SIDE`` grey values.
-        colour: Mean of red, green and blue.
+        digest: SHA-256 of the encoded bytes; empty if they cannot be read.
+        error: Why the image cannot be decoded, without its name; empty if it can.
+        kind: The kind of error, one to three words.
+        width: Width as stored, in pixels.
+        height: Height as stored, in pixels.
+        traits: Properties that decoding handles, see :func:`project.data.image_io.traits`, and "nearly black" for a
+            16-bit image that is dark throughout.
+        phash: Perceptual hash, 64 bits; 0 if the image cannot be decoded.
+        thumbnail: ``SIDE * SIDE`` grey values, uint8.
+        colour: Mean red, green and blue, uint8.
     """
 
     digest: bytes
@@ -54,74 +56,74 @@ class ImageInfo(NamedTuple):
 
 
 def examine(
-    source: Source, sample: Sample, kept: Callable[[bytes], ImageInfo | None] = lambda digest: None
+    source: Source, sample: Sample, lookup: Callable[[bytes], ImageInfo | None] = lambda digest: None
 ) -> ImageInfo:
-    """Read an image whole, unless its content is known.
+    """Read and decode an image, unless its content is indexed.
 
     Args:
-        source: Reads it.
-        sample: Whose image.
-        kept: Gives what is kept of content with a SHA-256.
+        source: The source that reads the image.
+        sample: The sample of the image.
+        lookup: Returns the indexed properties of content with this SHA-256.
     """
     digest = source.digest(sample)
-    known = kept(digest) if digest else None
-    if known is not None:
-        return known
+    indexed = lookup(digest) if digest else None
+    if indexed is not None:
+        return indexed
     try:
         content = source.content(sample)
     except DataError as error:
-        return ImageInfo(b"", _about(error, sample), "unreadable")
+        return ImageInfo(b"", _reason(error, sample), "unreadable")
     digest = hashlib.sha256(content).digest()
-    known = kept(digest)
-    if known is not None:
-        return known
+    indexed = lookup(digest)
+    if indexed is not None:
+        return indexed
     width = height = 0
-    found: tuple[str, ...] = ()
+    properties: tuple[str, ...] = ()
     kind = "not an image"
     try:
         with contextlib.suppress(Exception), open_image(content) as header:
             kind = "damaged"
             width, height = header.size
-            found = tuple(traits(header))
+            properties = tuple(traits(header))
         image = source.decode(content, sample, min_size=4 * SIDE)
     except DataError as error:
         if not content:
             kind = "empty"
         elif isinstance(error.__cause__, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             kind = "too large"
-        elif "truncated" in str(error.__cause__):  # as Pillow says it
+        elif "truncated" in str(error.__cause__):  # Pillow's word
             kind = "truncated"
-        return ImageInfo(digest, _about(error, sample), kind, width, height, found)
-    if not width:  # a source that decodes in a way of its own
+        return ImageInfo(digest, _reason(error, sample), kind, width, height, properties)
+    if not width:  # the source has its own decoder
         width, height = image.size
-    return ImageInfo(digest, "", "", width, height, found, *looks(image))
+    phash, thumbnail, colour = appearance(image)
+    if "16-bit" in properties and max(thumbnail) < DARK:
+        properties += ("nearly black",)
+    return ImageInfo(digest, "", "", width, height, properties, phash, thumbnail, colour)
 
 
-def _about(error: DataError, sample: Sample) -> str:
-    """What an error says of a sample whose name is known."""
+def _reason(error: DataError, sample: Sample) -> str:
+    """The message of an error without the name of its sample."""
     return f"{error.reason} {error.hint}".strip() if error.path == sample.name else str(error)
 
 
-def _cosines(size: int, most: int) -> np.ndarray:
+def _cosines(size: int, rows: int) -> np.ndarray:
     """The first rows of the matrix of a discrete cosine transform."""
-    at = np.arange(size)
-    return np.cos(np.pi * (2 * at + 1) * np.arange(most)[:, None] / (2 * size)).astype(np.float32)
+    positions = np.arange(size)
+    return np.cos(np.pi * (2 * positions + 1) * np.arange(rows)[:, None] / (2 * size)).astype(np.float32)
 
 
 COSINES = _cosines(32, 8)
 
 
-def looks(image: Image.Image) -> tuple[int, bytes, bytes]:
-    """What an image looks like.
+def appearance(image: Image.Image) -> tuple[int, bytes, bytes]:
+    """Perceptual hash, grey thumbnail and mean colour of an image.
 
     The perceptual hash is that of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010):
-    the signs, about their median, of the 64 lowest frequencies of the grey image at 32 x 32 pixels.
+    one bit for each of the 64 lowest frequencies of the grey image at 32 x 32 pixels, set if it is above their median.
 
     Args:
-        image: In RGB.
-
-    Returns:
-        The hash, a grey thumbnail, and the mean colour.
+        image: An RGB image.
     """
     tiny = image.resize((32, 32), Image.Resampling.BOX)
     small = tiny.convert("L")
@@ -131,19 +133,19 @@ def looks(image: Image.Image) -> tuple[int, bytes, bytes]:
 
 
 class Index:
-    """Facts that are kept, for all data of this user: what has been read once is not read again.
+    """A persistent index of image properties, shared by all data sets of this user.
 
-    An image is known by its content, and a file by its path, size, time and inode, so that what is known of an
-    unchanged file is had without reading it. A file that cannot be used or written is done without.
+    Properties are stored by content hash, and the content hash of a file by its path, size, times and inode, so an
+    unchanged file is not read again. If the index cannot be opened or written, the images are read instead.
 
     Args:
-        folder: Where it is kept; ``None`` for in memory alone.
+        folder: Folder of the index; ``None`` keeps it in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._path = folder / FILE if folder else None
         if folder is not None:
-            with contextlib.suppress(OSError):  # then it cannot be opened either
+            with contextlib.suppress(OSError):  # _with_file handles an index that cannot be opened
                 folder.mkdir(parents=True, exist_ok=True)
 
     def facts(
@@ -152,23 +154,23 @@ class Index:
         samples: Sequence[Sample],
         done: Callable[[int, int], None] = lambda done, count: None,
     ) -> list[ImageInfo]:
-        """What is known of each sample; what is not known yet is read, on all cores.
+        """Properties of each image. Images that are not indexed are read on all cores.
 
         Args:
-            source: Reads them.
+            source: The source that reads the images.
             samples: N samples.
-            done: Told now and then how many of how many samples are known.
+            done: Called with the number of finished samples and N.
 
         Returns:
-            N facts.
+            N properties.
         """
-        return self._with_file(lambda path: _known(path, source, samples, done))
+        return self._with_file(lambda path: _facts(path, source, samples, done))
 
     def digests(self, source: Source, samples: Sequence[Sample]) -> np.ndarray:
-        """SHA-256 of each sample's bytes; a file that is unchanged since it was read is not read again.
+        """SHA-256 of each sample's encoded bytes. An unchanged file is not read again.
 
         Args:
-            source: Reads them.
+            source: The source that reads the images.
             samples: N samples.
 
         Returns:
@@ -184,7 +186,7 @@ class Index:
             return work(str(self._path or MEMORY))
         except sqlite3.OperationalError:  # read-only, full, or locked for too long
             return work(MEMORY)
-        except sqlite3.DatabaseError:  # damaged: it is made anew
+        except sqlite3.DatabaseError:  # damaged: replaced by a new index
             assert self._path is not None
             self._path.unlink(missing_ok=True)
             return work(str(self._path))
@@ -195,78 +197,74 @@ MEMORY = ":memory:"
 
 def _digests(path: str, source: Source, samples: Sequence[Sample]) -> np.ndarray:
     decoder = f"{VERSION} {decoder_name(source)}".encode()
-    found = np.zeros((len(samples), 32), np.uint8)
+    digests = np.zeros((len(samples), 32), np.uint8)
     with contextlib.closing(_prepared(path)) as database, ThreadPoolExecutor(cores()) as pool:
+        missing: list[tuple[int, File | None]] = []
 
-        def put(at: int, digest: bytes) -> None:
-            found[at] = np.frombuffer(digest, np.uint8)
-
-        lacking: list[tuple[int, File | None]] = []
-
-        def read_all() -> None:
-            read = pool.map(lambda at: hashlib.sha256(source.content(samples[at])).digest(), [at for at, _ in lacking])
+        def read_missing() -> None:
+            read = pool.map(lambda at: hashlib.sha256(source.content(samples[at])).digest(), [at for at, _ in missing])
             rows = []
-            for (at, file), digest in zip(lacking, read, strict=True):
-                put(at, digest)
+            for (at, file), digest in zip(missing, read, strict=True):
+                digests[at] = np.frombuffer(digest, np.uint8)
                 rows += [(*file, decoder, digest)] if file else []
             _save(database, [], rows)
-            lacking.clear()
+            missing.clear()
 
         for at, sample in enumerate(samples):
             digest = source.digest(sample)
             file = None if digest else _file(source, sample)
             if file is not None:
-                (digest,) = database.execute(BY_STAMP, file).fetchone() or (None,)
+                (digest,) = database.execute(DIGEST_BY_FILE, file).fetchone() or (None,)
             if digest:
-                put(at, digest)
+                digests[at] = np.frombuffer(digest, np.uint8)
                 continue
-            lacking.append((at, file))
-            if len(lacking) == CHUNK:  # a pool holds all that it is given at once
-                read_all()
-        read_all()
-    return found
+            missing.append((at, file))
+            if len(missing) == CHUNK:  # bounds memory: a pool keeps all results of one map
+                read_missing()
+        read_missing()
+    return digests
 
 
-def _known(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[ImageInfo]:
-    decoder = f"{VERSION} {decoder_name(source)}".encode()  # sources that share it share what is known
+def _facts(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[ImageInfo]:
+    decoder = f"{VERSION} {decoder_name(source)}".encode()  # sources with the same decoder share properties
     files = [_file(source, sample) for sample in samples]
-    known: dict[int, ImageInfo] = {}
-    saves = True
+    facts: dict[int, ImageInfo] = {}
+    writable = True
     with contextlib.closing(_prepared(path)) as database:
         for at, file in enumerate(files):
-            row = file and database.execute(BY_FILE, (*file, decoder)).fetchone()
+            row = file and database.execute(FACTS_BY_FILE, (*file, decoder)).fetchone()
             if row:
-                known[at] = _from(row)
+                facts[at] = _from_row(row)
         lock = threading.Lock()
 
-        def kept(digest: bytes) -> ImageInfo | None:
+        def lookup(digest: bytes) -> ImageInfo | None:
             with lock:
-                row = database.execute(BY_CONTENT, (digest, decoder)).fetchone()
-            return _from(row) if row else None
+                row = database.execute(FACTS_BY_CONTENT, (digest, decoder)).fetchone()
+            return _from_row(row) if row else None
 
-        lacking = [at for at in range(len(samples)) if at not in known]
-        done(len(known), len(samples))
+        missing = [at for at in range(len(samples)) if at not in facts]
+        done(len(facts), len(samples))
         with ThreadPoolExecutor(cores()) as pool:
-            for begin in range(0, len(lacking), CHUNK):  # a pool holds all that it is given at once
-                part = lacking[begin : begin + CHUNK]
-                known.update(zip(part, pool.map(lambda at: examine(source, samples[at], kept), part), strict=True))
-                saves = saves and _keep(database, [(files[at], decoder, known[at]) for at in part])
-                done(len(known), len(samples))
-    return [known[at] for at in range(len(samples))]
+            for begin in range(0, len(missing), CHUNK):  # bounds memory: a pool keeps all results of one map
+                part = missing[begin : begin + CHUNK]
+                facts.update(zip(part, pool.map(lambda at: examine(source, samples[at], lookup), part), strict=True))
+                writable = writable and _save_facts(database, [(files[at], decoder, facts[at]) for at in part])
+                done(len(facts), len(samples))
+    return [facts[at] for at in range(len(samples))]
 
 
-File = tuple[bytes, str]  # a path, and the file's stamp
+File = tuple[bytes, str]  # the path and the stamp of a file
 CHUNK = 256  # images between two writes
 COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
-BY_FILE = (
+FACTS_BY_FILE = (
     f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
 )
-BY_STAMP = "SELECT digest FROM files WHERE path = ? AND stamp = ?"
-BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
+DIGEST_BY_FILE = "SELECT digest FROM files WHERE path = ? AND stamp = ?"
+FACTS_BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
 
 
 def _prepared(path: str) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=5, check_same_thread=False)  # a lock has one thread at a time use it
+    database = sqlite3.connect(path, timeout=5, check_same_thread=False)  # callers hold a lock
     try:
         database.execute(f"CREATE TABLE IF NOT EXISTS images (decoder, {COLUMNS}, PRIMARY KEY (digest, decoder))")
         database.execute("CREATE TABLE IF NOT EXISTS files (path, stamp, decoder, digest, PRIMARY KEY (path, decoder))")
@@ -276,23 +274,21 @@ def _prepared(path: str) -> sqlite3.Connection:
     return database
 
 
-def _from(row: Sequence[Any]) -> ImageInfo:
-    digest, error, kind, width, height, found, phash, *looks = row
-    return ImageInfo(
-        digest, error, kind, width, height, tuple(found.split(";") if found else ()), int.from_bytes(phash), *looks
-    )
+def _from_row(row: Sequence[Any]) -> ImageInfo:
+    digest, error, kind, width, height, properties, phash, *appearance = row
+    properties = tuple(properties.split(";") if properties else ())
+    return ImageInfo(digest, error, kind, width, height, properties, int.from_bytes(phash), *appearance)
 
 
-def _keep(database: sqlite3.Connection, found: Sequence[tuple[File | None, bytes, ImageInfo]]) -> bool:
-    """Keep facts; says whether that can be done."""
-    images = [
+def _save_facts(database: sqlite3.Connection, images: Sequence[tuple[File | None, bytes, ImageInfo]]) -> bool:
+    """Store properties of images; returns whether the index is writable."""
+    rows = [
         (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)
-        for _, decoder, facts in found
+        for _, decoder, facts in images
         if facts.digest
     ]
-    return _save(
-        database, images, [(*file, decoder, facts.digest) for file, decoder, facts in found if file and facts.digest]
-    )
+    files = [(*file, decoder, facts.digest) for file, decoder, facts in images if file and facts.digest]
+    return _save(database, rows, files)
 
 
 def _save(database: sqlite3.Connection, images: Sequence[Sequence[Any]], files: Sequence[Sequence[Any]]) -> bool:
@@ -300,9 +296,7 @@ def _save(database: sqlite3.Connection, images: Sequence[Sequence[Any]], files: 
         with database:
             database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", images)
             database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files)
-    except (
-        sqlite3.OperationalError
-    ):  # read-only, full or busy: everything is known all the same, and read again next time
+    except sqlite3.OperationalError:  # read-only, full or locked: the images are read again next time
         return False
     return True
 

@@ -1,9 +1,6 @@
-"""Batches whose images are mixed."""
+"""MixUp and CutMix of training batches."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torchvision.transforms import v2
@@ -13,33 +10,33 @@ from project.data.transforms import SeededRandom
 
 
 class BatchMixer:
-    """Batches whose images are mixed: MixUp (Zhang and others, 2018), CutMix (Yun and others, 2019), or either.
+    """Applies MixUp (Zhang et al., 2018) or CutMix (Yun et al., 2019) to a batch; with both, one at random.
 
     Args:
-        classes: How many there are.
-        mixup: Parameter of the Beta distribution that MixUp's share is drawn from; 0 for none.
-        cutmix: The same of CutMix.
+        classes: Number of classes.
+        mixup: Alpha of MixUp's Beta distribution; 0 disables it.
+        cutmix: Alpha of CutMix's Beta distribution; 0 disables it.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float) -> None:
         self._classes = classes
-        ways: list[Callable[..., Any]] = []
-        if mixup:
-            ways.append(v2.MixUp(alpha=mixup, num_classes=classes))
-        if cutmix:
-            ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
-        self._mix = v2.RandomChoice(ways)
+        enabled = [(transform, alpha) for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+        self._mix = v2.RandomChoice([transform(alpha=alpha, num_classes=classes) for transform, alpha in enabled])
 
     def __call__(self, batch: ImageBatch, seed: int) -> ImageBatch:
-        """Mix the valid images of a batch, uint8 ``(B, 3, H, W)`` with targets ``(B,)``, as the seed says.
+        """Mix the valid images of a batch.
+
+        Args:
+            batch: Images, uint8 ``(B, 3, H, W)``, and labels, int64 ``(B,)``.
+            seed: Determines the result.
 
         Returns:
-            Images, float in [0, 1], and the share of each class, float ``(B, C)``; padding has none.
+            Images, float in [0, 1], and class probabilities, float ``(B, C)``; those of padding are 0.
         """
         images, labels, valid = batch
         assert isinstance(labels, torch.Tensor) and isinstance(valid, torch.Tensor)
-        mixed, shares = images.float() / 255, torch.zeros(len(labels), self._classes, device=labels.device)
+        mixed, targets = images.float() / 255, torch.zeros(len(labels), self._classes, device=labels.device)
         if valid.any():
             with SeededRandom(seed):
-                mixed[valid], shares[valid] = self._mix(mixed[valid], labels[valid])
-        return ImageBatch(mixed, shares, valid)
+                mixed[valid], targets[valid] = self._mix(mixed[valid], labels[valid])
+        return ImageBatch(mixed, targets, valid)

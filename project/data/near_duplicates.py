@@ -1,4 +1,4 @@
-"""Images that are the same, to the byte or to the eye."""
+"""Duplicate and near-duplicate images."""
 
 from __future__ import annotations
 
@@ -9,124 +9,125 @@ import numpy as np
 
 from project.data.image_index import ImageInfo
 
-BITS = 4  # of two perceptual hashes of 64 bits, at which thumbnails are compared
-ALIKE = 0.985  # correlation of two thumbnails of one picture
-TINT = 40  # levels of 255 that the mean of red, green or blue may differ: a red shirt is not a blue one
+MAX_BITS = 4  # by which two 64-bit perceptual hashes may differ for thumbnails to be compared
+MIN_CORRELATION = 0.985  # of the thumbnails of near-duplicates
+MAX_TINT = 40  # difference of mean red, green or blue, of 255: a red shirt is no near-duplicate of a blue one
 
 
 class Clusters:
-    """Sets that are joined: a forest whose trees are kept flat (Tarjan, 1975).
+    """Disjoint sets of the integers from 0 to ``count - 1``: union-find with path compression (Tarjan, 1975).
 
     Args:
-        count: Members, each alone at first.
+        count: Number of members. At first, each is a set of its own.
     """
 
     def __init__(self, count: int) -> None:
-        self._above = list(range(count))
+        self._parents = list(range(count))
 
     def find(self, member: int) -> int:
         """The representative of a member's set."""
         root = member
-        while self._above[root] != root:
-            root = self._above[root]
-        while self._above[member] != root:
-            self._above[member], member = root, self._above[member]
+        while self._parents[root] != root:
+            root = self._parents[root]
+        while self._parents[member] != root:
+            self._parents[member], member = root, self._parents[member]
         return root
 
-    def join(self, one: int, other: int) -> None:
-        """Make one set of two."""
-        one, other = sorted((self.find(one), self.find(other)))
-        self._above[other] = one
+    def join(self, first: int, second: int) -> None:
+        """Merge the sets of two members."""
+        first, second = sorted((self.find(first), self.find(second)))
+        self._parents[second] = first
 
     def sets(self) -> list[list[int]]:
-        """All sets, members in order."""
-        found: dict[int, list[int]] = {}
-        for member in range(len(self._above)):
-            found.setdefault(self.find(member), []).append(member)
-        return list(found.values())
+        """All sets, each in ascending order."""
+        sets: dict[int, list[int]] = {}
+        for member in range(len(self._parents)):
+            sets.setdefault(self.find(member), []).append(member)
+        return list(sets.values())
 
 
-def same(facts: Sequence[ImageInfo]) -> Clusters:
-    """Join images whose bytes are the same."""
-    clusters = Clusters(len(facts))
+def duplicates(infos: Sequence[ImageInfo]) -> Clusters:
+    """Cluster images with equal bytes."""
+    clusters = Clusters(len(infos))
     first: dict[bytes, int] = {}
-    for at, one in enumerate(facts):
-        if one.digest:
-            clusters.join(first.setdefault(one.digest, at), at)
+    for index, info in enumerate(infos):
+        if info.digest:
+            clusters.join(first.setdefault(info.digest, index), index)
     return clusters
 
 
-def alike(facts: Sequence[ImageInfo]) -> Clusters:
-    """Join images that are the same to the byte or to the eye: saved again, resized, or changed a little in colour.
+def near_duplicates(infos: Sequence[ImageInfo]) -> Clusters:
+    """Cluster duplicates and near-duplicates: images that differ by re-encoding, scaling or slight brightness.
 
-    Their perceptual hashes differ in :data:`BITS` bits at most, their grey thumbnails correlate, and their mean colours
-    are near. Of 135 photographs of flowers, 99 % were found after they had been halved, squashed or saved at quality
-    30, and 93 % after they had been made lighter by a fifth; of 2,455 photographs no two different ones were joined.
+    Two images match if their perceptual hashes differ by at most :data:`MAX_BITS` bits, their grey thumbnails
+    correlate and their mean colours are close. Measured on 135 photographs of flowers: 99 % of copies that were halved,
+    squashed or saved at quality 30 were found, and 93 % of copies that were made a fifth brighter. Among 2,455
+    photographs, no two different ones were matched.
 
     Args:
-        facts: Of each image; what could not be decoded is like its own bytes alone.
+        infos: Properties of each image. An image that cannot be decoded matches equal bytes only.
     """
-    clusters = same(facts)
+    clusters = duplicates(infos)
     buckets: dict[int, list[int]] = {}
-    for at, one in enumerate(facts):
-        if one.thumbnail and clusters.find(at) == at:
-            buckets.setdefault(one.phash, []).append(at)
+    for index, info in enumerate(infos):
+        if info.thumbnail and clusters.find(index) == index:
+            buckets.setdefault(info.phash, []).append(index)
     members = list(buckets.values())
     for bucket in members:
         if len(bucket) > 1:
-            _join(clusters, facts, bucket, bucket)
-    for left, right in near(np.array(list(buckets), np.uint64), BITS):
-        _join(clusters, facts, members[left], members[right])
+            _join_matches(clusters, infos, bucket, bucket)
+    for left, right in near_hashes(np.array(list(buckets), np.uint64), MAX_BITS):
+        _join_matches(clusters, infos, members[left], members[right])
     return clusters
 
 
-def _join(clusters: Clusters, facts: Sequence[ImageInfo], ones: Sequence[int], others: Sequence[int]) -> None:
-    """Join each two of which one is here and one there, if they show one picture."""
-    thumbnails, tints = _looks(facts, others)
-    for begin in range(0, len(ones), 1024):  # not all pairs at once
-        part = ones[begin : begin + 1024]
-        thumbnail, tint = _looks(facts, part)
-        alike = thumbnail @ thumbnails.T >= ALIKE
+def _join_matches(clusters: Clusters, infos: Sequence[ImageInfo], left: Sequence[int], right: Sequence[int]) -> None:
+    """Join each image of ``left`` with those of ``right`` whose thumbnail and mean colour match."""
+    right_thumbnails, right_colours = _thumbnails_and_colours(infos, right)
+    for begin in range(0, len(left), 1024):  # bounds the memory for all pairs
+        part = left[begin : begin + 1024]
+        thumbnails, colours = _thumbnails_and_colours(infos, part)
+        matches = thumbnails @ right_thumbnails.T >= MIN_CORRELATION
         for channel in range(3):
-            alike &= abs(tint[:, None, channel] - tints[None, :, channel]) <= TINT
-        for row, column in zip(*np.nonzero(alike), strict=True):
-            clusters.join(part[row], others[column])
+            matches &= abs(colours[:, None, channel] - right_colours[None, :, channel]) <= MAX_TINT
+        for row, column in zip(*np.nonzero(matches), strict=True):
+            clusters.join(part[row], right[column])
 
 
-def _looks(facts: Sequence[ImageInfo], which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Thumbnails with a mean of 0 and a length of 1, of images of one colour 0, and mean colours."""
-    values = np.frombuffer(b"".join(facts[at].thumbnail for at in which), np.uint8).reshape(len(which), -1)
+def _thumbnails_and_colours(infos: Sequence[ImageInfo], indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Thumbnails of mean 0 and norm 1 (0 for a uniform image), float32, and mean colours, int16 ``(N, 3)``."""
+    values = np.frombuffer(b"".join(infos[index].thumbnail for index in indices), np.uint8).reshape(len(indices), -1)
     centred = values - values.mean(1, keepdims=True, dtype=np.float32)
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    colours = np.frombuffer(b"".join(facts[at].colour for at in which), np.uint8).reshape(len(which), 3)
-    return centred / np.where(lengths > 0, lengths, 1), colours.astype(np.int16)
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    colours = np.frombuffer(b"".join(infos[index].colour for index in indices), np.uint8).reshape(len(indices), 3)
+    return centred / np.where(norms > 0, norms, 1), colours.astype(np.int16)
 
 
-def near(hashes: np.ndarray, bits: int) -> Iterator[tuple[int, int]]:
-    """Pairs of hashes that differ in so many bits at most.
+def near_hashes(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[int, int]]:
+    """Find pairs of hashes within a Hamming distance.
 
-    Of ``bits + 1`` bands of a hash, one is the same in both: so only hashes that share a band are compared (Manku and
-    others, "Detecting near-duplicates for web crawling", 2007).
+    Two such hashes are equal in at least one of ``max_bits + 1`` bands, so only hashes that share a band are compared
+    (Manku et al., "Detecting near-duplicates for web crawling", 2007).
 
     Args:
-        hashes: Different ones, uint64 ``(N,)``.
-        bits: How many may differ.
+        hashes: Distinct hashes, uint64 ``(N,)``.
+        max_bits: Largest Hamming distance.
 
     Yields:
-        Two indices, the lesser first.
+        Two indices, the smaller first.
     """
-    edges = np.linspace(0, 64, bits + 2).astype(int)
+    edges = np.linspace(0, 64, max_bits + 2).astype(int)
     seen: set[tuple[int, int]] = set()
     for low, high in itertools.pairwise(edges.tolist()):
         bands = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(bands, kind="stable")
         starts = np.flatnonzero(np.diff(bands[order], prepend=np.uint64(0))) if len(order) else order
         for run in np.split(order, starts):
-            for at, one in enumerate(run[:-1]):
-                others = run[at + 1 :]
-                close = np.bitwise_count(hashes[others] ^ hashes[one]) <= bits
+            for position, index in enumerate(run[:-1]):
+                others = run[position + 1 :]
+                close = np.bitwise_count(hashes[others] ^ hashes[index]) <= max_bits
                 for other in others[close]:
-                    pair = (min(one, other), max(one, other))
+                    pair = (min(index, other), max(index, other))
                     if pair not in seen:
                         seen.add(pair)
                         yield int(pair[0]), int(pair[1])

@@ -1,4 +1,4 @@
-"""In which order images come: from the seed and the epoch alone, each process its share."""
+"""Order of the images in an epoch, and how it is divided among ranks. It depends on the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DistributedSampler
 
-from project.runtime.seeding import order_seed
+from project.runtime.seeding import shuffle_seed
 
 
 class Padding(int):
-    """An index that fills up the share of a process with fewer images than others; the image at it counts for nothing.
+    """A padding index: its image is excluded from the loss and the metrics.
 
-    Processes take the same number of steps, so their shares have to be equally long.
+    It gives all ranks equally many images, as they have to take the same number of steps.
     """
 
 
-class Share(NamedTuple):
-    """One process's images of an epoch.
+class RankIndices(NamedTuple):
+    """Image indices of one rank in an epoch.
 
     Attributes:
-        indices: int64 ``(N,)``; padding has that of the last image.
-        valid: Whether each counts, bool ``(N,)``: false for padding.
+        indices: int64 ``(N,)``; padding repeats the last image.
+        valid: bool ``(N,)``; false for padding.
     """
 
     indices: torch.Tensor
@@ -32,20 +32,20 @@ class Share(NamedTuple):
 
 
 class EpochOrder:
-    """Indices of an epoch.
+    """Order of the images in an epoch, divided among ranks.
 
-    Process r of W takes images r, r + W, r + 2 W, … of the order, so the b images that each takes next are together the
-    b * W that one process would take. What is lacking to shares of equal length is padding, which counts for nothing.
+    Rank r of W takes images r, r + W, r + 2 W, … of the order, so one step of all ranks with batch size b has the same
+    images as one step of a single process with batch size b * W. Ranks with fewer images get padding.
 
     Args:
-        count: Images.
-        shuffle: Whether the order is another one in each epoch, for training.
-        seed: Of the order.
-        weights: How often each image is to come, relative to the others, float ``(N,)``: it is drawn with replacement.
-        rank: Of this process; each takes its share of the images.
+        count: Number of images.
+        shuffle: Whether to shuffle in each epoch, for training.
+        seed: Seed of the shuffle.
+        weights: Sampling weight of each image, float ``(N,)``, for sampling with replacement.
+        rank: Rank of this process.
         world_size: Number of processes.
-        batch_size: Images a batch of one process. BatchNorm cannot train on one image: where one would be left for the
-            last batch of all processes, it is left out, another one in each epoch.
+        batch_size: Batch size per process. BatchNorm cannot train on a single image: if the last global batch of a
+            shuffled epoch had one image, that image is dropped, a different one in each epoch.
     """
 
     def __init__(
@@ -63,40 +63,40 @@ class EpochOrder:
         self._seed = seed
         self._weights = weights
         self._rank = rank
-        self._world = world_size
-        together = batch_size * world_size
-        alone = shuffle and 1 < together < count and count % together == 1
-        self._taken = count - alone
-        self._share = -(-self._taken // world_size)
-        if shuffle and batch_size > 1 and self._share % batch_size == 1 and world_size > 1:
-            self._share += 1  # nor can it where each process has one image of the last batch
+        self._world_size = world_size
+        global_batch_size = batch_size * world_size
+        drops_last = shuffle and 1 < global_batch_size < count and count % global_batch_size == 1
+        self._used = count - drops_last
+        self._per_rank = -(-self._used // world_size)
+        if shuffle and batch_size > 1 and self._per_rank % batch_size == 1 and world_size > 1:
+            self._per_rank += 1  # padding, where each rank would have a single image in the last batch
 
     def __len__(self) -> int:
-        return self._share
+        return self._per_rank
 
-    def __call__(self, epoch: int) -> Share:
-        """This process's images, with padding at their end."""
+    def __call__(self, epoch: int) -> RankIndices:
+        """Indices of this rank, padding last."""
         order = torch.arange(self.count)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(order_seed(self._seed, epoch))
+            generator = torch.Generator().manual_seed(shuffle_seed(self._seed, epoch))
             if self._weights is not None:
                 order = torch.multinomial(self._weights, self.count, replacement=True, generator=generator)
             else:
                 order = torch.randperm(self.count, generator=generator)
-        mine = order[: self._taken][self._rank :: self._world]
-        indices = functional.pad(mine, (0, self._share - len(mine)), value=self.count - 1)
-        return Share(indices, torch.arange(self._share) < len(mine))
+        own = order[: self._used][self._rank :: self._world_size]
+        indices = functional.pad(own, (0, self._per_rank - len(own)), value=self.count - 1)
+        return RankIndices(indices, torch.arange(self._per_rank) < len(own))
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """An order, for a DataLoader: image i of n, in epoch e, is number ``e * n + i``; padding is marked as such.
+    """An :class:`EpochOrder` as a sampler: image i of N in an epoch has index ``epoch * N + i``.
 
-    So what a worker makes of an image can be drawn from the epoch. Lightning sets the epoch, and as this is a
-    DistributedSampler already, it puts none of its own in its place, which would pad with duplicates.
+    The index tells workers the epoch, for random transforms. Lightning sets the epoch, and does not replace a
+    DistributedSampler by its own, which would pad with duplicates that count.
 
     Args:
         order: The order.
-        skip_images: Number of images to skip at the start of the epoch: a resumed fit has trained on them.
+        skip_images: Number of images to skip at the start of the epoch, because a resumed fit has trained on them.
     """
 
     def __init__(self, order: EpochOrder, skip_images: Callable[[], int] = lambda: 0) -> None:
@@ -105,7 +105,7 @@ class EpochSampler(DistributedSampler[Any]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -114,5 +114,5 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         indices, valid = self._order(self.epoch)
         numbers = (indices + self.epoch * self._order.count).tolist()
-        for number, counts in [*zip(numbers, valid.tolist(), strict=True)][self._skip_images() :]:
-            yield number if counts else Padding(number)
+        for number, is_valid in [*zip(numbers, valid.tolist(), strict=True)][self._skip_images() :]:
+            yield number if is_valid else Padding(number)

@@ -1,4 +1,4 @@
-"""Batches of one split: stored rows where there are any, else images."""
+"""Loader of one split: stored rows if there are any, else images."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from project.data.samplers import EpochSampler
 
 
 class Batches(Protocol):
-    """What can be iterated once an epoch, and has a length."""
+    """A sized iterable of batches, iterated once per epoch."""
 
     def __len__(self) -> int:
-        """Batches of this process in an epoch."""
+        """Number of batches of this rank in an epoch."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of an epoch."""
 
 
 class SplitLoader:
-    """Batches of one split, for all epochs of a run.
+    """Batches of one split, in every epoch of a run.
 
-    Whether they are rows or images is decided when the first batch of an epoch is asked for: a loader that Lightning
-    looked at before the rows were there yields rows all the same. The epoch is read at that moment too, so a resumed
-    fit needs nobody to set it on a sampler.
+    Each epoch chooses between rows and images when its first batch is requested, because Lightning gets the loader
+    before the rows exist. The epoch number is read at the same time, so nobody has to call ``set_epoch`` after a
+    resume.
 
     Args:
-        open_images: Makes a DataLoader of images, with an :class:`~project.data.samplers.EpochSampler`.
-        epoch: Number of the epoch, which the order and the augmentation of the images follow from.
+        open_images: Creates a DataLoader of images, with an :class:`~project.data.samplers.EpochSampler`.
+        epoch: Returns the current epoch, which determines the order and the augmentation of the images.
 
     Attributes:
-        rows: Batches of stored rows, which take the place of the images; ``None`` for images.
+        rows: Batches of stored rows, used instead of images; ``None`` for images.
     """
 
     def __init__(self, open_images: Callable[[], DataLoader[Any]], epoch: Callable[[], int]) -> None:
@@ -55,11 +55,11 @@ class SplitLoader:
 
     @property
     def images(self) -> DataLoader[Any]:
-        """The DataLoader of images. It lives for all epochs, as its processes do."""
+        """The DataLoader of images. It and its worker processes persist across epochs."""
         if self._images is None:
             self._images = self._open_images()
         return self._images
 
     def close(self) -> None:
-        """Forget the DataLoader, which ends its processes; the next epoch opens another one."""
+        """Drop the DataLoader, which stops its workers. The next epoch creates a new one."""
         self._images = None

@@ -1,4 +1,4 @@
-"""Splitting samples: stratified, seeded, stable, and never with one picture on two sides."""
+"""Split samples into train, val and test: stratified, seeded and stable, with near-duplicates and groups together."""
 
 from __future__ import annotations
 
@@ -10,98 +10,94 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from project.data.image_index import ImageInfo
-from project.data.near_duplicates import alike
+from project.data.near_duplicates import near_duplicates
 from project.data.sources.base import Sample
 from project.errors import ConfigError, DataError
 
 
 class Place(NamedTuple):
-    """Where a sample lies.
+    """Position of a sample in the unit interval, which determines its split.
 
     Attributes:
-        at: In [0, 1).
-        family: Number of the family that it is of.
+        position: In [0, 1); the same for all samples of a cluster.
+        cluster: Number of the sample's cluster, which is never divided between splits.
     """
 
-    at: float
-    family: int
+    position: float
+    cluster: int
 
 
 Placed = list[tuple[Sample, Place]]
 
 
-def place(samples: Sequence[Sample], facts: Sequence[ImageInfo], seed: int) -> Placed:
-    """Give each sample a place in [0, 1).
+def assign_places(samples: Sequence[Sample], infos: Sequence[ImageInfo], seed: int) -> Placed:
+    """Assign each sample a position in [0, 1).
 
-    A family has one place. It is what has to stay together: images that are the same to the byte or to the eye, and
-    those of one group. Its place comes from its group's name, or from the least hash of its members' bytes, and from
-    nothing else: an image keeps its place whatever is added, unless that makes a larger family of its own.
+    Near-duplicates and images of one group form a cluster, which has one position: a hash of the group name, or the
+    smallest hash of the image bytes. Adding images therefore moves no existing image, unless they join two clusters.
 
     Args:
-        samples: What to place.
-        facts: What is known of each.
-        seed: Another seed gives other places.
+        samples: N samples.
+        infos: Properties of each.
+        seed: Seed of the hash.
     """
-    clusters = alike(facts)
+    clusters = near_duplicates(infos)
     first: dict[str, int] = {}
-    for at, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         if sample.group:
-            clusters.join(first.setdefault(sample.group, at), at)
-    places: dict[int, float] = {}
-    for at, (sample, one) in enumerate(zip(samples, facts, strict=True)):
-        what = f"group {sample.group}".encode() if sample.group else one.digest or os.fsencode(sample.name)
-        here = int.from_bytes(hashlib.sha256(b"%d %b" % (seed, what)).digest()[:8]) / 2**64
-        family = clusters.find(at)
-        places[family] = min(places.get(family, 1.0), here)
-    return [
-        (sample, Place(places[family], family))
-        for sample, family in ((sample, clusters.find(at)) for at, sample in enumerate(samples))
-    ]
+            clusters.join(first.setdefault(sample.group, index), index)
+    of_sample = [clusters.find(index) for index in range(len(samples))]
+    positions: dict[int, float] = {}
+    for sample, info, cluster in zip(samples, infos, of_sample, strict=True):
+        key = f"group {sample.group}".encode() if sample.group else info.digest or os.fsencode(sample.name)
+        position = int.from_bytes(hashlib.sha256(b"%d %b" % (seed, key)).digest()[:8]) / 2**64
+        positions[cluster] = min(positions.get(cluster, 1.0), position)
+    return [(sample, Place(positions[cluster], cluster)) for sample, cluster in zip(samples, of_sample, strict=True)]
 
 
 def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) -> tuple[Placed, Placed]:
-    """Hold out what lies in a part of [0, 1).
+    """Hold out the samples whose position is in an interval.
 
-    Places are hashes, so it is about the same share of each class.
+    Positions are hashes, so about the same fraction of each class is held out.
 
     Args:
-        placed: What to split.
-        begin: Where the part begins.
-        end: Where it ends; an empty part holds nothing.
-        both_sides: Of each class of two families or more hold out one at least and keep one, though its place, the
-            nearest one, be on the other side. A class of one family is kept in any case.
+        placed: Samples with their places.
+        begin: Start of the interval.
+        end: End of the interval, exclusive. An empty interval holds out nothing.
+        both_sides: Whether each class of two or more clusters gets at least one on each side: its cluster nearest to
+            the bounds of the interval is moved if necessary. The only cluster of a class is never held out.
 
     Returns:
-        Those kept and those held out, each in their former order.
+        Samples to keep and samples held out, both in their original order.
     """
     if begin >= end:
         return placed, []
-    held = {where.family: begin <= where.at < end for _, where in placed}
-    classes: dict[int, dict[int, float]] = defaultdict(dict)
-    for sample, where in placed:
-        classes[sample.label][where.family] = min(abs(where.at - begin), abs(where.at - end))
+    held = {place.cluster: begin <= place.position < end for _, place in placed}
+    classes: dict[int, dict[int, float]] = defaultdict(dict)  # distance of each cluster to the interval's bounds
+    for sample, place in placed:
+        classes[sample.label][place.cluster] = min(abs(place.position - begin), abs(place.position - end))
     for distances in classes.values():
         if len(distances) == 1:
             held[next(iter(distances))] = False
     for distances in classes.values() if both_sides else ():
-        sides = {held[family] for family in distances}
+        sides = {held[cluster] for cluster in distances}
         if len(distances) > 1 and len(sides) == 1:
-            held[min(distances, key=lambda family: (distances[family], family))] = False in sides
-    return [p for p in placed if not held[p[1].family]], [p for p in placed if held[p[1].family]]
+            held[min(distances, key=lambda cluster: (distances[cluster], cluster))] = False in sides
+    return [item for item in placed if not held[item[1].cluster]], [item for item in placed if held[item[1].cluster]]
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How images are held out of train, where the data has no split of its own; in plain types.
+    """Settings of the splits that are held out of train because the data does not have them; plain types only.
 
     Attributes:
-        val_fraction: Share of the whole for validation.
-        test_fraction: Share for the test.
-        fold: ``2/5`` for the second fold of five, for which train and val are put together; ``None`` for no folds.
-        split_seed: Another seed holds out other images.
+        val_fraction: Fraction of all images for validation.
+        test_fraction: Fraction of all images for the test.
+        fold: Cross-validation fold: ``2/5`` is the second of five. Train and val are merged first. ``None`` for none.
+        split_seed: Seed of the splits.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of range.
     """
 
     val_fraction: float = 0.2
@@ -111,37 +107,39 @@ class HoldOut:
 
     def __post_init__(self) -> None:
         if min(self.val_fraction, self.test_fraction) < 0 or self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError("data.val_fraction and data.test_fraction have to be at least 0, their sum less than 1.")
+            raise ConfigError("data.val_fraction and data.test_fraction must be at least 0, and their sum less than 1.")
         if self.fold is not None:
             parse_fold(self.fold)
 
 
 def split(
-    given: Mapping[str, list[Sample]], facts: Callable[[Sequence[Sample]], Sequence[ImageInfo]], how: HoldOut
+    given: Mapping[str, list[Sample]],
+    image_infos: Callable[[Sequence[Sample]], Sequence[ImageInfo]],
+    settings: HoldOut,
 ) -> dict[str, list[Sample]]:
-    """Complete the splits that a source has: what it lacks is held out of train.
+    """Complete the splits of a source: hold out of train what it does not have.
 
     Args:
-        given: Samples by ``train`` and, where the source has them, ``val`` and ``test``.
-        facts: Tells what is known of samples; asked if something is to be held out.
-        how: Which shares, or which fold.
+        given: Samples by ``train`` and, if the source has them, ``val`` and ``test``.
+        image_infos: Returns the properties of images; called only if images have to be held out.
+        settings: Fractions or fold.
 
     Returns:
         Samples by ``train``, ``val`` and ``test``; test may be empty.
     """
-    fold = parse_fold(how.fold) if how.fold is not None else None
+    fold = parse_fold(settings.fold) if settings.fold is not None else None
     train, val, test = (list(given.get(name, ())) for name in ("train", "val", "test"))
     if fold:
         train, val = train + val, []
-    tested = 0.0 if test else how.test_fraction
-    width = (1 - tested) / fold[1] if fold else how.val_fraction
-    begin = tested + (width * (fold[0] - 1) if fold else 0)
+    test_end = 0.0 if test else settings.test_fraction
+    width = (1 - test_end) / fold[1] if fold else settings.val_fraction
+    begin = test_end + (width * (fold[0] - 1) if fold else 0)
     end = begin + width if fold is None or fold[0] < fold[1] else 1.0
     hold_val = not val and width > 0
-    if hold_val or tested:
-        placed = place(train, facts(train), how.split_seed)
-        placed, to_test = hold_out(placed, 0.0, tested)
-        # Each image is validated in one fold, though a class may be too small for all of them.
+    if hold_val or test_end:
+        placed = assign_places(train, image_infos(train), settings.split_seed)
+        placed, to_test = hold_out(placed, 0.0, test_end)
+        # Folds must be disjoint, so none gets an extra image of a class that is too small for all folds.
         placed, to_val = hold_out(placed, begin, end if hold_val else begin, both_sides=fold is None)
         train = [sample for sample, _ in placed]
         test = test or [sample for sample, _ in to_test]
@@ -149,35 +147,35 @@ def split(
     return {"train": train, "val": val, "test": test}
 
 
-def lacking(name: str, given: Container[str], how: HoldOut) -> DataError:
-    """Say why a split has no images, and how it gets some.
+def empty_split_error(name: str, given: Container[str], settings: HoldOut) -> DataError:
+    """Error for a split without images: why it has none, and how to fix it.
 
     Args:
-        name: ``val`` or ``test``; where ``train`` lacks a class, it is refused before.
+        name: ``val`` or ``test``.
         given: Names of the splits that the source has.
-        how: What was to be held out for those that it has not.
+        settings: Of the splits that it does not have.
     """
-    if how.fold and name == "val":
-        return DataError("This fold has no images: there are too few. Take fewer folds with --data.fold 1/2")
-    mend = f"a split {name} (a folder beside train/; in a table, a column split)"
-    if name not in given and vars(how).get(f"{name}_fraction"):
+    if settings.fold and name == "val":
+        return DataError("This fold has no images: the data set is too small. Use fewer folds: --data.fold 1/2")
+    own_split = f"a {name} split (a folder beside train/, or a split column in the table)"
+    if name not in given and vars(settings).get(f"{name}_fraction"):
         return DataError(
-            f"No image can be held out for {name}: train keeps one of each class, copies and groups stay together. "
-            f"Add some, or {mend}."
+            f"The data set is too small for a {name} split: train keeps an image of each class, and copies and groups "
+            f"stay together. Add images, or {own_split}."
         )
     return DataError(
-        f"The {name} split has no images that can be read. Add {mend}, or fit with --data.{name}_fraction 0.1, "
-        "which holds images out of train."
+        f"The {name} split has no readable images. Add {own_split}, or run fit with --data.{name}_fraction 0.1 to hold "
+        "images out of train."
     )
 
 
 def parse_fold(text: str) -> tuple[int, int]:
-    """Read ``2/5`` as the second fold of five.
+    """Parse ``2/5`` as ``(2, 5)``, the second of five folds.
 
     Raises:
-        ConfigError: It is not of that form, or there is no such fold.
+        ConfigError: The text is not of that form, or there is no such fold.
     """
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) and int(count) > 1):
-        raise ConfigError(f"data.fold: {text!r} is no fold. Write 2/5 for the second of five; 1/5 is the first.")
+        raise ConfigError(f"data.fold: {text!r} is not a fold. Use N/COUNT, such as 2/5 for the second of five folds.")
     return int(number), int(count)

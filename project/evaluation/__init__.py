@@ -1,1 +1,1 @@
-"""How good a classifier is: metrics, confusion, calibration, intervals, and figures of them."""
+"""Evaluation: metrics, confusion matrix, calibration, confidence intervals and plots."""

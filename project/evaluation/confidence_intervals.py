@@ -1,13 +1,16 @@
-"""How far a figure measured on some images may lie from what it would be on all."""
+"""95 % confidence intervals of accuracy and F1."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import torch
+
+from project.evaluation.metrics import macro_f1
 
 LEVEL = 0.95
-_DEVIATIONS = 1.959963984540054  # of the normal distribution, between which that share of it lies
+Z = 1.959963984540054  # quantile of the normal distribution for LEVEL, two-sided
 DRAWS = 1000
 SEED = 0  # the same counts give the same interval
 
@@ -15,39 +18,25 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: float, count: int) -> Interval:
-    """The 95 % interval of a share, by its score.
+    """Wilson score interval of a proportion, which is accurate for small counts and near 0 and 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the
-    American Statistical Association 22 (1927). Unlike the textbook's normal approximation, it holds for small counts
-    and for shares near 0 and 1.
+    American Statistical Association 22 (1927).
 
     Args:
-        successes: How many of them.
-        count: How many there are, more than 0.
+        successes: Number of successes.
+        count: Number of trials, more than 0.
     """
-    share, square = successes / count, _DEVIATIONS**2
+    share, square = successes / count, Z**2
     centre = (share + square / (2 * count)) / (1 + square / count)
-    spread = _DEVIATIONS * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    spread = Z * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def macro_f1(confusion: np.ndarray) -> np.ndarray:
-    """Mean over classes of the F1 score, of confusion matrices ``(..., C, C)``, rows the true classes: ``(...)``.
-
-    A class without an image does not count.
-    """
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    wrong_and_right = confusion.sum(-1) + confusion.sum(-2)
-    known = confusion.sum(-1) > 0
-    scores = np.divide(2.0 * right, wrong_and_right, out=np.zeros(right.shape), where=known)
-    mean: np.ndarray = scores.sum(-1) / np.maximum(known.sum(-1), 1)
-    return mean
-
-
 def bootstrap_f1(confusion: np.ndarray) -> Interval:
-    """The 95 % interval of the macro F1 score, from percentiles of the bootstrap over images.
+    """Percentile bootstrap interval of the macro F1 score, over images.
 
-    To draw images with replacement is to draw cells of the confusion matrix, which is all that F1 knows of them.
+    F1 depends only on the confusion matrix, so resampling images equals drawing its cells from a multinomial.
 
     Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
 
@@ -58,10 +47,11 @@ def bootstrap_f1(confusion: np.ndarray) -> Interval:
     cells = np.flatnonzero(confusion)
     shares = confusion.ravel()[cells] / count
     generator = np.random.default_rng(SEED)
-    drawn = np.zeros((1, *confusion.shape))
+    resampled = np.zeros(confusion.shape, np.int64)
     scores = np.empty(DRAWS)
-    for draw in range(DRAWS):  # one by one: all at once, 100 classes would take 80 MB
-        drawn.reshape(-1)[cells] = generator.multinomial(count, shares)
-        scores[draw] = macro_f1(drawn)[0]
+    for draw in range(DRAWS):  # one at a time: for 100 classes, all draws together would take 80 MB
+        resampled.reshape(-1)[cells] = generator.multinomial(count, shares)
+        counts = np.diagonal(resampled).copy(), resampled.sum(1), resampled.sum(0)
+        scores[draw] = macro_f1(*map(torch.from_numpy, counts))
     low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

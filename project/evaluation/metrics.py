@@ -1,20 +1,20 @@
-"""Metrics of a classifier from counts of its answers: one pass over the images, and every score derived from it."""
+"""Classification metrics, computed from counts."""
 
 from __future__ import annotations
 
 import torch
 
-#: Bins of confidence, of the calibration error and of every reliability table: as Guo et al., arXiv:1706.04599, have.
+#: Confidence bins of calibration error and reliability diagrams, as in Guo et al., arXiv:1706.04599.
 BINS = 15
-#: Above this number of classes, a curve for each would bury the others.
-MOST_CURVES = 100
+#: Above this number of classes, per-class scores are not logged: they would hide the other metrics.
+MAX_SCORED_CLASSES = 100
 
 
 def class_scores(hits: torch.Tensor, support: torch.Tensor, predicted: torch.Tensor) -> dict[str, torch.Tensor]:
     """Precision, recall and F1 of each class, float32 ``(C,)``.
 
-    What is undefined is not a number: the precision of a class that is never predicted, and the recall and the F1 of
-    one that has no image.
+    Undefined scores are NaN: the precision of a class that is never predicted, and the recall and F1 of a class without
+    images.
 
     Args:
         hits: True positives of each class, int64 ``(C,)``.
@@ -27,30 +27,24 @@ def class_scores(hits: torch.Tensor, support: torch.Tensor, predicted: torch.Ten
 
 
 def macro_f1(hits: torch.Tensor, support: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Mean F1 of the classes that have an image, float32; 0 where none has.
-
-    Args:
-        hits: True positives of each class, int64 ``(C,)``.
-        support: Images of each class, int64 ``(C,)``.
-        predicted: Images predicted as each class, int64 ``(C,)``.
-    """
+    """Mean F1 of the classes that have images, float32; 0 if none has. See :func:`class_scores` for the arguments."""
     return class_scores(hits, support, predicted)["f1"].nanmean().nan_to_num(0.0)
 
 
 def calibration_bins(confidence: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """Images, summed confidence and correct answers in each bin of confidence, float64 ``(15, 3)``.
+    """Images, summed confidence and correct predictions per confidence bin, float64 ``(15, 3)``.
 
     Args:
-        confidence: Probability of each answer, float ``(N,)``.
-        correct: Whether it is right, bool ``(N,)``.
+        confidence: Probability of each predicted class, float ``(N,)``.
+        correct: Whether each prediction is correct, bool ``(N,)``.
     """
-    sure = confidence.double().nan_to_num(0.0)  # of a network that has diverged
-    bins = (sure * BINS).long().clamp(max=BINS - 1)  # a confidence of 1 belongs to the last bin
-    columns = [torch.bincount(bins, each, BINS) for each in (torch.ones_like(sure), sure, correct.double())]
-    return torch.stack(columns, 1).double()  # of no images, bincount gives integers
+    confidence = confidence.double().nan_to_num(0.0)  # NaN if training diverged
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)  # a confidence of 1 belongs to the last bin
+    columns = (torch.ones_like(confidence), confidence, correct.double())
+    return torch.stack([torch.bincount(bins, column, BINS) for column in columns], 1).double()  # int64 if N is 0
 
 
 def calibration_error(bins: torch.Tensor) -> torch.Tensor:
-    """Expected calibration error, float32, of bins as :func:`calibration_bins` gives them."""
-    images, sure, right = bins.unbind(1)
-    return ((sure - right).abs().sum() / images.sum()).float()
+    """Expected calibration error, float32, from :func:`calibration_bins`."""
+    images, confidence, correct = bins.unbind(1)
+    return ((confidence - correct).abs().sum() / images.sum()).float()

@@ -1,6 +1,6 @@
-"""Figures of how well a classifier does: from arrays to matplotlib's Figure, and from that to a picture.
+"""Evaluation plots: arrays to matplotlib figures, and figures to images.
 
-There is no pyplot here, so no state that figures share, no window, and nothing to close.
+Uses matplotlib without pyplot, so there is no global state and no figure to close.
 """
 
 from __future__ import annotations
@@ -19,73 +19,74 @@ from PIL import Image
 
 from project.evaluation.metrics import BINS, calibration_bins, calibration_error
 
-if TYPE_CHECKING:  # importing it takes a fifth of a second, which a fit spends when there is something to draw
+if TYPE_CHECKING:  # importing matplotlib takes 0.2 s, so the functions import it on demand
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 100
-#: Up to so many classes, the cells of a confusion matrix have their numbers.
+#: Maximum number of classes for numbers in the cells of a confusion matrix.
 ANNOTATED = 25
-#: Up to so many, each class has a line or a label of its own.
+#: Maximum number of classes that are all labelled.
 LABELLED = 100
 
 
-def short(name: str, most: int = 20) -> str:
-    """A class's name in one line of so many characters, which matplotlib does not take for a formula."""
+def shorten(name: str, length: int) -> str:
+    """Shorten a class name to one line of at most ``length`` characters, and escape it for matplotlib."""
     name = " ".join(name.split())
-    if len(name) > most:  # many names differ at their end alone
-        name = f"{name[: most // 2].rstrip()}…{name[len(name) - (most - 1) // 2 :].lstrip()}"
+    if len(name) > length:  # keep both ends: many names differ only at the end
+        name = f"{name[: length // 2].rstrip()}…{name[len(name) - (length - 1) // 2 :].lstrip()}"
     return name.replace("$", r"\$")
 
 
-def disambiguate(names: Sequence[str], most: int) -> list[str]:
-    """Classes' names in about so many characters each; those that would look the same show where they differ."""
-    shortened = [short(name, most) for name in names]
-    for at in _twice(shortened):
-        group = [names[place] for place in at]
-        before = _alike(group)
-        after = min(_alike([name[::-1] for name in group]), min(map(len, group)) - before)
-        for place, name in zip(at, group, strict=True):
-            differs = short(name[before : len(name) - after], most // 2)
-            gap = "" if name[before - 1 : before + 1].isalnum() else " "
-            shortened[place] = f"{short(name[:before], max(most - len(differs) - 2, 3))}{gap}{differs}…"
-    for at in _twice(shortened):  # of two groups that differ in the same way
-        for place in at:
-            number = f" #{place + 1}"
-            shortened[place] = short(names[place], most - len(number)) + number
-    return shortened
+def disambiguate(names: Sequence[str], length: int) -> list[str]:
+    """Shorten class names to unique labels of about ``length`` characters."""
+    labels = [shorten(name, length) for name in names]
+    for duplicates in _duplicates(labels):  # show the part in which the names differ
+        group = [names[index] for index in duplicates]
+        prefix = _common_prefix_length(group)
+        suffix = _common_prefix_length([name[::-1] for name in group])
+        suffix = min(suffix, min(map(len, group)) - prefix)
+        for index, name in zip(duplicates, group, strict=True):
+            difference = shorten(name[prefix : len(name) - suffix], length // 2)
+            gap = "" if name[prefix - 1 : prefix + 1].isalnum() else " "
+            labels[index] = f"{shorten(name[:prefix], max(length - len(difference) - 2, 3))}{gap}{difference}…"
+    for duplicates in _duplicates(labels):  # from groups with the same difference
+        for index in duplicates:
+            number = f" #{index + 1}"
+            labels[index] = shorten(names[index], length - len(number)) + number
+    return labels
 
 
-def _twice(labels: Sequence[str]) -> list[list[int]]:
-    """Where the labels stand that there are more than once."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, label in enumerate(labels):
-        places[label].append(place)
-    return [those for those in places.values() if len(those) > 1]
+def _duplicates(labels: Sequence[str]) -> list[list[int]]:
+    """Indices of equal labels, for each label that occurs more than once."""
+    indices: dict[str, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        indices[label].append(index)
+    return [group for group in indices.values() if len(group) > 1]
 
 
-def _alike(names: Sequence[str]) -> int:
-    """With how many characters all of some names begin alike."""
-    return sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False)))
+def _common_prefix_length(names: Sequence[str]) -> int:
+    columns = zip(*names, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda characters: len(set(characters)) == 1, columns))
 
 
-def picture(figure: Figure) -> Image.Image:
-    """Draw a figure, RGB."""
+def render(figure: Figure) -> Image.Image:
+    """Render a figure as an RGB image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
-    with _any_script():
+    with _ignore_missing_glyphs():
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = False) -> Figure:
-    """Confusion matrix.
+    """Plot a confusion matrix.
 
     Args:
-        counts: Images by class, the rows, and by the class that they got, ``(C, C)``.
-        classes: Their names.
-        normalised: Show the share of each class's images, rather than their number.
+        counts: Images by true class (row) and predicted class (column), ``(C, C)``.
+        classes: Class names.
+        normalised: Normalise each row to a sum of 1.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
@@ -99,17 +100,17 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
     margin = 0.7 + longest * font * 0.0085
     figure, axes = _blank(max(side, 2.4) + margin + 0.9, max(side, 2.4) + margin + 0.5)
     values = counts / np.maximum(counts.sum(1, keepdims=True), 1) if normalised else counts
-    # Colours follow the root: or else what is right would leave all mistakes white.
+    # A square-root colour scale keeps rare errors visible beside the diagonal.
     norm = PowerNorm(0.5, 0, 1 if normalised else max(int(counts.max()), 1))
     image = axes.imshow(values, cmap="Blues", norm=norm)
     ticks = np.arange(0, count, math.ceil(count / LABELLED))
     labels = [names[tick] for tick in ticks]
-    turned = longest * font * 0.009 > cell * 0.95
-    axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if turned else 0)
+    too_wide = longest * font * 0.009 > cell * 0.95
+    axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if too_wide else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
-    what, right = "share of each true class" if normalised else "images", int(np.trace(counts))
-    axes.set_title(f"Confusion, {what}: {right:,} of {int(counts.sum()):,} right", fontsize=10)
+    unit, correct = "share of each true class" if normalised else "images", int(np.trace(counts))
+    axes.set_title(f"Confusion, {unit}: {correct:,} of {int(counts.sum()):,} correct", fontsize=10)
     if count <= ANNOTATED:
         size = min(font, cell * 22)
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -122,12 +123,12 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
 
 
 def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Scores of each class, those with the lowest F1 first; of many classes, the first hundred.
+    """Plot precision, recall and F1 of each class, lowest F1 first, at most 100 classes.
 
     Args:
         scores: ``precision``, ``recall`` and ``f1`` of each class, ``(C,)``.
-        images: Number of each class's images, ``(C,)``.
-        classes: Their names.
+        images: Number of images of each class, ``(C,)``.
+        classes: Class names.
     """
     order = np.argsort(scores["f1"], kind="stable")[:LABELLED]
     line = float(np.interp(len(order), (2, 10, LABELLED), (0.42, 0.32, 0.155)))
@@ -138,37 +139,38 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     size = (4.5 * font / 7) ** 2
     for name, marker, colour in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
         axes.scatter(scores[name][order], lines, s=size, marker=marker, color=colour, label=name, alpha=0.85)
-    names = disambiguate([classes[at] for at in order], 28)
-    axes.set_yticks(lines, [f"{name} ({images[at]:,})" for name, at in zip(names, order, strict=True)], fontsize=font)
+    names = disambiguate([classes[index] for index in order], 28)
+    labels = [f"{name} ({images[index]:,})" for name, index in zip(names, order, strict=True)]
+    axes.set_yticks(lines, labels, fontsize=font)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(order) - 0.4, -0.6))
-    which = "" if len(order) == len(classes) else f", the {len(order)} of {len(classes)} with the lowest F1"
-    axes.set_title(f"Each class (images){which}", fontsize=10, loc="left")
+    selection = "" if len(order) == len(classes) else f", the {len(order)} of {len(classes)} with the lowest F1"
+    axes.set_title(f"Scores per class (images){selection}", fontsize=10, loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False, handletextpad=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
-    """Reliability diagram (Guo et al., arXiv:1706.04599): how often predictions are right that are made with p.
+    """Plot a reliability diagram: accuracy per confidence bin (Guo et al., arXiv:1706.04599).
 
     Args:
         confidence: Probability of the predicted class, ``(N,)``.
-        correct: Whether it is the right one, ``(N,)``.
+        correct: Whether the prediction is correct, ``(N,)``.
     """
     from matplotlib.figure import Figure
 
     bins = calibration_bins(torch.from_numpy(confidence), torch.from_numpy(correct))
     error = float(calibration_error(bins))
     count, mean, accuracy = bins.numpy().T
-    mean, accuracy = (each / np.maximum(count, 1) for each in (mean, accuracy))
-    figure = Figure(figsize=(5, 5.6), dpi=DPI)  # laid out by hand: there are no names of unknown length
-    places = {"left": 0.13, "right": 0.97, "top": 0.94, "bottom": 0.15, "hspace": 0.18}
-    upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), gridspec_kw=places)
+    mean, accuracy = (total / np.maximum(count, 1) for total in (mean, accuracy))
+    figure = Figure(figsize=(5, 5.6), dpi=DPI)  # fixed layout: no labels of unknown length
+    layout = {"left": 0.13, "right": 0.97, "top": 0.94, "bottom": 0.15, "hspace": 0.18}
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), gridspec_kw=layout)
     middle, width = (np.arange(BINS) + 0.5) / BINS, 1 / BINS
-    there = count > 0
-    upper.bar(middle[there], accuracy[there], width, color="#8fc1e3", edgecolor="white", label="accuracy")
-    upper.plot(mean[there], accuracy[there], "o", color="#222222", markersize=3, label="at the mean confidence")
-    upper.plot([0, 1], [0, 1], color="#d98a00", linestyle="--", linewidth=1, label="as it should be")
+    filled = count > 0
+    upper.bar(middle[filled], accuracy[filled], width, color="#8fc1e3", edgecolor="white", label="accuracy")
+    upper.plot(mean[filled], accuracy[filled], "o", color="#222222", markersize=3, label="at the mean confidence")
+    upper.plot([0, 1], [0, 1], color="#d98a00", linestyle="--", linewidth=1, label="perfect calibration")
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     figure.legend(loc="lower center", ncols=3, fontsize=8, frameon=False)
     upper.set_title(f"Reliability: expected calibration error {error:.3f}", fontsize=10)
@@ -180,13 +182,13 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
 
 
 def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 6) -> Figure:
-    """Images in a grid, with a caption of one or two lines under each.
+    """Plot images in a grid with captions of one or two lines.
 
     Args:
-        images: uint8 ``(side, side, 3)`` each, all of one size.
-        captions: One each.
-        title: Above them.
-        columns: Images a line.
+        images: uint8 ``(side, side, 3)`` each, all of the same size.
+        captions: Caption of each image.
+        title: Title of the figure.
+        columns: Images per row.
     """
     columns = min(columns, max(len(images), 3))
     side = images[0].shape[0]
@@ -196,7 +198,8 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     width, height = columns * (side + gap) + gap, top + lines * (side + caption + gap)
     mosaic = np.full((height, width, 3), 255, np.uint8)
     corners = [
-        (top + at // columns * (side + caption + gap), gap + at % columns * (side + gap)) for at in range(len(images))
+        (top + index // columns * (side + caption + gap), gap + index % columns * (side + gap))
+        for index in range(len(images))
     ]
     for image, (y, x) in zip(images, corners, strict=True):
         mosaic[y : y + side, x : x + side] = image
@@ -208,26 +211,26 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     canvas: Any = FigureCanvasAgg(figure)
     style: dict[str, Any] = {"va": "top", "ha": "center", "linespacing": 1.15}
     for text, (y, x) in zip(captions, corners, strict=True):
-        written = figure.text((x + side / 2) / width, 1 - (y + side + 3) / height, text, **style)
-        for size in (7.5, 7, 6, 5, 4, 3):  # the largest that keeps clear of its neighbours
-            written.set_fontsize(size)
-            with _any_script():
-                if written.get_window_extent(canvas.get_renderer()).width <= side + gap / 2:
+        label = figure.text((x + side / 2) / width, 1 - (y + side + 3) / height, text, **style)
+        for size in (7.5, 7, 6, 5, 4, 3):  # the largest font that does not overlap the neighbours
+            label.set_fontsize(size)
+            with _ignore_missing_glyphs():
+                if label.get_window_extent(canvas.get_renderer()).width <= side + gap / 2:
                     break
     figure.text(gap / width, 1 - 8 / height, title, fontsize=10, va="top")
     return figure
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """Without a warning of names in scripts that matplotlib's font has not."""
+def _ignore_missing_glyphs() -> Iterator[None]:
+    """Suppress warnings about characters that matplotlib's font does not have."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with axes that leave room for their labels."""
+    """A figure of the given size in inches, and axes that leave room for their labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")

@@ -1,1 +1,1 @@
-"""What the frozen prefix makes of each image, computed once and kept on disk."""
+"""Feature store: outputs of the frozen prefix, computed once per image and view and stored on disk."""

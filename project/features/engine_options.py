@@ -1,4 +1,4 @@
-"""The engines that may compute the rows of a prefix, and the space that each would fill."""
+"""Engines that can compute the rows of a prefix, and the space that each one fills."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ import torch
 from project.errors import ConfigError
 from project.features import onnx_export
 from project.features.engines import DTYPES, Engine, EngineName, ExactEngine, OnnxEngine, Precision, TorchEngine
-from project.features.frozen_prefix import FrozenPrefix
-from project.features.store import Space, unwritable
-from project.models.backbone import Backbone
-from project.models.cut import Cut
+from project.features.frozen_prefix import FrozenPrefix, PrefixSpec
+from project.features.shard import file_sha256
+from project.features.store import Space, unwritable_error
 
-FORMAT = 1  # of what a row means
-#: Seconds to build: measured on two cores of a server CPU with ResNet50.
-STARTUP = {"torch": 0.3, "compile": 20.0, "onnxruntime": 6.0}
-#: What a trainer's precision allows rows to be computed in: full precision nothing less.
+FORMAT = 1  # version of the meaning of a row
+#: Approximate seconds to build an engine, measured with ResNet50 on two cores of a server CPU.
+STARTUP_SECONDS = {"torch": 0.3, "compile": 20.0, "onnxruntime": 6.0}
+#: Row precisions that a trainer precision allows: full precision unless listed.
 ALLOWED: Mapping[str, tuple[Precision, ...]] = {"bf16": ("bf16", "fp32"), "16": ("fp16", "fp32")}
-ONNX = ("onnxruntime", "onnx", "onnxscript")
+ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 INSTALL_ONNX = "pip install 'frozen-backbone[onnx]'"
 
 
 @dataclass(frozen=True)
 class EngineOption:
-    """An engine, and where its rows belong.
+    """An engine that can be used, and the space of its rows.
 
     Attributes:
-        name: Of the engine.
-        precision: That it computes in.
-        space: Its rows.
-        startup: Seconds that it takes to build, about.
-        build: Makes it.
+        name: Name of the engine.
+        precision: Precision of the computation.
+        space: Where its rows are stored.
+        startup: Approximate seconds to build it.
+        build: Builds the engine.
     """
 
     name: EngineName
@@ -54,40 +53,26 @@ class EngineOption:
 
 
 class EngineFactory:
-    """Makes the engines of one frozen prefix.
+    """Builds the engines of one frozen prefix.
 
     Args:
-        root: Folder of the store; exported networks are kept in it.
-        backbone: Whose frozen prefix.
-        cut: Where the prefix ends.
-        encode: Images on the device to rows, as the live model does it.
-        device: Where to compute.
-        task: What int8 is calibrated for, in a word: another task has its own calibration.
-        calibration: Makes the images that int8 is calibrated on, uint8 ``(N, 3, H, W)``.
-        layout: Memory format that ``encode`` gives its images.
+        root: Folder of the store, which also holds exported networks.
+        prefix: The frozen prefix.
+        task: Identifies the data that int8 is calibrated on: each task has its own calibration.
+        calibration: Returns the calibration images for int8, uint8 ``(N, 3, H, W)``.
+
+    Attributes:
+        network: Description of the prefix and the library versions; part of every space's description.
+        skipped: Why :meth:`options` has skipped an engine, to append to a message; empty if it has not.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        backbone: Backbone,
-        cut: Cut,
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        device: torch.device,
-        task: str,
-        calibration: Callable[[], torch.Tensor],
-        layout: str,
-    ) -> None:
+    def __init__(self, root: Path, prefix: PrefixSpec, task: str, calibration: Callable[[], torch.Tensor]) -> None:
         self._root = root
-        self._backbone = backbone
-        self._cut = cut
-        self._encode = encode
-        self._device = device
+        self._prefix = prefix
         self._task = task
         self._calibration = calibration
-        self._layout = layout
-        #: Why :meth:`options` left an engine out, to be added to a message; empty if it left out none.
-        self.left_out = ""
+        self.skipped = ""
+        backbone, cut = prefix.backbone, prefix.cut
         self.network: dict[str, Any] = {
             "format": FORMAT,
             "backbone": backbone.name,
@@ -97,117 +82,113 @@ class EngineFactory:
             "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),
         }
 
-    def options(
-        self, engine: EngineName | Literal["auto"], precision: Precision | None, trainer: str
-    ) -> list[EngineOption]:
-        """The engines that fit what was asked for, the preferred first.
+    def options(self, engine: EngineName | Literal["auto"], precision: Precision | None) -> list[EngineOption]:
+        """Engines that match a request, in order of preference.
 
         Args:
-            engine: A name, or ``auto``.
-            precision: One, or ``None`` for what the trainer's allows.
-            trainer: Lightning's name of the trainer's precision.
+            engine: Name of an engine, or ``auto``.
+            precision: A precision, or ``None`` for those that the trainer's precision allows.
 
         Raises:
-            ConfigError: None fits.
+            ConfigError: No engine matches.
         """
-        cpu = self._device.type == "cpu"
-        wanted = (precision,) if precision else ALLOWED.get(trainer.partition("-")[0], ("fp32",))
+        device = self._prefix.device.type
+        cpu = device == "cpu"
+        wanted = (precision,) if precision else ALLOWED.get(self._prefix.precision.partition("-")[0], ("fp32",))
         if cpu and not precision:
             wanted = tuple(p for p in wanted if p != "fp16")
-        offered: dict[EngineName, tuple[Precision, ...]] = {
+        supported: dict[EngineName, tuple[Precision, ...]] = {
             "torch": ("fp32", "bf16") if cpu else ("fp32", "bf16", "fp16"),
             "onnxruntime": ("fp32", "int8") if cpu else (),
             "compile": ("fp32", "bf16") if cpu else ("fp32", "bf16", "fp16"),
         }
-        names = list(offered) if engine == "auto" else [engine]
-        lacking = [name for name in ONNX if find_spec(name) is None]
-        if lacking and engine == "auto" and precision != "int8":
+        names = list(supported) if engine == "auto" else [engine]
+        missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+        needs = f"needs {', '.join(missing)}: {INSTALL_ONNX}"
+        if missing and engine == "auto" and precision != "int8":
             names.remove("onnxruntime")
-            if set(wanted) & set(offered["onnxruntime"]):
-                self.left_out = f"; onnxruntime is left out, it needs {', '.join(lacking)}: {INSTALL_ONNX}"
-        pairs = [(name, kind) for kind in wanted for name in names if kind in offered[name]]
+            if set(wanted) & set(supported["onnxruntime"]):
+                self.skipped = f"; onnxruntime skipped, {needs}"
+        pairs = [(name, kind) for kind in wanted for name in names if kind in supported[name]]
         if not pairs:
+            alternatives = " or ".join(sorted({kind for name in names for kind in supported[name]})) or "none"
             raise ConfigError(
-                f"features.engine {engine} has no precision {' or '.join(wanted)} on {self._device.type}, but "
-                f"{' or '.join(sorted({kind for name in names for kind in offered[name]})) or 'none'}."
+                f"features.engine {engine} does not support precision {' or '.join(wanted)} on {device}. "
+                f"Supported: {alternatives}."
             )
-        if lacking and ("onnxruntime" in [name for name, _ in pairs]):
-            raise ConfigError(f"features.engine onnxruntime needs {', '.join(lacking)}: {INSTALL_ONNX}")
+        if missing and any(name == "onnxruntime" for name, _ in pairs):
+            raise ConfigError(f"features.engine onnxruntime {needs}")
         return [self._option(name, kind) for name, kind in pairs]
 
     def _option(self, name: EngineName, precision: Precision) -> EngineOption:
-        made_by: dict[str, Any] = {"engine": name, "precision": precision, "device": self._device.type}
-        startup = STARTUP[name]
-        build: Callable[[], Engine]
+        prefix, startup = self._prefix, STARTUP_SECONDS[name]
+        made_by: dict[str, Any] = {"engine": name, "precision": precision, "device": prefix.device.type}
+        quantized = self._quantized() if precision == "int8" else None
+
+        def build() -> Engine:
+            if name == "onnxruntime":
+                return OnnxEngine(quantized or self._exported())
+            if name == "torch" and precision == "fp32":
+                return ExactEngine(prefix.encode, prefix.device)
+            copy = FrozenPrefix(prefix.backbone, prefix.cut, DTYPES[precision])
+            return TorchEngine(copy, prefix.device, compiled=name == "compile")
+
         if name == "onnxruntime":
-            made_by["versions"] = _versions(*ONNX)
-            file = self._file("")
-            startup = 0.3 if _is_sound(file) else startup
-            build = lambda: OnnxEngine(self._exported())  # noqa: E731
-            if precision == "int8":
-                quantized = self._quantized()  # before its rows are looked for: they are those of its scales
-                made_by["calibrated"] = hashlib.sha256(quantized.read_bytes()).hexdigest()
-                build = lambda: OnnxEngine(quantized)  # noqa: E731
+            made_by["versions"] = _versions(*ONNX_PACKAGES)
+            startup = 0.3 if _is_intact(self._network_file("")) else startup
+            if quantized:  # the calibration determines the rows, so it is part of their space
+                made_by["calibrated"] = file_sha256(quantized)
         elif name == "torch" and precision == "fp32":
-            made_by["layout"] = self._layout  # another one sums in another order
-            build = lambda: ExactEngine(self._encode, self._device)  # noqa: E731
-        else:
-            dtype = DTYPES[precision]
-            build = lambda: TorchEngine(FrozenPrefix(self._backbone, self._cut, dtype), self._device, name == "compile")  # noqa: E731
+            made_by["layout"] = prefix.layout  # sums are taken in another order for another memory format
         return EngineOption(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
 
     def reference(self) -> Engine:
         """An engine in full precision, to compare int8 with."""
         return OnnxEngine(self._exported())
 
-    def _file(self, kind: str) -> Path:
-        about = json.dumps([self.network, _versions(*ONNX), kind], sort_keys=True)
-        return self._root / "networks" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.onnx"
+    def _network_file(self, kind: str) -> Path:
+        text = json.dumps([self.network, _versions(*ONNX_PACKAGES), kind], sort_keys=True)
+        return self._root / "networks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.onnx"
 
     def _exported(self) -> Path:
-        file = self._file("")
-        if not _is_sound(file):
-            prefix = FrozenPrefix(self._backbone, self._cut, layout=torch.contiguous_format)
-            with _kept(file):
-                onnx_export.export(prefix, self._backbone.preprocessing.crop, file)
-                _seal(file)
+        file = self._network_file("")
+        if not _is_intact(file):
+            prefix = FrozenPrefix(self._prefix.backbone, self._prefix.cut, layout=torch.contiguous_format)
+            with _writing(file):
+                onnx_export.export(prefix, self._prefix.backbone.preprocessing.crop, file)
         return file
 
     def _quantized(self) -> Path:
-        file = self._file(f"int8 {self._task}")
-        if not _is_sound(file):
+        file = self._network_file(f"int8 {self._task}")
+        if not _is_intact(file):
             exported, images = self._exported(), self._calibration()
-            with _kept(file):
+            with _writing(file):
                 onnx_export.quantize(exported, images, file)
-                _seal(file)
         return file
 
 
-def _is_sound(file: Path) -> bool:
-    """Whether a network is what was written: a damaged one would fill the store with wrong rows under right keys."""
-    seal = file.with_suffix(".sha256")
-    return file.exists() and seal.exists() and seal.read_text() == hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _seal(file: Path) -> None:
-    file.with_suffix(".sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
+def _is_intact(file: Path) -> bool:
+    """Whether an exported network matches its checksum: a corrupt one would store wrong rows under valid keys."""
+    checksum = file.with_suffix(".sha256")
+    return file.exists() and checksum.exists() and checksum.read_text() == file_sha256(file)
 
 
 @contextmanager
-def _kept(file: Path) -> Iterator[None]:
-    """An error of the disk is one of the store's folder."""
+def _writing(file: Path) -> Iterator[None]:
+    """Write an exported network, then its checksum."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield
+        file.with_suffix(".sha256").write_text(file_sha256(file))
     except OSError as error:
-        raise unwritable(file.parent, error) from error
+        raise unwritable_error(file.parent, error) from error
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a package under another name, such as a build of onnxruntime for one device
-            found[name] = "unknown"
-    return found
+            versions[name] = version(name)
+        except PackageNotFoundError:  # installed under another name, such as onnxruntime-gpu
+            versions[name] = "unknown"
+    return versions

@@ -1,9 +1,8 @@
-"""Which engine computes the rows: the one that has them all soonest, on this machine, for this network.
+"""Engine selection: the engine with the lowest estimated total time on this machine, for this network.
 
-What counts is the whole time that is left: building the engine, and computing the rows that its own space lacks. So
-rows that are there decide by themselves, and no measurement, however noisy, can throw a good store away. Rates are
-remembered a machine and a network; one that is not known yet is measured, unless the machine's matrix products are too
-slow for it to win.
+The estimate covers building the engine and computing the rows missing from its space. Stored rows therefore take
+precedence: no measurement, however noisy, discards a filled store. Measured rates are saved per machine and network.
+An engine without a saved rate is measured, unless the machine's matrix-product throughput shows that it cannot win.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from project.features.engine_options import EngineOption
 from project.features.engines import DTYPES, Engine, Precision
 from project.models.backbone import Backbone
 from project.models.cut import Cut
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 
-SLACK = 1.25  # how much faster than the matrix product that is measured here an engine has been seen to be
-MEASURING = 0.4  # seconds
-MOST = 1024  # images a call on a GPU
+SLACK = 1.25  # highest observed ratio of an engine's FLOP rate to that of the matrix product
+MEASURE_SECONDS = 0.4
+MAX_BATCH = 1024  # images per call on a GPU
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What was chosen.
+    """Result of the selection.
 
     Attributes:
-        index: Of the one among the options.
-        engine: Built already, where it was measured.
-        reason: Why, in words.
+        index: Index of the chosen option.
+        engine: The engine, if it was built to be measured.
+        reason: Explanation for the log.
     """
 
     index: int
@@ -52,11 +51,11 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image costs.
+    """Cost of one image.
 
     Attributes:
-        flops: Floating-point operations, a multiplication and an addition counted as two.
-        shape: Of its row.
+        flops: Floating-point operations; a multiply-add counts as two.
+        shape: Shape of its row.
     """
 
     flops: int
@@ -64,12 +63,12 @@ class ImageCost:
 
     @property
     def elements(self) -> int:
-        """Numbers in a row."""
+        """Number of elements in a row."""
         return math.prod(self.shape)
 
 
 def cost(backbone: Backbone, cut: Cut, device: torch.device) -> ImageCost:
-    """Count what the frozen prefix does to one image, by running it."""
+    """Count the operations of the frozen prefix by running it."""
     size = backbone.preprocessing.crop
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), cut)
@@ -84,34 +83,34 @@ def choose(
     device: torch.device,
     rates: RateFile,
 ) -> EngineChoice:
-    """Choose among engines.
+    """Choose an engine.
 
     Args:
-        options: One at least, the preferred first.
-        missing: Rows that the space of each lacks.
-        images: Makes some images to measure with, uint8 ``(B, 3, H, W)``.
-        flops: Of one image.
-        device: Where they compute.
-        rates: What is known of them, and is to be remembered.
+        options: At least one option, in order of preference.
+        missing: Number of rows missing from the space of each option.
+        images: Returns images to measure with, uint8 ``(B, 3, H, W)``.
+        flops: Floating-point operations per image.
+        device: Device of the engines.
+        rates: Saved rates; new measurements are added.
     """
     if 0 in missing:
         return EngineChoice(missing.index(0), None, "all rows are stored")
     if len(options) == 1:
-        return EngineChoice(0, None, "it was asked for, or is the only one")
-    ceilings = {precision: ceiling(precision, device) for precision in {option.precision for option in options}}
+        return EngineChoice(0, None, "the only candidate")
+    peak = {precision: matmul_flops(precision, device) for precision in {option.precision for option in options}}
     built: dict[int, Engine] = {}
     seconds: dict[int, float] = {}
-    told: list[str] = []
+    notes: list[str] = []
     sample: torch.Tensor | None = None
-    least = [
-        option.startup + count * flops / (SLACK * ceilings[option.precision])
+    lower_bounds = [
+        option.startup + count * flops / (SLACK * peak[option.precision])
         for option, count in zip(options, missing, strict=True)
     ]
-    for index in sorted(range(len(options)), key=least.__getitem__):
+    for index in sorted(range(len(options)), key=lower_bounds.__getitem__):
         option = options[index]
         rate = rates.get(str(option))
-        if rate is None and seconds and least[index] >= min(seconds.values()):
-            told.append(f"{option} could not pay")
+        if rate is None and seconds and lower_bounds[index] >= min(seconds.values()):
+            notes.append(f"{option} cannot be faster")
             continue
         if rate is None:
             sample = images() if sample is None else sample
@@ -120,40 +119,38 @@ def choose(
                 rate = measure(built[index], sample)
             except (StoreError, DataError):
                 raise
-            except Exception as error:  # whatever an exporter or a compiler raises: there are other engines
-                words = str(error).strip().partition("\n")[0][:80]
-                told.append(f"{option} cannot be built ({type(error).__name__}: {words})")
+            except Exception as error:  # anything: exporters and compilers raise many types
+                message = str(error).strip().partition("\n")[0][:80]
+                notes.append(f"{option} cannot be built ({type(error).__name__}: {message})")
                 continue
             rates.put(str(option), rate)
         startup = 0.0 if index in built else option.startup
         seconds[index] = startup + missing[index] / rate
-        told.append(f"{option} {rate:.0f} images/s")
-    if not seconds:
-        return EngineChoice(0, None, "; ".join(told))
-    best = min(seconds, key=lambda index: seconds[index])
-    return EngineChoice(best, built.get(best), "; ".join(told))
+        notes.append(f"{option} {rate:.0f} images/s")
+    best = min(seconds, key=seconds.__getitem__, default=0)  # if none can be built, the first one reports why
+    return EngineChoice(best, built.get(best) if seconds else None, "; ".join(notes))
 
 
 def measure(engine: Engine, images: torch.Tensor) -> float:
-    """Images a second of an engine alone, decoding left out. The batch of a GPU grows meanwhile, while that pays.
+    """Measure an engine in images per second, without decoding; tune its batch size if it allows that.
 
     Args:
-        engine: What is measured.
-        images: uint8 ``(B, 3, H, W)``, repeated as needed.
+        engine: The engine. Its batch size is doubled while that makes it faster.
+        images: uint8 ``(B, 3, H, W)``, repeated to fill a batch.
     """
     threads = torch.get_num_threads()
-    lanes = threads if engine.side_by_side else 1
+    workers = threads if engine.single_threaded else 1
     best, rate = engine.batch_size, 0.0
-    with ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (1 if engine.side_by_side else threads,)) as pool:
+    with ThreadPoolExecutor(workers, "engine", torch.set_num_threads, (threads // workers,)) as pool:
         try:
             while True:
                 size = engine.batch_size
                 batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
-                now = _time(pool, lanes, lambda _, batch=batch: engine(batch), size)  # type: ignore[misc]
-                if engine.grows and now < rate * 1.05:
+                current = _rate(pool, workers, lambda _, batch=batch: engine(batch), size)  # type: ignore[misc]
+                if engine.tunes_batch_size and current < rate * 1.05:
                     break
-                best, rate = size, now
-                if not engine.grows or size >= MOST:
+                best, rate = size, current
+                if not engine.tunes_batch_size or size >= MAX_BATCH:
                     break
                 engine.batch_size *= 2
         except torch.OutOfMemoryError:
@@ -166,76 +163,73 @@ def measure(engine: Engine, images: torch.Tensor) -> float:
     return rate
 
 
-def _time(pool: ThreadPoolExecutor, lanes: int, call: Callable[[int], Any], size: int) -> float:
-    list(pool.map(call, range(lanes)))  # warm
+def _rate(pool: ThreadPoolExecutor, workers: int, call: Callable[[int], Any], size: int) -> float:
+    list(pool.map(call, range(workers)))  # warm-up
     began, best, rounds = time.perf_counter(), 0.0, 0
-    while time.perf_counter() - began < MEASURING or rounds < 2:
+    while time.perf_counter() - began < MEASURE_SECONDS or rounds < 2:
         start = time.perf_counter()
-        list(pool.map(call, range(lanes)))
-        best = max(best, lanes * size / (time.perf_counter() - start))  # what else runs here only ever makes it slower
+        list(pool.map(call, range(workers)))
+        best = max(best, workers * size / (time.perf_counter() - start))  # other load only makes a round slower
         rounds += 1
     return best
 
 
-def ceiling(precision: Precision, device: torch.device) -> float:
-    """Floating-point operations a second of a matrix product: what no network gets far beyond.
+def matmul_flops(precision: Precision, device: torch.device) -> float:
+    """Floating-point operations per second of a matrix product: a practical upper bound for any network.
 
     Args:
-        precision: Of the factors; int8 is taken for four times float32.
-        device: Where.
+        precision: Data type of the factors; int8 counts as four times float32.
+        device: Device to measure.
     """
-    dtype, times = (torch.float32, 4) if precision == "int8" else (DTYPES[precision], 1)
+    dtype, factor = (torch.float32, 4) if precision == "int8" else (DTYPES[precision], 1)
     side, rounds = (1024, 3) if device.type == "cpu" else (8192, 5)
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     best = 0.0
     for _ in range(rounds):
         began = time.perf_counter()
-        float((left @ right)[0, 0])  # waits for the device
+        float((left @ right)[0, 0])  # synchronizes with the device
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
-    return times * best
+    return factor * best
 
 
 class RateFile:
-    """Images a second of each engine, remembered in a file.
+    """JSON file with the measured images per second of each engine.
 
     Args:
-        path: The file; ``None`` remembers nothing.
-        network: What they are rates of, besides this machine.
-        device: Where it computes.
+        path: The file.
+        network: Identifies the network and its input size.
+        device: Device of the engines.
     """
 
-    def __init__(self, path: Path | None, network: str, device: torch.device) -> None:
+    def __init__(self, path: Path, network: str, device: torch.device) -> None:
         self._path = path
-        self._key = f"{machine(device)}, {network}"
+        self._key = f"{machine_name(device)}, {network}"
 
     def get(self, engine: str) -> float | None:
-        """The rate of an engine, if it is known."""
+        """The saved rate of an engine, or ``None``."""
         value = self._read().get(self._key, {}).get(engine)
         return float(value) if isinstance(value, (int, float)) and value > 0 else None
 
     def put(self, engine: str, rate: float) -> None:
-        """Remember the rate of an engine. Where the folder cannot be written, it is measured again next time."""
-        if self._path is None:
-            return
-        known = self._read()
-        known.setdefault(self._key, {})[engine] = round(rate, 2)
-        # It is no more than a note; the rows that follow say what is wrong with the folder.
-        with contextlib.suppress(OSError), replacing(self._path) as temporary:
-            temporary.write_text(json.dumps(known, indent=1))
+        """Save the rate of an engine. A folder that cannot be written is ignored: writing rows to it reports that."""
+        rates = self._read()
+        rates.setdefault(self._key, {})[engine] = round(rate, 2)
+        with contextlib.suppress(OSError), atomic_write(self._path) as temporary:
+            temporary.write_text(json.dumps(rates, indent=1))
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if self._path is None or not self._path.is_file():
+        if not self._path.is_file():
             return {}
         try:
-            known: dict[str, dict[str, Any]] = json.loads(self._path.read_text())
-        except ValueError:  # damaged: what is in it can be measured again
+            content = json.loads(self._path.read_text())
+        except ValueError:  # corrupt: measure again
             return {}
-        known = known if isinstance(known, dict) else {}
-        return {key: rates for key, rates in known.items() if isinstance(rates, dict)}
+        content = content if isinstance(content, dict) else {}
+        return {key: rates for key, rates in content.items() if isinstance(rates, dict)}
 
 
-def machine(device: torch.device) -> str:
-    """What tells this machine from others that are faster or slower."""
+def machine_name(device: torch.device) -> str:
+    """Identifies hardware and torch version, so that rates are not reused on a different machine."""
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     else:

@@ -1,8 +1,8 @@
-"""The fast inference copy of a frozen prefix: the same rows, computed by the engine that a machine is best at.
+"""Inference engines: compute the rows of a frozen prefix with PyTorch, torch.compile or ONNX Runtime.
 
-An engine takes uint8 images ``(B, 3, H, W)`` and gives rows at the cut. On a CPU the fast ones compute on one thread a
-call, and as many calls run side by side as there are cores: nothing waits for the slowest of several threads, and one
-call's images are decoded while another computes, without more threads than cores.
+An engine maps uint8 images ``(B, 3, H, W)`` to rows at the cut. On a CPU, most engines use one thread per call, and
+one call runs per core: no core waits for the slowest of several threads, and some calls decode images while others
+compute, without using more threads than cores.
 """
 
 from __future__ import annotations
@@ -25,128 +25,125 @@ EngineName = Literal["torch", "compile", "onnxruntime"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Images a call. On a CPU a batch whose activations fit the cache is the fastest; a GPU's is found by measurement.
-LANE_BATCH = 8
-BATCH = 32
-#: On a GPU, of a network that would be compiled anew for each size that is tried.
-COMPILED_BATCH = 128
-#: Batches that are decoded while a GPU computes.
-AHEAD = 3
+#: Batch sizes. On a CPU, batches whose activations fit into the cache are fastest.
+SINGLE_THREAD_BATCH = 8
+BATCH = 32  # on a GPU, the initial value: the best one is measured
+COMPILED_GPU_BATCH = 128  # fixed: every other size would be compiled separately
+#: Batches to decode while a GPU computes.
+PREFETCH_BATCHES = 3
 
 
 class Engine(Protocol):
     """Computes rows at the cut.
 
     Attributes:
-        side_by_side: A call uses one thread, and calls are made from several threads at once.
-        batch_size: Images a call.
-        grows: Larger batches may be faster, as on a GPU: ``batch_size`` can be set.
-        ahead: Batches that are worth decoding while one is computed: none where both need the same cores.
+        single_threaded: Each call uses one thread, so several threads may call the engine concurrently.
+        batch_size: Images per call.
+        tunes_batch_size: Larger batches may be faster, as on a GPU, so ``batch_size`` may be increased.
+        prefetch: Number of batches to decode while one is computed; 0 if both compete for the same cores.
     """
 
-    side_by_side: bool
+    single_threaded: bool
     batch_size: int
-    grows: bool
-    ahead: int
+    tunes_batch_size: bool
+    prefetch: int
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map uint8 images ``(B, 3, H, W)``, on the CPU, to rows on the CPU."""
 
 
 class ExactEngine:
-    """The network itself, as a live fit in full precision runs it: its rows are the same to the bit.
+    """The backbone itself in full precision: rows are bit-identical to those of a live fit.
 
     Args:
-        encode: Images ``(B, 3, H, W)`` on the device to rows.
-        device: Where the network is.
+        encode: Maps images ``(B, 3, H, W)`` on the device to rows.
+        device: Device of the backbone.
     """
 
-    side_by_side = False
+    single_threaded = False
     batch_size = BATCH
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
-        self.grows = device.type != "cpu"
-        self.ahead = AHEAD if self.grows else 0
+        self.tunes_batch_size = device.type != "cpu"
+        self.prefetch = PREFETCH_BATCHES if self.tunes_batch_size else 0
         self._encode = encode
         self._device = device
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Rows of images. A batch is filled up: in a small one, oneDNN sums in another order."""
+        """Rows of images. A partial batch is padded: oneDNN sums small batches in a different order."""
         count = len(images)
-        whole = images
+        batch = images
         if count < self.batch_size:
-            whole = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled, it would not be the network
-            return self._encode(whole.to(self._device, non_blocking=True))[:count].cpu()
+            batch = images.repeat(-(-self.batch_size // count), 1, 1, 1)[: self.batch_size]
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # a compiled backbone differs in bits
+            return self._encode(batch.to(self._device, non_blocking=True))[:count].cpu()
 
 
 class TorchEngine:
-    """A folded copy in channels_last, compiled or not; on a CPU one thread a call.
+    """A folded copy of the prefix in channels_last, optionally compiled; one thread per call on a CPU.
 
     Args:
         prefix: The copy.
-        device: Where it runs.
-        compiled: Whether to run it through ``torch.compile``; on a CPU with inductor's freezing.
+        device: Device to run on.
+        compiled: Whether to use ``torch.compile``, with inductor's freezing on a CPU.
     """
 
     def __init__(self, prefix: FrozenPrefix, device: torch.device, compiled: bool) -> None:
-        self.side_by_side = device.type == "cpu"
-        self.batch_size = LANE_BATCH if self.side_by_side else COMPILED_BATCH if compiled else BATCH
-        self.grows = not self.side_by_side and not compiled
-        self.ahead = 0 if self.side_by_side else AHEAD
+        self.single_threaded = device.type == "cpu"
+        self.batch_size = SINGLE_THREAD_BATCH if self.single_threaded else COMPILED_GPU_BATCH if compiled else BATCH
+        self.tunes_batch_size = not self.single_threaded and not compiled
+        self.prefetch = 0 if self.single_threaded else PREFETCH_BATCHES
         self._device = device
-        self._run: Callable[[torch.Tensor], torch.Tensor] = prefix.to(device)
-        self._compiling = threading.Lock()
-        self._compiled = False
-        if compiled:
-            self._prefix = self._run
-            self._run = self._first_call
+        self._prefix = prefix.to(device)
+        self._compiled = compiled
+        self._run: Callable[[torch.Tensor], torch.Tensor] | None = None if compiled else self._prefix
+        self._lock = threading.Lock()
 
-    def _first_call(self, images: torch.Tensor) -> torch.Tensor:
-        """Compile for whole batches; other threads wait."""
+    def _compile(self, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Compile for full batches; concurrent callers wait."""
         import torch._inductor.config as inductor
 
-        with self._compiling:
-            if not self._compiled:
+        with self._lock:
+            if self._run is None:
                 run = torch.compile(self._prefix, dynamic=False)
-                options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.side_by_side else {}
+                options: dict[str, Any] = {"freezing": True, "cpp.threads": 1} if self.single_threaded else {}
                 try:
-                    with quiet(), inductor.patch(options):
+                    with suppress_output(), inductor.patch(options):
                         run(images)
-                except Exception as error:  # whatever the compiler, or the lack of one, raises
-                    why = str(error).strip().partition("\n")[0][:150]
+                except Exception as error:  # anything: inductor, or a missing compiler
+                    reason = str(error).strip().partition("\n")[0][:150]
                     raise EngineError(
-                        f"features.engine: torch.compile fails here: {why}. Use another engine, such as torch, or auto."
+                        f"features.engine: torch.compile failed: {reason}. Use another engine, such as torch, or auto."
                     ) from error
                 self._run = run
-                self._compiled = True
-        return self._run(images)
+            return self._run
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Rows of images. A batch that is not full is filled up where each size would be compiled anew."""
+        """Rows of images. A compiled engine pads partial batches, since each size would be compiled separately."""
         count = len(images)
-        if hasattr(self, "_prefix") and count < self.batch_size:
+        if self._compiled and count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
-        # no_grad rather than inference_mode: inductor freezes under it alone
+        # no_grad rather than inference_mode, under which inductor does not freeze
         with torch.no_grad():
             if self._device.type == "cuda" and not images.is_pinned():
                 images = images.pin_memory()
-            images = images.to(self._device, non_blocking=True)
-            rows = self._run(images.contiguous(memory_format=torch.channels_last))
+            images = images.to(self._device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            run = self._compile(images) if self._run is None else self._run
+            rows = run(images)
         return rows[:count].cpu()
 
 
 class OnnxEngine:
-    """ONNX Runtime on the CPU, one thread a call.
+    """ONNX Runtime on the CPU, one thread per call.
 
     Args:
-        path: The network, as ``project.features.onnx_export`` writes it.
+        path: ONNX file written by ``project.features.onnx_export``.
     """
 
-    side_by_side = True
-    batch_size = LANE_BATCH
-    grows = False
-    ahead = 0
+    single_threaded = True
+    batch_size = SINGLE_THREAD_BATCH
+    tunes_batch_size = False
+    prefetch = 0
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -165,8 +162,8 @@ class OnnxEngine:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters and compilers say much that is nothing to the user; their errors are exceptions all the same."""
+def suppress_output() -> Iterator[None]:
+    """Silence logs, warnings and prints of exporters and compilers; their errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

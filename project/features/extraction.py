@@ -1,4 +1,4 @@
-"""The prefix over images: decoded, transformed, computed, and written as it goes."""
+"""Extraction: decode and transform images, compute their rows, and write the rows to the store."""
 
 from __future__ import annotations
 
@@ -21,103 +21,93 @@ from project.data.sources.base import Source
 from project.errors import ProjectError
 from project.features.engines import Engine
 from project.features.row_index import Keys
-from project.features.store import SHARD, Space
+from project.features.store import SHARD_BYTES, Space
 from project.features.views import View, Views, load_image
 from project.runtime.signals import ignore_signals
 from project.runtime.system import cores, shared_memory
 
-FLUSH = 15.0  # seconds of work that a killed run may lose
-PART = 32  # images that a process decodes at a time; batches of a GPU are multiples of it
-MANY = 1024  # images: threads take about as long for these as processes with their start, 0.7 s for 16 of them
-PREFETCH = 4  # parts that each process decodes ahead
+FLUSH_SECONDS = 15.0  # seconds of work that a killed run may lose
+WORKER_BATCH = 32  # images that a worker process decodes at a time; engine batches must be multiples of it
+MIN_IMAGES_FOR_WORKERS = 1024  # below this, threads are as fast: starting 16 processes takes 0.7 s
+PREFETCH_FACTOR = 4  # batches that each worker process decodes ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def load_once(source: Source, known: dict[bytes, torch.Tensor], view: View) -> torch.Tensor:
-    """Read, decode and transform a view, uint8 ``(3, H, W)``; images that measured an engine are not read again.
-
-    Args:
-        source: Reads the image.
-        known: Images by the keys of their rows; each is taken out as it is used.
-        view: Which.
-    """
-    image = known.pop(view.key, None)
-    return load_image(source, view) if image is None else image
-
-
-def run(
+def compute_rows(
     engine: Engine, images: Sequence[View], load: Callable[[View], torch.Tensor], workers: int = 0
 ) -> Iterator[tuple[Sequence[View], torch.Tensor]]:
     """Compute the rows of images, in order.
 
-    Decoding and computing never have more threads than there are cores: an engine whose calls run side by side decodes
-    a batch on the thread that computes it; a GPU is fed by threads or processes that decode ahead of it; and one that
-    takes all cores of a CPU at once takes turns with the decoding.
+    Decoding and computing together never use more threads than there are cores. A single-threaded engine decodes each
+    batch in the thread that computes it. A GPU is fed by threads or processes that decode ahead. An engine that uses
+    all cores of a CPU alternates with decoding.
 
     Args:
-        engine: What computes.
-        images: What of.
-        load: Reads one, uint8 ``(3, H, W)``; called from several threads or processes.
-        workers: Processes that decode ahead of a GPU; 0 for threads. Threads start at once but share one interpreter
-            lock: on 16 cores they decode 800 images/s, where processes decode 3,500.
+        engine: Computes the rows.
+        images: Images to compute.
+        load: Loads one image, uint8 ``(3, H, W)``; called concurrently from threads or processes.
+        workers: Processes that decode for a GPU; 0 for threads. Threads start at once but share the GIL: on 16 cores
+            they decode 800 images/s, processes 3,500.
 
     Yields:
         A batch of images, and its rows.
     """
 
     def batches() -> Iterator[Sequence[View]]:
-        for at in range(0, len(images), engine.batch_size):
-            yield images[at : at + engine.batch_size]
+        for begin in range(0, len(images), engine.batch_size):
+            yield images[begin : begin + engine.batch_size]
 
     threads = torch.get_num_threads()
 
-    def lane(batch: Sequence[View]) -> torch.Tensor:
+    def decode_and_compute(batch: Sequence[View]) -> torch.Tensor:
         return engine(torch.stack([load(image) for image in batch]))
 
-    def decode(batch: Sequence[View]) -> Callable[[], torch.Tensor]:
-        parts = from_processes
-        if parts is None:
+    def start_decoding(batch: Sequence[View]) -> Callable[[], torch.Tensor]:
+        parts: Iterable[torch.Tensor]
+        if worker_batches is not None:
+            parts = worker_batches
+        else:
             pending = [pool.submit(load, image) for image in batch]
             parts = (future.result()[None] for future in pending)
-        # Put together on a thread of its own, so that a GPU does not wait for it.
-        return together.submit(_fill, parts, len(batch), pin).result
+        # Concatenated in a separate thread, so that a GPU does not wait for it.
+        return collator.submit(_concatenate, parts, len(batch), pin).result
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        if engine.side_by_side:
-            pool = ThreadPoolExecutor(threads, "lane", torch.set_num_threads, (1,))
-            results = _ahead(lambda batch: pool.submit(lane, batch).result, batches(), threads)
+        if engine.single_threaded:
+            pool = ThreadPoolExecutor(threads, "engine", torch.set_num_threads, (1,))
+            results = _prefetch(lambda batch: pool.submit(decode_and_compute, batch).result, batches(), threads)
         else:
             pool = ThreadPoolExecutor(cores(), "decode")
-            from_processes = _from_processes(images, load, workers) if workers else None
-            if from_processes is not None:
-                stack.callback(from_processes.close)
-            together = ThreadPoolExecutor(1, "together")
-            stack.callback(together.shutdown, cancel_futures=True)
-            pin = engine.ahead > 0 and torch.cuda.is_available()
-            results = map(engine, _ahead(decode, batches(), engine.ahead))
+            worker_batches = _decode_in_workers(images, load, workers) if workers else None
+            if worker_batches is not None:
+                stack.callback(worker_batches.close)
+            collator = ThreadPoolExecutor(1, "collate")
+            stack.callback(collator.shutdown, cancel_futures=True)
+            pin = engine.prefetch > 0 and torch.cuda.is_available()
+            results = map(engine, _prefetch(start_decoding, batches(), engine.prefetch))
         stack.callback(pool.shutdown, cancel_futures=True)
         yield from zip(batches(), results, strict=True)
 
 
-def _from_processes(
+def _decode_in_workers(
     images: Sequence[View], load: Callable[[View], torch.Tensor], workers: int
 ) -> Generator[torch.Tensor]:
-    """Decoded images ``(B, 3, H, W)`` in order, a few at a time: what is under way lies in shared memory."""
+    """Decoded images in order, in batches ``(B, 3, H, W)`` in shared memory."""
     yield from ImageLoader(
-        _Decoded(images, load),
-        batch_size=PART,
+        _DecodedImages(images, load),
+        batch_size=WORKER_BATCH,
         num_workers=workers,
-        prefetch_factor=PREFETCH,
+        prefetch_factor=PREFETCH_FACTOR,
         collate_fn=collate,
         worker_init_fn=ignore_signals,
     )
 
 
-class _Decoded(Dataset[torch.Tensor]):
-    """Decoded images, for the processes of a DataLoader."""
+class _DecodedImages(Dataset[torch.Tensor]):
+    """Decoded images, for the workers of a DataLoader."""
 
     def __init__(self, images: Sequence[View], load: Callable[[View], torch.Tensor]) -> None:
         self._images = images
@@ -127,35 +117,35 @@ class _Decoded(Dataset[torch.Tensor]):
         return len(self._images)
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor | ProjectError]:
-        """Decoded images ``(3, H, W)``; an error is an item: see :class:`~project.data.dataset.ImageLoader`."""
+        """Decoded images ``(3, H, W)``, or the error: :class:`~project.data.dataset.ImageLoader` raises it."""
         try:
             return [self._load(self._images[index]) for index in indices]
         except ProjectError as error:
             return [error]
 
 
-def _fill(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.Tensor:
-    """The next so many images as one batch ``(B, 3, H, W)``, page-locked for a GPU; parts end where batches do."""
-    batch, at = torch.empty(0), 0
+def _concatenate(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.Tensor:
+    """Take parts until they fill a batch ``(B, 3, H, W)``, page-locked for a GPU; parts never span two batches."""
+    batch, filled = torch.empty(0), 0
     for part in parts:
-        if at == 0:
+        if filled == 0:
             batch = torch.empty((count, *part.shape[1:]), dtype=part.dtype, pin_memory=pin)
-        batch[at : at + len(part)] = part
-        at += len(part)
-        if at == count:
+        batch[filled : filled + len(part)] = part
+        filled += len(part)
+        if filled == count:
             break
     return batch
 
 
-def _ahead(start: Callable[[T], Callable[[], R]], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results in order, while so many of the next items are under way."""
-    waiting: deque[Callable[[], R]] = deque()
+def _prefetch(start: Callable[[T], Callable[[], R]], items: Iterable[T], depth: int) -> Iterator[R]:
+    """Results in order, while the next ``depth`` items are being computed."""
+    pending: deque[Callable[[], R]] = deque()
     for item in items:
-        waiting.append(start(item))
-        if len(waiting) > ahead:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
+        pending.append(start(item))
+        if len(pending) > depth:
+            yield pending.popleft()()
+    while pending:
+        yield pending.popleft()()
 
 
 def extract(
@@ -163,66 +153,72 @@ def extract(
     images: Views,
     source: Source,
     space: Space,
-    shard: int = SHARD,
-    done: Callable[[int], None] = lambda count: None,
-    known: dict[bytes, torch.Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_batch: Callable[[int], None] = lambda count: None,
+    preloaded: dict[bytes, torch.Tensor] | None = None,
 ) -> None:
-    """Compute rows and write them to a space, some at a time: what is written when a run is killed is not lost.
+    """Compute rows and write them to a space, shard by shard, so that a killed run keeps what it has written.
 
     Args:
-        engine: What computes.
-        images: What of, each key once.
-        source: Reads them.
-        space: Where the rows go.
-        shard: Bytes to write at a time, about.
-        done: Called after each batch with its number of images.
-        known: Images that are read already, by the keys of their rows.
+        engine: Computes the rows.
+        images: Images to compute, without duplicate keys.
+        source: Reads the images.
+        space: Where the rows are written.
+        shard_bytes: Approximate size of a shard.
+        on_batch: Called after each batch with its number of images.
+        preloaded: Images that are loaded already, by row key; each is removed when used.
 
     Raises:
         DataError: An image cannot be read.
         StoreError: The rows cannot be written.
     """
-    workers = _workers(source, images) if engine.ahead and engine.batch_size % PART == 0 else 0
+    workers = _worker_count(source, images) if engine.prefetch and engine.batch_size % WORKER_BATCH == 0 else 0
     keys: list[Keys] = []
     count = 0
     rows = torch.empty(0)
-    written = time.monotonic()
+    flushed = time.monotonic()
 
     def flush() -> None:
-        nonlocal keys, count, written
+        nonlocal keys, count, flushed
         if keys:
             space.write(np.concatenate(keys), rows[:count])
-        keys, count, written = [], 0, time.monotonic()
+        keys, count, flushed = [], 0, time.monotonic()
 
+    load = functools.partial(_load_or_pop, source, preloaded or {})
     try:
-        for batch, computed in run(engine, images, functools.partial(load_once, source, known or {}), workers):
+        for batch, computed in compute_rows(engine, images, load, workers):
             if count + len(computed) > len(rows):
                 flush()
-                size = max(shard // (computed[0].numel() * computed.element_size()), len(computed))
+                size = max(shard_bytes // (computed[0].numel() * computed.element_size()), len(computed))
                 if len(rows) < size:
                     rows = torch.empty((size, *computed.shape[1:]), dtype=computed.dtype)
             rows[count : count + len(computed)] = computed
-            assert isinstance(batch, Views)  # a part of the images
+            assert isinstance(batch, Views)  # a slice of the images
             keys.append(batch.keys)
             count += len(computed)
-            done(len(batch))
-            if time.monotonic() - written > FLUSH:
+            on_batch(len(batch))
+            if time.monotonic() - flushed > FLUSH_SECONDS:
                 flush()
     finally:
         flush()
 
 
-def _workers(source: Source, images: Sequence[View]) -> int:
-    """How many processes decode for a GPU; 0 where threads are better, or all that there can be."""
-    # A source whose reads depend on each other has something open that processes cannot share; and where processes do
-    # not begin as forks, each would get a copy of all images first.
+def _load_or_pop(source: Source, preloaded: dict[bytes, torch.Tensor], view: View) -> torch.Tensor:
+    image = preloaded.pop(view.key, None)
+    return load_image(source, view) if image is None else image
+
+
+def _worker_count(source: Source, images: Sequence[View]) -> int:
+    """Number of processes that decode for a GPU; 0 if threads are better, or processes impossible."""
+    # A source with its own prefetch holds open resources that processes cannot share. Without fork, each process would
+    # first receive a copy of all images.
     if (
-        len(images) < MANY
+        len(images) < MIN_IMAGES_FOR_WORKERS
         or source.decoder.prefetch is not Source.prefetch
         or multiprocessing.get_start_method() != "fork"
     ):
         return 0
     workers = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    under_way = workers * PREFETCH * PART * load_image(source, images[0]).numel()
-    # Where it does not fit, as in containers with 64 MB of it, a DataLoader waits for ever.
-    return workers if shared_memory() > 2 * under_way else 0
+    prefetched_bytes = workers * PREFETCH_FACTOR * WORKER_BATCH * load_image(source, images[0]).numel()
+    # A DataLoader hangs when shared memory is full, as in containers that have 64 MB of it.
+    return workers if shared_memory() > 2 * prefetched_bytes else 0

@@ -1,9 +1,10 @@
-"""A copy of a backbone's frozen stages for inference: normalisation included, BatchNorm folded."""
+"""The frozen prefix of a backbone: how to run it, and an inference copy with folded BatchNorm."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,35 @@ from project.models.backbone import Backbone
 from project.models.cut import Cut
 
 
+@dataclass(frozen=True)
+class PrefixSpec:
+    """A frozen prefix, and the device, precision and memory format to run it with.
+
+    Attributes:
+        backbone: The backbone.
+        cut: Where the prefix ends.
+        encode: Maps images on ``device`` to rows, exactly as a live fit does.
+        layout: Memory format of the images in ``encode``: ``channels_last`` or ``contiguous``.
+        device: Device of the backbone.
+        precision: Trainer precision, such as ``32-true`` or ``bf16-mixed``.
+    """
+
+    backbone: Backbone
+    cut: Cut
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    layout: str
+    device: torch.device
+    precision: str
+
+
 class FrozenPrefix(nn.Module):
-    """A copy of a backbone's frozen stages with its normalisation: uint8 images ``(B, 3, H, W)`` to rows at the cut.
+    """Inference copy of the frozen stages, normalization included: uint8 images ``(B, 3, H, W)`` to rows at the cut.
 
     Args:
-        backbone: What is copied, onto the CPU.
+        backbone: Source of the stages, which are copied to the CPU.
         cut: Where the prefix ends.
-        dtype: Of the copy's weights, its arithmetic and its rows; normalisation is done in float32.
-        layout: Memory format of the copy's weights; ONNX knows the contiguous one alone.
+        dtype: Data type of weights, arithmetic and rows; normalization always runs in float32.
+        layout: Memory format of the weights; ONNX export requires ``torch.contiguous_format``.
     """
 
     def __init__(
@@ -38,7 +60,7 @@ class FrozenPrefix(nn.Module):
         self.shift: torch.Tensor
         size = backbone.preprocessing.crop
         self.stages.eval().requires_grad_(False)
-        fold(self.stages, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+        fold_batch_norm(self.stages, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
         self.stages.to(dtype).to(memory_format=layout)
         self._dtype = dtype
 
@@ -50,59 +72,53 @@ class FrozenPrefix(nn.Module):
 
 
 @torch.no_grad()
-def fold(stages: nn.Module, example: torch.Tensor) -> int:
-    """Fold each BatchNorm2d into the convolution whose output alone it takes, in place.
+def fold_batch_norm(stages: nn.Module, example: torch.Tensor) -> int:
+    """Fold each BatchNorm2d into the convolution that feeds it, in place.
 
-    Which takes whose is seen in a run rather than in the code, so that networks with control flow, which no symbolic
-    trace gets through, are folded too. A convolution that anything else may read is left as it is: the fold is undone
-    where it changes the output.
+    Pairs are found by running the example rather than by symbolic tracing, which fails on networks with control flow.
+    The folding is undone if it changes the output, as happens where another module also reads a convolution's output.
 
     Args:
-        stages: In ``eval()``.
+        stages: Network in ``eval()`` mode.
         example: Input ``(B, 3, H, W)``, float32.
 
     Returns:
-        How many were folded.
+        Number of folded BatchNorm2d modules.
     """
-    made_by: dict[int, str] = {}
+    producer: dict[int, str] = {}
     pairs: list[tuple[str, str]] = []
-    kept: list[torch.Tensor] = []  # so that no later tensor gets the id of a freed one
+    outputs: list[torch.Tensor] = []  # kept alive so that no id is reused
     calls: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[..., None]:
+    def record_calls(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
             if isinstance(module, nn.Conv2d):
-                made_by[id(output)] = name
-                kept.append(output)
-            elif id(inputs[0]) in made_by:
-                pairs.append((made_by[id(inputs[0])], name))
+                producer[id(output)] = name
+                outputs.append(output)
+            elif id(inputs[0]) in producer:
+                pairs.append((producer[id(inputs[0])], name))
 
         return hook
 
-    folding = {
+    modules = {
         name: module for name, module in stages.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     }
-    hooks = [module.register_forward_hook(watch(name)) for name, module in folding.items()]
+    hooks = [module.register_forward_hook(record_calls(name)) for name, module in modules.items()]
     before = stages(example)
     for hook in hooks:
         hook.remove()
     pairs = [pair for pair in dict.fromkeys(pairs) if all(calls[name] == 1 for name in pair)]
     original = copy.deepcopy(stages)
     for conv, norm in pairs:
-        fused = torch.nn.utils.fuse_conv_bn_eval(folding[conv], folding[norm])  # type: ignore[arg-type,type-var]
-        _put(stages, conv, fused)
-        # timm's BatchNormAct2d holds the activation too
-        activation = [getattr(folding[norm], part) for part in ("drop", "act") if hasattr(folding[norm], part)]
-        _put(stages, norm, nn.Sequential(*activation) if activation else nn.Identity())
+        fused = torch.nn.utils.fuse_conv_bn_eval(modules[conv], modules[norm])  # type: ignore[arg-type,type-var]
+        stages.set_submodule(conv, fused)
+        # timm's BatchNormAct2d also contains dropout and the activation
+        rest = [getattr(modules[norm], part) for part in ("drop", "act") if hasattr(modules[norm], part)]
+        stages.set_submodule(norm, nn.Sequential(*rest) if rest else nn.Identity())
     after = stages(example)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         for name, module in original.named_children():
             setattr(stages, name, module)
         return 0
     return len(pairs)
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)

@@ -1,4 +1,4 @@
-"""What int8 rows cost in accuracy: a probe on them, beside the same images in full precision."""
+"""Accuracy cost of int8 rows: a linear probe on them, compared with the same images in full precision."""
 
 from __future__ import annotations
 
@@ -12,49 +12,54 @@ import torch
 from torch.nn import functional
 
 from project.data.sources.base import Source
-from project.features.builder import Provided
+from project.features.builder import BuildResult
 from project.features.engines import Engine
-from project.features.extraction import run
+from project.features.extraction import compute_rows
 from project.features.row_loader import Rows
 from project.features.views import Views, load_image
 from project.task import SingleLabel
 
-TRAINED = 2000  # rows that the probe is trained on, at most
-COMPARED = 256  # images that are computed in full precision too, at most
+MAX_TRAIN_ROWS = 2000
+MAX_COMPARED_IMAGES = 256
 
 
 def report(
-    provided: Provided,
+    built: BuildResult,
     rows: Rows,
     train: tuple[Views, np.ndarray],
     val: tuple[Views, np.ndarray],
     reference: Callable[[], Engine],
     source: Source,
 ) -> str:
-    """Say what int8 does to accuracy: measured when rows are computed, stored beside them, reported every time.
+    """Describe the accuracy cost of int8, measured once and saved beside the rows.
 
     Args:
-        provided: The int8 rows.
-        rows: The same, by place.
-        train: Images to train a probe on, and the places of their rows, int ``(N,)``.
+        built: Where the int8 rows are stored.
+        rows: The int8 rows.
+        train: Images to train a probe on, and the indices of their rows, int ``(N,)``.
         val: Images to compare on, likewise.
-        reference: Makes an engine of full precision.
+        reference: Builds an engine in full precision.
         source: Reads the images.
     """
-    about = b"".join(view.key + view.sample.label.to_bytes(4, "little") for view in chain(train[0], val[0]))
-    file = provided.option.space.path / f"accuracy-{hashlib.sha256(about).hexdigest()[:16]}.txt"
+    identity = b"".join(view.key + view.sample.label.to_bytes(4, "little") for view in chain(train[0], val[0]))
+    file = built.option.space.path / f"accuracy-{hashlib.sha256(identity).hexdigest()[:16]}.txt"
     if file.exists():
         return file.read_text()
-    (trained, at), (compared, other) = (
-        (views[:: -(-len(views) // most)], torch.from_numpy(places[:: -(-len(views) // most)].astype(np.int64)))
-        for (views, places), most in ((train, TRAINED), (val, COMPARED))
-    )
-    exact = torch.cat([found for _, found in run(reference(), compared, lambda view: load_image(source, view))])
-    labels, truth = (torch.tensor([view.sample.label for view in part]) for part in (trained, compared))
-    text = compare(rows[at].cpu(), labels, rows[other].cpu(), exact, truth)
-    with contextlib.suppress(OSError):  # of a read-only folder: it is measured again next time
+    train_views, train_index = _subset(*train, MAX_TRAIN_ROWS)
+    val_views, val_index = _subset(*val, MAX_COMPARED_IMAGES)
+    computed = compute_rows(reference(), val_views, lambda view: load_image(source, view))
+    exact = torch.cat([batch for _, batch in computed])
+    train_labels, val_labels = (torch.tensor([view.sample.label for view in part]) for part in (train_views, val_views))
+    text = compare(rows[train_index].cpu(), train_labels, rows[val_index].cpu(), exact, val_labels)
+    with contextlib.suppress(OSError):  # read-only folder: measured again next time
         file.write_text(text)
     return text
+
+
+def _subset(views: Views, index: np.ndarray, most: int) -> tuple[Views, torch.Tensor]:
+    """At most so many evenly spaced views, and the indices of their rows."""
+    step = -(-len(views) // most)
+    return views[::step], torch.from_numpy(index[::step].astype(np.int64))
 
 
 def ridge(rows: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float = 1e-2) -> torch.Tensor:
@@ -64,12 +69,12 @@ def ridge(rows: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float
         rows: Features ``(N, D)``, float.
         labels: int64 ``(N,)``.
         classes: Number C of classes.
-        penalty: Share of the mean variance that is added to each feature's.
+        penalty: Regularization strength, relative to the mean variance of the features.
 
     Returns:
         Weights ``(D + 1, C)``; the last row is the bias.
     """
-    inputs = _with_one(rows)
+    inputs = _append_one(rows)
     gram = inputs.T @ inputs
     gram += penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weights: torch.Tensor = torch.linalg.solve(gram, inputs.T @ functional.one_hot(labels, classes).to(inputs.dtype))
@@ -77,26 +82,29 @@ def ridge(rows: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float
 
 
 def compare(
-    train: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor, truth: torch.Tensor
+    train_rows: torch.Tensor,
+    train_labels: torch.Tensor,
+    val_rows: torch.Tensor,
+    exact_rows: torch.Tensor,
+    val_labels: torch.Tensor,
 ) -> str:
-    """Say what rows of less precision do to a probe that is trained on such rows.
+    """Describe the effect of int8 on a linear probe that is trained on int8 rows.
 
     Args:
-        train: Rows to train on, ``(N, ...)``; maps are pooled.
-        labels: Their classes, int64 ``(N,)``.
-        rows: Other images' rows in the precision of ``train``, ``(M, ...)``.
-        exact: The same images' rows in full precision.
-        truth: Their classes.
+        train_rows: int8 rows of training images, ``(N, ...)``; feature maps are average-pooled.
+        train_labels: Their labels, int64 ``(N,)``.
+        val_rows: int8 rows of validation images, ``(M, ...)``.
+        exact_rows: Rows of the same images in full precision.
+        val_labels: Their labels.
     """
-    train, rows, exact = _pooled(train), _pooled(rows), _pooled(exact)
-    weights = ridge(train, labels, int(labels.max()) + 1)
-    guesses, right = (SingleLabel().answer(_with_one(part) @ weights).label for part in (rows, exact))
-    accuracy, other = ((guess == truth).float().mean() for guess in (guesses, right))
-    same = (guesses == right).float().mean()
+    train_rows, val_rows, exact_rows = _pooled(train_rows), _pooled(val_rows), _pooled(exact_rows)
+    weights = ridge(train_rows, train_labels, int(train_labels.max()) + 1)
+    int8, exact = (SingleLabel().predict(_append_one(part) @ weights).label for part in (val_rows, exact_rows))
+    int8_accuracy, exact_accuracy = ((labels == val_labels).float().mean() for labels in (int8, exact))
     return (
-        f"Features: int8 on {len(rows)} validation images: a probe is right on {accuracy:.3f} of them, and on "
-        f"{other:.3f} with rows in full precision; the same class on {same:.3f}, cosine similarity of the rows "
-        f"{torch.cosine_similarity(rows, exact).mean():.4f}"
+        f"Features: linear probe accuracy on {len(val_rows)} validation images: {int8_accuracy:.3f} with int8, "
+        f"{exact_accuracy:.3f} in full precision; same prediction on {(int8 == exact).float().mean():.3f}; "
+        f"cosine similarity of the rows {torch.cosine_similarity(val_rows, exact_rows).mean():.4f}"
     )
 
 
@@ -104,5 +112,5 @@ def _pooled(rows: torch.Tensor) -> torch.Tensor:
     return (rows.flatten(2).mean(2, dtype=torch.float32) if rows.dim() > 2 else rows).double()
 
 
-def _with_one(rows: torch.Tensor) -> torch.Tensor:
+def _append_one(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)

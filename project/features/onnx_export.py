@@ -1,4 +1,4 @@
-"""A frozen prefix as an ONNX file: exported once a network, and quantised to int8 where that is asked for."""
+"""ONNX files of a frozen prefix: export, and quantization to int8."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from project.features.engines import quiet
+from project.features.engines import suppress_output
 from project.features.frozen_prefix import FrozenPrefix
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 
 
 def export(prefix: FrozenPrefix, size: int, target: Path) -> None:
-    """Write a prefix as an ONNX file.
+    """Export a prefix to ONNX.
 
     Args:
-        prefix: In float32.
-        size: Side of its images in pixels.
-        target: The file, which appears whole or not at all. Its graph takes uint8 ``(B, 3, size, size)``, any B.
+        prefix: Prefix in float32.
+        size: Height and width of the images in pixels.
+        target: File to write atomically. Its graph takes uint8 ``(B, 3, size, size)`` with dynamic B.
     """
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    with quiet():
+    with suppress_output():
         program = torch.onnx.export(
             prefix,
             (example,),
@@ -32,20 +32,20 @@ def export(prefix: FrozenPrefix, size: int, target: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         program.save(temporary)
 
 
 def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
-    """Quantise a network to int8: static, weights a channel each, activations as the images have them.
+    """Quantize an ONNX file to int8: static, weights per channel, activation ranges calibrated on images.
 
-    Convolutions and what lies between them are quantised; pooling and what follows stay in float32, so that rows keep
-    their full resolution.
+    Convolutions and the operators between them are quantized. Pooling and later operators stay in float32, so that
+    rows keep full resolution.
 
     Args:
-        source: What :func:`export` wrote.
-        images: uint8 ``(N, 3, H, W)`` to calibrate on.
-        target: The file, which appears whole or not at all.
+        source: File written by :func:`export`.
+        images: Calibration images, uint8 ``(N, 3, H, W)``.
+        target: File to write atomically.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -57,7 +57,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self._batches, None)
 
-    with quiet(), replacing(target) as temporary, tempfile.TemporaryDirectory() as folder:
+    with suppress_output(), atomic_write(target) as temporary, tempfile.TemporaryDirectory() as folder:
         import onnx
 
         simplified = Path(folder) / "simplified.onnx"
@@ -82,5 +82,5 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
-            extra_options={"CalibMovingAverage": True},  # one outlier does not stretch the range of all
+            extra_options={"CalibMovingAverage": True},  # limits the effect of outliers on the range
         )

@@ -1,4 +1,4 @@
-"""Stored rows as batches: slices of one tensor in memory, or reads from the shards where that would be too large."""
+"""Stored rows in batches: from one tensor in memory, or read from the shards if the rows exceed the memory budget."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import torch
 from project.data.samplers import EpochOrder
 from project.errors import StoreError
 from project.features.row_index import Keys
-from project.features.shard import Shard
-from project.features.store import Found, Space
+from project.features.store import RowLocations, Space
 from project.runtime.system import read_at
 
-#: Bytes of a batch of evaluation, about.
-EVALUATED = 16 * 2**20
-OPEN = 256  # files at a time
+#: Approximate size of an evaluation batch.
+EVALUATION_BATCH_BYTES = 16 * 2**20
+MAX_OPEN_FILES = 256
 
 
 class MissingShardError(StoreError):
-    """A file of rows is gone."""
+    """A shard no longer exists."""
 
 
 class RowBatch(NamedTuple):
-    """A batch whose images have been through the frozen prefix already.
+    """A batch of frozen features.
 
     Attributes:
         rows: Rows at the cut, ``(B, D)`` or ``(B, K, h, w)``.
@@ -41,116 +40,115 @@ class RowBatch(NamedTuple):
 
 
 class Rows:
-    """Rows by index.
+    """Stored rows, accessed by index.
 
     Args:
-        found: Where they are; none is missing.
-        memory: Bytes that may be held in memory. Rows that take more are read from disk, batch by batch.
-        device: Where those in memory are held.
+        locations: Where the rows are stored; none is missing.
+        memory_budget: Bytes that the rows may take in memory. Larger sets are read from disk batch by batch.
+        device: Device of the rows in memory.
 
     Raises:
-        MissingShardError: Another fit has removed a file.
+        MissingShardError: Another fit has removed a shard.
     """
 
-    def __init__(self, found: Found, memory: int, device: torch.device) -> None:
-        self._found = found
+    def __init__(self, locations: RowLocations, memory_budget: int, device: torch.device) -> None:
+        self._locations = locations
         self._files: dict[int, int] = {}
         try:
-            for number in range(min(len(found.shards), OPEN)):  # once they are open, they stay, whoever removes them
-                self._file(number)
+            for number in range(min(len(locations.shards), MAX_OPEN_FILES)):  # open files survive eviction
+                self._open(number)
         except MissingShardError:
             self.close()
             raise
-        self._held: torch.Tensor | None = None
-        if found.shards and len(found.index) * found.shards[0].row_bytes <= memory:
-            self._held = self._read(np.arange(len(found.index))).to(device)
+        self._tensor: torch.Tensor | None = None
+        if locations.shards and len(self) * self.row_bytes <= memory_budget:
+            self._tensor = self._read(np.arange(len(self))).to(device)
             self.close()
 
     def __len__(self) -> int:
-        return len(self._found.index)
+        return len(self._locations.row)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row on disk."""
-        return self._found.shards[0].row_bytes
+        return self._locations.shards[0].row_bytes
 
     @property
     def in_memory(self) -> bool:
-        """Whether they are in memory."""
-        return self._held is not None
+        """Whether the rows are held in memory."""
+        return self._tensor is not None
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, ...)`` at indices ``(B,)``, int32 or int64 on the CPU; they are where they are held."""
-        if self._held is None:
+        """Rows ``(B, ...)`` at indices ``(B,)``, int32 or int64 on the CPU; on the device if held in memory."""
+        if self._tensor is None:
             return self._read(index.numpy())
-        return self._held[index.to(self._held.device)]
+        return self._tensor[index.to(self._tensor.device)]
 
     def _read(self, index: np.ndarray) -> torch.Tensor:
-        shard: Shard = self._found.shards[0]
-        rows = torch.empty((len(index), *shard.shape), dtype=shard.dtype)
-        into = rows.view(-1).view(torch.uint8).numpy().data
-        which, where = self._found.shard[index], self._found.index[index]
-        for place in np.lexsort((where, which)).tolist():
-            at = self._found.shards[which[place]]
-            offset = at.offset + int(where[place]) * at.row_bytes
-            target = into[place * at.row_bytes : (place + 1) * at.row_bytes]
-            if read_at(self._file(int(which[place])), target, offset) != at.row_bytes:
-                raise OSError(f"{at.path} ended before its row {where[place]}")
+        first, row_bytes = self._locations.shards[0], self.row_bytes
+        rows = torch.empty((len(index), *first.shape), dtype=first.dtype)
+        buffer = rows.view(-1).view(torch.uint8).numpy().data
+        shard_numbers, shard_rows = self._locations.shard[index], self._locations.row[index]
+        for i in np.lexsort((shard_rows, shard_numbers)).tolist():  # in the order on disk
+            shard = self._locations.shards[shard_numbers[i]]
+            offset = shard.offset + int(shard_rows[i]) * row_bytes
+            target = buffer[i * row_bytes : (i + 1) * row_bytes]
+            if read_at(self._open(int(shard_numbers[i])), target, offset) != row_bytes:
+                raise OSError(f"{shard.path} is truncated: it ends before row {shard_rows[i]}")
         return rows
 
-    def _file(self, number: int) -> int:
+    def _open(self, number: int) -> int:
+        """File descriptor of a shard."""
         if number not in self._files:
-            if len(self._files) >= OPEN:
+            if len(self._files) >= MAX_OPEN_FILES:
                 self.close()
-            path = self._found.shards[number].path
+            path = self._locations.shards[number].path
             try:
                 self._files[number] = os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
-                raise MissingShardError(
-                    f"{path} was removed by another fit, which merged it with others or made room. Run again."
-                ) from error
+                raise MissingShardError(f"{path} was removed by another fit (merged or evicted). Run again.") from error
         return self._files[number]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close all files."""
         for file in self._files.values():
             os.close(file)
         self._files = {}
 
 
-def open_rows(space: Space, keys: Keys, found: Found, memory: int, device: torch.device) -> Rows:
-    """Open rows. Another fit may merge their files between the lookup and now; then they are looked up again.
+def open_rows(space: Space, keys: Keys, locations: RowLocations, memory_budget: int, device: torch.device) -> Rows:
+    """Open rows. If another fit has merged their shards since they were located, locate them again.
 
     Args:
-        space: Where they are stored.
-        keys: Of the rows, uint64 ``(N, 2)``.
-        found: Where they were found.
-        memory: Bytes that may be held in memory.
-        device: Where those in memory are held.
+        space: Where the rows are stored.
+        keys: Keys of the rows, uint64 ``(N, 2)``.
+        locations: Result of :meth:`Space.find` for these keys.
+        memory_budget: Bytes that the rows may take in memory.
+        device: Device of the rows in memory.
 
     Raises:
-        StoreError: Another fit has removed some, to make room.
+        StoreError: Another fit has evicted rows.
     """
     while True:
         try:
-            return Rows(found, memory, device)
+            return Rows(locations, memory_budget, device)
         except MissingShardError:
-            before, found = found, space.find(keys)
-            if len(found.missing) or found.shards == before.shards:  # a link that leads nowhere is listed for ever
+            before, locations = locations, space.find(keys)
+            if len(locations.missing) or locations.shards == before.shards:  # the latter: a dangling symbolic link
                 raise
 
 
 class RowLoader:
-    """Batches of rows, in place of a DataLoader: no process, no collation, an index a batch.
+    """Batches of stored rows; replaces a DataLoader, without workers or collation.
 
     Args:
         rows: All rows.
-        views: Which of them are each image's, int32 or int64 ``(V, N)``: view e mod V is taken in epoch e.
+        views: Indices of each image's rows, int32 or int64 ``(V, N)``: epoch e uses view e mod V.
         labels: int32 or int64 ``(N,)``.
-        batch_size: Images a batch.
-        order: In which order they come.
-        epoch: Says which epoch it is.
-        evaluates: Nothing is learnt, so that batches may be larger.
+        batch_size: Images per batch.
+        order: Order of the images in an epoch.
+        epoch: Returns the current epoch.
+        evaluates: Whether the rows are used for evaluation, so that batches may be larger.
         skip_batches: Number of batches to skip at the start of the epoch: a resumed fit has trained on them.
     """
 
@@ -168,7 +166,7 @@ class RowLoader:
         self._rows = rows
         self._views = views
         self._labels = labels
-        self.batch_size = max(batch_size, EVALUATED // rows.row_bytes) if evaluates else batch_size
+        self.batch_size = max(batch_size, EVALUATION_BATCH_BYTES // rows.row_bytes) if evaluates else batch_size
         self._order = order
         self._epoch = epoch
         self._skip_batches = skip_batches

@@ -1,4 +1,4 @@
-"""One file of rows: what it holds, and whether its bytes are those that its name promises."""
+"""Shards: immutable safetensors files of rows, named by the SHA-256 of their bytes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from project.features.row_index import Keys
+from project.features.row_index import FileSignature, Keys, file_signature
 
 SUFFIX = ".safetensors"
-DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPE.items()}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_verified: dict[Path, tuple[int, int, int]] = {}
-"""Shards whose bytes this process has verified, with what tells them from later ones."""
+_verified: dict[Path, FileSignature] = {}
+"""Shards whose SHA-256 this process has verified."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows that is whole.
+    """Location and layout of the rows in a shard.
 
     Attributes:
         path: The file.
-        offset: Where its rows begin, in bytes.
-        dtype: Of its rows.
-        shape: Of one row.
+        offset: Position of the first row, in bytes.
+        dtype: Data type of the rows.
+        shape: Shape of one row.
     """
 
     path: Path
@@ -47,9 +47,18 @@ class Shard:
         """Bytes of one row."""
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: Mapping[str, Any]) -> Shard:
+        """Create a shard from what :meth:`metadata` returns."""
+        return cls(path, metadata["offset"], DTYPES[metadata["dtype"]], tuple(metadata["shape"][1:]))
+
+    def metadata(self, rows: int) -> dict[str, Any]:
+        """What the index stores about a shard of so many rows: all that is needed to read a row."""
+        return {"rows": rows, "offset": self.offset, "dtype": DTYPE_NAMES[self.dtype], "shape": [rows, *self.shape]}
+
 
 def open_shard(path: Path) -> tuple[Shard, Keys] | None:
-    """A shard and its keys; ``None`` where the file is damaged so far that it cannot be opened."""
+    """Read the header and keys of a shard; ``None`` if the file is corrupt and cannot be parsed."""
     try:
         with safe_open(path, "pt") as file:
             keys = file.get_tensor("keys").numpy().astype(np.uint64)
@@ -58,43 +67,27 @@ def open_shard(path: Path) -> tuple[Shard, Keys] | None:
             header = json.loads(raw.read(length))["rows"]
         if len(keys) != header["shape"][0]:
             return None
-        about = {"offset": 8 + length + header["data_offsets"][0], "dtype": header["dtype"], "shape": header["shape"]}
-        return shard_of(path, about), keys
+        return Shard.from_metadata(path, {**header, "offset": 8 + length + header["data_offsets"][0]}), keys
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
-def shard_of(path: Path, about: Mapping[str, Any]) -> Shard:
-    """The shard that :func:`describe_shard` has described."""
-    return Shard(path, about["offset"], DTYPE[about["dtype"]], tuple(about["shape"][1:]))
-
-
-def describe_shard(shard: Shard, rows: int) -> dict[str, Any]:
-    """What an index has of a shard: all that is needed to read a row."""
-    return {"rows": rows, "offset": shard.offset, "dtype": NAMES[shard.dtype], "shape": [rows, *shard.shape]}
-
-
-def is_sound(path: Path) -> bool:
-    """Whether a shard is what its name says. It counts as used now."""
+def verify_shard(path: Path) -> bool:
+    """Whether the SHA-256 of a shard matches its name. If so, its modification time is set to now, for eviction."""
     try:
-        sound = _verified.get(path) == _stamp(path) or file_sha256(path) == path.stem
-    except FileNotFoundError:  # removed meanwhile: whoever reads it says so
+        valid = _verified.get(path) == file_signature(path.stat()) or file_sha256(path) == path.stem
+    except FileNotFoundError:  # removed meanwhile: opening it reports that
         return True
-    if sound:
-        # The time has nanoseconds of its own, so whatever is written to the file later changes it.
+    if valid:
+        # Set with nanoseconds, so that any later write changes the signature.
         now = time.time_ns()
-        with suppress(OSError):  # a read-only folder keeps no account of what is used
+        with suppress(OSError):  # read-only folder: the time of use is not recorded
             os.utime(path, ns=(now, now))
-            _verified[path] = _stamp(path)
-    return sound
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+            _verified[path] = file_signature(path.stat())
+    return valid
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

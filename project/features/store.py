@@ -1,19 +1,19 @@
-"""Rows on disk: immutable shards, each named by the SHA-256 of its bytes, and an index of their keys.
+"""Feature store: rows on disk, in immutable shards named by the SHA-256 of their bytes, with an index of their keys.
 
-A *space* is a folder of rows that the same prefix made in the same way; what made them is its name, so a row that was
-made otherwise cannot be found in it. A row's key says which image it is of, and how that was transformed. A shard's
-name is the hash of what is in it, so a truncated or altered one is known by its name, and two builders that write at
-the same time write different files.
+A *space* is a folder for rows that are computed in the same way. Its name is a hash of the description of that
+computation (weights, cut, engine, precision, versions), so rows computed in another way are never found in it. The key
+of a row is a hash of the image and its transform. As shards are named by their content, corrupt shards are detected by
+name, and concurrent builders never write the same file with different content.
 
-:meth:`Space.find` reads the index and nothing else; :meth:`Space.verify` reads the shards that are used, once per
-process; :meth:`Space.quarantine` puts damaged ones aside; :meth:`Space.compact` merges small ones.
+:meth:`Space.find` reads only the index. :meth:`Space.find_intact` also verifies the shards in use, once per process.
+:meth:`Space.compact` merges small shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,46 +26,46 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from project.errors import StoreError
-from project.features.row_index import FILE, Keys, read_index, write_index
-from project.features.shard import SUFFIX, Shard, describe_shard, file_sha256, is_sound, open_shard, shard_of
-from project.runtime.atomic_write import TEMPORARY, appearing, replacing
+from project.features.row_index import INDEX_FILE, Keys, read_index, write_index
+from project.features.shard import SUFFIX, Shard, file_sha256, open_shard, verify_shard
+from project.runtime.atomic_write import TEMPORARY_PREFIX, atomic_write, atomic_write_as
 from project.runtime.system import cores
 
-DAMAGED = ".damaged"
-#: Bytes of a shard, about: a run that is killed loses at most as much.
-SHARD = 64 * 2**20
-UNLISTED = 16  # shards beside the index, from which on it is written anew
+QUARANTINE_SUFFIX = ".damaged"
+#: Approximate size of a shard, which limits what a killed run loses.
+SHARD_BYTES = 64 * 2**20
+MAX_UNINDEXED = 16  # number of new shards that triggers a rewrite of the index
 
 
-def row_key(content: bytes, view: str) -> bytes:
-    """Key of a row: 16 bytes of a SHA-256.
+def row_key(digest: bytes, view: str) -> bytes:
+    """Key of a row: the first 16 bytes of a SHA-256.
 
     Args:
-        content: SHA-256 of the bytes that the image is made from.
-        view: The transform with its parameters and, where it is random, its seed.
+        digest: SHA-256 of the image's bytes.
+        view: Description of the decoder, the transform with its parameters, and the view.
     """
-    return hashlib.sha256(content + view.encode()).digest()[:16]
+    return hashlib.sha256(digest + view.encode()).digest()[:16]
 
 
 def as_keys(keys: Sequence[bytes]) -> Keys:
-    """Put keys of 16 bytes into an array."""
+    """Convert keys of 16 bytes to an array, uint64 ``(N, 2)``."""
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2).astype(np.uint64)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where rows are.
+class RowLocations:
+    """Where rows are stored.
 
     Attributes:
-        shards: The shards that hold some of them.
-        shard: Index of each row's shard, int32 ``(N,)``; -1 where there is none.
-        index: Its place there, int32 ``(N,)``.
-        unreadable: Files that cannot be opened as a shard.
+        shards: Shards that hold at least one of the rows.
+        shard: Index of each row's shard in ``shards``, int32 ``(N,)``; -1 if the row is missing.
+        row: Position of each row in its shard, int32 ``(N,)``.
+        unreadable: Files that cannot be parsed as shards.
     """
 
     shards: list[Shard]
     shard: np.ndarray
-    index: np.ndarray
+    row: np.ndarray
     unreadable: tuple[Path, ...] = ()
 
     @property
@@ -75,11 +75,11 @@ class Found:
 
 
 class Space:
-    """The rows that one prefix makes in one way.
+    """Rows that are computed in the same way, in one folder of the store.
 
     Args:
-        root: Folder of all spaces.
-        description: What makes the rows, in plain types. Its hash names the folder.
+        root: Folder of the store.
+        description: What determines the rows, in plain types. Its hash names the folder.
     """
 
     def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
@@ -87,115 +87,129 @@ class Space:
         self.path = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._text = text
 
-    def find(self, keys: Keys, without: Collection[Path] = ()) -> Found:
-        """Look rows up: in the index, and in the keys of shards that it does not list. No row is read.
+    def find(self, keys: Keys, exclude: Collection[Path] = ()) -> RowLocations:
+        """Locate rows, using the index and the keys of unindexed shards. No row is read.
 
         Args:
-            keys: Of the rows, each once.
-            without: Shards that do not count.
+            keys: Keys of the rows, without duplicates.
+            exclude: Shards to ignore.
         """
         order = np.argsort(keys[:, 0])
         shards: dict[Path, Shard] = {}
-        number = {path: at for at, path in enumerate(self.shards()) if path not in without}
+        paths = [path for path in self.shards() if path not in exclude]
+        numbers = {path: number for number, path in enumerate(paths)}
         shard = np.full(len(keys), -1, np.int32)
         row = np.zeros(len(keys), np.int32)
-        index = read_index(self.path / FILE)
-        listed = {self.path / name: about for name, about in index.shards.items()} if index else {}
+        index = read_index(self.path / INDEX_FILE)
+        indexed = {self.path / name: metadata for name, metadata in index.shards.items()} if index else {}
         if index:
-            here = np.array([number.get(path, -1) for path in listed], np.int32)
+            numbers_of_indexed = np.array([numbers.get(path, -1) for path in indexed], np.int32)
 
-            def take(wanted: np.ndarray, at: np.ndarray, rows: np.ndarray) -> None:
-                shard[wanted] = here[at]
-                row[wanted] = rows
+            def store_match(indices: np.ndarray, at: np.ndarray, rows: np.ndarray) -> None:
+                shard[indices] = numbers_of_indexed[at]
+                row[indices] = rows
 
-            index.look_up(keys, order, here >= 0, take)
-            shards = {path: shard_of(path, about) for path, about in listed.items() if path in number}
+            index.look_up(keys, order, numbers_of_indexed >= 0, store_match)
+            shards = {path: Shard.from_metadata(path, indexed[path]) for path in indexed if path in numbers}
         unreadable = []
-        for path in number.keys() - listed.keys():
+        for path in numbers.keys() - indexed.keys():
             try:
                 opened = open_shard(path)
-            except OSError:  # another user's, or removed just now: that is no damage
+            except OSError:  # no permission, or removed just now: not corrupt
                 continue
             if opened is None:
                 unreadable.append(path)
                 continue
-            shards[path] = opened[0]
-            wanted, rows = _match(keys, order, opened[1])
-            new = shard[wanted] < 0
-            shard[wanted[new]] = number[path]
-            row[wanted[new]] = rows[new]
+            shards[path], shard_keys = opened
+            indices, rows = _match(keys, order, shard_keys)
+            new = shard[indices] < 0
+            shard[indices[new]] = numbers[path]
+            row[indices[new]] = rows[new]
         used = np.unique(shard[shard >= 0])
-        paths = {at: path for path, at in number.items()}
-        renumber = np.full(len(number) + len(without) + 1, -1, np.int32)  # its last stands for none
+        renumber = np.full(len(paths) + 1, -1, np.int32)  # the last element, at index -1, is for missing rows
         renumber[used] = np.arange(len(used))
-        return Found([shards[paths[at]] for at in used.tolist()], renumber[shard], row, tuple(unreadable))
+        return RowLocations([shards[paths[number]] for number in used], renumber[shard], row, tuple(unreadable))
 
     def shards(self) -> list[Path]:
-        """The files of rows."""
+        """Paths of all shards."""
         return sorted(self.path.glob(f"*{SUFFIX}"))
 
-    def verify(self, found: Found) -> list[Path]:
-        """Read the shards that hold rows, as a stream, and compare their hashes with their names.
+    def verify(self, locations: RowLocations) -> list[Path]:
+        """Compare the SHA-256 of the shards in use with their names; mark valid shards as recently used.
 
-        Each is read once per process, unless it has changed since. Those that are sound count as used now.
+        Each shard is read once per process, unless it changes.
 
         Args:
-            found: The rows.
+            locations: Where the rows in use are stored.
 
         Returns:
-            The shards that are damaged.
+            Paths of corrupt shards.
         """
         with ThreadPoolExecutor(cores()) as pool:
-            paths = [shard.path for shard in found.shards]
-            sound = list(pool.map(is_sound, paths))
-        return [*found.unreadable, *(path for path, whole in zip(paths, sound, strict=True) if not whole)]
+            paths = [shard.path for shard in locations.shards]
+            valid = list(pool.map(verify_shard, paths))
+        return [*locations.unreadable, *(path for path, ok in zip(paths, valid, strict=True) if not ok)]
 
-    def quarantine(self, shards: Collection[Path]) -> None:
-        """Put damaged shards aside, under another name; eviction removes them first.
+    def find_intact(self, keys: Keys) -> tuple[RowLocations, int]:
+        """Locate rows in intact shards; rows of corrupt shards count as missing.
 
-        In a folder that cannot be written they stay where they are: see ``without`` of :meth:`find`.
-        """
-        for path in shards:
-            with suppress(OSError):
-                path.rename(path.with_suffix(DAMAGED))
-
-    def refresh_index(self) -> None:
-        """Write the index anew where it lacks many shards, or many of its rows."""
-        path = self.path / FILE
-        index = read_index(path)
-        listed = index.shards if index else {}
-        there = {shard.name: shard for shard in self.shards()}
-        added: dict[str, tuple[Any, Keys]] = {}
-        for name in there.keys() - listed.keys():
-            with suppress(OSError):  # removed just now
-                opened = open_shard(there[name])
-                if opened is not None:
-                    added[name] = (describe_shard(opened[0], len(opened[1])), opened[1])
-        gone = {name for name in listed if name not in there}
-        more = sum(len(keys) for _, keys in added.values())
-        less = sum(listed[name]["rows"] for name in gone)
-        if more and (len(added) >= UNLISTED or 8 * (more + less) >= len(index or ())):
-            with suppress(OSError):  # of a folder that cannot be written, or is full: the shards' own keys are read
-                write_index(path, index, added, gone)
-
-    def compact(self, shards: Collection[Path], size: int) -> None:
-        """Merge small shards, whose rows are verified before; nothing is removed before the merged ones are there.
+        Corrupt shards are quarantined: renamed, so that they are no longer used, and evicted before all others.
 
         Args:
-            shards: Which; only those of a builder that holds the space, as readers may have found others already.
-            size: Bytes of a merged one, about.
+            keys: Keys of the rows, without duplicates.
+
+        Returns:
+            Where the rows are stored, and the number of corrupt shards.
+        """
+        corrupt: set[Path] = set()
+        while True:
+            locations = self.find(keys, corrupt)
+            newly_corrupt = {*self.verify(locations)}
+            if not newly_corrupt:
+                return locations, len(corrupt)
+            corrupt |= newly_corrupt
+            for path in newly_corrupt:
+                with suppress(OSError):  # a read-only folder: excluding them is enough
+                    path.rename(path.with_suffix(QUARANTINE_SUFFIX))
+
+    def refresh_index(self) -> None:
+        """Rewrite the index if many shards, or a large share of the rows, are not in it."""
+        path = self.path / INDEX_FILE
+        index = read_index(path)
+        indexed = index.shards if index else {}
+        present = {shard.name: shard for shard in self.shards()}
+        added: dict[str, tuple[Any, Keys]] = {}
+        for name in present.keys() - indexed.keys():
+            with suppress(OSError):  # removed just now
+                opened = open_shard(present[name])
+                if opened is not None:
+                    shard, keys = opened
+                    added[name] = (shard.metadata(len(keys)), keys)
+        removed = {name for name in indexed if name not in present}
+        new_rows = sum(len(keys) for _, keys in added.values())
+        removed_rows = sum(indexed[name]["rows"] for name in removed)
+        if new_rows and (len(added) >= MAX_UNINDEXED or 8 * (new_rows + removed_rows) >= len(index or ())):
+            with suppress(OSError):  # read-only or full: keys are read from the shards instead
+                write_index(path, index, added, removed)
+
+    def compact(self, shards: Collection[Path], size: int) -> None:
+        """Merge small shards after verifying them; originals are removed once the merged shard is on disk.
+
+        Args:
+            shards: Shards to merge. Pass only shards written under :meth:`lock`, as readers may be using others.
+            size: Approximate bytes of a merged shard.
 
         Raises:
-            StoreError: The folder cannot be written, or its disk is full.
+            StoreError: The folder is not writable, or the disk is full.
         """
         batch: list[Path] = []
         total = 0
         for path in sorted(shards):
             try:
                 length = path.stat().st_size
-            except FileNotFoundError:  # another fit has made room
+            except FileNotFoundError:  # evicted by another process
                 continue
-            if 2 * length > size or not is_sound(path):  # large already; a damaged one is not given a sound name
+            if 2 * length > size or not verify_shard(path):  # never copy corrupt rows into a valid shard
                 continue
             if total + length > size:
                 self._merge(batch)
@@ -209,7 +223,7 @@ class Space:
             return
         try:
             parts = [load_file(path) for path in shards]
-        except FileNotFoundError:  # another fit has made room meanwhile: what is left stays as it is
+        except FileNotFoundError:  # evicted by another process: leave the others as they are
             return
         keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)
         _, first = np.unique(keys, axis=0, return_index=True)
@@ -217,51 +231,51 @@ class Space:
         first.sort()
         merged = self.write(keys[first], rows[torch.from_numpy(first)] if len(first) < len(keys) else rows)
         for path in shards:
-            if path != merged:  # one of them may have had the rows of all others
+            if path != merged:  # a shard that contains the rows of all others is the merged one
                 path.unlink(missing_ok=True)
 
     def write(self, keys: Keys, rows: torch.Tensor) -> Path:
-        """Add rows, whole and on the disk when this returns, or not at all.
+        """Write rows to a new shard, atomically and synced to disk.
 
         Args:
             keys: uint64 ``(N, 2)``.
             rows: ``(N, ...)``.
 
         Returns:
-            The shard.
+            Path of the shard.
 
         Raises:
-            StoreError: The folder cannot be written, or its disk is full.
+            StoreError: The folder is not writable, or the disk is full.
         """
         tensors = {"keys": torch.from_numpy(keys.view(np.int64)), "rows": rows}
-        shard = self.path
+        name = ""
 
-        def name(written: Path) -> str:
-            nonlocal shard
-            shard = self.path / f"{file_sha256(written)}{SUFFIX}"
-            return shard.name
+        def name_by_content(written: Path) -> str:
+            nonlocal name
+            name = f"{file_sha256(written)}{SUFFIX}"
+            return name
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            about = self.path / "space.json"
-            if not about.exists():
-                with replacing(about) as temporary:
+            description = self.path / "space.json"
+            if not description.exists():
+                with atomic_write(description) as temporary:
                     temporary.write_text(self._text)
-            with appearing(self.path, name) as temporary:
+            with atomic_write_as(self.path, name_by_content) as temporary:
                 save_file(tensors, temporary)
-            return shard
-        except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
-            raise unwritable(self.path, error) from error
+            return self.path / name
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as SafetensorError
+            raise unwritable_error(self.path, error) from error
 
     @contextmanager
-    def building(self, wait: Any = lambda: None) -> Iterator[None]:
-        """Hold the space for one builder: what another one is computing need not be computed twice.
+    def lock(self, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Hold the space for one builder, so that no row is computed twice.
 
         Args:
-            wait: Called once, when another builder has to be waited for.
+            on_wait: Called once if another builder holds the lock.
 
         Raises:
-            StoreError: The folder cannot be written, or not be locked.
+            StoreError: The folder is not writable, or cannot be locked.
         """
         from filelock import FileLock, Timeout
 
@@ -271,45 +285,44 @@ class Space:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                wait()
+                on_wait()
                 lock.acquire()
-            for left in self.path.glob(f"{TEMPORARY}*"):  # of a builder that was killed
-                left.unlink(missing_ok=True)
+            for leftover in self.path.glob(f"{TEMPORARY_PREFIX}*"):  # of a killed builder
+                leftover.unlink(missing_ok=True)
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise unwritable_error(self.path, error) from error
         try:
             yield
         finally:
             lock.release()
 
 
-def unwritable(path: Path, error: Exception) -> StoreError:
-    """Say that the store's folder cannot be written."""
-    why = getattr(error, "strerror", None) or str(error)
+def unwritable_error(path: Path, error: Exception) -> StoreError:
+    """The error for a store folder that cannot be written."""
+    reason = getattr(error, "strerror", None) or str(error)
     return StoreError(
-        f"Features cannot be written to {path}: {why}. Name another folder with --features.folder PATH, "
-        "make room, or leave them off with --features.cache off. What is stored already is kept."
+        f"Features cannot be written to {path}: {reason}. Rows stored so far are kept.\n"
+        "Free disk space, use another folder (--features.folder PATH), or disable caching (--features.cache off)."
     )
 
 
 def evict_shards(root: Path, budget: int, keep: Collection[Path]) -> int:
-    """Remove the shards that were used least recently, until the rest fits.
+    """Remove the least recently used shards until the rest fits into a budget; quarantined shards go first.
 
     Args:
-        root: Folder of all spaces.
-        budget: Bytes that they may take.
-        keep: The shards that are in use, which are not removed.
+        root: Folder of the store.
+        budget: Bytes that all shards may take.
+        keep: Shards in use, which are not removed.
 
     Returns:
-        Bytes that were freed.
+        Number of bytes freed.
     """
     files = []
-    for path in root.glob(f"*/*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # another process evicts as well
-            files.append((path.stat().st_mtime, path.stat().st_size, path))
-    for path in root.glob(f"*/*{DAMAGED}"):
-        with suppress(FileNotFoundError):
-            files.append((0.0, path.stat().st_size, path))
+    for suffix in (SUFFIX, QUARANTINE_SUFFIX):
+        for path in root.glob(f"*/*{suffix}"):
+            with suppress(FileNotFoundError):  # another process evicts as well
+                status = path.stat()
+                files.append((status.st_mtime if suffix == SUFFIX else 0.0, status.st_size, path))
     total, freed = sum(size for _, size, _ in files), 0
     for _, size, path in sorted(files):
         if total - freed <= budget:
@@ -317,18 +330,18 @@ def evict_shards(root: Path, budget: int, keep: Collection[Path]) -> int:
         if path in keep:
             continue
         path.unlink(missing_ok=True)
-        freed += size  # its folder stays: somebody may be building in it
-        if not any(path.parent.glob(f"*{SUFFIX}")):
-            (path.parent / FILE).unlink(missing_ok=True)
+        freed += size
+        if not any(path.parent.glob(f"*{SUFFIX}")):  # keep the folder: another builder may be using it
+            (path.parent / INDEX_FILE).unlink(missing_ok=True)
     return freed
 
 
-def _match(keys: Keys, order: np.ndarray, held: Keys) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the keys a shard holds: their indices, and their places in it."""
-    place = np.searchsorted(keys[order, 0], held[:, 0])
-    rows = np.flatnonzero(place < len(keys))
-    wanted = order[place[rows]]
-    same = (keys[wanted] == held[rows]).all(1)
-    wanted, rows = wanted[same], rows[same]
-    _, first = np.unique(wanted, return_index=True)
-    return wanted[first], rows[first]
+def _match(keys: Keys, order: np.ndarray, shard_keys: Keys) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the keys that a shard holds, and their rows in it."""
+    position = np.searchsorted(keys[order, 0], shard_keys[:, 0])
+    rows = np.flatnonzero(position < len(keys))
+    indices = order[position[rows]]
+    same = (keys[indices] == shard_keys[rows]).all(1)
+    indices, rows = indices[same], rows[same]
+    _, first = np.unique(indices, return_index=True)
+    return indices[first], rows[first]

@@ -1,1 +1,1 @@
-"""Trained classifiers in use: prediction, heat maps, the gallery of a run's images, the demo page."""
+"""Inference with trained classifiers: prediction, heat maps, gallery of a run's images, demo page."""

@@ -1,4 +1,4 @@
-"""A page on this machine alone, where somebody drops a photograph and sees what a classifier makes of it."""
+"""Local web page to try a classifier: upload an image, see its prediction, heat map and nearest training images."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from project.runtime.console import print_rank_zero
 from project.runtime.process_state import process_state
 
 HOST = "127.0.0.1"
-NEAREST = 6
-CLASSES = 5  # the likeliest ones that are shown
-THUMBNAIL = 240  # pixels of the longer side
+NEAREST = 6  # training images
+TOP_CLASSES = 5
+THUMBNAIL_SIZE = 240  # pixels of the longer side
 STYLE = """
 .gradio-container {max-width: 1000px !important; margin: auto}
 footer {display: none !important}
@@ -46,96 +46,95 @@ footer {display: none !important}
 """
 
 
-class Answer(NamedTuple):
-    """What is shown of a photograph.
+class Result(NamedTuple):
+    """Output of the page for one file.
 
     Attributes:
-        probabilities: Of each class, by its name; ``None`` where the file is no image.
-        shown: The predicted class, what the network gets, that with its heat map, and the training images most like it;
-            or what is wrong. As HTML.
+        probabilities: Probability by class name; ``None`` if the file is not an image.
+        html: Predicted class, network input, heat map and nearest training images; or the error.
     """
 
     probabilities: dict[str, float] | None
-    shown: str
+    html: str
 
 
-def answer(classifier: Classifier, gallery: Gallery | None, file: str | None) -> Answer:
-    """Look at a file that somebody has dropped; the answer is that of ``load(...).predict_proba``.
+def classify_file(classifier: Classifier, gallery: Gallery | None, path: str | None) -> Result:
+    """Classify an uploaded file, with the probabilities of ``load(...).predict_proba``.
 
     Args:
-        classifier: Looks at it.
-        gallery: The training images, if they are there.
-        file: Its path.
+        classifier: The classifier.
+        gallery: The training images, if available.
+        path: Path of the file; ``None`` after it was removed from the page.
     """
-    if file is None:
-        return Answer(None, "")
+    if path is None:
+        return Result(None, "")
     try:
-        picture = read_image(file)
+        image = read_image(path)
     except DataError as error:
-        return Answer(None, _heading(f"{Path(file).name} {error.reason}"))
-    (row,) = classifier.predict_proba([picture])
-    (name,) = classifier.names(row[None])
-    (crop,) = classifier.crop([picture])
-    pictures, lacking = [(crop, "What the network gets")], ""
+        return Result(None, _heading(f"{Path(path).name} {error.reason}"))
+    (probabilities,) = classifier.predict_proba([image])
+    (name,) = classifier.names(probabilities[None])
+    (crop,) = classifier.crop([image])
+    images, note = [(crop, "Network input")], ""
     try:
-        (heat,) = classifier.heat_map([picture])
-        speaks = f"What speaks for {name}" if heat.any() else f"Nothing in particular speaks for {name}"
-        pictures.append((overlay(crop, heat), speaks))
+        (heat,) = classifier.heat_map([image])
+        caption = f"Evidence for {name} (Grad-CAM)" if heat.any() else f"No region supports {name} (Grad-CAM)"
+        images.append((overlay(crop, heat), caption))
     except ModelError as error:
-        lacking = f"<p>{html.escape(str(error))}</p>"
-    shown = _heading(f"{name}, {row.max():.1%}") + _figures("large", pictures) + lacking
+        note = f"<p>{html.escape(str(error))}</p>"
+    page = _heading(f"{name}, {probabilities.max():.1%}") + _figures("large", images) + note
     if gallery is not None:
-        (near,) = gallery.nearest(classifier.features([picture]), NEAREST)
-        captions = [f"{classifier.classes_[each.sample.label]} {each.similarity:.2f}" for each in near]
-        nearest = [gallery.read(each.sample) for each in near]
-        shown += _heading("Nearest training images, with the cosine of their features", 4)
-        shown += _figures("small", zip(nearest, captions, strict=True))
-    return Answer(dict(zip(classifier.classes_, row.tolist(), strict=True)), shown)
+        (neighbours,) = gallery.nearest(classifier.features([image]), NEAREST)
+        captions = [f"{classifier.classes_[item.sample.label]} {item.similarity:.2f}" for item in neighbours]
+        thumbnails = [gallery.read(item.sample) for item in neighbours]
+        page += _heading("Nearest training images (cosine similarity of features)", 4)
+        page += _figures("small", zip(thumbnails, captions, strict=True))
+    return Result(dict(zip(classifier.classes_, probabilities.tolist(), strict=True)), page)
 
 
 def _heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{html.escape(text)}</h{level}>"
 
 
-def _figures(kind: str, pictures: Iterable[tuple[Image.Image, str]]) -> str:
-    """Pictures, each with its caption, as HTML that holds them."""
-    found = []
-    for picture, caption in pictures:
+def _figures(kind: str, images: Iterable[tuple[Image.Image, str]]) -> str:
+    """Images with captions as self-contained HTML."""
+    figures = []
+    for image, caption in images:
         if kind == "small":
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        written = io.BytesIO()
-        picture.save(written, "PNG")
-        data, text = base64.b64encode(written.getvalue()).decode(), html.escape(caption)
-        found.append(
+            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        data, text = base64.b64encode(png.getvalue()).decode(), html.escape(caption)
+        figures.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
         )
-    return f'<div class="figures {kind}">{"".join(found)}</div>'
+    return f'<div class="figures {kind}">{"".join(figures)}</div>'
 
 
 def require(port: int) -> None:
-    """Refuse what could not be opened, before anything is loaded for it.
+    """Check the requirements of the demo before weights are loaded.
 
     Args:
-        port: 0 for any that is free.
+        port: Port of the page; 0 for any free port.
 
     Raises:
-        ConfigError: gradio is not installed, or the port is taken.
+        ConfigError: gradio is not installed, or the port is invalid or in use.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("demo needs gradio. Install it: pip install 'frozen-backbone[demo]'")
+        raise ConfigError("demo requires gradio. Install it: pip install 'frozen-backbone[demo]'")
     if not 0 <= port < 2**16:
-        raise ConfigError(f"--port has to be from 0, for any that is free, to 65535, not {port}.")
-    _free(port)
+        raise ConfigError(f"--port must be between 0 (any free port) and 65535, not {port}.")
+    _free_port(port)
 
 
-def _free(port: int) -> int:
+def _free_port(port: int) -> int:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise ConfigError(
-                f"--port {port}: {error.strerror}. Take another, or any that is free: --port 0"
+                f"--port {port}: {error.strerror}. Use another port, or --port 0 for any free port."
             ) from error
         return int(probe.getsockname()[1])
 
@@ -150,64 +149,64 @@ def demo(
     precision: str = "32-true",
     provider: RowProvider | None = None,
 ) -> None:
-    """Open a page on this machine to try the classifier on photographs: classes, heat map, nearest training images.
+    """Open a local web page to try the classifier on images: classes, heat map, nearest training images.
 
     Args:
         model: The classifier.
-        ckpt_path: Checkpoint whose model answers.
-        port: Port of the page on 127.0.0.1; 0 for any that is free.
-        open: Show the page in a browser.
-        data: Has the training images; by default those that the config.yaml of the checkpoint's run names.
-        device: Where the training images' rows are computed.
-        precision: Lightning's name of their precision.
-        provider: Provides their rows.
+        ckpt_path: Checkpoint of the trained model.
+        port: Port of the page on 127.0.0.1; 0 for any free port.
+        open: Open the page in a browser.
+        data: The training images; by default those in the config.yaml of the checkpoint's run.
+        device: Device that computes missing features of the training images.
+        precision: Lightning's name of the precision of these features.
+        provider: Provides these features.
 
     Raises:
-        ConfigError: No checkpoint is named, or the port is taken.
-        CheckpointError: The checkpoint is missing, damaged, unsafe, or does not fit the model.
-        DataError: The data's classes are not the checkpoint's, or an image cannot be read.
+        ConfigError: ``ckpt_path`` is missing, or the port is in use.
+        CheckpointError: The checkpoint is missing, damaged, unsafe, or does not match the model.
+        DataError: The data's classes differ from the checkpoint's, or an image cannot be read.
     """
     if ckpt_path is None:
-        raise ConfigError("demo needs a checkpoint. Name one with --ckpt_path FILE.")
+        raise ConfigError("demo requires a trained model: pass its checkpoint with --ckpt_path FILE.")
     checkpoint = read_checkpoint(ckpt_path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     classifier, gallery = Classifier(model), None
-    given = data if data is not None and data.source is not None else None
-    about = f"{len(model.classes)} classes on {model.backbone.name}: {ckpt_path}"
+    explicit_data = data if data is not None and data.source is not None else None
+    about = f"{len(model.classes)} classes, backbone {model.backbone.name}, checkpoint {ckpt_path}"
     try:
-        gallery = Gallery(classifier, given or data_of(ckpt_path), "train", device, precision, provider)
+        gallery = Gallery(classifier, explicit_data or data_of(ckpt_path), "train", device, precision, provider)
     except ProjectError as error:
-        if given:
+        if explicit_data:
             raise
-        lacking = f"No training images are shown: {error} (--data.root PATH shows others)"
-        print_rank_zero(f"Demo: {lacking}")
-        about += f"\n{lacking}"
+        note = f"Training images are not available: {error} (pass --data.root PATH to show images)"
+        print_rank_zero(f"Demo: {note}")
+        about += f"\n{note}"
     serve(classifier, gallery, about, port, open)
 
 
 def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int, show: bool) -> None:
-    """Open the page, until the process is told to stop.
+    """Serve the page until the process is interrupted.
 
     Args:
-        classifier: Looks at photographs.
-        gallery: The training images, if they are there.
-        about: What is to be told of the classifier and of the gallery.
-        port: On the loopback interface; 0 for any that is free.
-        show: Whether to open a browser.
+        classifier: The classifier.
+        gallery: The training images, if available.
+        about: Description at the top of the page, one paragraph per line.
+        port: Port on the loopback interface; 0 for any free port.
+        show: Open the page in a browser.
     """
-    # Nothing is told to anybody, and no proxy is asked for what is on this machine.
+    # No telemetry, and no proxy for local requests.
     variables = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     for key in ("no_proxy", "NO_PROXY"):
         variables[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        variables["GRADIO_TEMP_DIR"] = folder  # what is dropped is gone with the page
+        variables["GRADIO_TEMP_DIR"] = folder  # uploads are deleted with the page
         with process_state(environment=variables), contextlib.ExitStack() as opened:
             page = _page(classifier, gallery, about)
             opened.callback(page.close, verbose=False)
             _, url, _ = page.launch(
                 server_name=HOST,
-                server_port=_free(port),
+                server_port=_free_port(port),
                 share=False,
                 inbrowser=show,
                 prevent_thread_lock=True,
@@ -218,7 +217,7 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
                 max_file_size="200mb",
                 css=STYLE,
             )
-            print_rank_zero(f"Demo: {url} (Ctrl-C ends it)")
+            print_rank_zero(f"Demo: {url} (press Ctrl-C to stop)")
             while True:
                 time.sleep(0.5)
 
@@ -226,19 +225,21 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
 def _page(classifier: Classifier, gallery: Gallery | None, about: str) -> Any:
     import gradio as gr
 
-    # A file rather than gradio's image, which would convert it: predictions are to be those of the file itself.
-    with gr.Blocks(title="Frozen backbone", analytics_enabled=False) as page:
+    with gr.Blocks(title="Image classifier", analytics_enabled=False) as page:
         gr.HTML("".join(f"<p>{html.escape(line)}</p>" for line in about.split("\n")))
         with gr.Row():
-            file = gr.File(label="Photograph", height=150)
+            # Not gr.Image, which converts images: predictions are for the file itself.
+            file = gr.File(label="Image file", height=150)
             label = gr.Label(
-                label="Classes", num_top_classes=min(CLASSES, len(classifier.classes_)), show_heading=False
+                label="Predicted classes",
+                num_top_classes=min(TOP_CLASSES, len(classifier.classes_)),
+                show_heading=False,
             )
-        shown = gr.HTML()
+        details = gr.HTML()
         file.change(
-            lambda path: answer(classifier, gallery, path),
+            lambda path: classify_file(classifier, gallery, path),
             file,
-            [label, shown],
+            [label, details],
             api_name="look",
             show_progress="minimal",
         )

@@ -1,1 +1,1 @@
-"""Networks in pure torch: backbones, their weights, and heads. Knows nothing of Lightning or of images on disk."""
+"""Networks in pure torch: backbones, weights, heads. No Lightning, no image files."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from project.errors import ModelError, nearest
+from project.errors import ModelError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which stages of a backbone are frozen: all before the boundary. An immutable value.
+    """Split of a backbone into frozen and trainable stages. Immutable.
 
     Attributes:
         frozen: Names of the frozen stages, in order.
-        trainable: Names of the stages that train, in order.
+        trainable: Names of the trainable stages, in order.
     """
 
     frozen: tuple[str, ...]
@@ -22,22 +22,21 @@ class Cut:
 
     @classmethod
     def at(cls, stages: Sequence[str], trainable: str, network: str) -> Cut:
-        """Cut a chain of stages.
+        """Create the cut before a stage.
 
         Args:
             stages: Names of all stages, in order.
-            trainable: ``head`` (every stage is frozen), a stage's name (that stage and those after it train), or
-                ``all``.
-            network: Name of the network, for the message.
+            trainable: First trainable stage; ``head`` freezes all stages, ``all`` trains all of them.
+            network: Name of the network, for the error message.
 
         Raises:
-            ModelError: There is no stage of that name.
+            ModelError: The stage does not exist.
         """
-        places = {"head": len(stages), "all": 0} | {name: index for index, name in enumerate(stages)}
-        if trainable not in places:
+        positions = {"head": len(stages), "all": 0} | {name: index for index, name in enumerate(stages)}
+        if trainable not in positions:
             raise ModelError(
-                f"model.trainable: {network} has no stage {trainable!r}. {nearest(trainable, places)}"
-                f"It has {', '.join(stages)}; or say head, or all."
+                f"model.trainable: {network} has no stage {trainable!r}. {did_you_mean(trainable, positions)}"
+                f"Use one of {', '.join(stages)}, head or all."
             )
-        place = places[trainable]
-        return cls(tuple(stages[:place]), tuple(stages[place:]))
+        position = positions[trainable]
+        return cls(tuple(stages[:position]), tuple(stages[position:]))

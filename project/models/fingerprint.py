@@ -1,4 +1,4 @@
-"""SHA-256 of parameters and buffers: the proof that a frozen part is bit for bit what it was."""
+"""SHA-256 of parameters and buffers, to prove that frozen stages are bit-identical."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import nn
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
     """Hash the names, shapes, dtypes and bytes of all parameters and buffers.
 
-    Where a tensor lies (device) and how (memory format) does not count, so a module has the same fingerprint on a GPU
-    and in ``channels_last``.
+    The hash does not depend on device or memory format.
 
     Args:
-        modules: Named modules, in an order that is always the same.
+        modules: Named modules, in a fixed order.
 
     Returns:
         64 hexadecimal digits.

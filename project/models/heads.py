@@ -7,7 +7,7 @@ from torch import nn
 
 
 class LinearHead(nn.Linear):
-    """One linear layer, what the article puts in place of ``fc``.
+    """Linear classifier, the article's replacement of ``fc``.
 
     Args:
         in_features: Width D of the features.
@@ -20,13 +20,13 @@ class LinearHead(nn.Linear):
 
 
 class MLPHead(nn.Sequential):
-    """One hidden layer with normalisation and dropout.
+    """MLP with layer normalisation, one hidden layer and dropout.
 
     Args:
         in_features: Width D of the features.
         num_classes: Number C of classes.
         hidden: Width of the hidden layer.
-        dropout: Share of hidden values dropped in training.
+        dropout: Dropout probability of the hidden layer.
     """
 
     def __init__(self, in_features: int, num_classes: int, hidden: int = 512, dropout: float = 0.2) -> None:
@@ -40,12 +40,12 @@ class MLPHead(nn.Sequential):
 
 
 class CosineHead(nn.Module):
-    """Scaled cosine similarity to one learned direction a class (Gidaris and Komodakis, arXiv:1804.09458).
+    """Scaled cosine similarity to one learned vector per class (Gidaris and Komodakis, arXiv:1804.09458).
 
     Args:
         in_features: Width D of the features.
         num_classes: Number C of classes.
-        scale: What the similarities, in [-1, 1], are multiplied by; learned from there.
+        scale: Initial value of the learned factor that multiplies the similarities.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 10.0) -> None:

@@ -1,27 +1,27 @@
-"""The loss of a batch that several processes share: that of one process with the whole batch."""
+"""Mean loss of a batch that is distributed over several ranks."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-from project.runtime.distributed import processes
+from project.runtime.distributed import world_size
 from project.task import Weight
 
 
-def mean_over_processes(summed: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The mean loss to differentiate.
+def global_mean_loss(summed: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Scale this rank's loss so that DDP's averaged gradient is that of the mean over the global batch.
 
-    DDP averages the gradients of all processes. With means of their own parts, an image in a smaller part would count
-    for more. So each process divides by the weight of all parts, and multiplies by the number of processes.
+    DDP averages gradients over ranks. If each rank used its local mean, images of smaller local batches would weigh
+    more. So each rank divides by the global weight and multiplies by the world size.
 
     Args:
-        summed: Summed loss of this process's part of the batch.
-        weight: Weight of this process's part.
+        summed: Summed loss of the local batch.
+        weight: Weight of the local batch.
     """
-    count = processes()
-    if count == 1:
+    ranks = world_size()
+    if ranks == 1:
         return summed / weight
     total = torch.as_tensor(weight, dtype=summed.dtype, device=summed.device).clone()
     dist.all_reduce(total)
-    return summed * (count / total)
+    return summed * (ranks / total)

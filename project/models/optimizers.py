@@ -1,4 +1,4 @@
-"""Optimizers of the project's own recipes."""
+"""Optimizers with the project's own defaults."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 
 
 class ArticleSGD(torch.optim.SGD):
-    """SGD with the article's learning rate and momentum as defaults.
-
-    A class of its own, so that the defaults belong to it: ``torch.optim.SGD`` keeps torch's.
+    """SGD with the article's learning rate and momentum as defaults; ``torch.optim.SGD`` keeps torch's.
 
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate.
-        momentum: Share of the previous step that is added to each step.
+        momentum: Momentum factor.
         kwargs: Other arguments of ``torch.optim.SGD``.
     """
 

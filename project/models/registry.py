@@ -1,4 +1,4 @@
-"""Names of backbones to architectures: torchvision's classifiers, and ``timm/NAME``."""
+"""Registry of architectures: torchvision's classifiers and ``timm/NAME``."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from project.errors import ModelError, WeightsError, nearest
-from project.models import weights as files
+from project.errors import ModelError, WeightsError, did_you_mean
+from project.models import weights as weight_files
 from project.preprocessing import Preprocessing
 
-#: The names that mean "the pretrained weights this network is known by", in either zoo.
+#: Names of a network's default pretrained weights.
 DEFAULT = "DEFAULT"
 ARTICLE = "IMAGENET1K_V1"
 
 
 class Architecture(Protocol):
-    """A network that is known by name, before it is built."""
+    """Interface of a named network that is not built yet."""
 
     name: str
 
     def names(self) -> list[str]:
-        """The pretrained weights there are."""
+        """Names of the available pretrained weights."""
 
     def fetch(self, weights: str) -> Path:
-        """Bring the file of these weights here, from the cache or the network."""
+        """Path of the weight file, downloaded if it is not cached."""
 
     def preprocessing(self, weights: str | None) -> Preprocessing:
-        """What these weights ask of an image; where ``None`` or unknown, what the architecture's usual ones ask."""
+        """Preprocessing of these weights; that of the default weights if ``None`` or unknown."""
 
     def reference(self) -> Mapping[str, torch.Tensor]:
-        """Names and tensors of the whole network, its classifier included, in order."""
+        """State dict of the whole network, classifier included."""
 
-    def build(self, state: files.State | None) -> tuple[nn.Module, int]:
-        """The network without its classifier, and the width of its features."""
+    def build(self, state: weight_files.State | None) -> tuple[nn.Module, int]:
+        """Build the network without its classifier; returns it and the width of its features."""
 
     def fixed_size(self, model: nn.Module) -> int | None:
-        """Side in pixels of the only images that the network takes; ``None`` where it takes any."""
+        """The only supported image size in pixels; ``None`` if any size works."""
 
 
 def architecture(name: str) -> Architecture:
-    """Look a backbone up.
+    """Look up an architecture by name.
 
     Args:
         name: A torchvision classifier, or ``timm/NAME``.
 
     Raises:
-        ModelError: There is none of that name; the message has the nearest.
+        ModelError: The name is unknown; the message suggests similar names.
     """
     if name.startswith("timm/"):
         return Timm(name)
@@ -66,7 +66,8 @@ def architecture(name: str) -> Architecture:
 
             known += [f"timm/{other}" for other in timm.list_models()]
         raise ModelError(
-            f"model.backbone: unknown backbone {name!r}. {nearest(name, known)}Known: torchvision's names, timm/NAME."
+            f"model.backbone: unknown backbone {name!r}. {did_you_mean(name, known)}"
+            "Use the name of a torchvision classifier, or timm/NAME."
         )
     return Torchvision(name)
 
@@ -84,7 +85,7 @@ class Torchvision:
     def fetch(self, weights: str) -> Path:
         if weights not in self.names():
             raise _unknown_weights(weights, self)
-        return files.from_url(self._zoo[weights].url)
+        return weight_files.from_url(self._zoo[weights].url)
 
     def preprocessing(self, weights: str | None) -> Preprocessing:
         entry = self._zoo[weights] if weights in self.names() else next(iter(self._zoo.__members__.values()))
@@ -101,9 +102,9 @@ class Torchvision:
         state: Mapping[str, torch.Tensor] = self._whole(None).state_dict()
         return state
 
-    def build(self, state: files.State | None) -> tuple[nn.Module, int]:
+    def build(self, state: weight_files.State | None) -> tuple[nn.Module, int]:
         model = self._whole(state)
-        # Inception's and GoogLeNet's auxiliary heads are classifiers of ImageNet too, used in training alone.
+        # The auxiliary heads of Inception and GoogLeNet are ImageNet classifiers, used only in training.
         dropped = [name for name, _ in model.named_children() if name.lower().startswith("aux")]
         for name in dropped:
             setattr(model, name, None)
@@ -118,44 +119,44 @@ class Torchvision:
         return model, width
 
     def fixed_size(self, model: nn.Module) -> int | None:
-        if isinstance(model, torchvision.models.MaxVit):  # windows that have to fill the image
+        if isinstance(model, torchvision.models.MaxVit):  # the image size must be a multiple of its windows
             return self.preprocessing(None).crop
-        side: int | None = getattr(model, "image_size", None)  # ViT: a learned position for each patch
+        side: int | None = getattr(model, "image_size", None)  # ViT: one learned position embedding per patch
         return side
 
-    def _whole(self, state: files.State | None) -> nn.Module:
+    def _whole(self, state: weight_files.State | None) -> nn.Module:
         options: dict[str, Any] = {}
         if self.name in ("inception_v3", "googlenet"):
-            # Their weights were made with another normalisation, which the network itself applies.
+            # Their weights expect another normalisation, which the network applies to its input.
             options = {"transform_input": True, "init_weights": True}
         if state is not None and "conv_proj.weight" in state:
-            # A ViT has one position for each patch of the images it was trained on: 512 px in some weights.
+            # The number of position embeddings depends on the training image size, 512 px for some weights.
             positions = state["encoder.pos_embedding"].shape[1] - 1
             options["image_size"] = int(positions**0.5) * state["conv_proj.weight"].shape[-1]
         model: nn.Module = torchvision.models.get_model(self.name, weights=None, **options)
         return model
 
-    def _load(self, model: nn.Module, state: files.State, dropped: tuple[str, ...]) -> None:
+    def _load(self, model: nn.Module, state: weight_files.State, dropped: tuple[str, ...]) -> None:
         for key in list(state):
             if key.startswith(dropped):
                 del state[key]
-            elif ".denselayer" in key:  # DenseNet's files are of a time when names could hold a dot
+            elif ".denselayer" in key:  # DenseNet's files use old names with a dot
                 state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key)] = state.pop(key)
-        if not hasattr(state, "_metadata"):  # safetensors has no version numbers, and MNASNet asks for its own
+        if not hasattr(state, "_metadata"):  # safetensors has no version numbers, which MNASNet reads
             state = OrderedDict(state)
             vars(state)["_metadata"] = vars(model.state_dict())["_metadata"]
         try:
             missing, unexpected = model.load_state_dict(state, strict=False)
         except RuntimeError as error:  # shapes differ
-            raise _another_network(self.name, str(error).split("\n")[1].strip()) from error
+            raise _wrong_network(self.name, str(error).split("\n")[1].strip()) from error
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-        for kind, keys in (("lacks", missing), ("has an unknown", unexpected)):
+        for kind, keys in (("missing", missing), ("unexpected", unexpected)):
             if keys:
-                raise _another_network(self.name, f"it {kind} {keys[0]!r}")
+                raise _wrong_network(self.name, f"{kind} tensor {keys[0]!r}")
 
 
 class Timm:
-    """A network of timm, by its architecture and, optionally, tag: ``timm/resnet50`` or ``timm/resnet50.a1_in1k``."""
+    """A timm network, with an optional tag: ``timm/resnet50`` or ``timm/resnet50.a1_in1k``."""
 
     def __init__(self, name: str) -> None:
         if importlib.util.find_spec("timm") is None:
@@ -167,10 +168,10 @@ class Timm:
         self._model, _, self._tag = name.removeprefix("timm/").partition(".")
         if not timm.is_model(self._model):
             known = timm.list_models()
-            raise ModelError(f"model.backbone: timm has no {self._model!r}. {nearest(self._model, known)}")
+            raise ModelError(f"model.backbone: timm has no {self._model!r}. {did_you_mean(self._model, known)}")
         if self._tag and self._tag not in self._tags():
             raise ModelError(
-                f"model.backbone: timm/{self._model} has no tag {self._tag!r}, but {', '.join(self._tags())}."
+                f"model.backbone: timm/{self._model} has no tag {self._tag!r}. Available: {', '.join(self._tags())}."
             )
 
     def _tags(self) -> list[str]:
@@ -185,15 +186,17 @@ class Timm:
         return dict(vars(config)) if config else {}
 
     def fetch(self, weights: str) -> Path:
-        # The article's name is the default of ``model.weights``; timm's networks are known by a tag of their own.
+        # ARTICLE is the default of ``model.weights``; for timm it means the network's default tag.
         if weights not in (ARTICLE, *self.names()):
             raise _unknown_weights(weights, self)
         config = self._config(weights)
         if config.get("hf_hub_id"):
-            return files.from_hub(config["hf_hub_id"], config.get("hf_hub_filename") or "model.safetensors")
+            return weight_files.from_hub(config["hf_hub_id"], config.get("hf_hub_filename") or "model.safetensors")
         if config.get("url"):
-            return files.from_url(config["url"])
-        raise WeightsError(f"model.weights: timm has no pretrained weights for {self._model!r}; give a file, or null.")
+            return weight_files.from_url(config["url"])
+        raise WeightsError(
+            f"model.weights: timm has no pretrained weights for {self._model!r}. Pass a file, or null for random ones."
+        )
 
     def preprocessing(self, weights: str | None) -> Preprocessing:
         config = self._config(weights)
@@ -211,7 +214,7 @@ class Timm:
         state: Mapping[str, torch.Tensor] = self._timm.create_model(self._model).state_dict()
         return state
 
-    def build(self, state: files.State | None) -> tuple[nn.Module, int]:
+    def build(self, state: weight_files.State | None) -> tuple[nn.Module, int]:
         model: Any = self._timm.create_model(self._model, num_classes=0) if state is None else self._load(state)
         return model, int(getattr(model, "head_hidden_size", None) or model.num_features)
 
@@ -219,32 +222,32 @@ class Timm:
         config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
 
-    def _load(self, state: files.State) -> Any:
-        # Where the number of classes differs from the file's, timm loads what fits and leaves the rest random. So the
-        # network is built with the file's own number, loaded strictly, and loses its classifier after that.
+    def _load(self, state: weight_files.State) -> Any:
+        # If the number of classes differs from the file's, timm loads non-strictly and leaves the rest random.
+        # So build the network with the file's number of classes, load strictly, then remove the classifier.
         names = self._config(None).get("classifier")
         classifier = state.get(f"{names if isinstance(names, str) or not names else names[0]}.weight")
-        classes = 0 if classifier is None else classifier.shape[0]
-        overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
+        num_classes = 0 if classifier is None else classifier.shape[0]
+        overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
         try:
             model: Any = self._timm.create_model(
-                self._model, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
+                self._model, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
             )
         except (RuntimeError, KeyError) as error:
-            why = textwrap.shorten(str(error).split("\n")[-1], 120, placeholder=" ...")
-            raise _another_network(self.name, why) from error
+            reason = textwrap.shorten(str(error).split("\n")[-1], 120, placeholder=" ...")
+            raise _wrong_network(self.name, reason) from error
         model.pretrained_cfg.pop("state_dict", None)
-        if classes:
+        if num_classes:
             model.reset_classifier(0)
         return model
 
 
-def _unknown_weights(weights: str, of: Architecture) -> WeightsError:
+def _unknown_weights(weights: str, arch: Architecture) -> WeightsError:
     return WeightsError(
-        f"model.weights: {of.name} has no weights {weights!r}. It has {', '.join(of.names())}; "
-        "or give a file, pkg:NAME, or null for random ones."
+        f"model.weights: {arch.name} has no weights {weights!r}. Available: {', '.join(arch.names())}. "
+        "Or pass a file, pkg:NAME, or null for random weights."
     )
 
 
-def _another_network(name: str, why: str) -> WeightsError:
-    return WeightsError(f"model.weights: these are not the weights of {name}: {why}.")
+def _wrong_network(name: str, reason: str) -> WeightsError:
+    return WeightsError(f"model.weights: the weights do not match {name}: {reason}.")

@@ -1,7 +1,7 @@
-"""How each family of networks is cut into named stages.
+"""Split networks into named stages.
 
-A stage list is a chain: running its modules one after another gives, bit for bit, what the network's own ``forward``
-gives. Families that are not in the table are one stage, ``body``: they can be frozen whole or trained whole.
+Running the stages in sequence gives bit-identical results to the network's own ``forward``. Families that are not in
+the table are a single stage, ``body``.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-#: Says whether a new stage begins at a child, from its path, the child, and the child before it.
-Begins = Callable[[str, nn.Module, nn.Module | None], bool]
+#: Whether a new stage starts at a child, given its path, the child and the previous child.
+StartsStage = Callable[[str, nn.Module, nn.Module | None], bool]
 
 
-def _at(*prefixes: str) -> Begins:
-    return lambda path, child, before: path.startswith(prefixes)
+def _at(*prefixes: str) -> StartsStage:
+    return lambda path, child, previous: path.startswith(prefixes)
 
 
-def _after_pooling(path: str, child: nn.Module, before: nn.Module | None) -> bool:
-    return isinstance(before, nn.MaxPool2d)
+def _after_pooling(path: str, child: nn.Module, previous: nn.Module | None) -> bool:
+    return isinstance(previous, nn.MaxPool2d)
 
 
-def _downsampling(path: str, child: nn.Module, before: nn.Module | None) -> bool:
-    """Whether a child halves the resolution, with a strided convolution."""
+def _downsampling(path: str, child: nn.Module, previous: nn.Module | None) -> bool:
+    """Whether a child contains a strided convolution."""
     return any(isinstance(module, nn.Conv2d) and max(module.stride) > 1 for module in child.modules())
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """How to split a family of networks.
 
     Attributes:
-        begins: Where a new stage begins.
-        opened: Containers whose children are told apart.
-        before: What ``forward`` does in functional form, by the child that it comes before.
-        names: Name of the i-th stage, i counted from 0.
+        starts_stage: Where a new stage starts.
+        expanded: Containers whose children are treated as children of the network.
+        functional: Modules for operations that ``forward`` applies in functional form, by the name of the next child.
+        names: Name of the i-th stage, from 0.
     """
 
-    begins: Begins
-    opened: tuple[str, ...] = ()
-    before: Mapping[str, tuple[Callable[[], nn.Module], ...]] = field(default_factory=dict)
+    starts_stage: StartsStage
+    expanded: tuple[str, ...] = ()
+    functional: Mapping[str, tuple[Callable[[], nn.Module], ...]] = field(default_factory=dict)
     names: Callable[[int], str] = lambda index: f"stage{index}" if index else "stem"
 
     def children(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The network as a chain of named modules."""
         for name, child in model.named_children():
-            for index, step in enumerate(self.before.get(name, ())):
-                yield f"{name}_before{index}", step()
-            if name in self.opened:
+            for index, module in enumerate(self.functional.get(name, ())):
+                yield f"{name}_before{index}", module()
+            if name in self.expanded:
                 for inner, grandchild in child.named_children():
                     yield f"{name}.{inner}", grandchild
             else:
@@ -73,12 +73,12 @@ def _vgg_block(index: int) -> str:
     return f"block{index + 1}" if index < 5 else "fc"
 
 
-#: torchvision's ConvNeXt and Swin: patches, blocks, and three times a downsampling with its blocks.
-BEFORE_FOUR = ("features.1", "features.2", "features.4", "features.6")
+#: First child of each stage after the stem in torchvision's ConvNeXt and Swin.
+FOUR_STAGES = ("features.1", "features.2", "features.4", "features.6")
 
-#: Keyed by the package and class of the network.
+#: Families by package and class name of the network.
 FAMILIES: dict[str, Family] = {
-    "torchvision.ResNet": Family(_at("layer"), before={"fc": (nn.Flatten,)}, names=_layer),
+    "torchvision.ResNet": Family(_at("layer"), functional={"fc": (nn.Flatten,)}, names=_layer),
     "torchvision.VGG": Family(_after_pooling, ("features",), {"classifier": (nn.Flatten,)}, _vgg_block),
     "torchvision.DenseNet": Family(
         _at("features.denseblock"), ("features",), {"classifier": (nn.ReLU, _pool, nn.Flatten)}, _block
@@ -86,9 +86,9 @@ FAMILIES: dict[str, Family] = {
     "torchvision.MobileNetV2": Family(_downsampling, ("features",), {"classifier": (_pool, nn.Flatten)}),
     "torchvision.MobileNetV3": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
     "torchvision.EfficientNet": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
-    "torchvision.ConvNeXt": Family(_at(*BEFORE_FOUR), ("features",)),
+    "torchvision.ConvNeXt": Family(_at(*FOUR_STAGES), ("features",)),
     "torchvision.RegNet": Family(_at("trunk_output.block"), ("trunk_output",), {"fc": (nn.Flatten,)}, _block),
-    "torchvision.SwinTransformer": Family(_at(*BEFORE_FOUR), ("features",)),
+    "torchvision.SwinTransformer": Family(_at(*FOUR_STAGES), ("features",)),
     "timm.ResNet": Family(_at("layer"), names=_layer),
     "timm.VGG": Family(_after_pooling, ("features",), names=_vgg_block),
     "timm.DenseNet": Family(_at("features.denseblock"), ("features",), names=_block),
@@ -106,16 +106,16 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
         model: Maps images ``(B, 3, H, W)`` to features ``(B, D)``.
 
     Returns:
-        The stages in order; the last one ends in pooled features ``(B, D)``. They share the model's parameters.
+        The stages in order. The last one outputs pooled features ``(B, D)``. They share the model's parameters.
     """
     family = FAMILIES.get(f"{type(model).__module__.split('.')[0]}.{type(model).__name__}")
     if family is None:
         return OrderedDict(body=model)
     groups: list[OrderedDict[str, nn.Module]] = [OrderedDict()]
-    before: nn.Module | None = None
+    previous: nn.Module | None = None
     for path, child in family.children(model):
-        if groups[-1] and family.begins(path, child, before):
+        if groups[-1] and family.starts_stage(path, child, previous):
             groups.append(OrderedDict())
         groups[-1][path.replace(".", "_")] = child
-        before = child
+        previous = child
     return OrderedDict((family.names(index), nn.Sequential(group)) for index, group in enumerate(groups))

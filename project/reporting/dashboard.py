@@ -1,4 +1,4 @@
-"""What is to be seen of a fit while it runs and when it is done, in whatever loggers it has."""
+"""Dashboard: logs throughput, memory, texts, figures and the result of a fit to all of its loggers."""
 
 from __future__ import annotations
 
@@ -10,97 +10,97 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.classifier import ImageClassifier, Step
+from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError
 from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
-from project.reporting.figure_logger import FigureLogger, validates
-from project.reporting.run_description import parameters
+from project.reporting.figure_logger import FigureLogger, uses_datamodule_for_validation
+from project.reporting.run_description import hyperparameters
 from project.runtime import logger_adapters
 from project.runtime.distributed import ProcessGroup
 from project.runtime.signals import Interrupted
 from project.runtime.system import peak_memory
 
-#: Which numbers share a chart, as regular expressions of their names, by group and title.
+#: Layout of TensorBoard's custom scalars: group, chart title, and regular expressions of the tags in the chart.
 CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "train and val": {
         "loss": ["train/loss$", "val/loss$"],
         "accuracy": ["train/accuracy$", "val/accuracy$", "val/top5$"],
     },
     "val": {
-        "F1, mean of the classes": ["val/f1$"],
-        "calibration error": ["val/ece$"],
-        "F1 of each class": ["val/f1_of/.*"],
-        "recall of each class": ["val/recall_of/.*"],
-        "precision of each class": ["val/precision_of/.*"],
+        "macro F1": ["val/f1$"],
+        "expected calibration error": ["val/ece$"],
+        "F1 per class": ["val/f1_of/.*"],
+        "recall per class": ["val/recall_of/.*"],
+        "precision per class": ["val/precision_of/.*"],
     },
     "run": {
-        "learning rate of each parameter group": ["lr-.*"],
-        "training images a second": ["train/images_per_second$"],
-        "memory, MB": ["memory/.*"],
+        "learning rate per parameter group": ["lr-.*"],
+        "training images per second": ["train/images_per_second$"],
+        "memory (MB)": ["memory/.*"],
     },
 }
-#: Of the metrics, those that runs are compared by.
-COMPARED = ("accuracy", "f1", "loss", "ece")
+#: Validation metrics in the result of a run.
+RESULT_METRICS = ("accuracy", "f1", "loss", "ece")
 
 
 class Dashboard(pl.Callback):
-    """Logs throughput, memory, texts and the result, and draws figures of the best epoch so far: what best.ckpt does.
+    """Logs throughput, memory, texts and the result, and figures of the best epoch so far, as in ``best.ckpt``.
 
-    Of a fit that was resumed and has not been better since, they are where they were drawn, in the earlier run.
+    A resumed fit that does not improve logs no figures: those of its best epoch are in the earlier run.
 
-    Figures are drawn when a fit ends. Before that, whenever validation accuracy has improved, provided that all drawing
-    takes less than 5 % of the fit's time and half as many epochs again are over as the last time: a fit of seconds
-    draws once, one of a thousand epochs at most 18 times. A drawing is 1.2 MB at most (of 100 classes; 0.3 MB of five),
-    and reads 36 images; the projector, which comes at the end, is 3 MB at most, and reads as many images as 2 seconds
-    allow. :class:`~project.evaluation.predictions.PredictionCollector` bounds the memory of a validation. What cannot
-    be drawn is reported as a warning, once, and the fit continues.
+    Figures are logged when a fit ends, and earlier whenever the validation accuracy has improved, as long as drawing
+    takes less than 5 % of the fit's time and the number of epochs has grown by half since the last time. A fit of
+    seconds logs them once, one of 1,000 epochs at most 18 times. One set of figures reads 36 images and takes at most
+    1.2 MB (100 classes; 0.3 MB with 5). The projector is logged at the end, takes at most 3 MB, and reads as many
+    images as 2 seconds allow. :class:`~project.evaluation.predictions.PredictionCollector` bounds the memory of a
+    validation. A figure that cannot be logged causes one warning, and the fit continues.
 
     Args:
-        figures: Draw figures, curves, images and the projector; without, there are numbers and texts.
-        points: Validation images that the projector shows at most; 0 for no projector.
+        figures: Log figures, curves, images and the projector; otherwise only scalars and texts.
+        points: Maximum number of validation images in the projector; 0 disables it.
 
     Attributes:
-        images: Training images seen in this fit, by all processes.
-        seconds: Time spent in training epochs, their validation left out.
-        parameters: How many parameters are ``trainable`` and ``frozen``.
+        images: Number of training images processed in this fit, over all ranks.
+        seconds: Time spent in training epochs, without validation.
+        parameters: Number of ``trainable`` and of ``frozen`` parameters.
     """
 
     def __init__(self, figures: bool = True, points: int = 500) -> None:
         if points < 0:
-            raise ConfigError(f"dashboard.points has to be at least 0, not {points}.")
+            raise ConfigError(f"dashboard.points must be at least 0, not {points}.")
         self._figures = figures
         self._points = points
-        self._before: dict[str, Any] | None = None
-        self._begin()
+        self._restored: dict[str, Any] | None = None
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.images = 0
         self.seconds = 0.0
         self.parameters = {"trainable": 0, "frozen": 0}
-        self._began = self._mark = time.perf_counter()
+        self._fit_start = self._training_start = time.perf_counter()
         self._epoch_images = 0
         self._epoch_seconds = 0.0
-        self._logs = False
-        self._painter: FigureLogger | None = None  # in the first process alone
-        self._shows_input = False
+        self._enabled = False
+        self._figure_logger: FigureLogger | None = None  # on rank zero only
+        self._input_pending = False
         self._collector: PredictionCollector | None = None
-        self._overall: dict[str, Any] = {"score": -math.inf, "values": {}}
-        self._best: tuple[ValidationPredictions, int] | None = None
+        self._best_result: dict[str, Any] = {"score": -math.inf, "values": {}}
+        self._best_predictions: tuple[ValidationPredictions, int] | None = None
         self._drawn = True
 
     @property
     def images_per_second(self) -> float:
-        """Training images a second over the whole fit."""
+        """Training throughput of the whole fit."""
         return self.images / self.seconds if self.seconds else 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()
-        if self._before is not None:
-            self._overall, self._before = self._before, None
+        self._reset()
+        if self._restored is not None:
+            self._best_result, self._restored = self._restored, None
         if trainer.loggers and isinstance(pl_module, ImageClassifier) and not getattr(trainer, "fast_dev_run", False):
-            self._logs = True
+            self._enabled = True
             if trainer.is_global_zero:
-                self._painter = FigureLogger(trainer, pl_module)
+                self._figure_logger = FigureLogger(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for parameter in pl_module.parameters():
@@ -108,32 +108,32 @@ class Dashboard(pl.Callback):
         values = {f"parameters/{kind}": float(count) for kind, count in self.parameters.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        self.on_train_epoch_start(trainer, pl_module)  # nobody calls it in an epoch that a fit was resumed within
-        folder = trainer.log_dir if self._logs else None  # all processes ask for it together
-        if self._painter is None:
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning skips it when a fit resumes within an epoch
+        folder = trainer.log_dir if self._enabled else None  # a collective call: before rank zero continues alone
+        if self._figure_logger is None:
             return
-        with self._painter.attempt("charts"):
+        with self._figure_logger.attempt("charts"):
             for logger in trainer.loggers:
-                logger_adapters.layout(logger, CHARTS)
-        self._painter.texts(folder)
-        self._shows_input = self._figures and not self._painter.stored_input()
+                logger_adapters.add_chart_layout(logger, CHARTS)
+        self._figure_logger.log_texts(folder)
+        self._input_pending = self._figures and not self._figure_logger.log_stored_input()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_images = 0
-        self._mark = time.perf_counter()
+        self._training_start = time.perf_counter()
         self._epoch_seconds = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._epoch_images += len(batch[0]) * trainer.world_size
-        if self._shows_input and self._painter is not None:
-            self._shows_input, began = False, time.perf_counter()
-            self._painter.live_input(batch)
-            self._mark += time.perf_counter() - began  # it is no training
+        if self._input_pending and self._figure_logger is not None:
+            self._input_pending, start = False, time.perf_counter()
+            self._figure_logger.log_batch_input(batch)
+            self._training_start += time.perf_counter() - start  # drawing is not training
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        seconds = self._epoch_seconds + time.perf_counter() - self._mark
+        seconds = self._epoch_seconds + time.perf_counter() - self._training_start
         self.images += self._epoch_images
         self.seconds += seconds
         values = {"train/images_per_second": self._epoch_images / seconds}
@@ -145,85 +145,84 @@ class Dashboard(pl.Callback):
         pl_module.log_dict(values)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._epoch_seconds += time.perf_counter() - self._mark
-        if not self._logs or not self._figures or trainer.sanity_checking:
+        self._epoch_seconds += time.perf_counter() - self._training_start
+        if not self._enabled or not self._figures or trainer.sanity_checking:
             return
         assert isinstance(pl_module, ImageClassifier)
-        expected = _expected(trainer)
-        ranks, classes = ProcessGroup(), len(pl_module.classes)
-        self._collector = PredictionCollector(expected, self._points, classes, ranks.rank, ranks.size)
+        group, classes = ProcessGroup(), len(pl_module.classes)
+        self._collector = PredictionCollector(
+            _validation_images(trainer), self._points, classes, group.rank, group.size
+        )
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        if self._collector is not None and isinstance(outputs, Step):
-            self._collector.batch(outputs.probabilities, outputs.features)
+        if self._collector is not None and isinstance(outputs, StepOutput):
+            self._collector.update(outputs.probabilities, outputs.features)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         collector, self._collector = self._collector, None
         score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
-        if self._logs and not trainer.sanity_checking and score > self._overall["score"]:  # the same in all processes
-            self._overall = {"score": score, "values": _compared(trainer, "best")}
+        # All ranks compute the same score, so all of them take part in the gather.
+        if self._enabled and not trainer.sanity_checking and score > self._best_result["score"]:
+            self._best_result = {"score": score, "values": _result_metrics(trainer, "best")}
             if collector is not None:
                 assert isinstance(pl_module, ImageClassifier)
-                outcomes = ProcessGroup().gather(collector.outcome(pl_module.epoch_metrics("val").each))
-                self._best, self._drawn = (merge_predictions(outcomes), trainer.global_step), False
+                parts = ProcessGroup().gather(collector.compute(pl_module.epoch_metrics("val").predictions))
+                self._best_predictions, self._drawn = (merge_predictions(parts), trainer.global_step), False
                 epochs = trainer.current_epoch + 1
-                if self._painter is not None and self._painter.affords(epochs):
-                    self._painter.outcome(*self._best, epochs)
+                if self._figure_logger is not None and self._figure_logger.has_budget(epochs):
+                    self._figure_logger.log_predictions(*self._best_predictions, epochs)
                     self._drawn = True
-        self._mark = time.perf_counter()
+        self._training_start = time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._painter is None:
-            return
-        if self._best is not None:
+        if self._figure_logger is not None and self._best_predictions is not None:
             if not self._drawn:
-                self._painter.outcome(*self._best, trainer.current_epoch)
-            self._painter.points(*self._best)
+                self._figure_logger.log_predictions(*self._best_predictions, trainer.current_epoch)
+            self._figure_logger.log_projector(*self._best_predictions)
         self._log_result(trainer, pl_module)
-        self._best = None  # its tensors
+        self._best_predictions = None  # frees its tensors
 
     def _log_result(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        painter = self._painter
-        if painter is None:
+        if self._figure_logger is None:
             return
         assert isinstance(module, ImageClassifier)
-        with painter.attempt("result"):
-            result = {**self._overall["values"], **_compared(trainer, "last")}
+        with self._figure_logger.attempt("result"):
+            result = {**self._best_result["values"], **_result_metrics(trainer, "last")}
             result["result/images_per_second"] = self.images_per_second
-            result["result/seconds"] = time.perf_counter() - self._began
-            made_with = parameters(trainer, module)
+            result["result/seconds"] = time.perf_counter() - self._fit_start
+            hparams = hyperparameters(trainer, module)
             for logger in trainer.loggers:
-                logger_adapters.result(logger, made_with, result, trainer.global_step)
+                logger_adapters.add_result(logger, hparams, result, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics of the best epoch, which may be one before a fit was resumed."""
-        return self._overall
+        """Score and metrics of the best epoch, including those before a fit was resumed."""
+        return self._best_result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them: no epoch is drawn that is not better."""
+        """Restore the best score, so that only better epochs log figures."""
         values = {str(name): float(value) for name, value in state_dict["values"].items()}
-        self._before = {"score": float(state_dict["score"]), "values": values}
+        self._restored = {"score": float(state_dict["score"]), "values": values}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._collector = None
-        if isinstance(exception, Interrupted) and trainer.state.fn == "fit":  # figures would take of the time to leave
+        if isinstance(exception, Interrupted) and trainer.state.fn == "fit":  # no figures: they would delay the exit
             self._log_result(trainer, pl_module)
 
 
-def _expected(trainer: pl.Trainer) -> int | None:
-    """How many images of this process are validated, padding included; ``None`` where nobody knows."""
-    if not validates(trainer):
+def _validation_images(trainer: pl.Trainer) -> int | None:
+    """Number of images that this rank validates, including padding; ``None`` if unknown."""
+    if not uses_datamodule_for_validation(trainer):
         return None
-    every: int = len(trainer.datamodule.order("val"))  # type: ignore[attr-defined]
+    count: int = len(trainer.datamodule.order("val"))  # type: ignore[attr-defined]
     batches, size = sum(trainer.num_val_batches), getattr(trainer.val_dataloaders, "batch_size", None)
-    return min(every, int(batches) * size) if size and math.isfinite(batches) else every
+    return min(count, int(batches) * size) if size and math.isfinite(batches) else count
 
 
-def _compared(trainer: pl.Trainer, when: str) -> dict[str, float]:
-    """The present values of the metrics that runs are compared by; those that there are."""
-    values = {name: float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in COMPARED}
-    if when == "last":  # that of an epoch is not known yet when it is validated
+def _result_metrics(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
+    """Current values of the metrics in the result, as ``result/PREFIX_NAME``; metrics without a value are omitted."""
+    values = {name: float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in RESULT_METRICS}
+    if prefix == "last":  # while an epoch is validated, its training loss is not known yet
         values["train_loss"] = float(trainer.callback_metrics.get("train/loss", math.nan))
-    return {f"result/{when}_{name}": value for name, value in values.items() if math.isfinite(value)}
+    return {f"result/{prefix}_{name}": value for name, value in values.items() if math.isfinite(value)}

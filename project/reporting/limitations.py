@@ -1,4 +1,4 @@
-"""What a fit's own figures say about where not to rely on them."""
+"""Limitations of a model, derived from its evaluation and its class counts."""
 
 from __future__ import annotations
 
@@ -9,98 +9,112 @@ import numpy as np
 from project.evaluation.confidence_intervals import wilson
 from project.evaluation.summary import EvaluationSummary
 
-FEW = 10  # validation images of a class, of which nobody can tell much
-UNEVEN = 3.0  # times more images of one class than of another
-SHOWN = 3  # names
+MIN_IMAGES = 10  # per class in validation; with fewer, its metrics are unreliable
+IMBALANCE_RATIO = 3.0  # largest over smallest class
+MAX_NAMES = 3
+MIN_CALIBRATION_GAP = 0.02
 
 
-def limits(
-    scores: EvaluationSummary | None, classes: Sequence[str], counts: Mapping[str, Sequence[int]], epochs: int
+def limitations(
+    evaluation: EvaluationSummary | None, classes: Sequence[str], counts: Mapping[str, Sequence[int]], validations: int
 ) -> list[str]:
-    """Sentences, the most important first.
+    """One sentence or two per limitation, the most important first.
 
     Args:
-        scores: What was measured.
-        classes: Their names.
-        counts: Images of each class, by split.
-        epochs: From how many the best one was chosen.
+        evaluation: Validation results of the best epoch, if any.
+        classes: Class names.
+        counts: Images per class, by split.
+        validations: Number of epochs that the best one was selected from.
     """
-    found: list[str] = []
-    if scores is not None:
-        if epochs > 1:
-            found.append(
-                f"The validation images chose the best of {epochs} epochs, so their figures are optimistic. Those of "
-                "images that had no part in it are had with python -m project test, where some are held out for it."
+    sentences: list[str] = []
+    if evaluation is not None:
+        if validations > 1:
+            sentences.append(
+                f"The best of {validations} epochs was selected on the validation images, so the validation metrics "
+                "are optimistic. For an unbiased estimate, run python -m project test on a held-out test split."
             )
-        found += [*_width(scores), *_per_class(scores, classes), *_confused(scores, classes), *_certainty(scores)]
-    train = counts["train"]
-    most, least = max(range(len(train)), key=train.__getitem__), min(range(len(train)), key=train.__getitem__)
-    if train[least] and train[most] / train[least] >= UNEVEN:
-        found.append(
-            f"Classes are uneven: {train[most]:,} training images of {classes[most]}, {train[least]:,} of "
-            f"{classes[least]}. Accuracy counts images, so it says most about the large ones; macro F1 counts classes."
-        )
-    return found
+        sentences += _uncertainty(evaluation) + _weak_classes(evaluation, classes)
+        sentences += _confusions(evaluation, classes) + _miscalibration(evaluation)
+    return sentences + _class_imbalance(classes, counts["train"])
 
 
-def _width(scores: EvaluationSummary) -> list[str]:
-    if not scores.images or "val/accuracy" not in scores.metrics:
+def _uncertainty(evaluation: EvaluationSummary) -> list[str]:
+    if not evaluation.images or "val/accuracy" not in evaluation.metrics:
         return []
-    low, high = wilson(scores.metrics["val/accuracy"] * scores.images, scores.images)
-    images = images_of(scores.images, "validation ")
-    return [f"From {images}, the accuracy may be from {100 * low:.1f} % to {100 * high:.1f} %."]
+    low, high = wilson(evaluation.metrics["val/accuracy"] * evaluation.images, evaluation.images)
+    images = pluralize(evaluation.images, "validation image")
+    return [f"With {images}, the 95 % interval of the accuracy is {100 * low:.1f} % to {100 * high:.1f} %."]
 
 
-def _per_class(scores: EvaluationSummary, classes: Sequence[str]) -> list[str]:
-    if scores.per_class is None:
+def _weak_classes(evaluation: EvaluationSummary, classes: Sequence[str]) -> list[str]:
+    if evaluation.per_class is None:
         return []
-    right, count = scores.per_class
-    there = [at for at in range(len(count)) if count[at]]
-    shares, mean = right / np.maximum(count, 1), right.sum() / max(count.sum(), 1)
-    worst = sorted((at for at in there if shares[at] < mean), key=lambda at: (shares[at], -count[at]))
-    found = []
+    correct, support = evaluation.per_class
+    present = [label for label in range(len(support)) if support[label]]
+    recall, accuracy = correct / np.maximum(support, 1), correct.sum() / max(support.sum(), 1)
+    weak = [label for label in present if recall[label] < accuracy]
+    worst = sorted(weak, key=lambda label: (recall[label], -support[label]))
+    sentences = []
     if worst:
-        named = ", ".join(f"{classes[at]} ({int(right[at])} of {int(count[at])})" for at in worst[:SHOWN])
-        others = sum(shares[at] == shares[worst[SHOWN - 1]] for at in worst[SHOWN:])
-        found.append(f"Recognised least: {named}{f', and {others} more as seldom' if others else ''}.")
-    few = [classes[at] for at in there if count[at] < FEW]
+        shown = [f"{classes[label]} ({correct[label]:.0f} of {support[label]:.0f})" for label in worst[:MAX_NAMES]]
+        names = ", ".join(shown)
+        ties = sum(recall[label] == recall[worst[MAX_NAMES - 1]] for label in worst[MAX_NAMES:])
+        sentences.append(f"Lowest recall: {names}{f', and {ties} more with the same recall' if ties else ''}.")
+    few = [classes[label] for label in present if support[label] < MIN_IMAGES]
     if few:
-        more = f" and {len(few) - SHOWN} more" if len(few) > SHOWN else ""
-        found.append(f"Fewer than {FEW} validation images of {', '.join(few[:SHOWN])}{more}: little is known of these.")
-    absent = [classes[at] for at in range(len(count)) if not count[at]]
+        sentences.append(f"Fewer than {MIN_IMAGES} validation images for {_listed(few)}: the metrics are unreliable.")
+    absent = [name for name, count in zip(classes, support, strict=True) if not count]
     if absent:
-        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-        found.append(f"No validation image of {', '.join(absent[:SHOWN])}{more}: nothing is known of these.")
-    return found
+        sentences.append(f"No validation images for {_listed(absent)}: the performance is unknown.")
+    return sentences
 
 
-def _confused(scores: EvaluationSummary, classes: Sequence[str]) -> list[str]:
-    if scores.confusion is None or len(set(scores.confusion.shape)) != 1:
+def _confusions(evaluation: EvaluationSummary, classes: Sequence[str]) -> list[str]:
+    confusion = evaluation.confusion
+    if confusion is None or confusion.shape[0] != confusion.shape[1]:
         return []
-    wrong = scores.confusion - np.diag(np.diagonal(scores.confusion))
-    worst = [int(at) for at in np.argsort(-wrong, axis=None, kind="stable") if wrong.flat[at]]
-    if not worst:
+    errors = confusion - np.diag(np.diagonal(confusion))
+    order = [int(cell) for cell in np.argsort(-errors, axis=None, kind="stable") if errors.flat[cell]]
+    if not order:
         return []
-    pairs = [(*divmod(at, len(classes)), int(wrong.flat[at])) for at in worst[:SHOWN]]
-    named = ", ".join(f"{classes[true]} for {classes[told]} ({images_of(times)})" for true, told, times in pairs)
-    others = sum(wrong.flat[at] == pairs[-1][2] for at in worst[SHOWN:])
-    return [f"Mistaken most often: {named}{f', and {others} other pairs as often' if others else ''}."]
+    pairs = [(*divmod(cell, len(classes)), int(errors.flat[cell])) for cell in order[:MAX_NAMES]]
+    names = ", ".join(
+        f"{classes[true]} predicted as {classes[predicted]} ({pluralize(count, 'image')})"
+        for true, predicted, count in pairs
+    )
+    ties = sum(errors.flat[cell] == pairs[-1][2] for cell in order[MAX_NAMES:])
+    return [f"Most frequent errors: {names}{f', and {ties} other pairs as frequent' if ties else ''}."]
 
 
-def _certainty(scores: EvaluationSummary) -> list[str]:
-    if scores.calibration is None or not scores.calibration[:, 0].sum():
+def _miscalibration(evaluation: EvaluationSummary) -> list[str]:
+    if evaluation.calibration is None or not evaluation.calibration[:, 0].sum():
         return []
-    images, sure, right = scores.calibration.sum(0)
-    gap = (sure - right) / images
-    if abs(gap) < 0.02:
+    images, confidence, correct = evaluation.calibration.sum(0)
+    gap = (confidence - correct) / images
+    if abs(gap) < MIN_CALIBRATION_GAP:
         return []
-    less = "more" if gap > 0 else "less"
     return [
-        f"Its probabilities are {less} certain than they should be: {100 * sure / images:.1f} % on average, while "
-        f"{100 * right / images:.1f} % of the predictions are right."
+        f"The model is {'over' if gap > 0 else 'under'}confident: its mean confidence is "
+        f"{100 * confidence / images:.1f} %, its accuracy {100 * correct / images:.1f} %."
     ]
 
 
-def images_of(count: int, kind: str = "") -> str:
-    """A number of images in words."""
-    return f"{count:,} {kind}image{'' if count == 1 else 's'}"
+def _class_imbalance(classes: Sequence[str], counts: Sequence[int]) -> list[str]:
+    largest, smallest = max(range(len(counts)), key=counts.__getitem__), min(range(len(counts)), key=counts.__getitem__)
+    if not counts[smallest] or counts[largest] / counts[smallest] < IMBALANCE_RATIO:
+        return []
+    return [
+        f"The classes are imbalanced: {pluralize(counts[largest], 'training image')} of {classes[largest]}, "
+        f"{counts[smallest]:,} of {classes[smallest]}. Large classes dominate the accuracy; macro F1 weights all "
+        "classes equally."
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{', '.join(names[:MAX_NAMES])}{more}"
+
+
+def pluralize(count: int, noun: str, plural: str | None = None) -> str:
+    """A count with its noun, such as "1 image" or "2 images"; ``plural`` is for irregular nouns."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -1,14 +1,14 @@
-"""The model card: from what a fit has measured to Markdown with Hugging Face's metadata header.
+"""Model card: the results of a fit as Markdown with Hugging Face's metadata header.
 
-The form is that of https://huggingface.co/docs/hub/model-cards; the idea that of Mitchell et al., "Model cards for
-model reporting", arXiv:1810.03993. No license is named: that is for the author to choose.
+The format is https://huggingface.co/docs/hub/model-cards; the idea is from Mitchell et al., "Model Cards for Model
+Reporting", arXiv:1810.03993. The card names no license: the author has to choose one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -17,18 +17,19 @@ import yaml
 
 from project.evaluation.confidence_intervals import Interval, bootstrap_f1, wilson
 from project.evaluation.summary import EvaluationSummary
-from project.reporting.limitations import images_of, limits
+from project.reporting.limitations import limitations, pluralize
 
-FOLD = 50  # classes; of more, a table shows some
-WORST, BEST = 20, 5
+MAX_CLASSES = 50  # listed in full; of more, a table shows N_FIRST and N_LAST
+N_FIRST, N_LAST = 20, 5
+TAGS = ("image-classification", "transfer-learning", "pytorch-lightning")
 
-#: How intervals were had, with their sources.
-SOURCES = {
-    "Wilson": "Wilson's score interval (1927) of a share",
-    "bootstrap": "percentiles of a bootstrap of 1,000 draws over images (Efron 1979) of F1",
+#: Methods of the confidence intervals, with their sources.
+INTERVAL_METHODS = {
+    "Wilson": "Wilson score interval (Wilson 1927)",
+    "bootstrap": "percentile bootstrap over images, 1,000 resamples (Efron 1979)",
 }
-#: What a metric is called by people, in their order, and by Hugging Face where it has a name for it.
-NAMES = {
+#: Display name and Hugging Face type of each reported metric, in the order of the table.
+METRICS = {
     "val/accuracy": ("Accuracy", "accuracy"),
     "val/f1": ("Macro F1", "f1"),
     "val/top5": ("Top-5 accuracy", "top-5-accuracy"),
@@ -39,75 +40,71 @@ NAMES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says; nothing in it is made up.
+    """The content of a model card.
 
     Attributes:
-        name: Of the run.
-        data: Of the data.
-        classes: Their names.
-        counts: Images of each class, by split.
-        about: Tables by their heading, each from a word to a value: data, backbone, training, versions.
-        scores: What was measured; ``None`` where nothing was.
-        validates: Whether there was to be a validation.
-        epochs: How many there were.
-        validated: How many of them the best one was chosen from.
-        known: What is known of the data besides, a sentence each.
-        base_model: Hugging Face's name of the backbone's weights, where they came from there.
-        tags: For Hugging Face.
-        checkpoint: The file to load, from the card's folder.
+        name: Model name.
+        dataset: Data set name.
+        classes: Class names.
+        class_counts: Images per class, by split.
+        sections: Key-value lists of the sections "data", "backbone", "training" and "versions", as Markdown.
+        evaluation: Validation results of the best epoch; ``None`` if nothing was measured.
+        epochs: Number of completed epochs.
+        validations: Number of epochs that the best one was selected from.
+        notes: Further limitations, one sentence each.
+        base_model: Hugging Face repository of the backbone's weights, if they come from there.
+        checkpoint: Path of the checkpoint, relative to the card.
+        has_validation: Whether the fit was configured to validate.
     """
 
     name: str
-    data: str
+    dataset: str
     classes: Sequence[str]
-    counts: Mapping[str, Sequence[int]]
-    about: Mapping[str, Mapping[str, str]]
-    scores: EvaluationSummary | None
+    class_counts: Mapping[str, Sequence[int]]
+    sections: Mapping[str, Mapping[str, str]]
+    evaluation: EvaluationSummary | None
     epochs: int
-    validated: int
-    known: Sequence[str] = ()
+    validations: int
+    notes: Sequence[str] = ()
     base_model: str | None = None
-    tags: Sequence[str] = field(default=("image-classification", "transfer-learning", "pytorch-lightning"))
     checkpoint: str = "checkpoints/best.ckpt"
-    validates: bool = True
+    has_validation: bool = True
 
 
-def card(facts: CardFacts) -> str:
-    """The whole card."""
-    about = facts.about
+def render_card(facts: CardFacts) -> str:
+    """The card as Markdown, header included."""
+    sections, classes = facts.sections, facts.classes
+    caveats = [*limitations(facts.evaluation, classes, facts.class_counts, facts.validations), *facts.notes]
     parts = [
         f"---\n{header(facts)}---\n",
         f"# {plain(facts.name)}\n",
-        f"A classifier of images into {len(facts.classes)} classes, trained on {plain(facts.data)}. This card was "
-        "written by the fit from what it has measured; what it cannot know is marked as the author's to write.\n",
+        f"An image classification model with {len(classes)} classes, trained on the data set {plain(facts.dataset)} by "
+        "transfer learning. This card was generated automatically at the end of training.\n",
         "## Intended use\n",
-        "> **To be written by the author:** what the model is for, what it is not for, whom its errors would harm, "
-        "and under which license it may be used. Nothing of this is known to the program that wrote this card.\n",
-        *_section("Data", about["data"]),
-        *_classes(facts),
-        *_section("Backbone", about["backbone"]),
-        *_section("Training", about["training"]),
-        *_scores(facts),
-        "## Limits\n",
-        "".join(
-            f"- {plain(each)}\n"
-            for each in [*limits(facts.scores, facts.classes, facts.counts, facts.validated), *facts.known]
-        ),
-        "## How to load it\n",
-        "From this card's folder, in Python:\n",
-        f'```python\nfrom project import load\nload("{facts.checkpoint}").predict(["a.jpg"])\n```\n',
-        "On the command line, for an image or a folder of them:\n",
+        "> **To be completed by the author:** intended uses, out-of-scope uses, who may be harmed by errors, and the "
+        "license. This information cannot be generated automatically.\n",
+        *_section("Training data", sections["data"]),
+        *_class_counts(facts),
+        *_section("Backbone", sections["backbone"]),
+        *_section("Training procedure", sections["training"]),
+        *_evaluation(facts),
+        "## Limitations\n",
+        "".join(f"- {plain(sentence)}\n" for sentence in caveats),
+        "## How to use\n",
+        "In Python, with the `frozen-backbone` package, from the folder of this card:\n",
+        f'```python\nfrom project import load\n\nload("{facts.checkpoint}").predict(["a.jpg"])\n```\n',
+        "On the command line, for one image or a folder of images:\n",
         f"```\npython -m project predict --ckpt_path {facts.checkpoint} --data.predict PATH --output predictions.csv\n"
         "```\n",
-        "The checkpoint holds what was trained. The backbone's weights come from where they came from in training, and "
-        "are refused if their SHA-256 is another.\n",
-        *_section("Versions", about["versions"]),
+        "The checkpoint contains only the trained parameters. The backbone's weights are loaded from their original "
+        "location and verified by SHA-256.\n",
+        *_section("Environment", sections["versions"]),
     ]
     return "\n".join(parts)
 
 
 def header(facts: CardFacts) -> str:
-    """The header as YAML, checked by Hugging Face's own class where it is installed."""
+    """The metadata header as YAML, validated by ``huggingface_hub`` if it is installed."""
     if find_spec("huggingface_hub") is not None:
         return f"{import_module('huggingface_hub').ModelCardData(**metadata(facts)).to_yaml()}\n"
     text: str = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
@@ -115,16 +112,16 @@ def header(facts: CardFacts) -> str:
 
 
 def metadata(facts: CardFacts) -> dict[str, object]:
-    """The header in plain types, in the order of Hugging Face's class."""
-    measured = {} if facts.scores is None else facts.scores.metrics
+    """The metadata header in plain types, with keys in the order of ``huggingface_hub.ModelCardData``."""
+    values = {} if facts.evaluation is None else facts.evaluation.metrics
     metrics = [
-        {"type": kind, "value": round(measured[key], 6), "name": name}
-        for key, (name, kind) in NAMES.items()
-        if key in measured
+        {"type": kind, "value": round(values[key], 6), "name": name}
+        for key, (name, kind) in METRICS.items()
+        if key in values
     ]
     results = {
         "task": {"type": "image-classification", "name": "Image Classification"},
-        "dataset": {"name": facts.data, "type": slug(facts.data), "split": "validation"},
+        "dataset": {"name": facts.dataset, "type": slug(facts.dataset), "split": "validation"},
         "metrics": metrics,
     }
     header: dict[str, object] = {
@@ -132,129 +129,133 @@ def metadata(facts: CardFacts) -> dict[str, object]:
         "library_name": "pytorch",
         "metrics": [metric["type"] for metric in metrics],
         "pipeline_tag": "image-classification",
-        "tags": list(facts.tags),
+        "tags": list(TAGS),
         "model-index": [{"name": facts.name, "results": [results]}] if metrics else None,
     }
     return {key: value for key, value in header.items() if value}
 
 
-def _scores(facts: CardFacts) -> list[str]:
-    scores = facts.scores
-    if scores is None:
-        why = "it ended before its first validation was over" if facts.validates else "this fit had no validation"
-        return ["## Metrics\n", f"None: {why}.\n"]
-    rows = []
-    for key, (name, _) in NAMES.items():
-        if key in scores.metrics:
-            interval, how = interval_of(key, scores)
-            rows.append((name, f"{scores.metrics[key]:.4f}", span(interval), how))
-    count = images_of(scores.images, "validation ") if scores.images else "the validation images"
-    epoch = "one" if scores.epoch is None else scores.epoch + 1
-    hows = list(dict.fromkeys(how for *_, how in rows if how))
-    told = f" Intervals are of 95 %: {', '.join(SOURCES[how] for how in hows)}." if hows else ""
+def _evaluation(facts: CardFacts) -> list[str]:
+    evaluation = facts.evaluation
+    if evaluation is None:
+        reason = "training ended before the first validation finished" if facts.has_validation else "no validation ran"
+        return ["## Evaluation\n", f"Not evaluated: {reason}.\n"]
+    rows, methods = [], set()
+    for key, (name, _) in METRICS.items():
+        if key in evaluation.metrics:
+            interval, method = metric_interval(key, evaluation)
+            rows.append((name, f"{evaluation.metrics[key]:.4f}", format_interval(interval), method))
+            methods.add(method)
+    images = pluralize(evaluation.images, "validation image") if evaluation.images else "the validation images"
+    epoch = "from an earlier run" if evaluation.epoch is None else f"{evaluation.epoch + 1} of {facts.epochs}"
+    sources = "; ".join(source for method, source in INTERVAL_METHODS.items() if method in methods)
     return [
-        "## Metrics\n",
-        f"Of the best epoch, {epoch} of {facts.epochs}, on {count}.{told}\n",
-        table(("metric", "value", "95 % interval", "how"), rows),
-        *_calibration(scores),
-        *_per_class(facts, scores),
+        "## Evaluation\n",
+        f"Results of the best epoch ({epoch}) on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
+        table(("Metric", "Value", "95 % interval", "Method"), rows),
+        *_calibration(evaluation),
+        *_per_class_recall(facts, evaluation),
     ]
 
 
-def interval_of(key: str, scores: EvaluationSummary) -> tuple[Interval | None, str]:
-    """The 95 % interval of a metric, and how it was had; none of a loss, whose images are not kept."""
-    value, square = scores.metrics[key], scores.confusion is not None and len(set(scores.confusion.shape)) == 1
-    if key in ("val/accuracy", "val/top5") and scores.images:
-        return wilson(value * scores.images, scores.images), "Wilson"
-    if key == "val/f1" and square and scores.confusion is not None:
-        right = int(np.trace(scores.confusion))
-        if 0 < right < scores.confusion.sum():  # drawn from all right or all wrong, nothing would ever vary
-            return bootstrap_f1(scores.confusion), "bootstrap"
-    return None, ""
+def metric_interval(key: str, evaluation: EvaluationSummary) -> tuple[Interval | None, str]:
+    """The 95 % interval of a metric and its method in :data:`INTERVAL_METHODS`; ``(None, "")`` if there is none."""
+    value, confusion = evaluation.metrics[key], evaluation.confusion
+    if key in ("val/accuracy", "val/top5") and evaluation.images:
+        return wilson(value * evaluation.images, evaluation.images), "Wilson"
+    if key != "val/f1" or confusion is None or confusion.shape[0] != confusion.shape[1]:
+        return None, ""
+    if np.trace(confusion) in (0, confusion.sum()):  # all wrong or all right: every resample has the same F1
+        return None, ""
+    return bootstrap_f1(confusion), "bootstrap"
 
 
-def _calibration(scores: EvaluationSummary) -> list[str]:
-    if scores.calibration is None:
+def _calibration(evaluation: EvaluationSummary) -> list[str]:
+    if evaluation.calibration is None:
         return []
-    bins = len(scores.calibration)
+    bins = len(evaluation.calibration)
     rows = [
-        (f"{at / bins:.2f} to {(at + 1) / bins:.2f}", f"{int(count):,}", f"{sure / count:.3f}", f"{right / count:.3f}")
-        for at, (count, sure, right) in enumerate(scores.calibration)
+        (
+            f"{index / bins:.2f} to {(index + 1) / bins:.2f}",
+            f"{count:,.0f}",
+            f"{confidence / count:.3f}",
+            f"{correct / count:.3f}",
+        )
+        for index, (count, confidence, correct) in enumerate(evaluation.calibration)
         if count
     ]
     return [
         "### Calibration\n",
-        "Accuracy per confidence bin; equal values mean good calibration.\n",
-        table(("probability of the predicted class", "images", "its mean", "share that is right"), rows),
+        "Accuracy per confidence bin. In a well-calibrated model, accuracy equals mean confidence.\n",
+        table(("Confidence", "Images", "Mean confidence", "Accuracy"), rows),
     ]
 
 
-def _per_class(facts: CardFacts, scores: EvaluationSummary) -> list[str]:
-    if scores.per_class is None:
+def _per_class_recall(facts: CardFacts, evaluation: EvaluationSummary) -> list[str]:
+    if evaluation.per_class is None:
         return []
-    right, count = scores.per_class
-    share = right / np.maximum(count, 1)
-    order = sorted(range(len(count)), key=lambda at: (share[at], -count[at]) if count[at] else (2.0, 0))
-    shown, note = order, ""
-    if len(order) > FOLD:
-        shown, note = order[:WORST] + order[-BEST:], f" The {WORST} worst and the {BEST} best of {len(order)}."
+    correct, support = evaluation.per_class
+    recall = np.where(support > 0, correct / np.maximum(support, 1), np.inf)  # classes without images come last
+    order = sorted(range(len(support)), key=lambda label: (recall[label], -support[label]))
     rows = [
         (
-            plain(facts.classes[at]),
-            f"{int(right[at]):,} of {int(count[at]):,}",
-            f"{share[at]:.3f}" if count[at] else "",
-            span(wilson(right[at], count[at]) if count[at] else None),
+            plain(facts.classes[label]),
+            f"{correct[label]:,.0f} of {support[label]:,.0f}",
+            f"{recall[label]:.3f}" if support[label] else "",
+            format_interval(wilson(correct[label], support[label]) if support[label] else None),
         )
-        for at in shown
+        for label in _ends(order)
     ]
+    subset = f", {N_FIRST} worst and {N_LAST} best of {len(order)} classes" if len(order) > MAX_CLASSES else ""
     return [
-        "### Each class\n",
-        f"How many images of a class were recognised, the worst first.{note}\n",
-        table(("class", "right", "share", "95 % interval"), rows),
+        "### Per-class recall\n",
+        f"Share of each class's images that are classified correctly, lowest first{subset}.\n",
+        table(("Class", "Correct", "Recall", "95 % interval"), rows),
     ]
 
 
-def _classes(facts: CardFacts) -> list[str]:
-    splits = [split for split, counts in facts.counts.items() if sum(counts)]
-    order = range(len(facts.classes))
-    note = ""
-    if len(facts.classes) > FOLD:
-        by_size = sorted(order, key=lambda at: facts.counts["train"][at])
-        order_shown = by_size[:WORST] + by_size[-BEST:]
-        note = f"The {WORST} smallest and the {BEST} largest classes of {len(facts.classes)}.\n"
-    else:
-        order_shown = list(order)
-    rows = [(plain(facts.classes[at]), *(f"{facts.counts[split][at]:,}" for split in splits)) for at in order_shown]
-    rows.append(("**all**", *(f"**{sum(facts.counts[split]):,}**" for split in splits)))
-    return [*([note] if note else []), table(("class", *splits), rows)]
+def _class_counts(facts: CardFacts) -> list[str]:
+    counts, order = facts.class_counts, list(range(len(facts.classes)))
+    splits = [split for split, images in counts.items() if sum(images)]
+    note = []
+    if len(order) > MAX_CLASSES:
+        order.sort(key=counts["train"].__getitem__)
+        note = [f"Images of the {N_FIRST} smallest and the {N_LAST} largest of {len(order)} classes:\n"]
+    rows = [(plain(facts.classes[label]), *(f"{counts[split][label]:,}" for split in splits)) for label in _ends(order)]
+    rows.append(("**All**", *(f"**{sum(counts[split]):,}**" for split in splits)))
+    return [*note, table(("Class", *splits), rows)]
 
 
-def _section(title: str, rows: Mapping[str, str]) -> list[str]:
-    return [f"## {title}\n", "".join(f"- {word}: {value}\n" for word, value in rows.items())]
+def _ends(order: list[int]) -> list[int]:
+    return order if len(order) <= MAX_CLASSES else order[:N_FIRST] + order[-N_LAST:]
+
+
+def _section(title: str, items: Mapping[str, str]) -> list[str]:
+    return [f"## {title}\n", "".join(f"- {key}: {value}\n" for key, value in items.items())]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, whose numbers are to the right."""
+    """Markdown table; all columns but the first are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def span(interval: Interval | None) -> str:
-    """An interval for people; nothing for none."""
+def format_interval(interval: Interval | None) -> str:
+    """An interval in three digits; empty for ``None``."""
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line, whatever somebody has called a folder."""
-    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    """Escape text for one line of Markdown: folder names may contain anything."""
+    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", line)
 
 
 def code(text: str) -> str:
-    """Text as code, which nothing in it ends."""
+    """Inline code; backticks in the text are replaced."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def slug(text: str) -> str:
-    """A name that may stand where Hugging Face expects that of a data set."""
+    """A valid Hugging Face data set identifier."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"

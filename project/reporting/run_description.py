@@ -1,4 +1,4 @@
-"""A run in words and in a few numbers: its data, and what it was made with."""
+"""Descriptions of a run for loggers and reports: its data as Markdown, its hyperparameters as a flat mapping."""
 
 from __future__ import annotations
 
@@ -9,78 +9,84 @@ from typing import Any
 import lightning.pytorch as pl
 
 from project.classifier import ImageClassifier
+from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.runtime.seeding import run_seed
 
-MOST_LINES = 200  # of a table
+MAX_TABLE_ROWS = 200
 
 
 def data_report(data: ImageDataModule) -> str:
-    """How many images each class has in each split, in Markdown."""
+    """Markdown table of the number of images per class and split."""
     classes, splits, counts = data.classes or (), data.splits, data.class_counts
     lines = [
-        f"**{data.name}**: {sum(map(len, splits.values())):,} images of {len(classes)} classes",
+        f"**{data.name}**: {sum(map(len, splits.values())):,} images, {len(classes)} classes",
         "",
         f"| class | {' | '.join(splits)} |",
         f"|---|{'---:|' * len(splits)}",
         f"| *all* | {' | '.join(f'{len(samples):,}' for samples in splits.values())} |",
     ]
-    for label, name in enumerate(classes[:MOST_LINES]):
+    for label, name in enumerate(classes[:MAX_TABLE_ROWS]):
         row = " | ".join(f"{count[label]:,}" for count in counts.values())
         lines.append(f"| {' '.join(name.split()).replace('|', '&#124;')} | {row} |")
-    if len(classes) > MOST_LINES:
-        lines.append(f"| … {len(classes) - MOST_LINES} more | {'| ' * len(splits)}")
+    if len(classes) > MAX_TABLE_ROWS:
+        lines.append(f"| … {len(classes) - MAX_TABLE_ROWS} more | {'| ' * len(splits)}")
     return "\n".join(lines)
 
 
-def parameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, float | int | str | bool]:
-    """What runs are told apart by. The names are the same for all: TensorBoard shows those that its first run has."""
-    given, data = module.hparams, getattr(trainer, "datamodule", None)
-    # As they were before any scheduler; a scheduler's name is beside them.
-    settings: Mapping[str, Any] = trainer.optimizers[0].defaults if trainer.optimizers else {}
-    found: dict[str, Any] = {
+def hyperparameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, float | int | str | bool]:
+    """Hyperparameters to compare runs by.
+
+    All runs have the same keys: TensorBoard's HParams page only shows the keys of the first run.
+    """
+    hparams, data = module.hparams, getattr(trainer, "datamodule", None)
+    # `defaults` holds the initial values; a scheduler changes those in the parameter groups.
+    initial: Mapping[str, Any] = trainer.optimizers[0].defaults if trainer.optimizers else {}
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    values: dict[str, Any] = {
         "backbone": module.backbone.name,
         "weights": module.backbone.origin.weights or "random",
-        "trainable": given["trainable"],
+        "trainable": hparams["trainable"],
         "image_size": module.backbone.preprocessing.crop,
-        "head": _said(given["head"], module.head),
-        "optimizer": _said(given["optimizer"], *trainer.optimizers),
-        "lr": float(settings.get("lr", 0.0)),
-        "weight_decay": float(settings.get("weight_decay", 0.0)),
-        "scheduler": _said(given["scheduler"], *(each.scheduler for each in trainer.lr_scheduler_configs)),
-        "label_smoothing": given["label_smoothing"],
+        "head": format_class(hparams["head"], module.head),
+        "optimizer": format_class(hparams["optimizer"], *trainer.optimizers[:1]),
+        "lr": float(initial.get("lr", 0.0)),
+        "weight_decay": float(initial.get("weight_decay", 0.0)),
+        "scheduler": format_class(hparams["scheduler"], *schedulers[:1]),
+        "label_smoothing": hparams["label_smoothing"],
         "data": getattr(data, "name", ""),
         "classes": len(module.classes),
         "batch_size": getattr(data, "batch_size", 0),
-        "augment": _said(getattr(data, "augment", "")),
+        "augment": format_augmentation(getattr(data, "augment", "")),
         "balance": getattr(data, "balance", ""),
         "epochs": trainer.current_epoch,
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
         "seed": run_seed(),
     }
-    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in found.items()}
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in values.items()}
 
 
-def _said(part: Any, *made: object) -> str:
-    """A class and the arguments that are not its defaults in a word, such as ``SGD(lr=0.001, momentum=0.9)``.
+def format_class(described: Mapping[str, Any] | None, instance: object | None = None) -> str:
+    """Format a configured class as a call, such as ``SGD(lr=0.001, momentum=0.9)``.
 
     Args:
-        part: The class and its arguments; ``None`` for none; or a word.
-        made: What was made of it, if anything.
+        described: ``{"class_path": ..., "init_args": {...}}``; ``None`` gives "none".
+        instance: An object of the class. If given, arguments equal to its defaults are omitted; otherwise those that
+            are ``None``.
     """
-    if not isinstance(part, Mapping):
-        return "none" if part is None else part if isinstance(part, str) else "transforms"
-    name = str(part["class_path"]).rpartition(".")[2]
-    defaults = inspect.signature(type(made[0])).parameters if made else {}
-    arguments = [
-        f"{key}={value}"
-        for key, value in (part.get("init_args") or {}).items()
-        if key not in defaults or value not in (defaults[key].default, _listed(defaults[key].default))
-    ]
-    return f"{name}({', '.join(arguments)})" if arguments else name
+    if described is None:
+        return "none"
+    spec = ClassSpec.from_dict(described)
+    parameters = inspect.signature(type(instance)).parameters if instance is not None else {}
+    arguments = []
+    for key, value in spec.init_args.items():
+        default = parameters[key].default if key in parameters else None
+        if value != default and value != (list(default) if isinstance(default, tuple) else default):  # YAML has lists
+            arguments.append(f"{key}={value!r}")
+    return f"{spec.name}({', '.join(arguments)})" if arguments else spec.name
 
 
-def _listed(value: Any) -> Any:
-    """As a config file has it, which knows no tuples."""
-    return list(value) if isinstance(value, tuple) else value
+def format_augmentation(augment: object) -> str:
+    """The name of a predefined augmentation, or "custom transforms"."""
+    return augment if isinstance(augment, str) else "custom transforms"

@@ -1,4 +1,4 @@
-"""Small pictures of images, read from where they are: stored rows have none."""
+"""Thumbnails of images, read from the source: stored features contain no pixels."""
 
 from __future__ import annotations
 
@@ -13,54 +13,51 @@ from project.data.sources.base import Sample, Source
 from project.errors import DataError
 
 GREY = 200
-AHEAD = 32  # images that a source is told of before they are read
+PREFETCH = 32  # images announced to the source at a time
 
 
 class Thumbnails:
-    """Reads images of a split, and keeps none.
+    """Reads thumbnails of the images of a split, without caching.
 
     Args:
-        source: Reads them.
-        samples: Of the split.
+        source: Reads the images.
+        samples: The samples of the split.
     """
 
     def __init__(self, source: Source, samples: Sequence[Sample]) -> None:
         self._source = source
         self._samples = samples
 
-    def __len__(self) -> int:
-        return len(self._samples)
+    def name(self, index: int) -> str:
+        """Name of an image."""
+        return self._samples[index].name
 
-    def name(self, place: int) -> str:
-        """The name of an image."""
-        return self._samples[place].name
-
-    def read(self, places: Sequence[int], side: int, seconds: float = float("inf")) -> list[np.ndarray]:
-        """The middle squares of images, uint8 ``(side, side, 3)``; grey ones of those that cannot be read any more.
+    def read(self, indices: Sequence[int], size: int, seconds: float = float("inf")) -> list[np.ndarray]:
+        """Center squares of images, uint8 ``(size, size, 3)`` each; grey for images that cannot be read any more.
 
         Args:
-            places: Which of the split.
-            side: Of the squares, in pixels.
-            seconds: Time after which the rest are left out.
+            indices: Indices of the images in the split.
+            size: Side of the squares in pixels.
+            seconds: Time limit; the images left after it are omitted.
         """
-        until = time.perf_counter() + seconds
-        found: list[np.ndarray] = []
-        lacking: list[str] = []
-        for at, place in enumerate(places):
-            if time.perf_counter() > until:
+        deadline = time.perf_counter() + seconds
+        thumbnails: list[np.ndarray] = []
+        errors: list[str] = []
+        for position, index in enumerate(indices):
+            if time.perf_counter() > deadline:
                 break
-            if at % AHEAD == 0:
-                self._source.prefetch([self._samples[each] for each in places[at : at + AHEAD]])
+            if position % PREFETCH == 0:
+                self._source.prefetch([self._samples[ahead] for ahead in indices[position : position + PREFETCH]])
             try:
-                found.append(square(self._source.read(self._samples[place], side), side))
-            except DataError as error:  # stored rows have no need of it
-                lacking.append(str(error))
-                found.append(np.full((side, side, 3), GREY, np.uint8))
-        if lacking:
-            warnings.warn(f"{len(lacking)} images that the dashboard shows are grey: {lacking[0]}", stacklevel=2)
-        return found
+                thumbnails.append(center_square(self._source.read(self._samples[index], size), size))
+            except DataError as error:  # training on stored features does not need the image
+                errors.append(str(error))
+                thumbnails.append(np.full((size, size, 3), GREY, np.uint8))
+        if errors:
+            warnings.warn(f"Dashboard: {len(errors)} images cannot be read and are grey: {errors[0]}", stacklevel=2)
+        return thumbnails
 
 
-def square(picture: Image.Image, side: int) -> np.ndarray:
-    """The middle square of a picture, uint8 ``(side, side, 3)``."""
-    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR))
+def center_square(image: Image.Image, size: int) -> np.ndarray:
+    """Center square of an image, resized to uint8 ``(size, size, 3)``."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))

@@ -1,4 +1,4 @@
-"""Files that appear whole, under their names, or not at all."""
+"""Atomic file writes: a file appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: How the names of files begin that are being written, or were when their writer was killed.
-TEMPORARY = ".writing-"
+#: Prefix of temporary files: those being written, and those left by a killed process.
+TEMPORARY_PREFIX = ".writing-"
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target, which takes its place once it is whole and on the disk.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Write to a temporary file beside the target; on exit, fsync it and rename it to the target.
 
-    Whenever the process is killed, and whatever fails, the target is what it was or what it is to be.
+    If the process is killed or the write fails, the target keeps its old content.
 
     Args:
-        target: The file that is to be there; its folder is made.
+        target: File to create or replace. Missing parent folders are created.
 
     Yields:
-        The path to write to; it keeps the target's suffix.
+        Path to write to, with the target's suffix.
 
     Raises:
-        OSError: The folder cannot be written, or its disk is full.
+        OSError: The folder is not writable, or the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(target.parent, lambda _: target.name, target.suffix) as temporary:
+    with atomic_write_as(target.parent, lambda _: target.name, target.suffix) as temporary:
         yield temporary
 
 
 @contextmanager
-def appearing(folder: Path, named: Callable[[Path], str], suffix: str = "") -> Iterator[Path]:
-    """A temporary file in a folder, which takes its name once it is whole and on the disk.
+def atomic_write_as(folder: Path, make_name: Callable[[Path], str], suffix: str = "") -> Iterator[Path]:
+    """Like :func:`atomic_write`, for a file whose name is known only after it is written, such as a hash.
 
     Args:
-        folder: Where.
-        named: Gives its name, once it is written.
-        suffix: Of the temporary file.
+        folder: Existing folder of the file.
+        make_name: Returns the final name; called with the path of the complete temporary file.
+        suffix: Suffix of the temporary file.
 
     Yields:
-        The path to write to.
+        Path to write to.
 
     Raises:
-        OSError: The folder cannot be written, or its disk is full.
+        OSError: The folder is not writable, or the disk is full.
     """
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}{suffix}"
-    # With the permissions that the user's umask gives, which tempfile's would not have: folders are shared.
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{suffix}"
+    # tempfile would ignore the umask and create a file of mode 600, unreadable for others in a shared folder.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        _sync(temporary)
-        temporary.replace(folder / named(temporary))
-        _sync(folder)
+        _fsync(temporary)
+        temporary.replace(folder / make_name(temporary))
+        _fsync(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot flush a folder; a file they all can.
+        # Some network file systems support fsync for files but not for folders.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)

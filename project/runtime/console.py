@@ -1,4 +1,4 @@
-"""What is said to people: lines, tables, and a bar for what takes its time."""
+"""Console output: lines, tables and progress bars, printed by rank zero."""
 
 from __future__ import annotations
 
@@ -16,170 +16,171 @@ from rich.text import Text
 
 from project.runtime.distributed import is_rank_zero
 
-REFRESH = 2.0  # times a second that a bar is drawn: a drawing takes a millisecond of what is being counted
-QUIET = 30.0  # seconds, at least, between two lines that stand in for a bar
-STEPS = 10  # such lines, at most
-WIDE = 1000  # columns of what is no terminal
-BESIDE = 50  # columns that are kept for what stands beside a bar
+REFRESH_PER_SECOND = 2.0  # each redraw takes about a millisecond from the work that it reports
+LINE_INTERVAL = 30.0  # minimum seconds between two progress lines of a non-terminal output
+MAX_LINES = 10  # progress lines of one task
+FILE_WIDTH = 1000  # columns, where the output is not a terminal
+TEXT_COLUMNS = 50  # columns reserved for the text beside a bar
 
-_shown: list[Console] = []  # the one that has a bar on it: what is said meanwhile goes above that
+_bar_consoles: list[Console] = []  # consoles that show a bar; other output has to go through them, above the bar
 
 
-def print_rank_zero(what: str | Table) -> None:
-    """Print a line or a table, from one process of a distributed run."""
+def print_rank_zero(text: str | Table) -> None:
+    """Print a line or a table on rank zero."""
     if is_rank_zero():
-        _console().print(what, highlight=False, soft_wrap=isinstance(what, str))
+        _console().print(text, highlight=False, soft_wrap=isinstance(text, str))
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print a word and what there is to say to it, row by row: a table on a terminal, lines elsewhere."""
-    if not on_a_terminal():
-        print_rank_zero("\n".join([f"{title}:", *(f"  {word}: {value}" for word, value in rows.items())]))
+    """Print names and values: as a table on a terminal, as plain lines elsewhere."""
+    if not is_terminal():
+        print_rank_zero("\n".join([f"{title}:", *(f"  {name}: {value}" for name, value in rows.items())]))
         return
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for word, value in rows.items():
-        table.add_row(word, value)
+    for name, value in rows.items():
+        table.add_row(name, value)
     print_rank_zero(table)
 
 
 def _console() -> Console:
-    if _shown:
-        return _shown[-1]
-    # A file has no edge at which a path would have to be broken in two.
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    # No markup: a folder of the user's may be called [bold].
-    return _Console(markup=False, width=WIDE if wide else None)
+    if _bar_consoles:
+        return _bar_consoles[-1]
+    # In a file, long paths are not wrapped.
+    is_file = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    # Markup is off: a folder name may contain text such as [bold].
+    return _Console(markup=False, width=FILE_WIDTH if is_file else None)
 
 
 class _Console(Console):
-    """A console that leaves it to the command line to end where nobody reads the output."""
+    """Console that raises BrokenPipeError, which the command line handles, instead of exiting."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-def on_a_terminal() -> bool:
-    """Whether there is one that can draw a line anew; of a distributed run, the first process's alone counts."""
-    drawable = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    return drawable and is_rank_zero()
+def is_terminal() -> bool:
+    """Whether standard output is a terminal that can redraw lines; always False except on rank zero."""
+    can_redraw = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return can_redraw and is_rank_zero()
 
 
-class Pace:
-    """How long something still takes, at its mean pace since it began.
+class EtaEstimator:
+    """Estimates the remaining time from the mean speed since the start.
 
-    A mean from the beginning: threads hand in what they have done two or more at a time, so that the time between the
-    last two counts says nothing.
+    The speed of the last interval would be misleading: threads report several items at once.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.total: int | None = None
-        self._first = 0
-        self._began = self._told = time.monotonic()
+        self._first_done = 0
+        self._start_time = self._last_time = time.monotonic()
 
     def count(self, done: int, total: int | None) -> None:
-        """Tell how many of how many are done; the clock starts with the last count that is not more than the first."""
-        self._told = time.monotonic()
-        if total != self.total or done <= self._first:
-            self._first, self._began = done, self._told
+        """Report progress. The clock restarts until ``done`` first exceeds its initial value."""
+        self._last_time = time.monotonic()
+        if total != self.total or done <= self._first_done:
+            self._first_done, self._start_time = done, self._last_time
         self.done, self.total = done, total
 
     @property
-    def left(self) -> float | None:
-        """Seconds, or ``None`` as long as nothing is known."""
-        fresh = self.done - self._first
-        if self.total is None or fresh <= 0:
+    def seconds_left(self) -> float | None:
+        """Estimated remaining seconds; ``None`` while there is no progress or the total is unknown."""
+        new = self.done - self._first_done
+        if self.total is None or new <= 0:
             return None
-        rest = (self._told - self._began) / fresh * (self.total - self.done)
-        return max(0.0, rest - (time.monotonic() - self._told))
+        left = (self._last_time - self._start_time) / new * (self.total - self.done)
+        return max(0.0, left - (time.monotonic() - self._last_time))
 
 
-def clock(seconds: float | None) -> str:
-    """Seconds as ``H:MM:SS``."""
+def format_duration(seconds: float | None) -> str:
+    """Format seconds as ``H:MM:SS``, and ``None`` as ``-:--:--``."""
     return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 class _TimeLeft(ProgressColumn):
-    """The time left, at the mean pace; the time spent, where nobody knows how much there is to do.
+    """Column with the time left, or with the elapsed time where the total is unknown.
 
-    Not rich's own ``TimeRemainingColumn``: its pace is of the last seconds, in which threads hand in several at once.
+    rich's ``TimeRemainingColumn`` uses the speed of the last seconds; see :class:`EtaEstimator`.
     """
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, eta: EtaEstimator) -> None:
         super().__init__()
-        self._pace = pace
+        self._eta = eta
 
     def render(self, task: Task) -> Text:
-        """Seconds as ``H:MM:SS``."""
-        text = clock(task.elapsed) if task.total is None else f"{clock(self._pace.left)} left"
+        """Render ``H:MM:SS``."""
+        text = (
+            format_duration(task.elapsed) if task.total is None else f"{format_duration(self._eta.seconds_left)} left"
+        )
         return Text(text, no_wrap=True)
 
 
 class Bar:
-    """A bar with the time left, drawn a few times a second by a thread of its own: to count costs next to nothing.
+    """Progress bar with the time left. A background thread draws it, so updates are cheap.
 
     Args:
-        what: Is counted.
+        description: Text before the bar.
     """
 
-    def __init__(self, what: str) -> None:
-        self._pace = Pace()
-        self._screen = Console(markup=False)
-        self._width = max(4, min(30, self._screen.width - BESIDE))
-        words = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[notes]")]
-        columns = words[0], BarColumn(self._width), _TimeLeft(self._pace), words[1]
-        self._bar = Progress(*columns, console=self._screen, refresh_per_second=REFRESH, transient=True)
-        self._task = self._bar.add_task(what, total=None, notes="")
+    def __init__(self, description: str) -> None:
+        self._eta = EtaEstimator()
+        self._console = Console(markup=False)
+        self._width = max(4, min(30, self._console.width - TEXT_COLUMNS))
+        texts = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[notes]")]
+        columns = texts[0], BarColumn(self._width), _TimeLeft(self._eta), texts[1]
+        self._bar = Progress(*columns, console=self._console, refresh_per_second=REFRESH_PER_SECOND, transient=True)
+        self._task = self._bar.add_task(description, total=None, notes="")
 
     def start(self) -> None:
-        """Show it."""
-        _shown.append(self._screen)
+        """Show the bar."""
+        _bar_consoles.append(self._console)
         self._bar.start()
 
     def stop(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._bar.stop()
-        _shown.remove(self._screen)
+        _bar_consoles.remove(self._console)
 
     def count(self, done: int, total: int | None) -> None:
-        """Tell how many of how many are done."""
-        self._pace.count(done, total)
+        """Update the number of finished items and the total."""
+        self._eta.count(done, total)
         self._bar.update(self._task, completed=done, total=total)
 
-    def tell(self, what: str, notes: Sequence[str] = ()) -> None:
-        """Tell what is being counted, and more for which there may be room."""
-        free = self._screen.width - self._width - len(what) - len("0:00:00 left") - 3
+    def describe(self, description: str, notes: Sequence[str] = ()) -> None:
+        """Set the text before the bar, and the notes after it that fit on the line."""
+        free = self._console.width - self._width - len(description) - len("0:00:00 left") - 3
         fitting: list[str] = []
         for note in notes:
             if len(note) + 1 <= free:
                 fitting.append(note)
                 free -= len(note) + 1
-        self._bar.update(self._task, description=what, notes=" ".join(fitting))
+        self._bar.update(self._task, description=description, notes=" ".join(fitting))
 
 
 @contextmanager
-def progress_counter(what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere a line now and then of what takes long. From one process of a distributed run.
+def progress_counter(description: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show progress on rank zero: a bar on a terminal, occasional lines elsewhere.
 
     Args:
-        what: Is counted.
-        enabled: Whether there is any of it.
+        description: Text before the bar.
+        enabled: False shows nothing.
 
     Yields:
-        A function that takes how many of how many are done.
+        A function of the number of finished items and the total.
     """
     if not enabled:
-        yield lambda done, count: None
-    elif not on_a_terminal():
-        yield _Lines(what).count
+        yield lambda done, total: None
+    elif not is_terminal():
+        yield _ProgressLines(description).count
     else:
-        bar = Bar(what)
+        bar = Bar(description)
 
         def count(done: int, total: int) -> None:
             bar.count(done, total)
-            bar.tell(what, (f"{done:,}/{total:,}",))
+            bar.describe(description, (f"{done:,}/{total:,}",))
 
         bar.start()
         try:
@@ -188,19 +189,20 @@ def progress_counter(what: str, enabled: bool = True) -> Iterator[Callable[[int,
             bar.stop()
 
 
-class _Lines:
-    """What stands in for a bar in a file of a run's output: few lines, and none of what is done soon."""
+class _ProgressLines:
+    """Progress as lines of text, at most ``MAX_LINES``; short tasks print none."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._pace = Pace()
-        self._said = time.monotonic()
-        self._next = 0.0
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._eta = EtaEstimator()
+        self._last_line_time = time.monotonic()
+        self._next_done = 0.0
 
     def count(self, done: int, total: int) -> None:
-        self._pace.count(done, total)
+        self._eta.count(done, total)
         now = time.monotonic()
-        if now - self._said < QUIET or done < self._next or done >= total:
+        if now - self._last_line_time < LINE_INTERVAL or done < self._next_done or done >= total:
             return
-        self._said, self._next = now, done + total / STEPS
-        print_rank_zero(f"{self._what}: {done:,} of {total:,}, {clock(self._pace.left)} left")
+        self._last_line_time, self._next_done = now, done + total / MAX_LINES
+        time_left = format_duration(self._eta.seconds_left)
+        print_rank_zero(f"{self._description}: {done:,} of {total:,}, {time_left} left")

@@ -1,4 +1,4 @@
-"""Distributed runs: which rank this process has, how many processes there are, and what has started them."""
+"""Distributed runs: rank, world size, launcher, and communication between ranks."""
 
 from __future__ import annotations
 
@@ -17,73 +17,73 @@ from project.errors import ProjectError
 T = TypeVar("T")
 
 
-def processes() -> int:
-    """How many share a batch."""
+def world_size() -> int:
+    """Number of ranks; 1 where ``torch.distributed`` is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process of rank zero, as far as is known yet."""
-    # Lightning sets the rank when it is imported, and again when a run's processes know theirs.
+    """Whether this process has rank zero, as far as is known yet; see :func:`is_first_process`."""
+    # Lightning sets rank_zero_only.rank on import, and again when the launcher assigns ranks.
     return int(getattr(rank_zero_only, "rank", environment_rank()[0])) == 0
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of rank zero, also before Lightning's launcher has given processes their ranks."""
-    # Of Lightning's own launcher on several nodes, no process knows its rank yet, only that of its node.
+    """Whether this process will have rank zero, also before Lightning's launcher assigns the ranks."""
+    # With Lightning's launcher on several nodes, a process knows only the rank of its node at first.
     return is_rank_zero() and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def environment_rank() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun or a cluster has put them into the environment; else 0 and 1."""
+    """Rank and world size from the environment variables of torchrun or a cluster; (0, 1) if they are unset."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_externally_launched() -> bool:
-    """Whether something else has started all processes of a fit: torchrun, or SLURM."""
+    """Whether torchrun or SLURM started the processes, rather than Lightning."""
     return bool({"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & {*os.environ})
 
 
 def launcher_pid() -> int | None:
-    """The process of the same fit that has started this one, and ends it: Lightning's first one on a machine."""
+    """Process id of the rank that started this one through Lightning's launcher; ``None`` for the first rank."""
     return os.getppid() if os.environ.get("LOCAL_RANK", "0") != "0" and not is_externally_launched() else None
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether an error says no more than that another process has ended."""
+    """Whether an error only reports that another rank has exited."""
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
 @functools.lru_cache(1)
-def _patient(together: Any) -> Any:
-    """The same processes, who wait for each other as long as it takes.
+def _group_without_timeout(world: Any) -> Any:
+    """A gloo group of all ranks whose collectives practically never time out.
 
-    One may be computing rows for hours that another has done with; torch's own groups give up after 10 or 30 minutes.
-    Whoever waits for a process that has ended is told at once all the same.
+    One rank may compute features for hours while the others wait; torch's default timeout is 10 or 30 minutes. A rank
+    that waits for an exited one still fails at once. ``world`` is the cache key.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 class ProcessGroup:
-    """All processes of ``torch.distributed``, or this one alone.
+    """The ranks of ``torch.distributed``, or this process alone if it is not initialized.
 
     Attributes:
-        rank: Of this process.
-        size: How many there are.
+        rank: Rank of this process.
+        size: World size.
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
-        self._group = _patient(dist.group.WORLD) if together else None
+        is_distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if is_distributed else 0
+        self.size = dist.get_world_size() if is_distributed else 1
+        self._group = _group_without_timeout(dist.group.WORLD) if is_distributed else None
 
-    def part(self, count: int) -> slice:
-        """This process's part of so many items: what lies together is read by one process."""
+    def rank_slice(self, count: int) -> slice:
+        """This rank's contiguous slice of ``count`` items."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes; each waits for the others here."""
+        """Gather a value from every rank, on every rank. Blocks until all ranks call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -91,8 +91,8 @@ class ProcessGroup:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Do something that can fail: where one process fails, all do, so that none waits for it."""
+    def propagate_errors(self) -> Iterator[None]:
+        """Raise on all ranks if the block raises on any, so that no rank waits for a failed one."""
         failure: Exception | None = None
         message: str | None = None
         try:
@@ -100,24 +100,24 @@ class ProcessGroup:
         except ProjectError as error:
             failure, message = error, str(error)
         except Exception as error:
-            failure, message = error, f"Process {self.rank} failed: {type(error).__name__}: {error}"
-        self.fail(self.gather(message), failure)
+            failure, message = error, f"Rank {self.rank} failed: {type(error).__name__}: {error}"
+        self.raise_if_any_failed(self.gather(message), failure)
 
-    def fail(self, messages: Sequence[str | None], failure: Exception | None = None) -> None:
-        """Fail where some process has failed. The first process says it, others what they alone have to say.
+    def raise_if_any_failed(self, messages: Sequence[str | None], failure: Exception | None = None) -> None:
+        """Raise if a rank has failed. Rank zero reports the first message; other ranks report only their own.
 
         Args:
-            messages: What went wrong in each process; ``None`` where all is well.
-            failure: What went wrong in this one.
+            messages: Error message of each rank; ``None`` for success.
+            failure: The exception of this rank, if it failed.
 
         Raises:
-            ProjectError: Another process has failed, or this one.
+            ProjectError: This rank or another one failed.
         """
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if not failed:
             return
-        said = messages[failed[0]] or ""
-        error = failure or ProjectError(said)
+        first_message = messages[failed[0]] or ""
+        error = failure or ProjectError(first_message)
         if isinstance(error, ProjectError):
-            error.reported_elsewhere = self.rank > 0 and messages[self.rank] in (None, said)
+            error.reported_elsewhere = self.rank > 0 and messages[self.rank] in (None, first_message)
         raise error

@@ -1,4 +1,4 @@
-"""The private hooks of LightningCLI and of its parser, under public names."""
+"""LightningCLI with public names for its private hooks, and verbs that are plain functions."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-#: What a verb's flags and help come from: a function, or a class and the name of its method.
+#: Source of a verb's flags and help: a function, or a class and the name of its method.
 Verb = Callable[..., Any] | tuple[type, str]
 
 
 class VerbCLI(LightningCLI, ABC):
-    """LightningCLI whose verbs are any functions, and which leaves a checkpoint's arguments to its subclass.
+    """LightningCLI whose verbs can be any function, and whose subclass decides how ``--ckpt_path`` is applied.
 
-    Relies on when LightningCLI calls ``_add_subcommands()``, ``_parse_ckpt_path()`` and ``_run_subcommand()``, and on
-    its reading a verb's parser from ``_subcommand_parsers``.
+    Relies on the order in which LightningCLI calls ``_add_subcommands()``, ``_parse_ckpt_path()`` and
+    ``_run_subcommand()``, and on ``_subcommand_parsers``.
     """
 
     @abstractmethod
     def verbs(self) -> Mapping[str, Verb]:
-        """What each verb's flags and help come from; :meth:`subcommands` names the arguments that are no flags."""
+        """Function or method of each verb; :meth:`subcommands` lists the arguments that are not flags."""
 
     def describe(self, verb: str) -> str:
-        """What a verb does, in a sentence."""
-        found = self.verbs()[verb]
-        function = getattr(*found) if isinstance(found, tuple) else found
+        """One-line description of a verb."""
+        source = self.verbs()[verb]
+        function = getattr(*source) if isinstance(source, tuple) else source
         return cleandoc(function.__doc__ or "").partition("\n")[0]
 
     def requested_verb(self) -> str | None:
-        """The only verb whose flags are needed; ``None`` for the flags of all. Building a verb's parser takes 0.1 s."""
+        """The verb whose parser is built; ``None`` builds all of them, at 0.1 s each."""
         return None
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
-        """Add flags of one verb that its function's signature cannot express."""
+        """Add flags that the signature of the verb's function cannot express."""
 
     def apply_checkpoint(self) -> None:
-        """Apply ``--ckpt_path`` to the parsed configuration; Lightning overrides flags with the checkpoint's values."""
+        """Apply ``--ckpt_path`` to the parsed configuration. Lightning lets the checkpoint override flags."""
 
     @abstractmethod
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class VerbCLI(LightningCLI, ABC):
 
         Args:
             verb: Its name.
-            flags: The values of its own flags.
+            flags: Values of the flags that come from its function.
         """
 
     def verb_parser(self, verb: str) -> LightningArgumentParser:
@@ -57,44 +57,44 @@ class VerbCLI(LightningCLI, ABC):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
         subcommands = parser.add_subcommands()
-        self._own_flags: dict[str, list[str]] = {}
+        self._function_flags: dict[str, list[str]] = {}
         for name, verb in self.verbs().items():
             description = self.describe(name)
-            one = self.init_parser(description=description, **kwargs.get(name, {}))
-            self._subcommand_parsers[name] = one
-            subcommands.add_subcommand(name, one, help=description)
+            verb_parser = self.init_parser(description=description, **kwargs.get(name, {}))
+            self._subcommand_parsers[name] = verb_parser
+            subcommands.add_subcommand(name, verb_parser, help=description)
             if self.requested_verb() not in (name, None):
                 continue
-            self.add_default_arguments_to_parser(one)
-            self.add_core_arguments_to_parser(one)
-            self.add_arguments_to_parser(one)
+            self.add_default_arguments_to_parser(verb_parser)
+            self.add_core_arguments_to_parser(verb_parser)
+            self.add_arguments_to_parser(verb_parser)
             skip: set[str | int] = {*self.subcommands()[name]}
             if isinstance(verb, tuple):
-                self._own_flags[name] = one.add_method_arguments(*verb, skip=skip)
+                self._function_flags[name] = verb_parser.add_method_arguments(*verb, skip=skip)
             else:
-                self._own_flags[name] = one.add_function_arguments(verb, skip=skip)
-            self.add_verb_arguments(name, one)
+                self._function_flags[name] = verb_parser.add_function_arguments(verb, skip=skip)
+            self.add_verb_arguments(name, verb_parser)
 
     def _parse_ckpt_path(self) -> None:
         self.apply_checkpoint()
 
     def _run_subcommand(self, subcommand: str) -> None:
         section = self.config_init[subcommand]
-        self.run_verb(subcommand, {name: section[name] for name in self._own_flags[subcommand]})
+        self.run_verb(subcommand, {name: section[name] for name in self._function_flags[subcommand]})
 
 
 def option_names(parser: ArgumentParser) -> list[str]:
-    """Names of the options of a parser, such as ``trainer.max_epochs``. Relies on ``ArgumentParser._actions``."""
+    """Option names of a parser, such as ``trainer.max_epochs``. Relies on ``ArgumentParser._actions``."""
     return [action.dest for action in parser._actions if action.dest != "help"]
 
 
 class OptionHelp(NamedTuple):
-    """What there is to say of an option.
+    """Help of a command-line option.
 
     Attributes:
-        name: Without its dashes, such as ``trainer.max_epochs``.
-        help: From the docstring.
-        default: As text; empty for none.
+        name: Name without dashes, such as ``trainer.max_epochs``.
+        help: Description from the docstring.
+        default: Default value as text; empty for ``None``.
     """
 
     name: str
@@ -103,12 +103,12 @@ class OptionHelp(NamedTuple):
 
 
 def option_helps(parser: ArgumentParser) -> list[OptionHelp]:
-    """All options of a parser in their order. Relies on ``ArgumentParser._actions``."""
-    found = []
+    """Help of all options of a parser, in order. Relies on ``ArgumentParser._actions``."""
+    helps = []
     for action in parser._actions:
-        default, suppressed = action.default, action.help in (None, SUPPRESS) or action.dest == "help"
-        if isinstance(default, Mapping):  # a class
+        default, is_hidden = action.default, action.help in (None, SUPPRESS) or action.dest == "help"
+        if isinstance(default, Mapping):  # a class with its arguments
             default = str(default.get("class_path", "")).rpartition(".")[2]
-        if not suppressed and action.option_strings:
-            found.append(OptionHelp(action.dest, str(action.help), "" if default is None else str(default)))
-    return found
+        if not is_hidden and action.option_strings:
+            helps.append(OptionHelp(action.dest, str(action.help), "" if default is None else str(default)))
+    return helps

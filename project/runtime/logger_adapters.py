@@ -1,8 +1,7 @@
-"""What each of Lightning's loggers can take besides numbers.
+"""Log texts, images, curves and embeddings to the Lightning loggers that support them.
 
-TensorBoard takes all of it. W&B and MLflow take pictures and texts; CSV's folder gets them as files. All others get the
-result as numbers, as they get all metrics from Lightning. Another logger is taught in one place: a function registered
-for its class.
+TensorBoard supports all of them, W&B and MLflow texts and images; the CSV logger's folder receives both as files. Other
+loggers receive metrics only. To support another logger, register functions for its class.
 """
 
 from __future__ import annotations
@@ -21,74 +20,72 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-MOST_COLOURS = 16_384  # of a drawing; a photograph has more
+MAX_COLOURS = 16_384  # of a plot; images with more are photographs
 Parameters = Mapping[str, float | int | str | bool]
 
 
 def log_text(trainer: pl.Trainer, name: str, markdown: str) -> None:
-    """Log a text to all loggers that take one; from the first process alone.
-
-    One that cannot be logged is told as a warning: a fit does not end for it.
+    """Log a text to all loggers that support it, on rank zero. A failure is a warning and does not end the fit.
 
     Args:
-        trainer: Whose loggers.
-        name: Of the text, such as model_card.
+        trainer: Trainer with the loggers.
+        name: Name of the text, such as ``model_card``.
         markdown: The text.
     """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             try:
-                text(logger, name, markdown, trainer.global_step)
-            except Exception as error:  # of a full disk, a lost connection, or whatever a logger may meet
+                add_text(logger, name, markdown, trainer.global_step)
+            except Exception as error:  # a full disk, a lost connection, ...
                 warnings.warn(
-                    f"{type(logger).__name__} lacks {name}, which could not be logged: {type(error).__name__}: {error}",
+                    f"{type(logger).__name__} could not log {name}: {type(error).__name__}: {error}",
                     stacklevel=2,
                 )
 
 
 @singledispatch
-def text(logger: Logger, name: str, markdown: str, step: int) -> None:
+def add_text(logger: Logger, name: str, markdown: str, step: int) -> None:
     """Log a text."""
 
 
 @singledispatch
-def image(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
-    """Log a picture, under a name such as val/confusion."""
+def add_image(logger: Logger, name: str, image: Image.Image, step: int) -> None:
+    """Log an image under a name such as ``val/confusion``."""
 
 
 @singledispatch
-def result(logger: Logger, parameters: Parameters, metrics: Mapping[str, float], step: int) -> None:
-    """Log what a run was made with and what came of it, for runs to be compared by."""
+def add_result(logger: Logger, parameters: Parameters, metrics: Mapping[str, float], step: int) -> None:
+    """Log the hyper-parameters and final metrics of a run, to compare runs."""
     logger.log_metrics(dict(metrics), step)
 
 
 @singledispatch
-def layout(logger: Logger, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-    """Say which numbers share a chart: regular expressions of their names, by group and title."""
+def add_chart_layout(logger: Logger, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    """Define charts of several metrics: ``{group: {title: [regular expressions of metric names]}}``."""
 
 
 @singledispatch
-def curves(logger: Logger, name: str, positive: np.ndarray, probabilities: np.ndarray, step: int) -> None:
+def add_pr_curve(logger: Logger, name: str, positive: np.ndarray, probabilities: np.ndarray, step: int) -> None:
     """Log a precision-recall curve.
 
     Args:
-        logger: Of the run.
-        name: Of the curve.
-        positive: Whether each image is of the class, ``(N,)``.
-        probabilities: That it is, ``(N,)``.
-        step: Of the fit.
+        logger: Logger of the run.
+        name: Name of the curve.
+        positive: bool ``(N,)``, whether each image belongs to the class.
+        probabilities: float ``(N,)``, predicted probability of the class.
+        step: Step of the fit.
     """
 
 
 @dataclass(frozen=True)
-class Points:
-    """Images as points, to be turned and searched.
+class EmbeddingPoints:
+    """Points of an embedding projector, one per image.
 
     Attributes:
         values: float ``(N, K)``.
-        columns: What is known of each point.
-        metadata: N rows of it.
-        thumbnails: uint8 ``(N, 3, side, side)``, where there are any.
+        columns: Column names of the metadata.
+        metadata: N rows.
+        thumbnails: uint8 ``(N, 3, side, side)``, or ``None``.
     """
 
     values: np.ndarray
@@ -98,39 +95,39 @@ class Points:
 
 
 @singledispatch
-def points(logger: Logger, name: str, those: Points, step: int) -> None:
+def add_embedding(logger: Logger, name: str, points: EmbeddingPoints, step: int) -> None:
     """Log points for an embedding projector."""
 
 
-@text.register
+@add_text.register
 def _(logger: TensorBoardLogger, name: str, markdown: str, step: int) -> None:
     logger.experiment.add_text(name, markdown, step)
 
 
-@image.register
-def _(logger: TensorBoardLogger, name: str, picture: Image.Image, step: int) -> None:
+@add_image.register
+def _(logger: TensorBoardLogger, name: str, image: Image.Image, step: int) -> None:
     from torch.utils.tensorboard.summary import Summary  # type: ignore[attr-defined]
 
-    # Of photographs, SummaryWriter.add_image would make PNGs of four times the bytes, in forty times the time.
+    # SummaryWriter.add_image encodes photographs as PNG, with four times the bytes and forty times the time.
     with io.BytesIO() as file:
-        if picture.getcolors(MOST_COLOURS) is None:
-            picture.save(file, "JPEG", quality=85)
+        if image.getcolors(MAX_COLOURS) is None:
+            image.save(file, "JPEG", quality=85)
         else:
-            picture.save(file, "PNG")
+            image.save(file, "PNG")
         encoded = Summary.Image(
-            width=picture.width, height=picture.height, colorspace=3, encoded_image_string=file.getvalue()
+            width=image.width, height=image.height, colorspace=3, encoded_image_string=file.getvalue()
         )
     logger.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=encoded)]), step)
 
 
-@result.register
+@add_result.register
 def _(logger: TensorBoardLogger, parameters: Parameters, metrics: Mapping[str, float], step: int) -> None:
-    # SummaryWriter.add_hparams would make a run of its own beside this one. And where a logger has been given no
-    # default_hp_metric=False, Lightning has begun the run with an hp_metric of -1.
+    # SummaryWriter.add_hparams would create a separate run. Without default_hp_metric=False, Lightning has already
+    # logged an hp_metric of -1.
     logger.log_hyperparams(dict(parameters), dict(metrics), step)
 
 
-@layout.register
+@add_chart_layout.register
 def _(logger: TensorBoardLogger, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
     grouped = {
         group: {title: ["Multiline", list(tags)] for title, tags in titles.items()} for group, titles in charts.items()
@@ -138,57 +135,58 @@ def _(logger: TensorBoardLogger, charts: Mapping[str, Mapping[str, Sequence[str]
     logger.experiment.add_custom_scalars(grouped)
 
 
-@curves.register
+@add_pr_curve.register
 def _(logger: TensorBoardLogger, name: str, positive: np.ndarray, probabilities: np.ndarray, step: int) -> None:
     logger.experiment.add_pr_curve(name, positive, probabilities, step)
 
 
-@points.register
-def _(logger: TensorBoardLogger, name: str, those: Points, step: int) -> None:
+@add_embedding.register
+def _(logger: TensorBoardLogger, name: str, points: EmbeddingPoints, step: int) -> None:
     logger.experiment.add_embedding(
-        those.values,
-        # A file's name need not be text.
-        metadata=[[cell.encode("utf-8", "backslashreplace").decode() for cell in row] for row in those.metadata],
-        metadata_header=list(those.columns),
-        label_img=None if those.thumbnails is None else torch.from_numpy(those.thumbnails) / 255,
-        global_step=name,  # the first part of the folder; those of steps would lie about in the run's
+        points.values,
+        # File names may not be valid UTF-8.
+        metadata=[[cell.encode("utf-8", "backslashreplace").decode() for cell in row] for row in points.metadata],
+        metadata_header=list(points.columns),
+        label_img=None if points.thumbnails is None else torch.from_numpy(points.thumbnails) / 255,
+        global_step=name,  # the parent folder: without it, the folder of each step would be in the run's folder
         tag=f"step{step}",
     )
 
 
-@text.register
+@add_text.register
 def _(logger: CSVLogger, name: str, markdown: str, step: int) -> None:
-    _beside(logger, f"texts/{name}.md").write_text(markdown + "\n", encoding="utf-8")
+    _prepare_path(logger, f"texts/{name}.md").write_text(markdown + "\n", encoding="utf-8")
 
 
-@image.register
-def _(logger: CSVLogger, name: str, picture: Image.Image, step: int) -> None:
-    picture.save(_beside(logger, f"figures/{name}.png"))  # the newest alone
+@add_image.register
+def _(logger: CSVLogger, name: str, image: Image.Image, step: int) -> None:
+    image.save(_prepare_path(logger, f"figures/{name}.png"))  # replaces the image of an earlier step
 
 
-def _beside(logger: CSVLogger, name: str) -> Path:
+def _prepare_path(logger: CSVLogger, name: str) -> Path:
+    """Path of a file in the logger's folder, with its parent folders created."""
     path = Path(logger.log_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-@text.register
+@add_text.register
 def _(logger: WandbLogger, name: str, markdown: str, step: int) -> None:
     logger.log_text(name, ["text"], [[markdown]], step=step)
 
 
-@image.register
-def _(logger: WandbLogger, name: str, picture: Image.Image, step: int) -> None:
-    logger.log_image(name, [picture], step=step)
+@add_image.register
+def _(logger: WandbLogger, name: str, image: Image.Image, step: int) -> None:
+    logger.log_image(name, [image], step=step)
 
 
-@text.register
+@add_text.register
 def _(logger: MLFlowLogger, name: str, markdown: str, step: int) -> None:
     client: Any = logger.experiment
     client.log_text(logger.run_id, markdown, f"{name}.md")
 
 
-@image.register
-def _(logger: MLFlowLogger, name: str, picture: Image.Image, step: int) -> None:
+@add_image.register
+def _(logger: MLFlowLogger, name: str, image: Image.Image, step: int) -> None:
     client: Any = logger.experiment
-    client.log_image(logger.run_id, picture, f"figures/{name}.png")
+    client.log_image(logger.run_id, image, f"figures/{name}.png")

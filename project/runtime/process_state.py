@@ -1,4 +1,4 @@
-"""State of the whole process that a command changes, and that is as it was when the command is done."""
+"""Set process-wide state for one command, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def process_state(
     log_levels: Mapping[str, int] | None = None,
     stdout_errors: str | None = None,
 ) -> Iterator[None]:
-    """Set state of the process, and restore it on exit, with whatever else has changed it in between.
+    """Set process-wide state, and restore it on exit, including changes that libraries made in between.
 
     Args:
-        environment: Variables to set. All variables are restored, those that a library has set too.
-        socket_timeout: Seconds that a new socket waits by default.
-        ignored_warnings: Regular expressions of warnings that are not shown.
-        format_warning: Takes the place of ``warnings.formatwarning``.
-        ignored_records: A part of the log messages to drop, by the logger's name.
-        log_levels: The level below which messages are dropped, by the logger's name.
-        stdout_errors: What standard output does about characters that it cannot encode, such as ``backslashreplace``.
+        environment: Environment variables to set.
+        socket_timeout: Default timeout of new sockets, in seconds.
+        ignored_warnings: Regular expressions of warnings to suppress.
+        format_warning: Replacement for ``warnings.formatwarning``.
+        ignored_records: Logger name to a substring; log messages that contain it are dropped.
+        log_levels: Logger name to its minimum level.
+        stdout_errors: Encoding error handler of standard output, such as ``backslashreplace``.
     """
     variables, timeout, formatter = dict(os.environ), socket.getdefaulttimeout(), warnings.formatwarning
-    stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None  # a test or a notebook has another kind
+    stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None  # not under pytest or in a notebook
     encoding_errors = None if stdout is None else stdout.errors
-    filters = [(logging.getLogger(name), _without(part)) for name, part in (ignored_records or {}).items()]
+    filters = [(logging.getLogger(name), _excludes(text)) for name, text in (ignored_records or {}).items()]
     levels = [(logging.getLogger(name), level) for name, level in (log_levels or {}).items()]
     levels_before = [logger.level for logger, _ in levels]
     with warnings.catch_warnings():
@@ -49,16 +49,16 @@ def process_state(
                 warnings.filterwarnings("ignore", message=message)
             if format_warning is not None:
                 warnings.formatwarning = format_warning
-            for logger, drops in filters:
-                logger.addFilter(drops)
+            for logger, log_filter in filters:
+                logger.addFilter(log_filter)
             for logger, level in levels:
                 logger.setLevel(level)
             if stdout is not None and stdout_errors is not None:
                 stdout.reconfigure(errors=stdout_errors)
             yield
         finally:
-            for logger, drops in filters:
-                logger.removeFilter(drops)
+            for logger, log_filter in filters:
+                logger.removeFilter(log_filter)
             for (logger, _), level in zip(levels, levels_before, strict=True):
                 logger.setLevel(level)
             warnings.formatwarning = formatter
@@ -69,5 +69,5 @@ def process_state(
                 stdout.reconfigure(errors=encoding_errors)
 
 
-def _without(part: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: part not in record.getMessage()
+def _excludes(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()

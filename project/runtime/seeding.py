@@ -1,4 +1,4 @@
-"""Seeds that come from where a thing stands, so that it is drawn the same way again whatever was drawn before it."""
+"""Seeds derived from a position, such as an epoch and a batch, independent of earlier random draws."""
 
 from __future__ import annotations
 
@@ -11,51 +11,48 @@ import torch
 
 
 def run_seed() -> int:
-    """The seed of the run, as Lightning's ``seed_everything`` has set it."""
+    """The run's seed, set by Lightning's ``seed_everything``; 0 if unset."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def seed_at(*place: object) -> int:
-    """A seed for a place, such as a run's seed, an epoch and an image's number.
-
-    Args:
-        place: What tells this place from others.
+def derive_seed(*key: object) -> int:
+    """Derive a seed from a key, such as the run's seed, an epoch and an image index.
 
     Returns:
-        64 bits of its SHA-256, signed.
+        The first 64 bits of the key's SHA-256, as a signed integer.
     """
-    return seed_of(hashlib.sha256(" ".join(map(str, place)).encode()).digest())
+    return seed_from_digest(hashlib.sha256(" ".join(map(str, key)).encode()).digest())
 
 
-def seed_of(digest: bytes) -> int:
-    """A seed from a digest: its first 64 bits, signed."""
+def seed_from_digest(digest: bytes) -> int:
+    """The first 64 bits of a digest, as a signed integer."""
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def order_seed(seed: int, epoch: int) -> int:
-    """The seed of the order of an epoch's images.
+def shuffle_seed(seed: int, epoch: int) -> int:
+    """Seed of the shuffle of an epoch.
 
-    Not :func:`seed_at`: a fit that is resumed from a checkpoint of an earlier version is to keep its order.
+    Not :func:`derive_seed`, so that a fit resumed from a checkpoint of an earlier version keeps its order.
 
     Args:
-        seed: Of the run.
-        epoch: Which one, from 0.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
     """
     return (seed * 1_000_003 + epoch) % 2**63
 
 
-def reseed(device: torch.device, *place: object) -> None:
-    """Seed all that draws in this process: torch on the CPU and on the device that trains, numpy and random.
+def reseed(device: torch.device, *key: object) -> None:
+    """Seed torch (CPU and the training device), numpy and random.
 
     Args:
-        device: That of the model, the current one of its kind.
-        place: What tells this place from others.
+        device: Device of the model; must be the current one of its type.
+        key: Key of the seed; see :func:`derive_seed`.
     """
-    seed = seed_at(*place)
-    # Not torch.manual_seed: for each kind of device that is not in use it writes down where it was called from, which
-    # takes as long as a step on stored rows.
+    seed = derive_seed(*key)
+    # Not torch.manual_seed: it records a stack trace for each unused device type, which takes as long as a training
+    # step on stored rows.
     torch.default_generator.manual_seed(seed)
-    if device.type not in ("cpu", "xla"):  # XLA draws from no generator of torch's
+    if device.type not in ("cpu", "xla"):  # XLA does not use a torch generator
         torch.get_device_module(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""What a process does when it is asked to stop: finish and save what it can, then leave with the signal's exit code."""
+"""SIGTERM and SIGINT: stop at once, or let a fit save first; exit with the signal's exit code."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import time
 from threading import Thread
 from types import FrameType
 
-#: Seconds in which a second Ctrl-C is the first one's echo: a terminal sends it to all processes, which pass it on.
-ECHO = 0.5
+#: Seconds in which a second SIGINT is taken for a duplicate of the first: a terminal sends Ctrl-C to all processes of a
+#: run, and the other ranks forward it.
+DUPLICATE_SECONDS = 0.5
 
 
 class Interrupted(BaseException):
-    """The process was asked to stop. Not an Exception, so that nothing on the way takes it for a failure.
+    """Raised when SIGTERM or SIGINT stops the process. A BaseException, so that ``except Exception`` does not catch it.
 
     Args:
-        number: The signal: SIGTERM or SIGINT.
-        message: What to print for the user.
+        number: Signal number.
+        message: Message for the user.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -28,75 +29,76 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a process that a signal ended: 143 after SIGTERM, 130 after SIGINT."""
+        """The shell's exit code for a signal: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.number
 
 
 class SignalHandler:
-    """SIGTERM and SIGINT raise :class:`Interrupted` at once, or, while somebody looks out for them, are kept for him.
+    """Raises :class:`Interrupted` on SIGTERM and SIGINT, or records the signal while handling is deferred.
 
     Args:
-        parent: Process that a signal is passed on to, in place of being raised: it has started this one, and ends it.
+        parent: Process id to forward signals to instead of raising: the rank that started this one and stops it.
 
     Attributes:
-        received: The first signal that was received; 0 for none.
-        awaited: Whether somebody looks at ``received`` from time to time, so that nothing has to be raised.
-        meanwhile: What there is to say to the user where it is raised.
+        received: The first received signal; 0 for none.
+        deferred: Whether to record signals instead of raising. The training loop then polls ``received``.
+        message: Appended to the message of :class:`Interrupted`.
     """
 
     def __init__(self, parent: int | None = None) -> None:
         self.received = 0
-        self.awaited = False
-        self.meanwhile = ""
+        self.deferred = False
+        self.message = ""
         self._parent = parent
-        self._at = 0.0
+        self._received_time = 0.0
 
     def __enter__(self) -> SignalHandler:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the place of the handlers that are there."""
+        """Install the handlers, replacing those that others have installed since."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received:
-            if number == signal.SIGINT and now - self._at > ECHO:
-                os.write(2, b"\nStopped at once.\n")
-                os._exit(128 + number)  # whatever hangs
+            if number == signal.SIGINT and now - self._received_time > DUPLICATE_SECONDS:
+                os.write(2, b"\nStopped immediately.\n")
+                os._exit(128 + number)  # also when a thread hangs
             return
-        self.received, self._at = number, now
-        if self.awaited:
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this batch. Ctrl-C: stop at once.\n".encode())
+        self.received, self._received_time = number, now
+        name = signal.Signals(number).name
+        if self.deferred:
+            os.write(2, f"\n{name}: saving after this batch. Press Ctrl-C again to stop immediately.\n".encode())
         elif self._parent is not None:
             os.kill(self._parent, number)
         else:
-            raise Interrupted(number, f"Stopped by {signal.Signals(number).name}. {self.meanwhile}".strip())
+            raise Interrupted(number, f"Stopped by {name}. {self.message}".strip())
 
 
 def ignore_signals(worker: int) -> None:
-    """Have a process that loads images end when its parent says so, and at no other signal; a ``worker_init_fn``.
+    """Make a DataLoader worker ignore SIGINT, and SIGTERM from anyone but its parent; a ``worker_init_fn``.
 
-    A terminal's Ctrl-C and a scheduler's SIGTERM go to all processes, and the parent needs the batch that it is at.
+    A terminal's Ctrl-C and a scheduler's SIGTERM reach all processes, but the parent still needs the current batch.
 
     Args:
-        worker: Number of the process among the loader's.
+        worker: Index of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+        Thread(target=_exit_on_sigterm_from, args=(parent.pid,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_on_sigterm_from(parent: int) -> None:
     while True:
         if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent:
             os._exit(0)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory, folders. System calls of one platform are here alone."""
+"""Resources of the machine: cores, memory, cache folder. All platform-specific system calls are in this module."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Bytes of memory to assume where the system does not say how much there is.
-ASSUMED_MEMORY = 8 * 2**30
+#: Bytes of memory to assume where the system does not report it.
+DEFAULT_MEMORY = 8 * 2**30
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shared_memory() -> int:
-    """Bytes of shared memory that are free; 0 where there is none of a known place."""
+    """Free bytes in /dev/shm; 0 where it does not exist."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -26,12 +26,12 @@ def shared_memory() -> int:
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what can be made again: in the user's cache folder."""
+    """This project's folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "frozen-backbone"
 
 
 def peak_memory() -> int | None:
-    """Most bytes that this process has had in memory so far; ``None`` where the system does not say."""
+    """Peak memory of this process, in bytes; ``None`` where the system does not report it."""
     try:
         import resource
     except ImportError:  # on Windows
@@ -40,28 +40,28 @@ def peak_memory() -> int | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: those of the machine, or fewer where its container has a limit.
+    """Bytes of memory available to this process: the machine's memory, or the container's limit if that is lower.
 
     Args:
-        root: Folder under which ``proc`` and ``sys`` are; another one in tests.
+        root: Folder that contains ``proc`` and ``sys``; tests use another one.
     """
     return min([_physical_memory(), *_cgroup_limits(root)])
 
 
 def _physical_memory() -> int:
     if not hasattr(os, "sysconf"):  # on Windows
-        return ASSUMED_MEMORY
+        return DEFAULT_MEMORY
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
-    """Limits of this process's control group and of those above it, of version 1 and 2.
+    """Memory limits of this process's control group and its parents (cgroup v1 and v2).
 
-    In a container the group's path may be that of the host, so the top of the mount is looked at too.
+    In a container the group's path may be the host's, so the root of the mount is read too.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for line in groups:
         _, controllers, path = line.split(":", 2)
@@ -71,8 +71,8 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        here = mount / path.lstrip("/")
-        for folder in (here, *here.parents):
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
             if not folder.is_relative_to(mount):
                 break
             file = folder / name
@@ -82,16 +82,19 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
 
 
 def read_at(file: int, target: memoryview, offset: int) -> int:
-    """Read from a place of an open file, whatever the file's own position; returns how many bytes were read.
+    """Read from an offset of an open file, independent of the file's position.
 
     Args:
-        file: Descriptor of the file.
-        target: Where the bytes go; as many are read as it holds.
-        offset: Where to begin.
+        file: File descriptor.
+        target: Buffer to fill.
+        offset: Offset in bytes.
+
+    Returns:
+        Number of bytes read.
     """
     if hasattr(os, "preadv"):
         return os.preadv(file, [target], offset)
-    os.lseek(file, offset, os.SEEK_SET)  # on Windows: no two threads may read one file at once
+    os.lseek(file, offset, os.SEEK_SET)  # Windows: not safe with concurrent readers of one descriptor
     content = os.read(file, len(target))
     target[: len(content)] = content
     return len(content)

@@ -1,4 +1,4 @@
-"""Lightning's own parts that cannot work with a frozen backbone and a head that the data makes."""
+"""Lightning callbacks that do not work with a frozen backbone or with a head that is created from the data."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lightning.pytorch.callbacks import (
 
 from project.errors import ConfigError
 
-AVERAGES = "averages weights from before there is a head. Leave it out"
-#: What is wrong with each callback, and the way that works.
-CALLBACKS: dict[type[Callback], str] = {
-    BaseFinetuning: "would train stages that are frozen for the whole fit. Use --model.trainable layer4",
-    LearningRateFinder: "looks for a learning rate that the model does not have. Set --model.optimizer.lr",
-    ModelPruning: "would change frozen weights. Leave it out",
-    StochasticWeightAveraging: AVERAGES,
-    WeightAveraging: AVERAGES,
+AVERAGING = "is not supported: the head is created later, from the data. Remove it"
+#: Why each callback is not supported, and the alternative.
+UNSUPPORTED: dict[type[Callback], str] = {
+    BaseFinetuning: "would train frozen stages. Use --model.trainable layer4",
+    LearningRateFinder: "needs a learning_rate attribute, which the model does not have. Set --model.optimizer.lr",
+    ModelPruning: "would change frozen weights. Remove it",
+    StochasticWeightAveraging: AVERAGING,
+    WeightAveraging: AVERAGING,
 }
 
 
 def refuse_unsupported(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that would do nothing, or fail.
+    """Refuse callbacks that would fail or have no effect.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: A callback is not supported.
     """
     for callback in callbacks:
-        for kind, why in CALLBACKS.items():
+        for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
-                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} {why}.")
+                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} {reason}.")

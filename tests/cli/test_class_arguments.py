@@ -1,4 +1,4 @@
-"""A class that replaces another one has its own defaults and what the user gave for it; however it is given."""
+"""Arguments of optimizers and schedulers, given by flags, config files, Python and checkpoints."""
 
 import functools
 import inspect
@@ -25,13 +25,13 @@ from tests.conftest import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.weights is null")
 
-#: What an optimizer is given here. LBFGS takes one group and needs a closure; its arguments are its own all the same.
+#: All optimizers of torch; SparseAdam is refused.
 OPTIMIZERS = sorted(
     name
     for name, kind in vars(optim).items()
-    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind not in (Optimizer, optim.SparseAdam)  # refused
+    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind not in (Optimizer, optim.SparseAdam)
 )
-#: Arguments without which a scheduler cannot be made; those of the others come from files that hold no objects.
+#: Required arguments of the schedulers with plain arguments.
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "ConstantLR": {},
     "CosineAnnealingLR": {"T_max": 7},
@@ -45,13 +45,13 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "ReduceLROnPlateau": {},
     "StepLR": {"step_size": 3},
 }
-#: They are made of functions or of other schedulers.
+#: Schedulers whose arguments are functions or other schedulers.
 NOT_PLAIN = {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"}
-Made = tuple[Optimizer, LRScheduler | None]
+Instances = tuple[Optimizer, LRScheduler | None]
 
 
-class Parsed(TransferCLI):
-    """A command line that makes and runs nothing."""
+class ParseOnlyCLI(TransferCLI):
+    """Command line that only parses."""
 
     def instantiate_classes(self) -> None:
         pass
@@ -63,103 +63,102 @@ class Parsed(TransferCLI):
         pass
 
 
-def groups() -> list[dict[str, Any]]:
+def parameter_groups() -> list[dict[str, Any]]:
     return [{"name": "head", "params": [nn.Parameter(torch.zeros(2, 2))]}]
 
 
-def parsed(line: list[str]) -> Made:
-    """What the classifier of a command line makes."""
-    model = Parsed(line, SignalHandler(), "").config.fit.model
-    optimizer = ClassSpec.from_dict(model.optimizer.as_dict()).construct("model.optimizer", Optimizer, groups())
+def instantiate(args: list[str]) -> Instances:
+    """Optimizer and scheduler of a command line."""
+    model = ParseOnlyCLI(args, SignalHandler(), "").config.fit.model
+    spec = ClassSpec.from_dict(model.optimizer.as_dict())
+    optimizer = spec.construct("model.optimizer", Optimizer, parameter_groups())
     if model.scheduler is None:
         return optimizer, None
     return optimizer, ClassSpec.from_dict(model.scheduler.as_dict()).construct("", LRScheduler, optimizer)
 
 
-def settings(made: Made) -> tuple[type, list[dict[str, Any]], type, dict[str, Any]]:
-    """All that the user's arguments decide: settings of the groups, and the state of the schedule."""
-    optimizer, scheduler = made
-    of_groups = [
+def settings(instances: Instances) -> tuple[type, list[dict[str, Any]], type, dict[str, Any]]:
+    """Everything that user arguments determine: parameter group options and scheduler state."""
+    optimizer, scheduler = instances
+    groups = [
         {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k not in ("params", "name")}
         for group in optimizer.param_groups
     ]
     state = dict(scheduler.state_dict()) if scheduler is not None else {}
-    return type(optimizer), of_groups, type(scheduler), {k: v for k, v in state.items() if "fn" not in k}
+    return type(optimizer), groups, type(scheduler), {k: v for k, v in state.items() if "fn" not in k}
 
 
 @pytest.fixture
-def made(here: Path, photos: Path, trained: Path) -> Callable[..., list[Made]]:
-    """What flags, a file, Python and a resumed fit make of an optimizer and a scheduler."""
+def instantiate_all(here: Path, photos: Path, trained: Path) -> Callable[..., list[Instances]]:
+    """Instantiates from flags, a config, a config that flags override, a checkpoint with flags, and Python."""
 
-    def make(**parts: tuple[type, Mapping[str, Any]]) -> list[Made]:
+    def instantiate_each(**classes: tuple[type, Mapping[str, Any]]) -> list[Instances]:
         flags: list[str] = []
-        for part, (kind, given) in parts.items():
-            # The whole path: Lightning and timm have classes of some of these names, too.
-            flags += [f"--model.{part}", f"{kind.__module__}.{kind.__name__}"]
+        for key, (kind, arguments) in classes.items():
+            # The full path: Lightning and timm have classes with the same names.
+            flags += [f"--model.{key}", f"{kind.__module__}.{kind.__name__}"]
             flags += [
-                f"--model.{part}.{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
-                for key, value in given.items()
+                f"--model.{key}.{name}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
+                for name, value in arguments.items()
             ]
         config = {
-            part: {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(given)}
-            for part, (kind, given) in parts.items()
+            key: {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(arguments)}
+            for key, (kind, arguments) in classes.items()
         }
-        (here / "parts.yaml").write_text(yaml.safe_dump({"model": config}))
-        other = "SGD" if parts["optimizer"][0] is not optim.SGD else "RMSprop"
-        # What a file before it says of another class does not count.
-        before = {
+        (here / "config.yaml").write_text(yaml.safe_dump({"model": config}))
+        other = "SGD" if classes["optimizer"][0] is not optim.SGD else "RMSprop"
+        # The arguments of other classes in an earlier config must not leak into the new ones.
+        overridden = {
             "optimizer": {"class_path": f"torch.optim.{other}", "init_args": {"lr": 9.0, "weight_decay": 8.0}},
-            "scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
         }
-        if "scheduler" in parts and parts["scheduler"][0] is not lr_scheduler.StepLR:
-            (here / "before.yaml").write_text(yaml.safe_dump({"model": before}))
-        else:
-            (here / "before.yaml").write_text(yaml.safe_dump({"model": {"optimizer": before["optimizer"]}}))
+        if "scheduler" in classes and classes["scheduler"][0] is not lr_scheduler.StepLR:
+            step_lr = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}
+            overridden["scheduler"] = step_lr
+        (here / "overridden.yaml").write_text(yaml.safe_dump({"model": overridden}))
         data = ["--data.root", str(photos)]
-        fresh = ["fit", *SMALL, "--model.weights", "null", *data]
-        lines = [
-            [*fresh, *flags],
-            [*fresh, "-c", "parts.yaml"],
-            [*fresh, "-c", "before.yaml", *flags],
+        fit = ["fit", *SMALL, "--model.weights", "null", *data]
+        command_lines = [
+            [*fit, *flags],
+            [*fit, "-c", "config.yaml"],
+            [*fit, "-c", "overridden.yaml", *flags],
             ["fit", "--ckpt_path", str(trained / "checkpoints/last.ckpt"), *data, *flags],
         ]
-        found = [parsed(line) for line in lines]
-        python = {part: functools.partial(kind, **given) for part, (kind, given) in parts.items()}
-        found.append(ImageClassifier("shufflenet_v2_x0_5", None, classes=["a"], **python).make_optimizer(groups()))
-        return found
+        partials = {key: functools.partial(kind, **arguments) for key, (kind, arguments) in classes.items()}
+        model = ImageClassifier("shufflenet_v2_x0_5", None, classes=["a"], **partials)
+        return [*map(instantiate, command_lines), model.make_optimizer(parameter_groups())]
 
-    return make
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_has_its_own_defaults(name: str, made: Callable[..., list[Made]]) -> None:
-    kind = getattr(optim, name)
-    wanted = settings((kind(groups()), None))
-    for found in made(optimizer=(kind, {})):
-        if name == "AdamW" and found[0].defaults["lr"] == 0.01:
-            continue  # the checkpoint has this class, so its learning rate stays
-        assert settings(found) == wanted
+    return instantiate_each
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_has_what_the_user_gave_and_no_more(name: str, made: Callable[..., list[Made]]) -> None:
+def test_optimizer_uses_its_own_defaults(name: str, instantiate_all: Callable[..., list[Instances]]) -> None:
     kind = getattr(optim, name)
-    wanted = settings((kind(groups(), lr=0.0625), None))
-    assert [settings(found) for found in made(optimizer=(kind, {"lr": 0.0625}))] == 5 * [wanted]
+    expected = settings((kind(parameter_groups()), None))
+    for instances in instantiate_all(optimizer=(kind, {})):
+        if name == "AdamW" and instances[0].defaults["lr"] == 0.01:
+            continue  # the checkpoint's optimizer is AdamW too, so its learning rate is kept
+        assert settings(instances) == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_uses_only_the_given_arguments(name: str, instantiate_all: Callable[..., list[Instances]]) -> None:
+    kind = getattr(optim, name)
+    expected = settings((kind(parameter_groups(), lr=0.0625), None))
+    assert [*map(settings, instantiate_all(optimizer=(kind, {"lr": 0.0625})))] == 5 * [expected]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_has_what_the_user_gave_and_no_more(name: str, made: Callable[..., list[Made]]) -> None:
-    kind, given = getattr(lr_scheduler, name), SCHEDULERS[name]
-    optimizer = optim.SGD(groups(), lr=0.5)
-    wanted = settings((optimizer, kind(optimizer, **given)))
-    for found in made(optimizer=(optim.SGD, {"lr": 0.5}), scheduler=(kind, given)):
-        ours = settings(found)
-        assert ours[:2] == wanted[:2]
-        assert ours[3] == wanted[3]
+def test_scheduler_uses_only_the_given_arguments(name: str, instantiate_all: Callable[..., list[Instances]]) -> None:
+    kind, arguments = getattr(lr_scheduler, name), SCHEDULERS[name]
+    optimizer = optim.SGD(parameter_groups(), lr=0.5)
+    expected = settings((optimizer, kind(optimizer, **arguments)))
+    for instances in instantiate_all(optimizer=(optim.SGD, {"lr": 0.5}), scheduler=(kind, arguments)):
+        actual = settings(instances)
+        assert actual[:2] == expected[:2]
+        assert actual[3] == expected[3]
 
 
-def test_every_scheduler_of_torch_is_tried() -> None:
+def test_every_scheduler_of_torch_is_covered() -> None:
     public = {
         name
         for name, kind in vars(lr_scheduler).items()
@@ -168,18 +167,18 @@ def test_every_scheduler_of_torch_is_tried() -> None:
     assert public == SCHEDULERS.keys() | NOT_PLAIN
 
 
-def test_the_default_is_the_articles_recipe(here: Path, photos: Path) -> None:
+def test_default_optimizer_is_that_of_the_article(here: Path, photos: Path) -> None:
     small = ["fit", *SMALL, "--model.weights", "null", "--data.root", str(photos)]
     for flags, rate in (([], 0.001), (["--model.optimizer.lr", "0.5"], 0.5)):
-        optimizer, _ = parsed([*small, *flags])
+        optimizer, _ = instantiate([*small, *flags])
         assert type(optimizer) is ArticleSGD
         (group,) = optimizer.param_groups
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (rate, 0.9, 0)
-    (group,) = ImageClassifier("resnet18", None, classes=["a"]).make_optimizer(groups())[0].param_groups
+    (group,) = ImageClassifier("resnet18", None, classes=["a"]).make_optimizer(parameter_groups())[0].param_groups
     assert (group["lr"], group["momentum"]) == (0.001, 0.9)
 
 
-def test_an_argument_before_its_class_is_refused(here: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_argument_before_its_class_is_refused(here: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     early = ["--model.optimizer.lr", "0.1", "--model.optimizer", "AdamW"]
     assert main(["fit", *SMALL, "--data.root", str(photos), *early]) == 2
     assert "--model.optimizer.lr comes before --model.optimizer, which starts" in capsys.readouterr().err
@@ -190,15 +189,40 @@ def test_an_argument_before_its_class_is_refused(here: Path, photos: Path, capsy
         validate_order(["--data.source.root=x", "--data.source=torchvision.datasets.EuroSAT"])
 
 
-def test_a_fit_trains_with_them(fit: Callable[..., int]) -> None:
+def test_group_flag_that_overrides_an_earlier_flag_is_refused(
+    here: Path, photos: Path, refused: Callable[[int], str]
+) -> None:
+    optimizer = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.4"]
+    group = '{"optimizer": {"class_path": "torch.optim.SGD"}}'
+    message = refused(main(["fit", *SMALL, "--data.root", str(photos), *optimizer, "--model", group]))
+    assert "--model.optimizer comes before --model, which overrides it. Put it after." in message
+    (here / "model.yaml").write_text("optimizer: {class_path: torch.optim.SGD}")
+    with pytest.raises(ConfigError, match="which overrides it"):
+        validate_order([*optimizer, "--model=model.yaml"])
+    with pytest.raises(ConfigError, match=r"--trainer\.callbacks\+ comes before --trainer, which overrides it"):
+        validate_order(["--trainer.callbacks+=Timer", "--trainer", '{"callbacks": null}'])
+
+
+def test_group_flag_is_merged_with_flags_of_other_keys(here: Path, photos: Path) -> None:
+    fit = ["fit", *SMALL, "--model.weights", "null", "--data.root", str(photos)]
+    flags = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "0.4"]
+    for args in (
+        [*fit, *flags, "--model", '{"label_smoothing": 0.1}'],
+        [*fit, "--model", '{"optimizer": {"class_path": "torch.optim.SGD"}}', *flags],
+    ):
+        optimizer, _ = instantiate(args)
+        assert type(optimizer) is optim.AdamW and optimizer.param_groups[0]["lr"] == 0.4
+
+
+def test_fit_trains_with_the_optimizer_of_the_flags(fit: Callable[..., int]) -> None:
     assert fit("--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0625") == 0
     checkpoint = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (0.0625, 0.01)
 
 
-def test_flags_beat_config_files_wherever_they_stand(here: Path, photos: Path) -> None:
+def test_flags_override_config_files_in_any_order(here: Path, photos: Path) -> None:
     (here / "c.yaml").write_text(yaml.safe_dump({"model": {"optimizer": {"class_path": "torch.optim.AdamW"}}}))
-    for where in (["--model.optimizer.lr", "0.4", "-c", "c.yaml"], ["--config=c.yaml", "--model.optimizer.lr", "0.4"]):
-        optimizer, _ = parsed(["fit", *SMALL, "--model.weights", "null", "--data.root", str(photos), *where])
+    for flags in (["--model.optimizer.lr", "0.4", "-c", "c.yaml"], ["--config=c.yaml", "--model.optimizer.lr", "0.4"]):
+        optimizer, _ = instantiate(["fit", *SMALL, "--model.weights", "null", "--data.root", str(photos), *flags])
         assert type(optimizer) is optim.AdamW and optimizer.param_groups[0]["lr"] == 0.4

@@ -1,4 +1,4 @@
-"""Which callbacks a verb has."""
+"""Callbacks of each verb."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from project.reporting.run_summary import RunSummary
 from project.runtime.signals import SignalHandler
 
 
-def names(verb: str, **trainer: Any) -> list[str]:
+def callback_names(verb: str, **trainer: Any) -> list[str]:
     defaults = {"callbacks": None, "fast_dev_run": False, "logger": None, "enable_checkpointing": None}
     dashboard = Dashboard()
     section = Namespace(
@@ -25,11 +25,11 @@ def names(verb: str, **trainer: Any) -> list[str]:
     )
     before = section.clone()
     callbacks = build_callbacks(verb, section, GracefulShutdown(SignalHandler(), ""), RunSummary(dashboard))
-    assert section.trainer == before.trainer, "the configuration is left alone"
-    return [type(each).__name__ for each in callbacks]
+    assert section.trainer == before.trainer, "the configuration is unchanged"
+    return [type(callback).__name__ for callback in callbacks]
 
 
-ALWAYS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
+ALL_VERBS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ ALWAYS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
         ({"fast_dev_run": True}, ["RunSummary"]),
     ],
 )
-def test_a_fit_has_what_its_options_allow(trainer: dict[str, Any], expected: list[str]) -> None:
-    assert names("fit", **trainer) == ALWAYS + expected
+def test_fit_callbacks_depend_on_the_trainer_flags(trainer: dict[str, Any], expected: list[str]) -> None:
+    assert callback_names("fit", **trainer) == ALL_VERBS + expected
 
 
-def test_other_verbs_report_nothing_and_predict_writes_a_file() -> None:
-    assert names("validate") == ALWAYS
-    assert names("predict") == [*ALWAYS, "PredictionWriter"]
+def test_only_predict_has_a_prediction_writer() -> None:
+    assert callback_names("validate") == ALL_VERBS
+    assert callback_names("predict") == [*ALL_VERBS, "PredictionWriter"]
 
 
-@pytest.mark.parametrize("given", [EarlyStopping("val/loss"), [EarlyStopping("val/loss")]])
-def test_the_users_own_come_first(given: Any) -> None:
-    assert names("validate", callbacks=given) == ["EarlyStopping", *ALWAYS]
+@pytest.mark.parametrize("user_callbacks", [EarlyStopping("val/loss"), [EarlyStopping("val/loss")]])
+def test_user_callbacks_come_first(user_callbacks: Any) -> None:
+    assert callback_names("validate", callbacks=user_callbacks) == ["EarlyStopping", *ALL_VERBS]

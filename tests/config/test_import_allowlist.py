@@ -1,4 +1,4 @@
-"""One list of what a name may import, and the flag that adds to it."""
+"""The import allowlist and ``--allow_imports``."""
 
 import importlib
 import sys
@@ -12,55 +12,57 @@ from torch import nn
 
 from project.cli.main import main
 from project.config.class_path import ClassSpec
-from project.config.import_allowlist import allowed_imports, imports_limited, is_importable
+from project.config.import_allowlist import is_importable, restricted_imports, split_allow_imports
 from project.errors import ConfigError
 
 Fit = Callable[..., int]
 
 
-class Mine(nn.Module):
-    """A class of the user's."""
+class CustomModule(nn.Module):
+    """A class outside the allowlist."""
 
 
 @pytest.fixture
-def own(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module of the user's, with a head."""
+def custom_head(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Class path of a head in a module outside the allowlist."""
     (here / "my_part.py").write_text("from torch import nn\nclass Head(nn.Linear): ...\n")
     monkeypatch.syspath_prepend(here)
-    yield "my_part"
+    yield "my_part.Head"
     sys.modules.pop("my_part", None)
 
 
-def test_a_head_of_ones_own_needs_the_flag_and_takes_it(
-    own: str, fit: Fit, photos: Path, refused: Callable[[int], str]
+def test_custom_head_needs_the_flag_in_every_command(
+    custom_head: str, fit: Fit, photos: Path, refused: Callable[[int], str]
 ) -> None:
-    said = refused(fit("--model.head", "my_part.Head"))
-    assert "'my_part.Head' is outside" in said and "--allow_imports my_part" in said
+    message = refused(fit("--model.head", custom_head))
+    assert "'my_part.Head' is outside" in message and "--allow_imports my_part" in message
     assert "my_part" not in sys.modules
-    assert fit("--model.head", "my_part.Head", "--allow_imports", "my_part") == 0
+    assert fit("--model.head", custom_head, "--allow_imports", "my_part") == 0
     best = "runs/photos/version_0/checkpoints/best.ckpt"
     validate = ["validate", "--data.root", str(photos), "--ckpt_path", best]
-    assert "--allow_imports my_part" in refused(main(validate)), "allowed once is not allowed for ever"
+    assert "--allow_imports my_part" in refused(main(validate)), "the flag holds for one command only"
     assert main([*validate, "--allow_imports=my_part"]) == 0
 
 
-def test_a_config_cannot_allow_itself_more(own: str, fit: Fit, here: Path, refused: Callable[[int], str]) -> None:
+def test_config_cannot_extend_the_allowlist(
+    custom_head: str, fit: Fit, here: Path, refused: Callable[[int], str]
+) -> None:
     (here / "mine.yaml").write_text("allow_imports: my_part\nmodel: {head: my_part.Head}\n")
     refused(fit("-c", "mine.yaml"))
     assert "my_part" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["*", "jsonargparse", "../mine", ""])
-def test_what_is_no_package_cannot_be_allowed(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
-    assert "--allow_imports takes names of packages" in refused(fit("--allow_imports", name))
+def test_invalid_package_names_are_refused(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
+    assert "--allow_imports takes package names" in refused(fit("--allow_imports", name))
 
 
-def test_the_flag_without_a_value(fit: Fit, refused: Callable[[int], str]) -> None:
+def test_flag_without_a_value_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
     assert "--allow_imports needs the name" in refused(fit("--allow_imports"))
 
 
-def test_it_can_be_said_twice_or_with_a_comma() -> None:
-    assert allowed_imports(["fit", "--allow_imports", "a,b", "--x", "1", "--allow_imports=c.d"]) == (
+def test_flag_can_be_repeated_or_take_a_list() -> None:
+    assert split_allow_imports(["fit", "--allow_imports", "a,b", "--x", "1", "--allow_imports=c.d"]) == (
         ["a", "b", "c.d"],
         ["fit", "--x", "1"],
     )
@@ -79,11 +81,11 @@ NAMES += [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_parser_and_the_reader_of_checkpoints_go_by_the_same_list(name: str) -> None:
+def test_parser_and_checkpoint_reader_use_the_same_list(name: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--kind", type=type)
     parser.add_argument("--call", type=Callable)
-    with imports_limited():
+    with restricted_imports():
         try:
             parser.parse_args(["--kind", name])
             denied = False
@@ -92,22 +94,22 @@ def test_the_parser_and_the_reader_of_checkpoints_go_by_the_same_list(name: str)
         assert denied is not is_importable(name)
 
 
-def test_on_the_command_line_a_class_is_not_accepted_for_being_imported_already() -> None:
-    spec = {"class_path": f"{__name__}.Mine"}
-    assert ClassSpec.from_dict(spec).resolve(nn.Module).func is Mine
-    with imports_limited(), pytest.raises(ConfigError, match="outside"):
+def test_command_line_refuses_unlisted_classes_of_imported_modules() -> None:
+    spec = {"class_path": f"{__name__}.CustomModule"}
+    assert ClassSpec.from_dict(spec).resolve(nn.Module).func is CustomModule
+    with restricted_imports(), pytest.raises(ConfigError, match="outside"):
         ClassSpec.from_dict(spec).resolve(nn.Module)
 
 
 @pytest.mark.parametrize("name", ["torch.fx.GraphModule", "torchmetrics.functional.image.lpips.Vgg16"])
-def test_nor_what_libraries_have_imported_in_python(name: str) -> None:
-    """The second of these would download its weights."""
+def test_unlisted_classes_of_listed_libraries_are_refused_in_python(name: str) -> None:
+    """The second one would download weights."""
     importlib.import_module(name.rpartition(".")[0])
-    with pytest.raises(ConfigError, match=r"is outside .*\n.*use it in a class of your own"):
+    with pytest.raises(ConfigError, match=r"is outside .*\n.*wrap it in a class of your own"):
         ClassSpec.from_dict({"class_path": name}).resolve(nn.Module)
 
 
-def test_nor_for_another_name_of_it_being_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_of_an_unlisted_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn, "Another", torch.fx.GraphModule, raising=False)
-    with imports_limited(), pytest.raises(ConfigError, match=r"'torch\.fx\.graph_module\.GraphModule' is outside"):
+    with restricted_imports(), pytest.raises(ConfigError, match=r"'torch\.fx\.graph_module\.GraphModule' is outside"):
         ClassSpec.from_dict({"class_path": "torch.nn.Another"}).resolve(nn.Module)

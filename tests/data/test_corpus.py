@@ -1,4 +1,4 @@
-"""Images as people have them: read as they expect, or refused by name."""
+"""Unusual images are decoded correctly; unreadable images and tables are rejected by name."""
 
 import io
 import warnings
@@ -20,28 +20,28 @@ from tests.data.corpus import UNREADABLE, UNUSUAL, encoded, picture
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_decoded_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_unreadable_image_is_rejected_by_name(name: str, tmp_path: Path) -> None:
     kind, write = UNREADABLE[name]
     write(tmp_path / name)
     with pytest.raises(DataError, match=name):
         read_image(tmp_path / name)
-    facts = examine(Files(), Sample(str(tmp_path / name), 0))
-    assert facts.kind == kind and facts.error and name not in facts.error.split("gone")[0]
+    info = examine(Files(), Sample(str(tmp_path / name), 0))
+    assert info.kind == kind and info.error and name not in info.error.split("gone")[0]
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_unusual_is_known_and_decoded(name: str, tmp_path: Path) -> None:
+def test_unusual_image_is_decoded_and_its_trait_reported(name: str, tmp_path: Path) -> None:
     trait, write = UNUSUAL[name]
     write(tmp_path / name)
-    facts = examine(Files(), Sample(str(tmp_path / name), 0))
-    assert not facts.error and trait in facts.traits
+    info = examine(Files(), Sample(str(tmp_path / name), 0))
+    assert not info.error and trait in info.traits
     image = read_image(tmp_path / name)
     assert image.mode == "RGB" and image.getexif().get(0x0112) is None
     assert image.size == ((60, 80) if name == "turned.jpg" else (80, 60))
-    assert np.ptp(np.asarray(image)) > 100, "neither all white nor all black"
+    assert np.ptp(np.asarray(image)) > 100, "pixels are not clipped to white or black"
 
 
-def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_drawn_on_white(tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 4), "uint8")
     pixels[:2] = (255, 0, 0, 255)
     pixels[2:, :2] = (0, 0, 255, 128)
@@ -51,29 +51,29 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.gif", transparency=1)
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
     Image.fromarray(np.dstack([pixels[..., 0], pixels[..., 3]])).save(tmp_path / "grey.png")
-    alpha, grey, found = (read_image(tmp_path / name) for name in ("alpha.png", "grey.png", "palette.gif"))
+    alpha, grey, indexed = (read_image(tmp_path / name) for name in ("alpha.png", "grey.png", "palette.gif"))
     assert alpha.getpixel((0, 0)) == (255, 0, 0) and alpha.getpixel((3, 3)) == (255, 255, 255)
     assert alpha.getpixel((0, 3)) == pytest.approx((127, 127, 255), abs=1)
     assert grey.getpixel((0, 0)) == (255, 255, 255) and grey.getpixel((0, 3)) == pytest.approx((127, 127, 127), abs=1)
-    assert found.getpixel((0, 0)) == (0, 255, 0) and found.getpixel((3, 3)) == (255, 255, 255)
+    assert indexed.getpixel((0, 0)) == (0, 255, 0) and indexed.getpixel((3, 3)) == (255, 255, 255)
 
 
-def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+def test_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     for name in ("a.gif", "a.webp", "a.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         assert read_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_if_that_is_min_size() -> None:
+def test_large_jpeg_is_decoded_at_a_reduced_size_of_at_least_min_size() -> None:
     content = encoded(picture(3, 1600, 1200), quality=95)
     assert decode_image(content, "a.jpg").size == (1600, 1200)
     assert [decode_image(content, "a.jpg", min_size).size[1] for min_size in (0, 1200, 601, 600, 299, 100)] == [
         *(1200, 1200, 1200, 600, 300, 150)
     ]
-    fast = np.asarray(decode_image(content, "a.jpg", 300), float)
-    slow = np.asarray(decode_image(content, "a.jpg").resize((400, 300), Image.Resampling.BOX), float)
-    assert np.abs(fast - slow).mean() < 1.5
+    reduced = np.asarray(decode_image(content, "a.jpg", 300), float)
+    full = np.asarray(decode_image(content, "a.jpg").resize((400, 300), Image.Resampling.BOX), float)
+    assert np.abs(reduced - full).mean() < 1.5
 
 
 FORMATS = {
@@ -82,11 +82,11 @@ FORMATS = {
 }
 
 
-def decoded(content: bytes) -> Image.Image | None:
-    """The image, or that it was refused; anything else is a failure."""
+def decode_or_reject(content: bytes) -> Image.Image | None:
+    """The image, or ``None`` if it is rejected. Any other exception fails the test."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
+            warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             image = decode_image(content, "some.jpg")
     except DataError as error:
         assert str(error).startswith("some.jpg ")
@@ -97,26 +97,26 @@ def decoded(content: bytes) -> Image.Image | None:
 
 @given(st.binary(max_size=300), st.sampled_from([b"", *(content[:20] for content in FORMATS.values())]))
 @settings(max_examples=300, deadline=None)
-def test_random_bytes_are_refused(content: bytes, head: bytes) -> None:
-    image = decoded(head + content)
-    assert image is None or image.size != (80, 60), "nobody wrote such an image"
+def test_random_bytes_are_rejected(content: bytes, head: bytes) -> None:
+    image = decode_or_reject(head + content)
+    assert image is None or image.size != (80, 60), "random bytes do not make a whole image"
 
 
 @given(st.sampled_from(sorted(FORMATS)), st.floats(0, 1))
 @settings(max_examples=300, deadline=None)
-def test_a_truncated_image_is_refused_or_whole(kind: str, share: float) -> None:
+def test_truncated_image_is_rejected_or_complete(kind: str, share: float) -> None:
     content = FORMATS[kind]
-    image = decoded(content[: int(share * len(content))])
-    if image is not None:  # only what comes after the pixels was cut off
-        assert np.array_equal(np.asarray(image), np.asarray(decoded(content)))
+    image = decode_or_reject(content[: int(share * len(content))])
+    if image is not None:  # only bytes after the pixels are missing
+        assert np.array_equal(np.asarray(image), np.asarray(decode_or_reject(content)))
 
 
 @given(st.sampled_from(sorted(FORMATS)), st.integers(0, 10**6), st.integers(1, 255))
 @settings(max_examples=300, deadline=None)
-def test_an_altered_image_is_refused_or_decoded(kind: str, at: int, change: int) -> None:
+def test_altered_image_is_rejected_or_decoded(kind: str, at: int, change: int) -> None:
     content = bytearray(FORMATS[kind])
     content[at % len(content)] ^= change
-    decoded(bytes(content))
+    decode_or_reject(bytes(content))
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=12)
@@ -132,7 +132,9 @@ tables = st.lists(
 
 @given(tables)
 @settings(max_examples=200, deadline=None)
-def test_each_row_of_a_manifest_is_a_sample_or_named(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+def test_each_row_of_a_manifest_is_a_sample_or_a_reported_bad_row(
+    tmp_path_factory: pytest.TempPathFactory, rows: list
+) -> None:
     import csv
 
     file = tmp_path_factory.mktemp("table") / "a.csv"
@@ -151,7 +153,7 @@ def test_each_row_of_a_manifest_is_a_sample_or_named(tmp_path_factory: pytest.Te
 
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_a_table_of_random_bytes_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_table_of_random_bytes_is_rejected(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     for suffix in (".csv", ".tsv", ".parquet"):
         file = tmp_path_factory.mktemp("table") / f"a{suffix}"
         file.write_bytes(content)

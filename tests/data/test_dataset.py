@@ -1,4 +1,4 @@
-"""Images as a torch dataset, and their loader."""
+"""ImageDataset and ImageLoader."""
 
 import functools
 
@@ -25,7 +25,7 @@ def loader(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_the_same_error_in_a_worker_as_in_the_process_itself(loader, workers, tmp_path):
+def test_unreadable_image_raises_the_same_error_with_and_without_workers(loader, workers, tmp_path):
     batches = iter(loader(num_workers=workers))
     images, labels, _ = next(batches)
     assert images.shape == (1, 3, 32, 32)
@@ -33,14 +33,14 @@ def test_a_bad_image_is_the_same_error_in_a_worker_as_in_the_process_itself(load
     with pytest.raises(DataError) as caught:
         next(batches)
     bad = str(tmp_path / "bad.png")
-    assert str(caught.value) == f"{bad} is not an image that can be read. Mend or remove it."
+    assert str(caught.value) == f"{bad} is not a readable image. Repair or remove it."
     assert caught.value.path == bad
-    assert caught.value.reason == "is not an image that can be read."
+    assert caught.value.reason == "is not a readable image."
 
 
-def test_workers_start_with_the_iterator(loader):
-    ready = loader(num_workers=1, persistent_workers=True)
-    iter(ready)
-    assert ready._iterator is not None
-    assert isinstance(ready, torch.utils.data.DataLoader)
-    stop_workers(ready)
+def test_workers_start_when_the_iterator_is_created(loader):
+    image_loader = loader(num_workers=1, persistent_workers=True)
+    iter(image_loader)
+    assert image_loader._iterator is not None
+    assert isinstance(image_loader, torch.utils.data.DataLoader)
+    stop_workers(image_loader)

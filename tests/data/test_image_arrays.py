@@ -1,4 +1,4 @@
-"""One image is read alike in every form that people have it in."""
+"""Every form of an image converts to the pixels that its file decodes to."""
 
 import io
 import re
@@ -18,10 +18,10 @@ from project.errors import DataError
 RANDOM = np.random.default_rng(0)
 GREY16 = RANDOM.integers(0, 65536, (24, 32), dtype=np.uint16)
 RGBA = RANDOM.integers(0, 256, (24, 32, 4), dtype=np.uint8)
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # a quarter to the right
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # rotated by 90 degrees
 
-#: Files whose pixels Pillow's ``convert("RGB")`` gets wrong, and plain ones.
+#: Plain files, and files that Pillow's ``convert("RGB")`` converts wrongly.
 FILES: dict[str, Callable[[Path], None]] = {
     "rgb.png": lambda path: Image.fromarray(RGBA[..., :3]).save(path),
     "grey.png": lambda path: Image.fromarray(RGBA[..., 0]).save(path),
@@ -33,7 +33,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "palette_alpha.png": lambda path: Image.fromarray(RGBA).quantize(16).save(path),
     "palette_key.png": lambda path: Image.fromarray(RGBA[..., :3]).quantize(16).save(path, transparency=3),
     "cmyk.jpg": lambda path: Image.fromarray(RGBA[..., :3]).convert("CMYK").save(path),
-    "turned.jpg": lambda path: Image.fromarray(RGBA[..., :3]).save(path, exif=TURNED),
+    "rotated.jpg": lambda path: Image.fromarray(RGBA[..., :3]).save(path, exif=ROTATED),
 }
 FORMS: dict[str, Callable[[Path], Any]] = {
     "path": lambda path: path,
@@ -60,15 +60,15 @@ def _loaded(image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FILES)
-def test_it_is_read_as_its_file_is(name: str, form: str, tmp_path: Path) -> None:
+def test_every_form_gives_the_pixels_of_the_file(name: str, form: str, tmp_path: Path) -> None:
     FILES[name](tmp_path / name)
     with read_image(tmp_path / name) as file:
         given = FORMS[form](tmp_path / name)
-        found = to_image(given)
-        assert found.mode == "RGB" and found.size == file.size
-        assert found.tobytes() == file.tobytes()
+        image = to_image(given)
+        assert image.mode == "RGB" and image.size == file.size
+        assert image.tobytes() == file.tobytes()
     if isinstance(given, Image.Image):
-        assert given.size == (32, 24), "the caller's image stays as it is"
+        assert given.size == (32, 24), "the caller's image is unchanged"
         given.close()
 
 
@@ -83,13 +83,13 @@ ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "big-endian": (GREY16.astype(">u2"), "grey16.png"),
     "float32": ((RGBA[..., :3] / 255).astype(np.float32), "rgb.png"),
     "float64": (RGBA[..., :3] / 255, "rgb.png"),
-    "turned round in memory": (np.ascontiguousarray(RGBA[::-1, ..., :3])[::-1], "rgb.png"),
+    "negative strides": (np.ascontiguousarray(RGBA[::-1, ..., :3])[::-1], "rgb.png"),
 }
 
 
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("kind", ["array", "tensor"])
-def test_pixels_are_read_as_the_file_that_holds_them(name: str, kind: str, tmp_path: Path) -> None:
+def test_arrays_and_tensors_give_the_pixels_of_the_file(name: str, kind: str, tmp_path: Path) -> None:
     pixels, file = ARRAYS[name]
     FILES[file](tmp_path / file)
     given: Any = pixels
@@ -106,29 +106,29 @@ def test_half_precision_tensors_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        (np.zeros((4, 4, 5), np.uint8), "Pixels of shape (4, 4, 5) are not an image"),
-        (np.zeros((0, 4, 3), np.uint8), "Pixels of shape (0, 4, 3) are not an image"),
-        (torch.zeros(9, 4, 3), "Pixels of shape (9, 4, 3) are not an image"),
-        (np.full((4, 4, 3), 1.5), "Float pixels have to be in [0, 1], and these are from 1.5 to 1.5."),
-        (torch.full((3, 4, 4), -0.1), "Float pixels have to be in [0, 1], and these are from -0.1 to -0.1."),
-        (np.full((4, 4, 3), np.nan), "Float pixels have to be in [0, 1]"),
-        (np.zeros((4, 4, 3), np.int64), "Pixels have to be uint8, uint16 or float in [0, 1], not int64."),
-        (np.zeros((4, 4, 3), bool), "Pixels have to be uint8, uint16 or float in [0, 1], not bool."),
-        (torch.zeros(3, 4, 4).to_sparse(), "A tensor of an image has to be dense"),
-        (torch.zeros(3, 4, 4, device="meta"), "A tensor of an image has to be dense"),
+        (np.zeros((4, 4, 5), np.uint8), "An image cannot have shape (4, 4, 5)"),
+        (np.zeros((0, 4, 3), np.uint8), "An image cannot have shape (0, 4, 3)"),
+        (torch.zeros(9, 4, 3), "An image cannot have shape (9, 4, 3)"),
+        (np.full((4, 4, 3), 1.5), "Float pixels must be in [0, 1]; these are in [1.5, 1.5]."),
+        (torch.full((3, 4, 4), -0.1), "Float pixels must be in [0, 1]; these are in [-0.1, -0.1]."),
+        (np.full((4, 4, 3), np.nan), "Float pixels must be in [0, 1]"),
+        (np.zeros((4, 4, 3), np.int64), "Pixels must be uint8, uint16 or float in [0, 1], not int64."),
+        (np.zeros((4, 4, 3), bool), "Pixels must be uint8, uint16 or float in [0, 1], not bool."),
+        (torch.zeros(3, 4, 4).to_sparse(), "An image tensor must be dense"),
+        (torch.zeros(3, 4, 4, device="meta"), "An image tensor must be dense"),
         (Image.new("RGB", (0, 4)), "has no pixels"),
         (_closed(), "The image cannot be read: I/O operation on closed file"),
         (b"", "The image is empty"),
-        (b"no image", "The image is not an image that can be read"),
+        (b"no image", "The image is not a readable image"),
     ],
 )
-def test_what_is_no_image_is_refused_by_what_is_wrong_with_it(given: Any, said: str) -> None:
-    with pytest.raises(DataError, match=re.escape(said)):
+def test_an_invalid_image_is_refused_with_the_reason(given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
         to_image(given)
 
 
-def test_another_type_is_refused_with_those_that_are_taken() -> None:
+def test_another_type_is_refused_with_the_accepted_types() -> None:
     with pytest.raises(TypeError, match=r"a path, bytes, an open file, a PIL image, an array .*, not a dict"):
         to_image({})  # type: ignore[arg-type]

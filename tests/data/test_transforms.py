@@ -1,4 +1,4 @@
-"""What a transform draws comes from the seed it is given, whatever else draws at the same time."""
+"""SeededRandom: random transforms depend on the seed only, even while other threads draw."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,7 +31,7 @@ STEPS = {
 }
 
 
-def draw(step: v2.Transform, seed: int) -> torch.Tensor:
+def apply(step: v2.Transform, seed: int) -> torch.Tensor:
     with SeededRandom(seed):
         image = step(PICTURE)
     return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
@@ -40,18 +40,18 @@ def draw(step: v2.Transform, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", STEPS)
 @settings(deadline=None, max_examples=8)
 @given(seeds=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=4, max_size=4, unique=True))
-def test_equal_seeds_draw_equal_images_from_four_threads_at_once(name: str, seeds: list[int]) -> None:
+def test_equal_seeds_give_equal_images_in_concurrent_threads(name: str, seeds: list[int]) -> None:
     step = STEPS[name]
-    alone = [draw(step, seed) for seed in seeds]
+    sequential = [apply(step, seed) for seed in seeds]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            together = list(pool.map(lambda seed: draw(step, seed), seeds))
-            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+            concurrent = list(pool.map(lambda seed: apply(step, seed), seeds))
+            assert all(torch.equal(a, b) for a, b in zip(sequential, concurrent, strict=True))
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_other_seeds_draw_other_images_and_leave_the_global_generator_alone(name: str) -> None:
+def test_seeds_give_different_images_and_do_not_change_the_global_rng_state(name: str) -> None:
     state = torch.get_rng_state()
-    images = {draw(STEPS[name], seed).numpy().tobytes() for seed in range(20)}
+    images = {apply(STEPS[name], seed).numpy().tobytes() for seed in range(20)}
     assert len(images) > 1
     assert torch.equal(torch.get_rng_state(), state)

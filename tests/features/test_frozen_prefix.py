@@ -1,39 +1,39 @@
-"""Folding BatchNorm into convolutions changes no row."""
+"""Frozen prefix: folding BatchNorm into convolutions does not change the rows."""
 
 import pytest
 import torch
 from torch import nn
 
-from project.features.frozen_prefix import FrozenPrefix, fold
+from project.features.frozen_prefix import FrozenPrefix, fold_batch_norm
 from project.models.backbone import Backbone, load_backbone
-from tests.features.test_engines import relative
+from tests.features.test_engines import relative_error
 
 
-def norms(module: nn.Module) -> int:
+def count_batch_norms(module: nn.Module) -> int:
     return sum(isinstance(part, nn.BatchNorm2d) for part in module.modules())
 
 
 @pytest.mark.parametrize(
-    ("name", "left"),
+    ("name", "remaining"),
     [
         *(("resnet18", 0), ("densenet121", None), ("mobilenet_v3_small", 0), ("timm/tf_efficientnet_lite0", 0)),
         *(("convnext_tiny", 0), ("swin_t", 0), ("googlenet", 0)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*random weights")
-def test_folding_changes_no_row(name: str, left: int | None) -> None:
+def test_folding_does_not_change_rows(name: str, remaining: int | None) -> None:
     backbone = load_backbone(name, None, 64)
-    _scatter(backbone)
+    _randomize_statistics(backbone)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     prefix = FrozenPrefix(backbone, backbone.cut)
     with torch.no_grad():
         exact, rows = backbone(images), prefix(images)
-    assert relative(rows, exact) < 1e-4
-    assert left is None or norms(prefix) == left
+    assert relative_error(rows, exact) < 1e-4
+    assert remaining is None or count_batch_norms(prefix) == remaining
 
 
-def _scatter(backbone: Backbone) -> None:
-    """Statistics as of a network that has been trained: those of a new one are all 0 and 1."""
+def _randomize_statistics(backbone: Backbone) -> None:
+    """Set BatchNorm statistics as in a trained network; initial ones are all 0 and 1."""
     torch.manual_seed(0)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def _scatter(backbone: Backbone) -> None:
 
 
 class Forked(nn.Module):
-    """A convolution that a BatchNorm reads, and something else too."""
+    """A convolution whose output is read by a BatchNorm and by an addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,30 +55,30 @@ class Forked(nn.Module):
         return self.norm(y) + y
 
 
-class Twice(Forked):
-    """A convolution that is used twice."""
+class CalledTwice(Forked):
+    """A convolution that is called twice."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x)) + self.conv(x + 1)
 
 
-@pytest.mark.parametrize("network", [Forked, Twice])
+@pytest.mark.parametrize("network", [Forked, CalledTwice])
 @torch.no_grad()
-def test_a_convolution_that_is_read_twice_is_left_alone(network: type[Forked]) -> None:
+def test_shared_convolution_is_not_folded(network: type[Forked]) -> None:
     torch.manual_seed(0)
     stages = nn.Sequential(network()).eval()
     example = torch.randn(2, 3, 8, 8)
     before = stages(example)
-    assert fold(stages, example) == 0
+    assert fold_batch_norm(stages, example) == 0
     assert torch.equal(stages(example), before)
-    assert norms(stages) == 1
+    assert count_batch_norms(stages) == 1
 
 
 @torch.no_grad()
-def test_a_fork_costs_the_rest_of_the_network_nothing() -> None:
+def test_shared_convolution_keeps_the_output_of_the_whole_network() -> None:
     torch.manual_seed(0)
     stages = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Forked()).eval()
     example = torch.randn(2, 3, 8, 8)
     before = stages(example)
-    fold(stages, example)
-    assert relative(stages(example), before) < 1e-6
+    fold_batch_norm(stages, example)
+    assert relative_error(stages(example), before) < 1e-6

@@ -1,7 +1,6 @@
-"""Batches of stored rows: each row once an epoch, in an order that the seed and the epoch give."""
+"""Row loader: each row once per epoch, in an order determined by seed and epoch."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,19 @@ from project.features.row_loader import RowBatch, RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 
 CPU = torch.device("cpu")
-Loader = Callable[..., RowLoader]
 
 
-def stored(folder: Path, count: int, memory: int = 2**40) -> Rows:
+def make_rows(folder: Path, count: int, memory_budget: int = 2**40) -> Rows:
     """Rows 0, 1, 2 … of width 3, in shards of 7."""
     space = Space(folder, {})
     keys = as_keys([row_key(str(number).encode(), "") for number in range(count)])
     for part in torch.arange(count).split(7):
         space.write(keys[part.numpy()], part.float()[:, None].expand(-1, 3).contiguous())
-    return Rows(space.find(keys), memory, CPU)
+    return Rows(space.find(keys), memory_budget, CPU)
 
 
-class Numbers:
-    """Rows without a disk: row i is i, and so large that batches of evaluation are no larger than asked for."""
+class FakeRows:
+    """Rows without a store: row i is ``[i]``. They claim to be large, so that evaluation batches are not enlarged."""
 
     row_bytes = 2**40
 
@@ -35,51 +33,50 @@ class Numbers:
         return index.float()[:, None]
 
 
-def loader(
-    count: int, batch_size: int, shuffle: bool, epoch: int = 0, rows: Rows | None = None, **more: int
+def make_loader(
+    count: int, batch_size: int, shuffle: bool, epoch: int = 0, rows: Rows | None = None, **options: int
 ) -> RowLoader:
-    place = torch.arange(count)[None]
-    held = Numbers() if rows is None else rows
+    views = torch.arange(count)[None]
     labels = 100 + torch.arange(count)
-    taken = EpochOrder(count, shuffle, batch_size=batch_size, **more)
-    return RowLoader(held, place, labels, batch_size, taken, lambda: epoch)  # type: ignore[arg-type]
+    order = EpochOrder(count, shuffle, batch_size=batch_size, **options)
+    return RowLoader(rows or FakeRows(), views, labels, batch_size, order, lambda: epoch)  # type: ignore[arg-type]
 
 
-def parts(batches: RowLoader) -> list[list[int]]:
-    """The rows of each batch that are no padding."""
-    found = list(batches)
-    assert len(found) == len(batches)
-    for batch in found:
+def row_batches(loader: RowLoader) -> list[list[int]]:
+    """The rows of each batch, without padding."""
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    for batch in batches:
         assert isinstance(batch, RowBatch)
         assert torch.equal(batch.rows[:, 0].long() + 100, batch.targets), "each row has its label"
-    return [(batch.targets[batch.valid] - 100).tolist() for batch in found]
+    return [(batch.targets[batch.valid] - 100).tolist() for batch in batches]
 
 
-def order(batches: RowLoader) -> list[int]:
-    return [row for part in parts(batches) for row in part]
+def row_order(loader: RowLoader) -> list[int]:
+    return [row for batch in row_batches(loader) for row in batch]
 
 
-def test_training_shuffles_each_epoch_otherwise_and_the_same_way_again() -> None:
-    first, second = (order(loader(20, 6, True, epoch)) for epoch in range(2))
+def test_shuffling_depends_on_epoch_and_seed_only() -> None:
+    first, second = (row_order(make_loader(20, 6, True, epoch)) for epoch in range(2))
     assert first != second and sorted(first) == sorted(second) == list(range(20))
-    assert order(loader(20, 6, True, 0)) == first, "the same epoch and seed"
-    assert order(loader(20, 6, True, 0, seed=1)) != first
-    assert order(loader(20, 6, False, 0)) == order(loader(20, 6, False, 1)) == list(range(20))
+    assert row_order(make_loader(20, 6, True, 0)) == first, "the same epoch and seed"
+    assert row_order(make_loader(20, 6, True, 0, seed=1)) != first
+    assert row_order(make_loader(20, 6, False, 0)) == row_order(make_loader(20, 6, False, 1)) == list(range(20))
 
 
-def test_a_loader_may_be_gone_through_again() -> None:
-    batches = loader(20, 6, True)
-    assert order(batches) == order(batches)
+def test_loader_can_be_iterated_repeatedly() -> None:
+    loader = make_loader(20, 6, True)
+    assert row_order(loader) == row_order(loader)
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "shuffle", "kept"),
+    ("count", "batch_size", "shuffle", "expected"),
     [(13, 4, True, 12), (13, 4, False, 13), (12, 4, True, 12), (1, 4, True, 1), (5, 1, True, 5), (14, 4, True, 14)],
 )
-def test_a_last_batch_of_one_is_left_out_of_training_alone(
-    count: int, batch_size: int, shuffle: bool, kept: int
+def test_last_batch_of_one_is_dropped_in_training_only(
+    count: int, batch_size: int, shuffle: bool, expected: int
 ) -> None:
-    assert len(order(loader(count, batch_size, shuffle))) == kept
+    assert len(row_order(make_loader(count, batch_size, shuffle))) == expected
 
 
 @given(
@@ -90,48 +87,49 @@ def test_a_last_batch_of_one_is_left_out_of_training_alone(
     epoch=st.integers(0, 5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_processes_share_the_batches_that_one_would_have(
+def test_ranks_share_the_batches_of_a_single_process(
     count: int, batch_size: int, world: int, shuffle: bool, epoch: int, seed: int
 ) -> None:
-    one = parts(loader(count, batch_size * world, shuffle, epoch, seed=seed))
+    single = row_batches(make_loader(count, batch_size * world, shuffle, epoch, seed=seed))
     loaders = [
-        loader(count, batch_size, shuffle, epoch, seed=seed, world_size=world, rank=rank) for rank in range(world)
+        make_loader(count, batch_size, shuffle, epoch, seed=seed, world_size=world, rank=rank) for rank in range(world)
     ]
-    assert len({len(batch.rows) for part in zip(*loaders, strict=True) for batch in part}) <= 2, "whole, or the last"
-    shares = [parts(batches) for batches in loaders]
-    assert [sorted(itertools.chain(*each)) for each in zip(*shares, strict=True)] == [sorted(batch) for batch in one]
+    sizes = {len(batch.rows) for step in zip(*loaders, strict=True) for batch in step}
+    assert len(sizes) <= 2, "full batches, and a last one"
+    ranks = [row_batches(loader) for loader in loaders]
+    assert [sorted(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == [sorted(batch) for batch in single]
     if not shuffle:
-        assert sorted(row for share in shares for part in share for row in part) == list(range(count)), "each once"
+        assert sorted(row for batches in ranks for batch in batches for row in batch) == list(range(count)), "each once"
 
 
 @given(count=st.integers(3, 60), batch_size=st.integers(2, 20), world=st.sampled_from([2, 3, 5]))
-def test_no_process_trains_on_a_batch_of_one(count: int, batch_size: int, world: int) -> None:
+def test_no_rank_trains_on_a_batch_of_one(count: int, batch_size: int, world: int) -> None:
     for rank in range(world):
-        batches = list(loader(count, batch_size, True, world_size=world, rank=rank))
-        assert all(len(batch.rows) > 1 for batch in batches), "BatchNorm could not; padding comes along"
+        batches = list(make_loader(count, batch_size, True, world_size=world, rank=rank))
+        assert all(len(batch.rows) > 1 for batch in batches), "BatchNorm needs two rows; padding counts"
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_rows_read_from_disk_are_those_in_memory(shuffle: bool, tmp_path: Path) -> None:
-    held, read = stored(tmp_path, 20), stored(tmp_path, 20, memory=0)
-    assert held.in_memory and not read.in_memory
+def test_rows_from_disk_equal_rows_in_memory(shuffle: bool, tmp_path: Path) -> None:
+    in_memory, on_disk = make_rows(tmp_path, 20), make_rows(tmp_path, 20, memory_budget=0)
+    assert in_memory.in_memory and not on_disk.in_memory
     for epoch in range(3):
-        parts = [list(loader(20, 6, shuffle, epoch, rows)) for rows in (held, read)]
-        for one, other in zip(*parts, strict=True):
-            assert torch.equal(one.rows, other.rows) and torch.equal(one.targets, other.targets)
-    read.close()
+        loaders = [make_loader(20, 6, shuffle, epoch, rows) for rows in (in_memory, on_disk)]
+        for a, b in zip(*loaders, strict=True):
+            assert torch.equal(a.rows, b.rows) and torch.equal(a.targets, b.targets)
+    on_disk.close()
 
 
-def test_rows_stay_readable_when_their_files_are_evicted(tmp_path: Path) -> None:
-    rows = stored(tmp_path, 20, memory=0)
+def test_rows_stay_readable_after_eviction(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, 20, memory_budget=0)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
     assert rows[torch.arange(20)][:, 0].tolist() == list(range(20))
     rows.close()
 
 
-def test_a_shard_that_shrinks_under_way_is_an_error_with_its_name(tmp_path: Path) -> None:
-    rows = stored(tmp_path, 7, memory=0)
+def test_shard_truncated_after_opening_is_named(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, 7, memory_budget=0)
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(OSError, match=path.name):
@@ -139,9 +137,9 @@ def test_a_shard_that_shrinks_under_way_is_an_error_with_its_name(tmp_path: Path
     rows.close()
 
 
-def test_views_are_taken_in_turn() -> None:
-    place = torch.stack([torch.arange(4), 10 + torch.arange(4)])
+def test_views_rotate_over_epochs() -> None:
+    views = torch.stack([torch.arange(4), 10 + torch.arange(4)])
     for epoch in range(4):
-        batches = RowLoader(Numbers(), place, torch.zeros(4), 2, EpochOrder(4, True), lambda epoch=epoch: epoch)  # type: ignore[arg-type,misc]
-        seen = sorted(int(row) for batch in batches for row in batch.rows[:, 0])
-        assert seen == [number + 10 * (epoch % 2) for number in range(4)]
+        loader = RowLoader(FakeRows(), views, torch.zeros(4), 2, EpochOrder(4, True), lambda epoch=epoch: epoch)  # type: ignore[arg-type,misc]
+        rows = sorted(int(row) for batch in loader for row in batch.rows[:, 0])
+        assert rows == [number + 10 * (epoch % 2) for number in range(4)]

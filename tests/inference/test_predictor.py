@@ -1,3 +1,5 @@
+"""``load`` and ``Classifier``."""
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from project import load
 from project.errors import CheckpointError, DataError, WeightsError
 
 
-def test_paths_pil_images_and_tensors_give_the_same(trained: Path, photos: Path) -> None:
+def test_paths_pil_images_and_tensors_give_equal_predictions(trained: Path, photos: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     paths = sorted((photos / "test").rglob("*.png"))
     pictures = [Image.open(path).convert("RGB") for path in paths]
@@ -22,7 +24,7 @@ def test_paths_pil_images_and_tensors_give_the_same(trained: Path, photos: Path)
         assert np.array_equal(classifier.predict_proba(images), expected)
 
 
-def test_its_answers_have_the_promised_shapes(trained: Path, photos: Path) -> None:
+def test_outputs_have_the_documented_shapes(trained: Path, photos: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     paths = sorted((photos / "test").rglob("*.png"))
     probabilities = classifier.predict_proba(paths)
@@ -33,7 +35,7 @@ def test_its_answers_have_the_promised_shapes(trained: Path, photos: Path) -> No
     assert classifier.predict(paths) == [path.parent.name for path in paths]
 
 
-def test_the_size_of_its_batches_does_not_show(trained: Path, photos: Path) -> None:
+def test_predictions_do_not_depend_on_the_batch_size(trained: Path, photos: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     paths = sorted((photos / "test").rglob("*.png"))
     whole = classifier.predict_proba(paths)
@@ -41,14 +43,14 @@ def test_the_size_of_its_batches_does_not_show(trained: Path, photos: Path) -> N
     np.testing.assert_allclose(classifier.predict_proba(paths), whole, atol=1e-5)
 
 
-def test_nothing_given_gives_nothing(trained: Path) -> None:
+def test_empty_input_gives_empty_output(trained: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     assert classifier.predict([]) == []
     assert classifier.predict_proba([]).shape == (0, 3)
     assert classifier.features([]).shape == (0, 512)
 
 
-def test_weights_given_by_a_relative_path_are_found_from_anywhere(
+def test_weights_with_relative_path_load_from_any_working_directory(
     fit: Callable[..., int], weights: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(weights, "mine.pth")
@@ -63,38 +65,38 @@ def test_weights_given_by_a_relative_path_are_found_from_anywhere(
 
 
 @pytest.mark.parametrize("classes", [["red"], [], ["red"] * 3, "red"])
-def test_heat_maps_want_a_class_for_each_image(classes: object, trained: Path, photos: Path) -> None:
+def test_heat_maps_require_one_class_per_image(classes: object, trained: Path, photos: Path) -> None:
     images = [photos / "val/red/0.png", photos / "val/blue/0.png"]
-    with pytest.raises(TypeError, match="a class for each image"):
+    with pytest.raises(TypeError, match="one class name per image"):
         load(trained / "checkpoints/best.ckpt").heat_map(images, classes)
 
 
 @pytest.mark.parametrize(
     "images", ["a.jpg", Path("a.jpg"), np.zeros((8, 8, 3)), torch.zeros(3, 8, 8, dtype=torch.uint8)]
 )
-def test_one_image_alone_is_refused(images: object, trained: Path) -> None:
-    with pytest.raises(TypeError, match="a list of"):
+def test_single_image_is_refused(images: object, trained: Path) -> None:
+    with pytest.raises(TypeError, match="several images: a list"):
         load(trained / "checkpoints/best.ckpt").predict(images)
 
 
-def test_batches_and_lists_of_them_give_the_same(trained: Path) -> None:
+def test_batches_and_lists_give_equal_predictions(trained: Path) -> None:
     classifier, batch = load(trained / "checkpoints/best.ckpt"), torch.rand(5, 3, 40, 48)
-    wanted = classifier.predict_proba(batch)
+    expected = classifier.predict_proba(batch)
     arrays = batch.movedim(1, -1).numpy()
     for images in (list(batch), arrays, list(arrays), (255 * batch).round().to(torch.uint8)):
-        assert np.array_equal(classifier.predict_proba(images), wanted)
-    with pytest.raises(DataError, match=r"Float pixels have to be in \[0, 1\]"):
+        assert np.array_equal(classifier.predict_proba(images), expected)
+    with pytest.raises(DataError, match=r"Float pixels must be in \[0, 1\]"):
         classifier.predict(batch * 2)
 
 
-def test_weights_that_have_changed_since_are_refused(trained: Path, weights: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_refused(trained: Path, weights: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
     state = torch.load(weights, weights_only=True)
     state["bn1.running_var"][3] *= 1.001
     torch.save(state, tmp_path / "other.pth")
     checkpoint["hyper_parameters"]["weights"] = str(tmp_path / "other.pth")
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match=r"a\.ckpt: .* another backbone"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: The backbones differ"):
         load(tmp_path / "a.ckpt")
 
 
@@ -110,7 +112,7 @@ def test_missing_and_unexpected_tensors_are_refused(change: str, trained: Path, 
         load(tmp_path / "a.ckpt")
 
 
-def test_a_heat_map_is_of_the_pixels_that_the_network_gets(trained: Path, photos: Path) -> None:
+def test_heat_map_is_aligned_with_the_network_input(trained: Path, photos: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     paths = sorted((photos / "test").rglob("*.png"))[:5]
     whole = classifier.heat_map(paths)
@@ -123,15 +125,15 @@ def test_a_heat_map_is_of_the_pixels_that_the_network_gets(trained: Path, photos
         other, np.concatenate([classifier.heat_map([path], ["red"]) for path in paths]), atol=1e-4
     )
     assert classifier.heat_map([]).shape == (0, 32, 32)
-    with pytest.raises(DataError, match="no class 'pink' here, but blue, green, red"):
+    with pytest.raises(DataError, match=r"Unknown class 'pink'\. Classes: blue, green, red"):
         classifier.heat_map(paths, ["pink"] * 5)
 
 
-def test_checkpoints_loaded_together_share_their_backbone(trained: Path, photos: Path) -> None:
+def test_checkpoints_loaded_together_share_the_backbone(trained: Path, photos: Path) -> None:
     paths = [trained / f"checkpoints/{name}.ckpt" for name in ("best", "last")]
-    one, other = load(paths)
-    assert one.model.backbone.stages["layer4"] is other.model.backbone.stages["layer4"]
-    assert one.model.head is not other.model.head
+    first, second = load(paths)
+    assert first.model.backbone.stages["layer4"] is second.model.backbone.stages["layer4"]
+    assert first.model.head is not second.model.head
     images = [photos / "val/red/0.png", photos / "val/blue/0.png"]
-    for path, together in zip(paths, (one, other), strict=True):
-        assert np.array_equal(load(path).predict_proba(images), together.predict_proba(images))
+    for path, classifier in zip(paths, (first, second), strict=True):
+        assert np.array_equal(load(path).predict_proba(images), classifier.predict_proba(images))

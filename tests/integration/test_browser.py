@@ -1,4 +1,4 @@
-"""TensorBoard's pages in a real browser, over a real run: what a person sees."""
+"""TensorBoard's pages of a real run, in a real browser."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 from tests.integration.test_dashboard import fetch, serve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WAIT = 60_000  # milliseconds that a page may take, on a busy machine
+TIMEOUT_MS = 60_000  # a busy machine is slow
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install playwright)")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")
@@ -21,40 +21,40 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get i
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        # Without a graphics card, the projector's WebGL is computed.
+    with playwright.sync_playwright() as driver:
+        # Software rendering: the projector needs WebGL.
         flags = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
-        started = running.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
 def server(trained: Path) -> Iterator[str]:
-    for address in serve(trained.parent):
-        fetch(f"{address}/data/plugin/projector/runs")  # its tab is there only once it has been asked
+    for url in serve(trained.parent):
+        fetch(f"{url}/data/plugin/projector/runs")  # TensorBoard lists the projector only after this request
         time.sleep(2)
-        yield address
+        yield url
 
 
 @pytest.fixture
 def open_tab(browser: Any, server: str, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """Opens a tab; a picture of it is left in the folder that SCREENSHOTS names, to be looked at."""
+    """Opens a tab of TensorBoard. Set SCREENSHOTS to a folder to save a screenshot of each test."""
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
-    page.set_default_timeout(WAIT)
+    page.set_default_timeout(TIMEOUT_MS)
 
-    def go(tab: str) -> Any:
+    def go_to(tab: str) -> Any:
         page.goto(f"{server}/#{tab}")
         return page
 
-    yield go
+    yield go_to
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(1000)
         page.screenshot(path=str(Path(folder, f"{request.node.name}.png")))
     page.close()
 
 
-def test_scalars_are_drawn(open_tab: Callable[[str], Any]) -> None:
+def test_scalars_tab_shows_line_charts(open_tab: Callable[[str], Any]) -> None:
     page = open_tab("scalars")
     for group in ("train", "val"):
         page.get_by_text(group, exact=True).first.click()
@@ -62,25 +62,25 @@ def test_scalars_are_drawn(open_tab: Callable[[str], Any]) -> None:
     page.locator("vz-line-chart2 svg.content").first.wait_for()
 
 
-def test_images_are_shown(open_tab: Callable[[str], Any]) -> None:
+def test_images_tab_shows_figures(open_tab: Callable[[str], Any]) -> None:
     page = open_tab("images")
     for tag in ("train/input", "val/confusion_counts"):
         page.get_by_text(tag, exact=True).first.wait_for()
     page.wait_for_function(
-        "() => { const found = []; const look = root => root.querySelectorAll('*').forEach(each => {"
-        " if (each.tagName === 'IMG' && each.naturalWidth > 150) found.push(each);"
-        " if (each.shadowRoot) look(each.shadowRoot); }); look(document); return found.length >= 2; }"
+        "() => { const images = []; const search = root => root.querySelectorAll('*').forEach(element => {"
+        " if (element.tagName === 'IMG' && element.naturalWidth > 150) images.push(element);"
+        " if (element.shadowRoot) search(element.shadowRoot); }); search(document); return images.length >= 2; }"
     )
 
 
-def test_hparams_have_a_row_with_the_result(open_tab: Callable[[str], Any]) -> None:
+def test_hparams_tab_shows_the_result(open_tab: Callable[[str], Any]) -> None:
     page = open_tab("hparams")
     page.get_by_text("version_0").first.wait_for()
     page.get_by_text("result/best_accuracy").first.wait_for()
-    page.get_by_text("1.0000", exact=True).first.wait_for()  # colours are learnt
+    page.get_by_text("1.0000", exact=True).first.wait_for()  # the accuracy
 
 
-def test_the_projector_has_a_point_an_image(open_tab: Callable[[str], Any]) -> None:
-    inside = open_tab("projector").frame_locator("iframe").frame_locator("iframe")
-    inside.get_by_text(re.compile(r"Points:\s*12")).first.wait_for()
-    assert not inside.get_by_text("does not have WebGL").count()
+def test_projector_tab_has_one_point_per_image(open_tab: Callable[[str], Any]) -> None:
+    frame = open_tab("projector").frame_locator("iframe").frame_locator("iframe")
+    frame.get_by_text(re.compile(r"Points:\s*12")).first.wait_for()
+    assert not frame.get_by_text("does not have WebGL").count()

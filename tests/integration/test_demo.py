@@ -1,4 +1,4 @@
-"""The page to try a classifier: what it answers, what it refuses, and how it ends."""
+"""The demo page: results, refused requests, and shutdown."""
 
 import importlib.util
 import os
@@ -33,32 +33,32 @@ needs_gradio = pytest.mark.skipif(
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Has gradio found or not, whether it is there or not."""
+    """Pretends that gradio is installed, or that it is not."""
     find = importlib.util.find_spec
 
-    def pretend(there: bool) -> None:
-        found = object() if there else None
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: found if name == "gradio" else find(name))
+    def pretend(available: bool) -> None:
+        spec = object() if available else None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: spec if name == "gradio" else find(name))
 
     return pretend
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> dict[str, Path]:
-    """Photographs as people have them."""
-    found = {"red": draw(tmp_path / "red & <b>.png", (200, 40, 40), 7)}
-    found["deep"] = tmp_path / "deep.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (50, 40), dtype=np.uint16)).save(found["deep"])
-    found["turned"] = tmp_path / "turned.jpg"
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Image files as users upload them."""
+    files = {"red": draw(tmp_path / "red & <b>.png", (200, 40, 40), 7)}
+    files["16-bit"] = tmp_path / "16-bit.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (50, 40), dtype=np.uint16)).save(files["16-bit"])
+    files["rotated"] = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (80, 40, 3), np.uint8)).save(found["turned"], exif=exif)
-    found["broken"] = tmp_path / "broken.jpg"
-    found["broken"].write_bytes(found["turned"].read_bytes()[:800])
-    return found
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (80, 40, 3), np.uint8)).save(files["rotated"], exif=exif)
+    files["broken"] = tmp_path / "broken.jpg"
+    files["broken"].write_bytes(files["rotated"].read_bytes()[:800])
+    return files
 
 
-def test_without_gradio_it_says_what_to_install(
+def test_missing_gradio_is_reported_with_the_install_command(
     run: Path, installed: Callable[[bool], None], refused: Callable[[int], str]
 ) -> None:
     installed(False)
@@ -66,74 +66,74 @@ def test_without_gradio_it_says_what_to_install(
     assert "pip install 'frozen-backbone[demo]'" in refused(code)
 
 
-def test_a_port_that_is_taken_is_refused_with_the_mend(
+def test_port_in_use_is_refused_with_a_fix(
     run: Path, installed: Callable[[bool], None], refused: Callable[[int], str]
 ) -> None:
     installed(True)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        said = refused(main(["demo", "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--port", port]))
-    assert port in said and "--port 0" in said
+        message = refused(main(["demo", "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--port", port]))
+    assert port in message and "--port 0" in message
 
 
-def test_it_needs_a_checkpoint(here: Path, installed: Callable[[bool], None], refused: Callable[[int], str]) -> None:
-    installed(True)
-    assert "demo needs a trained model: name it with --ckpt_path" in refused(main(["demo"]))
-
-
-@pytest.mark.parametrize("kind", ["red", "deep", "turned"])
-def test_it_answers_what_load_predicts(kind: str, trained: Path, pictures: dict[str, Path]) -> None:
-    checkpoint, file = trained / "checkpoints/best.ckpt", pictures[kind]
-    classifier = load(checkpoint)
-    found = demo.answer(classifier, Gallery(classifier, data_of(checkpoint)), str(file))
-    (expected,) = classifier.predict_proba([file])
-    assert found.probabilities == dict(zip(["blue", "green", "red"], expected.tolist(), strict=True))
-    best = classifier.predict([file])[0]
-    assert f"<h2>{best}, {expected.max():.1%}</h2>" in found.shown
-    assert found.shown.count("<img") == 2 + demo.NEAREST
-    assert f"speaks for {best}" in found.shown
-
-
-def test_a_broken_image_is_told_and_no_more(trained: Path, pictures: dict[str, Path]) -> None:
-    found = demo.answer(load(trained / "checkpoints/best.ckpt"), None, str(pictures["broken"]))
-    assert found.probabilities is None
-    assert found.shown.startswith("<h2>broken.jpg cannot be read: ")
-    assert str(pictures["broken"].parent) not in found.shown
-
-
-def test_without_training_images_there_are_none(trained: Path, pictures: dict[str, Path]) -> None:
-    found = demo.answer(load(trained / "checkpoints/best.ckpt"), None, str(pictures["red"]))
-    assert found.shown.count("<img") == 2
-    assert demo.answer(load(trained / "checkpoints/best.ckpt"), None, None) == (None, "")
-
-
-def test_a_network_without_heat_maps_says_so(
-    trained: Path, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def test_missing_checkpoint_is_refused(
+    here: Path, installed: Callable[[bool], None], refused: Callable[[int], str]
 ) -> None:
-    def none(*_: object) -> None:
-        raise ModelError("There is no heat map of it.")
-
-    monkeypatch.setattr(Classifier, "heat_map", none)
-    found = demo.answer(load(trained / "checkpoints/best.ckpt"), None, str(pictures["red"]))
-    assert found.shown.count("<img") == 1 and "<p>There is no heat map of it.</p>" in found.shown
+    installed(True)
+    assert "demo needs a trained model: --ckpt_path" in refused(main(["demo"]))
 
 
-def serving(arguments: list[str], folder: Path, log: Path, temporary: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start the page, and wait for its address."""
+@pytest.mark.parametrize("kind", ["red", "16-bit", "rotated"])
+def test_result_equals_the_prediction_of_load(kind: str, trained: Path, files: dict[str, Path]) -> None:
+    checkpoint, file = trained / "checkpoints/best.ckpt", files[kind]
+    classifier = load(checkpoint)
+    result = demo.classify_file(classifier, Gallery(classifier, data_of(checkpoint)), str(file))
+    (expected,) = classifier.predict_proba([file])
+    assert result.probabilities == dict(zip(["blue", "green", "red"], expected.tolist(), strict=True))
+    best = classifier.predict([file])[0]
+    assert f"<h2>{best}, {expected.max():.1%}</h2>" in result.html
+    assert result.html.count("<img") == 2 + demo.NEAREST
+    assert f"Evidence for {best}" in result.html
+
+
+def test_corrupt_image_is_reported_without_its_path(trained: Path, files: dict[str, Path]) -> None:
+    result = demo.classify_file(load(trained / "checkpoints/best.ckpt"), None, str(files["broken"]))
+    assert result.probabilities is None
+    assert result.html.startswith("<h2>broken.jpg cannot be read: ")
+    assert str(files["broken"].parent) not in result.html
+
+
+def test_without_a_gallery_no_neighbours_are_shown(trained: Path, files: dict[str, Path]) -> None:
+    result = demo.classify_file(load(trained / "checkpoints/best.ckpt"), None, str(files["red"]))
+    assert result.html.count("<img") == 2
+    assert demo.classify_file(load(trained / "checkpoints/best.ckpt"), None, None) == (None, "")
+
+
+def test_missing_heat_map_is_reported(trained: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("No heat map.")
+
+    monkeypatch.setattr(Classifier, "heat_map", fail)
+    result = demo.classify_file(load(trained / "checkpoints/best.ckpt"), None, str(files["red"]))
+    assert result.html.count("<img") == 1 and "<p>No heat map.</p>" in result.html
+
+
+def start_page(arguments: list[str], folder: Path, log: Path, temporary: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start the page and wait for its URL."""
     command = [sys.executable, "-m", "project", "demo", "--open", "false", "--port", "0", *arguments]
-    surroundings = {
+    environment = {
         **os.environ,
         "TMPDIR": str(temporary),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    with log.open("wb") as written:
-        process = subprocess.Popen(command, cwd=folder, env=surroundings, stdout=written, stderr=subprocess.STDOUT)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        found = re.search(r"Demo: (http://127\.0\.0\.1:\d+/)", log.read_text())
-        if found:
-            return process, found[1]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        match = re.search(r"Demo: (http://127\.0\.0\.1:\d+/)", log.read_text())
+        if match:
+            return process, match[1]
         time.sleep(0.05)
     process.kill()
     raise AssertionError(log.read_text())
@@ -141,57 +141,60 @@ def serving(arguments: list[str], folder: Path, log: Path, temporary: Path) -> t
 
 @pytest.fixture(scope="module")
 def page(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the page of the finished run, as a process of its own. It has to end as it should."""
+    """URL of the page of a finished run, served by another process that must shut down cleanly."""
     folder = tmp_path_factory.mktemp("page")
     log, temporary = folder / "log.txt", folder / "temporary"
     temporary.mkdir()
-    process, url = serving(["--ckpt_path", str(trained / "checkpoints/best.ckpt")], folder, log, temporary)
+    process, url = start_page(["--ckpt_path", str(trained / "checkpoints/best.ckpt")], folder, log, temporary)
     yield url
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130, log.read_text()
     assert "Traceback" not in log.read_text()
-    assert not list(temporary.iterdir()), "what was dropped is gone with the page"
+    assert not list(temporary.iterdir()), "uploads are deleted with the page"
 
 
 @needs_gradio
-# gradio and what it is made of, in this process: their warnings are not ours.
+# Warnings of gradio and its dependencies are not ours.
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_answers_over_http(page: str, trained: Path, pictures: dict[str, Path]) -> None:
+def test_page_serves_results_over_http(page: str, trained: Path, files: dict[str, Path]) -> None:
     from gradio_client import Client, handle_file
 
     client = Client(page, verbose=False, analytics_enabled=False)
     try:
-        label, shown = client.predict(handle_file(pictures["red"]), api_name="/look")
+        label, details = client.predict(handle_file(files["red"]), api_name="/look")
         classifier = load(trained / "checkpoints/best.ckpt")
-        (expected,) = classifier.predict_proba([pictures["red"]])
-        found = {each["label"]: each["confidence"] for each in label["confidences"]}
-        assert found == pytest.approx(dict(zip(classifier.classes_, expected.tolist(), strict=True)), abs=1e-5)
-        assert "Nearest training images" in shown
-        _, shown = client.predict(handle_file(pictures["broken"]), api_name="/look")
-        assert "cannot be read" in shown
+        (expected,) = classifier.predict_proba([files["red"]])
+        probabilities = {item["label"]: item["confidence"] for item in label["confidences"]}
+        assert probabilities == pytest.approx(dict(zip(classifier.classes_, expected.tolist(), strict=True)), abs=1e-5)
+        assert "Nearest training images" in details
+        _, details = client.predict(handle_file(files["broken"]), api_name="/look")
+        assert "cannot be read" in details
     finally:
         client.close()
 
 
 @needs_gradio
-def test_the_page_is_on_the_loopback_interface_alone(page: str) -> None:
+def test_page_listens_on_the_loopback_interface_only(page: str) -> None:
     port = int(page.rstrip("/").rpartition(":")[2])
-    listening = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
-    ]
-    here = {words[1].partition(":")[0] for words in listening if words[1].endswith(f":{port:04X}") and words[3] == "0A"}
-    assert here == {"0100007F"}
+    sockets = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    # Columns 1 and 3: local address and state, 0A for LISTEN.
+    addresses = {
+        columns[1].partition(":")[0]
+        for columns in sockets
+        if columns[1].endswith(f":{port:04X}") and columns[3] == "0A"
+    }
+    assert addresses == {"0100007F"}
 
 
 @needs_gradio
-def test_training_images_that_are_gone_are_told_and_the_page_opens(run: Path, photos: Path, here: Path) -> None:
+def test_missing_training_images_are_reported_and_the_page_opens(run: Path, photos: Path, here: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(photos), "gone"))
     (here / "temporary").mkdir()
-    process, _ = serving(["--ckpt_path", str(run / "checkpoints/best.ckpt")], here, here / "log", here / "temporary")
+    process, _ = start_page(["--ckpt_path", str(run / "checkpoints/best.ckpt")], here, here / "log", here / "temporary")
     process.terminate()
     assert process.wait(20) == 143
-    assert re.search(r"No training images are shown: .*gone.*--data.root PATH shows others", (here / "log").read_text())
+    assert re.search(r"Training images are not available: .*gone.*--data\.root PATH", (here / "log").read_text())
 
 
 @pytest.fixture
@@ -201,40 +204,40 @@ def browser() -> Iterator[Any]:
         pytest.skip("playwright is not installed: pip install playwright")
     from playwright.sync_api import Error, sync_playwright
 
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as drivers:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
         try:
-            opened = drivers.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         except Error as error:
-            pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
+            pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
 
 
 @needs_gradio
 @pytest.mark.filterwarnings("ignore")  # see above
-def test_somebody_drops_a_photograph_and_reads_the_answer(page: str, browser: Any, pictures: dict[str, Path]) -> None:
+def test_dropped_image_shows_its_result_in_a_browser(page: str, browser: Any, files: dict[str, Path]) -> None:
     tab = browser.new_page()
-    asked: list[str] = []
-    tab.on("request", lambda request: asked.append(request.url))
+    requests: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
     tab.goto(page)
-    drop(tab, pictures["red"])
+    drop(tab, files["red"])
     tab.wait_for_selector("h2:has-text('red, ')")
     assert tab.get_by_text("Nearest training images").is_visible()
     assert tab.locator("figure img").count() == 2 + demo.NEAREST
-    assert tab.locator("figcaption").nth(1).inner_text() == "What speaks for red"
-    assert all(tab.locator("figure img").evaluate_all("all => all.map(each => each.naturalWidth > 0)"))
+    assert tab.locator("figcaption").nth(1).inner_text() == "Evidence for red (Grad-CAM)"
+    assert all(tab.locator("figure img").evaluate_all("images => images.map(image => image.naturalWidth > 0)"))
     assert re.search(r"red\s+\d+%", tab.inner_text("body"))
     tab.get_by_label("Clear").first.click()
     tab.wait_for_selector("h2", state="detached")
-    drop(tab, pictures["broken"])
+    drop(tab, files["broken"])
     tab.wait_for_selector("h2:has-text('broken.jpg cannot be read')")
     assert tab.locator("figure").count() == 0
-    assert all(url.startswith((page, "data:", "blob:")) for url in asked), "nothing is fetched from elsewhere"
+    assert all(url.startswith((page, "data:", "blob:")) for url in requests), "the page makes no external requests"
 
 
 def drop(tab: Any, file: Path) -> None:
-    """Drop a file on the page, as a hand with a mouse would."""
+    """Drop a file on the page."""
     tab.wait_for_selector("button:has-text('Drop File Here')")
     data = tab.evaluate_handle(
         """([name, bytes]) => {

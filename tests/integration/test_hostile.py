@@ -1,4 +1,4 @@
-"""What a stranger's file can make this process do: nothing but say what is wrong with it."""
+"""Malicious checkpoints, configs and flags are refused without side effects."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm  # noqa: F401 - it imports wandb where that is installed, which makes folders: before the watch
+import timm  # noqa: F401 - early, because it imports wandb, which creates folders when it is installed
 import torch
 
 from project import load
@@ -16,30 +16,44 @@ from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.errors import ProjectError
 from tests.conftest import SMALL
-from tests.integration.hostile import CALLS, CONFIGS, FILES, FLAGS, INERT, NAMES, PLACES, hostile_checkpoints
-from tests.integration.watch import watched
+from tests.integration.audit_hook import record_side_effects
+from tests.integration.hostile import (
+    CONFIGS,
+    FILES,
+    FLAGS,
+    HYPER_PARAMETERS,
+    INERT_IN_LOAD,
+    INJECTIONS,
+    PAYLOADS,
+    hostile_checkpoints,
+)
 
-MARK = """
+EVIL_MODULE = """
 import pathlib, torch
 pathlib.Path({mark!r}).touch()
 class Head(torch.nn.Linear): ...
 def function(*arguments): pathlib.Path({mark!r}).touch()
 """
-CHECKPOINTS = [*(f"code in {place}" for place in PLACES), *(f"a call of {name}" for name in CALLS), *FILES, *NAMES]
+CHECKPOINTS = [
+    *(f"code in {place}" for place in INJECTIONS),
+    *(f"call of {name}" for name in PAYLOADS),
+    *FILES,
+    *HYPER_PARAMETERS,
+]
 
 
 @pytest.fixture
-def trap(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with a file that is precious, and the strangers' modules within reach of an import."""
+def sandbox(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a file ``precious`` and importable malicious modules; unchanged after the test."""
     modules = here / "modules"
     (modules / "evil_package").mkdir(parents=True)
     for name in ("evil_marker.py", "evil_package/__init__.py", "evil_package/inside.py"):
-        (modules / name).write_text(MARK.format(mark=str(here / "poisoned")))
+        (modules / name).write_text(EVIL_MODULE.format(mark=str(here / "poisoned")))
     (here / "precious").write_text("precious")
     monkeypatch.syspath_prepend(modules)
     yield here
     for name in [name for name in sys.modules if name.startswith("evil")]:
-        del sys.modules[name]  # or the next import would be none
+        del sys.modules[name]  # so that the next test imports it anew
     assert (here / "precious").read_text() == "precious"
     assert sorted(path.name for path in here.iterdir()) in (["modules", "precious"], ["bad", "modules", "precious"])
 
@@ -49,80 +63,82 @@ def builders(trained: Path) -> dict[str, Callable[[], bytes]]:
     return hostile_checkpoints(torch.load(trained / "checkpoints/last.ckpt", weights_only=True))
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*Unable to serialize instance")  # of a default of the classifier, as a head
+@pytest.mark.filterwarnings(r"ignore:\s*Unable to serialize instance")  # a default of ImageClassifier, used as a head
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_hostile_checkpoint_is_refused_and_does_nothing(
-    name: str, trap: Path, builders: dict[str, Callable[[], bytes]], photos: Path, refused: Callable[[int], str]
+def test_hostile_checkpoint_is_refused_without_side_effects(
+    name: str, sandbox: Path, builders: dict[str, Callable[[], bytes]], photos: Path, refused: Callable[[int], str]
 ) -> None:
-    bad = trap / "bad"
+    bad = sandbox / "bad"
     bad.write_bytes(builders[name]())
     verbs: list[list[str]] = [
         ["fit", "--data.root", str(photos), "--trainer.max_epochs", "9"],
         ["validate", "--data.root", str(photos)],
         ["predict", "--data.predict", str(photos)],
     ]
-    verb = verbs[CHECKPOINTS.index(name) % len(verbs)]  # all read it by the same function; each sees its share
-    with watched() as seen:
-        for way in (load, ImageClassifier.load_from_checkpoint):
-            with nullcontext() if name in INERT else pytest.raises(ProjectError):
-                way(bad)
+    verb = verbs[CHECKPOINTS.index(name) % len(verbs)]  # one each, because all verbs share the same reader
+    with record_side_effects() as seen:
+        for load_function in (load, ImageClassifier.load_from_checkpoint):
+            with nullcontext() if name in INERT_IN_LOAD else pytest.raises(ProjectError):
+                load_function(bad)
         code = main([*verb, "--ckpt_path", "bad"])
     assert seen == []
     refused(code)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_hostile_config_is_refused_and_does_nothing(
-    name: str, trap: Path, photos: Path, weights: Path, refused: Callable[[int], str]
+def test_hostile_config_is_refused_without_side_effects(
+    name: str, sandbox: Path, photos: Path, weights: Path, refused: Callable[[int], str]
 ) -> None:
-    (trap / "bad").write_text(CONFIGS[name].replace("photos", str(photos / "train")))
-    # Flags beat files: a file that names the data keeps its own. Without any, no data is all that would be reported.
+    (sandbox / "bad").write_text(CONFIGS[name].replace("photos", str(photos / "train")))
+    # Without data, "no data" would be the only error. A flag would override the data that the config names.
     names_data = "source" in CONFIGS[name] or "root" in CONFIGS[name]
     data = [] if names_data else ["--data.root", str(photos)]
-    with watched() as seen:
+    with record_side_effects() as seen:
         code = main(["fit", *SMALL, "--model.weights", str(weights), *data, "-c", "bad"])
     assert seen == []
     refused(code)
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_hostile_flags_are_refused_and_do_nothing(name: str, trap: Path, refused: Callable[[int], str]) -> None:
-    with watched() as seen:
+def test_hostile_flags_are_refused_without_side_effects(
+    name: str, sandbox: Path, refused: Callable[[int], str]
+) -> None:
+    with record_side_effects() as seen:
         code = main(["fit", *FLAGS[name]])
     assert seen == []
     refused(code)
 
 
-def sees(doing: Callable[[], Any]) -> bool:
-    """Whether the watch sees something."""
-    with watched() as seen:
+def has_side_effect(function: Callable[[], Any]) -> bool:
+    """Whether a side effect of the function is recorded."""
+    with record_side_effects() as seen:
         try:
-            doing()
+            function()
         except Exception as error:
             assert not isinstance(error, NameError)
     return bool(seen)
 
 
-def test_the_watch_can_see_what_the_tests_above_do_not(trap: Path) -> None:
+def test_side_effects_are_recorded(sandbox: Path) -> None:
     import importlib
     import socket
     import subprocess
 
-    before = set(trap.iterdir())
-    assert sees(lambda: importlib.import_module("evil_marker"))
-    assert (trap / "poisoned").exists()
-    (trap / "poisoned").unlink()
-    assert sees(lambda: os.system("true"))
-    assert sees(lambda: subprocess.Popen(["true"]).wait())
-    assert sees(lambda: (trap / "poisoned").touch())
-    assert sees(lambda: (trap / "poisoned").unlink())
-    assert sees((trap / "poisoned").mkdir) and sees((trap / "poisoned").rmdir)
-    assert sees(lambda: socket.create_connection(("127.0.0.1", 9), timeout=1))
-    assert not sees(lambda: (trap / "precious").read_text())
-    assert set(trap.iterdir()) == before
-    (trap / "bad").write_bytes(b"cevil_marker\nHead\n.")
+    before = set(sandbox.iterdir())
+    assert has_side_effect(lambda: importlib.import_module("evil_marker"))
+    assert (sandbox / "poisoned").exists()
+    (sandbox / "poisoned").unlink()
+    assert has_side_effect(lambda: os.system("true"))
+    assert has_side_effect(lambda: subprocess.Popen(["true"]).wait())
+    assert has_side_effect(lambda: (sandbox / "poisoned").touch())
+    assert has_side_effect(lambda: (sandbox / "poisoned").unlink())
+    assert has_side_effect((sandbox / "poisoned").mkdir) and has_side_effect((sandbox / "poisoned").rmdir)
+    assert has_side_effect(lambda: socket.create_connection(("127.0.0.1", 9), timeout=1))
+    assert not has_side_effect(lambda: (sandbox / "precious").read_text())
+    assert set(sandbox.iterdir()) == before
+    (sandbox / "bad").write_bytes(b"cevil_marker\nHead\n.")
     del sys.modules["evil_marker"]
-    assert sees(lambda: torch.load(trap / "bad", weights_only=False))
-    (trap / "bad").unlink()
-    if (trap / "poisoned").exists():
-        (trap / "poisoned").unlink()
+    assert has_side_effect(lambda: torch.load(sandbox / "bad", weights_only=False))
+    (sandbox / "bad").unlink()
+    if (sandbox / "poisoned").exists():
+        (sandbox / "poisoned").unlink()

@@ -1,4 +1,4 @@
-"""Every callback, flag, logger and profiler of Lightning works, or is refused by name with the way that works."""
+"""Every callback, trainer flag, logger and profiler of Lightning works, or is refused with an alternative."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from project.errors import ConfigError
 
 Fit = Callable[..., int]
 CALLBACK = "lightning.pytorch.callbacks"
-#: Arguments that a callback needs.
+#: Required arguments of callbacks.
 ARGUMENTS: dict[str, Sequence[str]] = {
     "EarlyStopping": ["monitor=val/loss"],
     "GradientAccumulationScheduler": ["scheduling={0: 2}"],
@@ -24,20 +24,20 @@ ARGUMENTS: dict[str, Sequence[str]] = {
     "StochasticWeightAveraging": ["swa_lrs=0.01"],
     "Timer": ["interval=epoch"],
 }
-#: Words of the refusal.
+#: Refused callbacks, with a text of the message.
 REFUSED = {
     "BackboneFinetuning": "Use --model.trainable layer4",
-    "EMAWeightAveraging": "averages weights from before there is a head",
+    "EMAWeightAveraging": "is not supported: the head is created later",
     "LearningRateFinder": "Set --model.optimizer.lr",
     "ModelPruning": "would change frozen weights",
-    "StochasticWeightAveraging": "averages weights from before there is a head",
-    "WeightAveraging": "averages weights from before there is a head",
+    "StochasticWeightAveraging": "is not supported: the head is created later",
+    "WeightAveraging": "is not supported: the head is created later",
 }
-#: Abstract, or made of a function, which no flag can give.
-NOT_TRIED = {"BaseFinetuning", "Callback", "LambdaCallback", "ThroughputMonitor"}
-#: The trainer's flags, with the refusal where there is one.
-FLAGS: dict[str, tuple[Sequence[str], str]] = {
-    "barebones": (["true"], "trainer.barebones leaves out the log and the checkpoints"),
+#: Abstract callbacks, and those whose arguments are functions.
+SKIPPED = {"BaseFinetuning", "Callback", "LambdaCallback", "ThroughputMonitor"}
+#: Trainer flags: value, and a text of the message if it is refused.
+TRAINER_FLAGS: dict[str, tuple[Sequence[str], str]] = {
+    "barebones": (["true"], "trainer.barebones is not supported"),
     "limit_train_batches": (["0.5"], "0.5"),
     "val_check_interval": (["100"], "val_check_interval"),
     "devices": (["0"], "devices"),
@@ -69,7 +69,7 @@ FLAGS: dict[str, tuple[Sequence[str], str]] = {
     "model_registry": (["x"], ""),
 }
 OPTIMIZERS = {
-    "sparse": (["SparseAdam"], "SparseAdam takes sparse gradients alone"),
+    "sparse": (["SparseAdam"], "SparseAdam needs sparse gradients"),
     "two-dimensional": (["torch.optim.Muon"], "Muon only supports 2D parameters"),
     "fused, scaled and clipped": (
         [
@@ -79,59 +79,68 @@ OPTIMIZERS = {
         "does not allow for gradient clipping",
     ),
 }
-#: Loggers that need an account or a library; those that are installed are tried in tests/reporting.
-ELSEWHERE = {"CometLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger", "LitLogger"}
+#: Loggers that need an account or a library; tests/reporting covers the installed ones.
+COVERED_ELSEWHERE = {"CometLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger", "LitLogger"}
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", sorted(set(lightning_callbacks.__all__) - NOT_TRIED - {"BatchSizeFinder"}))
-def test_a_callback(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
-    more = [f"--trainer.callbacks.{argument}" for argument in ARGUMENTS.get(name, ())]
-    code = fit(f"--trainer.callbacks+={CALLBACK}.{name}", *more)
+@pytest.mark.parametrize("name", sorted(set(lightning_callbacks.__all__) - SKIPPED - {"BatchSizeFinder"}))
+def test_callback_works_or_is_refused(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
+    arguments = [f"--trainer.callbacks.{argument}" for argument in ARGUMENTS.get(name, ())]
+    code = fit(f"--trainer.callbacks+={CALLBACK}.{name}", *arguments)
     if name in REFUSED:
-        said = refused(code)
-        assert f"trainer.callbacks: {name} " in said and REFUSED[name] in said
+        message = refused(code)
+        assert f"trainer.callbacks: {name} " in message and REFUSED[name] in message
     else:
         assert code == 0
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_of_the_trainer(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
-    values, words = FLAGS[name]
+@pytest.mark.parametrize("name", TRAINER_FLAGS)
+def test_trainer_flag_works_or_is_refused(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
+    values, text = TRAINER_FLAGS[name]
     code = fit(f"--trainer.{name}", *values)
-    assert words in refused(code) if words else code == 0
+    assert text in refused(code) if text else code == 0
 
 
-def test_every_flag_is_tried() -> None:
-    tried = {*FLAGS, "accelerator", "num_nodes", "logger", "callbacks", "max_epochs", "default_root_dir", "profiler"}
-    tried |= {"enable_progress_bar", "gradient_clip_algorithm", "limit_test_batches", "limit_predict_batches"}
-    assert tried == set(inspect.signature(Trainer).parameters)
+def test_every_trainer_flag_is_covered() -> None:
+    covered = {
+        *TRAINER_FLAGS,
+        "accelerator",
+        "num_nodes",
+        "logger",
+        "callbacks",
+        "max_epochs",
+        "default_root_dir",
+        "profiler",
+    }
+    covered |= {"enable_progress_bar", "gradient_clip_algorithm", "limit_test_batches", "limit_predict_batches"}
+    assert covered == set(inspect.signature(Trainer).parameters)
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_that_cannot_train_this(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
-    flags, words = OPTIMIZERS[name]
-    assert words in refused(fit("--model.optimizer", *flags))
+def test_unsupported_optimizer_is_refused(name: str, fit: Fit, refused: Callable[[int], str]) -> None:
+    flags, text = OPTIMIZERS[name]
+    assert text in refused(fit("--model.optimizer", *flags))
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["simple", "advanced", "pytorch", "PassThroughProfiler"])
-def test_a_profiler(name: str, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profiler_works(name: str, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.profiler", f"lightning.pytorch.profilers.{name}" if name[0].isupper() else name) == 0
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("name", sorted(set(lightning_loggers.__all__) - ELSEWHERE - {"Logger"}))
-def test_a_logger(name: str, fit: Fit) -> None:
+@pytest.mark.parametrize("name", sorted(set(lightning_loggers.__all__) - COVERED_ELSEWHERE - {"Logger"}))
+def test_logger_works(name: str, fit: Fit) -> None:
     assert fit("--trainer.logger", f"lightning.pytorch.loggers.{name}", "--trainer.logger.save_dir", "logs") == 0
 
 
 @pytest.mark.filterwarnings("ignore:model.weights is null")
-def test_the_tuner_is_refused_from_python_too(here: object, photos: object) -> None:
+def test_tuner_is_refused_in_python(here: object, photos: object) -> None:
     model = ImageClassifier("resnet18", None, image_size=32)
-    with pytest.raises(ConfigError, match="LearningRateFinder looks for a learning rate"):
+    with pytest.raises(ConfigError, match="LearningRateFinder needs a learning_rate attribute"):
         Tuner(Trainer(max_epochs=1, accelerator="cpu", logger=False)).lr_find(
             model, datamodule=ImageDataModule(str(photos), num_workers=0)
         )

@@ -1,4 +1,4 @@
-"""What two processes make of a run is what one makes of it: the same fit, the same metrics, the same rows."""
+"""Runs of two processes give the same weights, metrics, predictions and files as runs of one."""
 
 import csv
 import json
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, draw, scalars
-from tests.integration.launched import TORCHRUN, run_all
+from tests.integration.subprocesses import TORCHRUN, run_all
 
-#: Command lines one after another, as starting a process takes longer than a fit; and the last metrics of each.
+#: Runs several command lines in one process, because starting one takes longer than a fit, and writes their metrics.
 RUNS = """
 import gc
-gc.disable()  # it walks through a million objects of the libraries
+gc.disable()  # a collection traverses a million objects of the libraries
 import json, os, sys
 from pathlib import Path
 from project.cli.transfer_cli import TransferCLI
@@ -28,29 +28,30 @@ for line in json.loads(Path(sys.argv[1]).read_text()):
     Path(sys.argv[2], f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(values))
 """
 
-#: Images a batch of all processes, and flags. There are 23 images to train on.
+#: Batch size of all processes together, and flags. There are 23 training images.
 FITS: dict[str, tuple[int, str]] = {
-    "one more than whole batches": (22, ""),
-    "one more than two": (10, ""),
+    "last batch of one image": (22, ""),
+    "last batch of three images": (10, ""),
     "live": (8, "--features.cache off --data.augment flip"),
-    "more than there are": (32, ""),
-    "weighted and smoothed": (20, "--model.class_weights [1,5,0.2] --model.label_smoothing 0.1"),
-    "balanced by drawing": (6, "--data.balance sampler"),
-    "accumulated": (4, "--trainer.accumulate_grad_batches 2"),
-    "over-fitted": (6, "--trainer.overfit_batches 2"),
+    "batch size above the number of images": (32, ""),
+    "class weights and label smoothing": (20, "--model.class_weights [1,5,0.2] --model.label_smoothing 0.1"),
+    "balanced sampler": (6, "--data.balance sampler"),
+    "accumulate_grad_batches": (4, "--trainer.accumulate_grad_batches 2"),
+    "overfit_batches": (6, "--trainer.overfit_batches 2"),
     "one validation image": (8, "--data.root few"),
-    "mixed": (8, "--features.cache off --data.mixup 0.4 --data.cutmix 1.0"),
-    "with BatchNorm": (4, "--model.trainable layer4 --trainer.max_epochs 1"),
+    "mixup": (8, "--features.cache off --data.mixup 0.4 --data.cutmix 1.0"),
+    "BatchNorm": (4, "--model.trainable layer4 --trainer.max_epochs 1"),
 }
-#: Each process mixes images of its own; each takes statistics of its own part of a batch.
-DIFFERENT = ("mixed", "with BatchNorm")
+#: Fits that depend on the number of processes: mixup pairs images, and BatchNorm computes statistics, per process.
+DIFFERENT = ("mixup", "BatchNorm")
 EVALUATIONS = ("validate", "test", "validate --data.root few", "test --data.root few")
+#: Number of images of each folder to predict.
 PREDICTED = {"odd": 7, "fewer than processes": 1}
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Path]:
-    """A folder in which ``1`` and ``2`` are what that many processes have made of the same command lines."""
+def results(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Path]:
+    """A folder with the outputs of the same command lines by one process, in ``1``, and by two, in ``2``."""
     here = tmp_path_factory.mktemp("ranks")
     for label, (name, counts) in enumerate({"a": (9, 4, 3), "b": (8, 3, 1), "c": (6, 2, 1)}.items()):
         for split, count in zip(("train", "val", "test"), counts, strict=True):
@@ -58,10 +59,11 @@ def both(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Pa
                 draw(
                     here / "photos" / split / name / f"{number}.png",
                     (80 + 40 * label, 120, 160),
-                    hash_of(name, split, number),
+                    image_seed(name, split, number),
                 )
         for number in range(8):
-            draw(here / "few/train" / name / f"{number}.png", (80 + 40 * label, 120, 160), hash_of(name, "few", number))
+            path, seed = here / "few/train" / name / f"{number}.png", image_seed(name, "few", number)
+            draw(path, (80 + 40 * label, 120, 160), seed)
     for split in ("val", "test"):
         draw(here / "few" / split / "b" / "0.png", (120, 120, 160), 5)
     for folder, count in PREDICTED.items():
@@ -70,21 +72,21 @@ def both(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Pa
     (here / "runs.py").write_text(RUNS)
     for processes in (1, 2):
         (here / str(processes)).mkdir()
-        (here / f"{processes}.json").write_text(json.dumps(list(lines(processes, weights))))
+        (here / f"{processes}.json").write_text(json.dumps(list(command_lines(processes, weights))))
         launch = [*TORCHRUN, "2", "--standalone"] if processes == 2 else []
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(here)
-            ((code, said),) = run_all([[*launch, "runs.py", f"{processes}.json", str(processes)]])
-        assert code == 0, said
+            ((code, output),) = run_all([[*launch, "runs.py", f"{processes}.json", str(processes)]])
+        assert code == 0, output
     yield here
 
 
-def hash_of(name: str, split: str, number: int) -> int:
+def image_seed(name: str, split: str, number: int) -> int:
     return sum(map(ord, name + split)) * 100 + number
 
 
-def lines(processes: int, weights: Path) -> Iterator[list[str]]:
-    """The command lines of each."""
+def command_lines(processes: int, weights: Path) -> Iterator[list[str]]:
+    """Name and arguments of each command line."""
     small = [*SMALL, "--model.weights", str(weights), "--trainer.accelerator", "cpu"]
     small += ["--trainer.enable_progress_bar", "false", "--features.folder", f"{processes}/store"]
     if processes == 2:
@@ -93,82 +95,83 @@ def lines(processes: int, weights: Path) -> Iterator[list[str]]:
     for name, (batch, flags) in FITS.items():
         size = ["--data.batch_size", str(batch // processes), "--trainer.default_root_dir", f"{processes}/runs"]
         yield [name, *fit, *size, "--name", name, *flags.split()]
-    checkpoint = ["--ckpt_path", str(checkpoint_of(processes, "one more than two"))]
+    checkpoint = ["--ckpt_path", str(checkpoint_path(processes, "last batch of three images"))]
     for name in EVALUATIONS:
         verb, *flags = name.split()
-        each = ["--data.root", "photos", *flags, "--data.batch_size", str(4 // processes)]
-        yield [name.replace("/", " "), verb, *small, *checkpoint, *each]
+        data = ["--data.root", "photos", *flags, "--data.batch_size", str(4 // processes)]
+        yield [name, verb, *small, *checkpoint, *data]
     for folder in PREDICTED:
         output = ["--output", f"{processes}/{folder}.csv", "--data.batch_size", "2"]
         yield [folder, "predict", *small, *checkpoint, "--data.predict", folder, *output]
 
 
-def checkpoint_of(processes: int, name: str) -> Path:
+def checkpoint_path(processes: int, name: str) -> Path:
     return Path(str(processes), "runs", name, "version_0", "checkpoints", "last.ckpt")
 
 
 def metrics(run: Path) -> dict[str, list[float]]:
-    """Each metric of each epoch."""
+    """Values of each metric per epoch."""
     events = scalars(run)
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "val/")) and "per_second" not in tag]
     return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return state
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
 
 
 @pytest.mark.parametrize("name", [name for name in FITS if name not in DIFFERENT])
-def test_a_fit_of_two_processes_is_that_of_one_with_batches_twice_as_large(name: str, both: Path) -> None:
-    one, two = (metrics(both / str(n) / "runs" / name / "version_0") for n in (1, 2))
+def test_fit_of_two_processes_equals_fit_of_one_with_twice_the_batch_size(name: str, results: Path) -> None:
+    one, two = (metrics(results / str(n) / "runs" / name / "version_0") for n in (1, 2))
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1", "val/ece"} <= one.keys()
     for tag, values in one.items():
         assert two[tag] == pytest.approx(values, abs=1e-5), tag
-    weights, others = (tensors(both / checkpoint_of(n, name)) for n in (1, 2))
-    start = torch.load(both / checkpoint_of(1, name), weights_only=True)["global_step"]
-    assert start == torch.load(both / checkpoint_of(2, name), weights_only=True)["global_step"]
-    for key, tensor in weights.items():
-        torch.testing.assert_close(others[key], tensor, rtol=1e-5, atol=1e-5)
+    expected, actual = (load_checkpoint(results / checkpoint_path(n, name)) for n in (1, 2))
+    assert actual["global_step"] == expected["global_step"]
+    for key, tensor in expected["state_dict"].items():
+        torch.testing.assert_close(actual["state_dict"][key], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_what_looks_at_a_whole_batch_sees_that_of_its_process(name: str, both: Path) -> None:
-    for values in metrics(both / "2" / "runs" / name / "version_0").values():
+def test_fits_that_depend_on_the_number_of_processes_have_finite_metrics(name: str, results: Path) -> None:
+    for values in metrics(results / "2" / "runs" / name / "version_0").values():
         assert all(torch.tensor(values).isfinite())
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_no_image_is_counted_twice(name: str, both: Path) -> None:
-    name = name.replace("/", " ")
-    one = json.loads((both / "1" / f"{name}-0.json").read_text())
-    for rank in range(2):  # and all processes know the same
-        assert json.loads((both / "2" / f"{name}-{rank}.json").read_text()) == pytest.approx(one, abs=1e-5)
+def test_evaluation_of_two_processes_equals_that_of_one_on_each_rank(name: str, results: Path) -> None:
+    expected = json.loads((results / "1" / f"{name}-0.json").read_text())
+    for rank in range(2):
+        assert json.loads((results / "2" / f"{name}-{rank}.json").read_text()) == pytest.approx(expected, abs=1e-5)
 
 
-def predictions(path: Path) -> tuple[list[list[str]], list[float]]:
+def read_predictions(path: Path) -> tuple[list[list[str]], list[float]]:
+    """The rows without their probabilities, and all probabilities."""
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     return [[row[0], row[1], *row[3::2]] for row in rows], [float(value) for row in rows[1:] for value in row[2::2]]
 
 
 @pytest.mark.parametrize("folder", PREDICTED)
-def test_each_image_is_predicted_once_in_the_order_of_the_input(folder: str, both: Path) -> None:
-    (one, probabilities), (two, others) = (predictions(both / str(n) / f"{folder}.csv") for n in (1, 2))
-    assert [row[0] for row in one[1:]] == [f"{folder}/{number}.png" for number in range(PREDICTED[folder])]
-    assert two == one and others == pytest.approx(probabilities, abs=1e-5)
+def test_each_image_is_predicted_once_in_input_order(folder: str, results: Path) -> None:
+    (rows, probabilities), (rows_of_two, probabilities_of_two) = (
+        read_predictions(results / str(n) / f"{folder}.csv") for n in (1, 2)
+    )
+    assert [row[0] for row in rows[1:]] == [f"{folder}/{number}.png" for number in range(PREDICTED[folder])]
+    assert rows_of_two == rows and probabilities_of_two == pytest.approx(probabilities, abs=1e-5)
 
 
-def test_there_is_one_of_each_file(both: Path) -> None:
-    one, two = (files(both / str(n) / "runs") for n in (1, 2))
+def test_two_processes_write_the_files_of_one(results: Path) -> None:
+    one, two = (run_files(results / str(n) / "runs") for n in (1, 2))
     assert two == one
-    assert [*two].count(("live", "version_0", "config.yaml")) == 1
-    store = [len(list((both / str(n) / "store").rglob(".*-*"))) for n in (1, 2)]
-    assert store == [0, 0], "nothing temporary is left"
+    assert two.count(("live", "version_0", "config.yaml")) == 1
+    temporary = [path for n in (1, 2) for path in (results / str(n) / "store").rglob(".*-*")]
+    assert not temporary, "temporary files in the feature store"
 
 
-def files(folder: Path) -> list[tuple[Any, ...]]:
-    """The files of all runs; of events, without the time in their names."""
+def run_files(folder: Path) -> list[tuple[str, ...]]:
+    """Path components of the files of all runs, without the timestamps of event files."""
     return sorted(
         (*path.relative_to(folder).parts[:-1], path.name.partition(".out.")[0])
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Fits over tar shards: each image is read once, then never again."""
+"""Fits on tar shards: each image is read once, and later fits read none."""
 
 import os
 import re
@@ -17,10 +17,10 @@ from project import load
 from project.cli.main import main
 from project.data.sources.base import Sample
 from project.data.sources.webdataset import Shards
-from tests.conftest import SMALL, STORED, told
+from tests.conftest import SMALL, STORED, row_counts
 
-#: The command line in one of two processes, which says what it has read.
-READING = """
+#: Runs the command line on one of two ranks, which prints the images that it has read.
+SCRIPT = """
 import sys
 from project import ImageClassifier
 from project.cli.main import main
@@ -28,22 +28,23 @@ from project.data.shards import Shards
 
 def content(self, sample):
     read.append(int(sample.name.rpartition("#")[2]))
-    return real(self, sample)
+    return read_content(self, sample)
 
-def tell(self):
+def print_read(self):
     sys.stdout.write(f"rank {self.global_rank} has read {' '.join(map(str, sorted(set(read))))};\\n")
 
-read, real, Shards.content, ImageClassifier.on_fit_end = [], Shards.content, content, tell
+read, read_content = [], Shards.content
+Shards.content, ImageClassifier.on_fit_end = content, print_read
 sys.exit(main(sys.argv[1:]))
 """
 
-#: The pictures of the dashboard are read from the images themselves, a few dozen of them.
-PLAIN = ["--dashboard.figures", "false"]
+#: The figures of the dashboard would read a few dozen images.
+NO_FIGURES = ["--dashboard.figures", "false"]
 
 
 @pytest.fixture
 def packed(here: Path, photos: Path) -> Path:
-    """The photos in shards of six: ``shards/{train,val}-N.tar``, classes by name."""
+    """The photos in shards of six images, ``shards/{train,val}-N.tar``; labels are class names."""
     folder = here / "shards"
     folder.mkdir()
     for split in ("train", "val"):
@@ -61,7 +62,7 @@ def packed(here: Path, photos: Path) -> Path:
 
 @pytest.fixture
 def config(packed: Path, weights: Path) -> Path:
-    """A config whose source is the shards, val and all."""
+    """A config whose source is the shards of train and val."""
     init = {"train": "shards/train-{0..3}.tar", "val": "shards/val-*.tar"}
     source = {"class_path": "project.data.shards.Shards", "init_args": init}
     path = packed.parent / "config.yaml"
@@ -70,100 +71,105 @@ def config(packed: Path, weights: Path) -> Path:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each image is read, by the name of its member."""
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each image is read, by the name of its sample."""
     counts: Counter[str] = Counter()
-    real = Shards.content
+    read_content = Shards.content
 
     def content(self: Shards, sample: Sample) -> bytes:
         counts[sample.name] += 1
-        return real(self, sample)
+        return read_content(self, sample)
 
     monkeypatch.setattr(Shards, "content", content)
     return counts
 
 
-def test_a_second_fit_reads_no_image(config: Path, read: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_fit_reads_no_image(config: Path, reads: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*SMALL, *STORED, "--trainer.max_epochs", "2", "-c", str(config)]
-    assert main(["fit", *PLAIN, *flags]) == 0
+    assert main(["fit", *NO_FIGURES, *flags]) == 0
     out = capsys.readouterr().out
     assert "Shards: 6 of 6 are read once" in out
-    assert told(out) == [(0, 36)]
-    assert len(read) == read.total() == 36
-    read.clear()
-    assert main(["fit", *PLAIN, *flags]) == 0
+    assert row_counts(out) == [(0, 36)]
+    assert len(reads) == reads.total() == 36
+    reads.clear()
+    assert main(["fit", *NO_FIGURES, *flags]) == 0
     out = capsys.readouterr().out
     assert "Shards:" not in out
-    assert told(out) == [(36, 0)]
-    assert not read
+    assert row_counts(out) == [(36, 0)]
+    assert not reads
     assert load("runs/shards/version_1/checkpoints/best.ckpt").classes_ == ["blue", "green", "red"]
 
 
-def test_views_of_an_image_are_computed_together(config: Path, read: Counter[str]) -> None:
+def test_all_views_of_an_image_are_computed_before_the_next_image(config: Path, reads: Counter[str]) -> None:
     order: list[int] = []
-    counted = Shards.content
+    read_content = Shards.content
 
     def content(self: Shards, sample: Sample) -> bytes:
         order.append(int(sample.name.rpartition("#")[2]))
-        return counted(self, sample)
+        return read_content(self, sample)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "content", content)
         flags = [*SMALL, *STORED, "--trainer.max_epochs", "2", "--data.augment", "flip", "--features.views", "2"]
-        assert main(["fit", *PLAIN, *flags, "-c", str(config)]) == 0
+        assert main(["fit", *NO_FIGURES, *flags, "-c", str(config)]) == 0
     assert order[:48] == [number for number in range(24) for _ in range(2)]
 
 
-def test_val_is_held_out_where_there_is_none(
-    packed: Path, weights: Path, read: Counter[str], capsys: pytest.CaptureFixture[str]
+def test_val_is_held_out_of_train_shards(
+    packed: Path, weights: Path, reads: Counter[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ["--data.source", "project.data.shards.Shards", "--data.source.train", "shards/train-*.tar"]
     flags = [*SMALL, *STORED, *source, "--model.weights", str(weights), "--trainer.max_epochs", "1"]
-    assert main(["fit", *PLAIN, *flags]) == 0
-    assert told(capsys.readouterr().out) == [(0, 24)]
-    read.clear()
-    assert main(["fit", *PLAIN, *flags]) == 0
-    assert not read
+    assert main(["fit", *NO_FIGURES, *flags]) == 0
+    assert row_counts(capsys.readouterr().out) == [(0, 24)]
+    reads.clear()
+    assert main(["fit", *NO_FIGURES, *flags]) == 0
+    assert not reads
     assert main(["check", *source]) == 0
     assert "24 images (24 train) of 3 classes" in capsys.readouterr().out
 
 
-def test_images_are_read_live(config: Path, read: Counter[str]) -> None:
+def test_images_are_read_without_a_feature_cache(config: Path, reads: Counter[str]) -> None:
     flags = [*SMALL, "--features.cache", "off", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
-    assert main(["fit", *PLAIN, *flags, "-c", str(config)]) == 0
-    assert main(["fit", *PLAIN, *flags, "--data.num_workers", "2", "--trainer.max_epochs", "1", "-c", str(config)]) == 0
-    assert len(read) == 36
+    assert main(["fit", *NO_FIGURES, *flags, "-c", str(config)]) == 0
+    assert (
+        main(["fit", *NO_FIGURES, *flags, "--data.num_workers", "2", "--trainer.max_epochs", "1", "-c", str(config)])
+        == 0
+    )
+    assert len(reads) == 36
 
 
-def test_a_truncated_shard_ends_a_fit_with_its_name(config: Path, packed: Path, refused: Callable[[int], str]) -> None:
-    whole = (packed / "train-2.tar").read_bytes()
-    (packed / "train-2.tar").write_bytes(whole[: len(whole) // 2])
-    assert "shards/train-2.tar is damaged or cut off after" in refused(main(["fit", *SMALL, "-c", str(config)]))
+def test_truncated_shard_is_reported(config: Path, packed: Path, refused: Callable[[int], str]) -> None:
+    content = (packed / "train-2.tar").read_bytes()
+    (packed / "train-2.tar").write_bytes(content[: len(content) // 2])
+    assert "shards/train-2.tar is damaged or truncated after" in refused(main(["fit", *SMALL, "-c", str(config)]))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
-    [("none/*.tar", "nothing matches none/*.tar"), ("absent://a.tar", "absent://a.tar needs another package. Get it.")],
+    ("pattern", "message"),
+    [("none/*.tar", "no file matches none/*.tar"), ("absent://a.tar", "absent://a.tar needs another package. Get it.")],
 )
-def test_shards_that_cannot_be_had_are_a_mistake(
-    pattern: str, said: str, here: Path, refused: Callable[[int], str]
+def test_unreachable_shards_are_a_user_error(
+    pattern: str, message: str, here: Path, refused: Callable[[int], str]
 ) -> None:
     fsspec.register_implementation("absent", "no_such_package.Files", clobber=True, errtxt="Get it")
     source = ["--data.source", "project.data.shards.Shards", "--data.source.train", pattern]
-    assert said in refused(main(["fit", *SMALL, *source]))
+    assert message in refused(main(["fit", *SMALL, *source]))
 
 
-def test_each_of_two_processes_reads_shards_of_its_own(config: Path) -> None:
-    Path("count.py").write_text(READING)  # Lightning starts the second process with this file, too
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
+def test_each_of_two_ranks_reads_its_own_shards(config: Path) -> None:
+    Path("count.py").write_text(SCRIPT)  # Lightning launches rank 1 with the same script
+    two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "count.py", "fit", *PLAIN, *SMALL, *STORED, *two, "-c", str(config)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert told(done.stdout) == [(0, 36)]
-    assert done.stdout.count("are read once, to find") == 1, "the second process finds what the first has kept"
+    command = [sys.executable, "count.py", "fit", *NO_FIGURES, *SMALL, *STORED, *two_ranks, "-c", str(config)]
+    process = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert row_counts(process.stdout) == [(0, 36)]
+    assert process.stdout.count("are read once to build their index") == 1, (
+        "rank 1 loads the index that rank 0 has built"
+    )
     parts = {
         int(rank): [int(number) for number in numbers.split()]
-        for rank, numbers in re.findall(r"rank (\d) has read ([\d ]*);", done.stdout)
+        for rank, numbers in re.findall(r"rank (\d) has read ([\d ]*);", process.stdout)
     }
     assert parts == {0: [*range(18)], 1: [*range(18, 36)]}

@@ -5,44 +5,44 @@ import torch
 from torch import nn
 
 from project.errors import ModelError
-from project.models.backbone import Backbone, BackboneFactory, Origin, load_backbone
+from project.models.backbone import Backbone, Origin, SkipRandomInit, load_backbone
 from project.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.weights is null")
 
-SMALL = "mobilenet_v3_small"  # BatchNorm in every stage, and dropout nowhere but before the classifier
+SMALL = "mobilenet_v3_small"  # BatchNorm in every stage, dropout only before the classifier
 
 
-def photographs(batch=4, size=32):
+def random_images(batch=4, size=32):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def frozen_at(trainable, name="resnet18"):
-    """A backbone whose stages train from one on."""
+def frozen_before(trainable, name="resnet18"):
+    """A backbone with the given first trainable stage."""
     backbone = load_backbone(name, None)
     backbone.freeze(backbone.cut_at(trainable))
     return backbone
 
 
-def everything(module):
+def snapshot(module):
     """Copies of all parameters and buffers."""
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def changed(before, module):
+def changed_tensors(before, module):
     return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
 
 
 def step(backbone):
-    """One step of training of whatever will train."""
+    """One training step of all trainable parameters."""
     backbone.zero_grad()
-    features = backbone(photographs())
+    features = backbone(random_images())
     features.square().mean().backward()
     torch.optim.SGD([p for p in backbone.parameters() if p.grad is not None], lr=0.1).step()
 
 
-def train_the_backbone(backbone):
+def train_backbone(backbone):
     backbone.train()
 
 
@@ -51,7 +51,7 @@ def train_each_stage(backbone):
         stage.train()
 
 
-def train_the_stages(backbone):
+def train_stages(backbone):
     backbone.stages.train()
     assert not any(module.training for name in backbone.cut.frozen for module in backbone.stages[name].modules())
 
@@ -61,7 +61,7 @@ def train_every_module(backbone):
         module.train()
 
 
-def unfreeze_by_hand(backbone):
+def unfreeze_all(backbone):
     backbone.train()
     backbone.requires_grad_(True)
     for module in backbone.modules():
@@ -69,53 +69,51 @@ def unfreeze_by_hand(backbone):
         module.training = True
 
 
-MEDDLERS = (train_the_backbone, train_the_stages, train_each_stage, train_every_module, unfreeze_by_hand)
+TRAIN_CALLS = (train_backbone, train_stages, train_each_stage, train_every_module, unfreeze_all)
 
 
-@pytest.mark.parametrize("meddle", MEDDLERS)
+@pytest.mark.parametrize("call_train", TRAIN_CALLS)
 @pytest.mark.parametrize("name", [SMALL, "resnet18", "timm/tf_efficientnet_lite0", "timm/test_vit"])
-def test_frozen_backbone_is_bit_identical_after_train_mode_forward(name, meddle):
+def test_frozen_backbone_is_bit_identical_after_train_mode_forward(name, call_train):
     backbone = load_backbone(name, None)
-    images = photographs(2, 160 if "vit" in name else 32)
-    before, proof = everything(backbone), backbone.fingerprint(backbone.cut)
+    images = random_images(2, 160 if "vit" in name else 32)
+    before, sha256 = snapshot(backbone), backbone.fingerprint(backbone.cut)
     features = backbone.eval()(images)
-    meddle(backbone)
-    for run in (lambda images: backbone.encode(images, backbone.cut), backbone):
-        again = run(images)
-        assert again.grad_fn is None
-        assert not again.requires_grad
-        assert torch.equal(again, features)
-    assert changed(before, backbone) == set()
-    assert backbone.fingerprint(backbone.cut) == proof == backbone.sha256
+    call_train(backbone)
+    for forward in (lambda images: backbone.encode(images, backbone.cut), backbone):
+        output = forward(images)
+        assert output.grad_fn is None
+        assert not output.requires_grad
+        assert torch.equal(output, features)
+    assert changed_tensors(before, backbone) == set()
+    assert backbone.fingerprint(backbone.cut) == sha256 == backbone.sha256
 
 
-def test_the_same_network_unfrozen_does_move_its_buffers():
-    """What the promise above is worth: the article's ``model.train()`` moves BatchNorm."""
-    backbone = frozen_at("all", SMALL)
-    before = everything(backbone)
-    backbone.train()(photographs())
-    assert any(name.endswith("running_mean") for name in changed(before, backbone))
+def test_unfrozen_backbone_changes_its_buffers_in_train_mode():
+    """The article's ``model.train()`` updates BatchNorm, so the test above can fail."""
+    backbone = frozen_before("all", SMALL)
+    before = snapshot(backbone)
+    backbone.train()(random_images())
+    assert any(name.endswith("running_mean") for name in changed_tensors(before, backbone))
 
 
-@pytest.mark.parametrize("meddle", MEDDLERS)
-def test_prefix_stays_and_suffix_trains_with_the_cut_inside(meddle):
-    backbone = frozen_at("layer4")
-    before, proof = everything(backbone), backbone.fingerprint(backbone.cut)
-    meddle(backbone)
-    assert backbone.encode(photographs(), backbone.cut).grad_fn is None
+@pytest.mark.parametrize("call_train", TRAIN_CALLS)
+def test_partial_training_changes_only_the_suffix(call_train):
+    backbone = frozen_before("layer4")
+    before, sha256 = snapshot(backbone), backbone.fingerprint(backbone.cut)
+    call_train(backbone)
+    assert backbone.encode(random_images(), backbone.cut).grad_fn is None
     step(backbone)
-    moved = changed(before, backbone)
-    assert all(name.startswith("stages.layer4.") for name in moved)
-    assert moved == {name for name in before if name.startswith("stages.layer4.")}
-    assert backbone.fingerprint(backbone.cut) == proof
+    assert changed_tensors(before, backbone) == {name for name in before if name.startswith("stages.layer4.")}
+    assert backbone.fingerprint(backbone.cut) == sha256
 
 
-def test_train_all_moves_every_stage():
-    backbone = frozen_at("all", SMALL)
-    before = everything(backbone)
+def test_full_training_changes_every_stage():
+    backbone = frozen_before("all", SMALL)
+    before = snapshot(backbone)
     backbone.train()
     step(backbone)
-    assert {name.split(".")[1] for name in changed(before, backbone)} == set(backbone.stages)
+    assert {name.split(".")[1] for name in changed_tensors(before, backbone)} == set(backbone.stages)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +126,13 @@ def test_train_all_moves_every_stage():
         ("all", [], ["stem", "layer1", "layer2", "layer3", "layer4"]),
     ],
 )
-def test_trainable_puts_the_cut_in_its_place(trainable, frozen, training):
-    backbone = frozen_at(trainable)
+def test_trainable_sets_mode_and_requires_grad_of_each_stage(trainable, frozen, training):
+    backbone = frozen_before(trainable)
     assert (list(backbone.cut.frozen), list(backbone.cut.trainable)) == (frozen, training)
     for mode in (backbone.train, backbone.eval, backbone.train):
         mode()
-        on = backbone.training
         for name, stage in backbone.stages.items():
-            assert {module.training for module in stage.modules()} == {on and name in training}
+            assert {module.training for module in stage.modules()} == {backbone.training and name in training}
             assert {parameter.requires_grad for parameter in stage.parameters()} == {name in training}
 
 
@@ -143,108 +140,108 @@ def test_trainable_puts_the_cut_in_its_place(trainable, frozen, training):
     ("trainable", "shape"),
     [("head", (2, 512)), ("layer4", (2, 256, 4, 4)), ("layer1", (2, 64, 16, 16)), ("all", (2, 3, 64, 64))],
 )
-def test_rows_at_the_cut_are_what_the_prefix_gives(trainable, shape):
-    backbone = frozen_at(trainable)
+def test_encode_then_refine_equals_forward_at_any_cut(trainable, shape):
+    backbone = frozen_before(trainable)
     whole = load_backbone("resnet18", None)
-    images = photographs(2, 64)
+    images = random_images(2, 64)
     rows = backbone.eval().encode(images, backbone.cut)
     assert rows.shape == shape
     assert torch.equal(backbone.refine(rows, backbone.cut), whole.eval()(images))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("stage", "message"),
     [
         (
             "layer5",
-            r"resnet18 has no stage 'layer5'\. Did you mean 'layer4', 'layer3' or 'layer2'\? It has stem, layer1",
+            r"resnet18 has no stage 'layer5'\. Did you mean 'layer4', 'layer3' or 'layer2'\? Use one of stem, layer1",
         ),
         ("haed", r"has no stage 'haed'\. Did you mean 'head'\?"),
-        ("", r"has no stage ''\. It has stem, layer1, layer2, layer3, layer4; or say head, or all\."),
+        ("", r"has no stage ''\. Use one of stem, layer1, layer2, layer3, layer4, head or all\."),
         ("Layer4", r"Did you mean 'layer4'"),
     ],
 )
-def test_unknown_stage_is_refused_with_the_nearest_names(wrong, said):
-    with pytest.raises(ModelError, match=said):
-        frozen_at(wrong)
+def test_unknown_stage_is_rejected_with_similar_names(stage, message):
+    with pytest.raises(ModelError, match=message):
+        frozen_before(stage)
 
 
-def test_a_network_of_one_stage_can_be_frozen_or_trained_whole():
+def test_single_stage_network_can_be_frozen_or_trained_as_a_whole():
     assert load_backbone("shufflenet_v2_x0_5", None).cut.frozen == ("body",)
-    assert frozen_at("all", "shufflenet_v2_x0_5").cut.trainable == ("body",)
-    with pytest.raises(ModelError, match=r"It has body; or say head, or all\."):
-        frozen_at("layer4", "shufflenet_v2_x0_5")
+    assert frozen_before("all", "shufflenet_v2_x0_5").cut.trainable == ("body",)
+    with pytest.raises(ModelError, match=r"Use one of body, head or all\."):
+        frozen_before("layer4", "shufflenet_v2_x0_5")
 
 
-def test_fingerprint_is_of_the_frozen_stages_and_sha256_of_all():
+def test_fingerprint_covers_the_frozen_stages_and_sha256_all_stages():
     head = load_backbone("resnet18", None)
-    partial = frozen_at("layer4")
+    partial = frozen_before("layer4")
     assert head.sha256 == partial.sha256 == head.fingerprint(head.cut) != partial.fingerprint(partial.cut)
     with torch.no_grad():
         next(partial.stages["layer4"].parameters()).add_(1)
-    proof = partial.fingerprint(partial.cut)
-    layer4 = frozen_at("layer4")
-    assert proof == layer4.fingerprint(layer4.cut)
+    sha256 = partial.fingerprint(partial.cut)
+    layer4 = frozen_before("layer4")
+    assert sha256 == layer4.fingerprint(layer4.cut)
     with torch.no_grad():
         next(partial.stages["layer3"].parameters()).add_(1)
-    assert partial.fingerprint(partial.cut) != proof
+    assert partial.fingerprint(partial.cut) != sha256
 
 
-def test_copy_of_a_backbone_is_as_frozen():
+def test_copy_of_a_backbone_stays_frozen():
     backbone = load_backbone(SMALL, None)
-    twin = copy.deepcopy(backbone).train()
-    twin(photographs())
-    assert twin.fingerprint(twin.cut) == backbone.fingerprint(backbone.cut)
+    clone = copy.deepcopy(backbone).train()
+    clone(random_images())
+    assert clone.fingerprint(clone.cut) == backbone.fingerprint(backbone.cut)
 
 
-def tiny(mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 1.0)):
+def tiny_backbone(mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 1.0)):
     return Backbone(
         "tiny", {"body": nn.Flatten()}, 12, Preprocessing(4, 2, "bilinear", mean, std), Origin(None, "none")
     )
 
 
-def test_normalize_takes_uint8_and_float_alike():
-    images = photographs(2, 2)
-    backbone = tiny()
+def test_normalize_gives_equal_results_for_uint8_and_float():
+    images = random_images(2, 2)
+    backbone = tiny_backbone()
     expected = (images.double() / 255 - backbone.mean.double()) / backbone.std.double()
-    for given in (images, images.float() / 255, images.double() / 255):
-        found = backbone.normalize(given)
-        assert found.dtype == torch.float32
-        assert torch.allclose(found.double(), expected, atol=1e-6)
+    for values in (images, images.float() / 255, images.double() / 255):
+        normalized = backbone.normalize(values)
+        assert normalized.dtype == torch.float32
+        assert torch.allclose(normalized.double(), expected, atol=1e-6)
 
 
-def test_normalize_gives_the_backbones_own_dtype():
-    assert tiny().to(torch.bfloat16).normalize(photographs(1, 2)).dtype == torch.bfloat16
+def test_normalize_returns_the_dtype_of_the_backbone():
+    assert tiny_backbone().to(torch.bfloat16).normalize(random_images(1, 2)).dtype == torch.bfloat16
 
 
-def test_a_checkpoint_of_a_backbone_holds_its_stages_alone():
+def test_state_dict_contains_only_the_stages():
     assert {name.split(".")[0] for name in load_backbone(SMALL, None).state_dict()} == {"stages"}
 
 
-def test_random_weights_are_told_and_written_down():
+def test_random_weights_warn_and_are_recorded_in_the_origin():
     with pytest.warns(UserWarning, match=r"model\.weights is null: shufflenet_v2_x0_5 has random weights"):
-        backbone = load_backbone("shufflenet_v2_x0_5", None)
-    origin = backbone.origin
-    assert (origin.weights, origin.source) == (None, "random, seed 0")
+        backbone = load_backbone("shufflenet_v2_x0_5", None, 32)
+    assert backbone.origin == Origin(None, "random, seed 0", image_size=32)
 
 
-def test_classifiers_share_frozen_stages_and_none_trains_anothers():
+def test_specialized_backbones_share_frozen_stages_and_train_their_own_copies():
     whole = load_backbone("resnet18", None)
-    proof = whole.sha256
     one, other = (whole.specialized(whole.cut_at("layer4")) for _ in range(2))
     head = whole.specialized(whole.cut_at("head"))
     for name in ("stem", "layer1", "layer2", "layer3"):
         assert one.stages[name] is other.stages[name] is head.stages[name] is whole.stages[name]
     assert head.stages["layer4"] is whole.stages["layer4"] is not one.stages["layer4"] is not other.stages["layer4"]
-    before = everything(other)
+    before = snapshot(other)
     step(one.train())
-    assert changed(before, other) == set()
-    assert whole.fingerprint(whole.cut) == proof == one.sha256
+    assert changed_tensors(before, other) == set()
+    assert whole.fingerprint(whole.cut) == whole.sha256 == one.sha256
     assert not any(parameter.requires_grad for parameter in whole.parameters())
 
 
-def test_a_factory_loads_each_backbone_once():
-    factory = BackboneFactory()
-    assert factory(SMALL, None, 32) is factory(SMALL, None, 32)
-    assert factory(SMALL, None, 64) is not factory(SMALL, None, 32)
-    assert factory(SMALL, None, 32).origin == Origin(None, "random, seed 0", image_size=32)
+def test_skip_random_init_leaves_tensors_and_the_generator_unchanged() -> None:
+    before = torch.get_rng_state()
+    with SkipRandomInit():
+        assert not torch.nn.init.kaiming_normal_(torch.zeros(4, 4)).any()
+        assert not torch.nn.init.uniform_(tensor=torch.zeros(4)).any()
+        assert not torch.nn.init.trunc_normal_(torch.zeros(4)).any()
+    assert torch.equal(torch.get_rng_state(), before)

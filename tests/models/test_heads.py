@@ -15,14 +15,14 @@ def test_head_maps_features_to_logits(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_every_parameter_of_a_head_is_trained(head):
+def test_every_parameter_gets_a_gradient(head):
     module = head(8, 3)
     module(torch.randn(5, 8)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_head_learns_two_separate_clouds(head):
+def test_head_separates_two_gaussians(head):
     torch.manual_seed(0)
     labels = torch.arange(40) % 2
     features = torch.randn(40, 8) + 6 * nn.functional.one_hot(labels, 8)
@@ -35,7 +35,7 @@ def test_head_learns_two_separate_clouds(head):
     assert (module.eval()(features).argmax(1) == labels).float().mean() > 0.95
 
 
-def test_linear_head_is_the_articles_linear_layer():
+def test_linear_head_equals_a_linear_layer():
     head = LinearHead(8, 3)
     features = torch.randn(5, 8)
     assert isinstance(head, nn.Linear)
@@ -43,14 +43,14 @@ def test_linear_head_is_the_articles_linear_layer():
     assert LinearHead(8, 3, bias=False).bias is None
 
 
-def test_mlp_head_drops_in_training_alone():
+def test_mlp_head_applies_dropout_only_in_training():
     head = MLPHead(8, 3, hidden=64, dropout=0.5)
     features = torch.randn(5, 8)
     assert not torch.equal(head.train()(features), head(features))
     assert torch.equal(head.eval()(features), head(features))
 
 
-def test_cosine_logits_are_bounded_by_the_scale_and_blind_to_length():
+def test_cosine_logits_are_bounded_and_independent_of_feature_norm():
     head = CosineHead(8, 3, scale=7.0)
     features = torch.randn(50, 8)
     logits = head(features)

@@ -15,7 +15,7 @@ BLOCKS = ["stem", "block1", "block2", "block3", "block4"]
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 VGG = ["block1", "block2", "block3", "block4", "block5", "fc"]
 
-#: A small member of each family, and variants whose parts are others: BatchNorm, a deep stem, another downsampling.
+#: A small network of each family, and variants: BatchNorm, deep stem, another downsampling.
 NAMES = {
     "resnet18": RESNET,
     "resnext50_32x4d": RESNET,
@@ -44,8 +44,8 @@ NAMES = {
     "timm/regnetx_002": BLOCKS,
     "timm/regnety_002": BLOCKS,
 }
-#: Left whole: their forward is no chain, or nobody has asked yet.
-WHOLE = (
+#: Networks with a single stage: their forward is not a chain, or their family is not in the table.
+SINGLE_STAGE = (
     "alexnet",
     "squeezenet1_1",
     "shufflenet_v2_x0_5",
@@ -63,8 +63,8 @@ def whole_network(name):
     return torchvision.models.get_model(name, weights=None, **options).eval()
 
 
-def with_lively_buffers(network):
-    """Running statistics as after training: with means of 0 and variances of 1, a stage out of place could hide."""
+def with_random_statistics(network):
+    """Randomise running statistics: with means of 0 and variances of 1, a misplaced BatchNorm would not be noticed."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -73,14 +73,14 @@ def with_lively_buffers(network):
 
 
 @torch.no_grad()
-def given_to_the_classifier(network, images):
-    """The features of the original network: what its last layer takes in."""
+def classifier_input(network, images):
+    """Features of the original network: the input of its last layer."""
     classifier = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-    seen = []
-    handle = classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    inputs = []
+    handle = classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     network(images)
     handle.remove()
-    return seen[0]
+    return inputs[0]
 
 
 def images_for(name):
@@ -88,22 +88,22 @@ def images_for(name):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_family_has_a_member_here():
+def test_every_family_is_covered():
     families = {type(architecture(name).build(None)[0]) for name in NAMES}
     assert {f"{family.__module__.split('.')[0]}.{family.__name__}" for family in families} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chain_of_stages_is_bit_for_bit_the_network(name):
+def test_stages_in_sequence_are_bit_identical_to_the_network(name):
     torch.manual_seed(0)
-    original, images = with_lively_buffers(whole_network(name)), images_for(name)
-    features = given_to_the_classifier(original, images)
+    original, images = with_random_statistics(whole_network(name)), images_for(name)
+    features = classifier_input(original, images)
     model, width = architecture(name).build(dict(original.state_dict()))
     with torch.no_grad():
-        own = model.eval()(images)
+        whole = model.eval()(images)
     stages = split_into_stages(model)
     assert list(stages) == NAMES[name]
-    # All parameters and buffers, each once.
+    # The stages contain all parameters and buffers, each once.
     for kind in ("parameters", "buffers"):
         parts = Counter(id(tensor) for stage in stages.values() for tensor in getattr(stage, kind)())
         assert parts == Counter(id(tensor) for tensor in getattr(model, kind)())
@@ -112,13 +112,13 @@ def test_chain_of_stages_is_bit_for_bit_the_network(name):
         for stage in stages.values():
             rows = stage(rows)
     assert rows.shape == (2, width)
-    assert torch.equal(rows, own)
+    assert torch.equal(rows, whole)
     assert torch.equal(rows, features)
     assert not torch.equal(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_network_outside_the_table_is_one_stage(name):
+@pytest.mark.parametrize("name", SINGLE_STAGE)
+def test_network_of_another_family_is_a_single_stage(name):
     torch.manual_seed(0)
     original, images = whole_network(name), images_for(name)
     model, width = architecture(name).build(dict(original.state_dict()))
@@ -128,12 +128,12 @@ def test_network_outside_the_table_is_one_stage(name):
         features = stages["body"](images)
     assert features.shape == (2, width)
     if name != "squeezenet1_1":  # its classifier is a convolution before pooling
-        assert torch.equal(features, given_to_the_classifier(original, images))
+        assert torch.equal(features, classifier_input(original, images))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resolution_halves_from_stage_to_stage(name):
-    """But from the stem to the first stage, where ResNet and timm's ConvNeXt keep it."""
+def test_each_stage_halves_the_resolution(name):
+    """Except from the stem to the first stage: ResNet and timm's ConvNeXt keep it there."""
     model, _ = architecture(name).build(None)
     sizes, rows = [], torch.randn(1, 3, 128, 128)
     channels_last = name.startswith("swin")
@@ -147,7 +147,7 @@ def test_resolution_halves_from_stage_to_stage(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "own"),
+    ("name", "stage", "submodule"),
     [
         ("resnet18", "layer4", "layer4"),
         ("resnet18", "layer1", "layer1"),
@@ -158,13 +158,13 @@ def test_resolution_halves_from_stage_to_stage(name):
         ("timm/convnext_atto", "stage3", "stages.2"),
     ],
 )
-def test_stage_begins_with_the_networks_own_part_of_that_name(name, stage, own):
+def test_stage_starts_with_the_submodule_of_the_same_name(name, stage, submodule):
     model, _ = architecture(name).build(None)
-    first = next(model.get_submodule(own).parameters())
+    first = next(model.get_submodule(submodule).parameters())
     assert next(split_into_stages(model)[stage].parameters()) is first
 
 
-def test_vgg_fc_is_its_two_hidden_linear_layers():
+def test_vgg_fc_stage_has_the_two_hidden_linear_layers():
     model, _ = architecture("vgg11").build(None)
-    inner = [module for module in split_into_stages(model)["fc"].modules() if isinstance(module, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in inner] == [(25088, 4096), (4096, 4096)]
+    layers = [module for module in split_into_stages(model)["fc"].modules() if isinstance(module, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(25088, 4096), (4096, 4096)]

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on a run that the tests make, and is kept without outputs."""
+"""Every notebook runs from top to bottom on a small run, and is committed without outputs."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of the quickstart, shortened."""
+def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a shortened run of the quickstart."""
     folder = tmp_path_factory.mktemp("notebooks")
     config = str(NOTEBOOKS[0].parents[1] / "configs" / "quickstart.yaml")
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "2"]
@@ -24,15 +24,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, workplace: Path) -> None:
+def test_notebook_runs(path: Path, working_folder: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count"), "notebooks are kept without outputs"
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": workplace}})
+        assert not cell.get("outputs") and not cell.get("execution_count"), "clear the outputs before you commit"
+    client = NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": working_folder}}
+    )
     client.execute()
     streams = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
     assert "Warning" not in "".join(streams)
-    pictures = [
+    images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert pictures, "it shows the images with their predictions"
+    assert images, "the notebook shows no figure"

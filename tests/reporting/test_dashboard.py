@@ -1,4 +1,4 @@
-"""Dashboards of real fits: the same from stored rows and live, in any logger, cheap, and never a fit's end."""
+"""Dashboards of real fits: equal with stored and live features, in any logger, cheap, and never fatal to a fit."""
 
 import json
 import signal
@@ -26,14 +26,14 @@ from project.reporting.dashboard import Dashboard
 from project.reporting.figure_logger import FigureLogger
 from project.reporting.thumbnails import Thumbnails
 from project.runtime import logger_adapters
-from project.runtime.logger_adapters import Points
+from project.runtime.logger_adapters import EmbeddingPoints
 from tests.conftest import COLOURS, FIGURES, SMALL, scalars
 from tests.forked import start
-from tests.integration.launched import run_all
+from tests.integration.subprocesses import run_all
 
 Fit = Callable[..., int]
 RUN = Path("runs/photos/version_0")
-PICTURES = {
+IMAGE_TAGS = {
     *("train/input", "val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability"),
     *("val/mistakes_most_confident", "val/least_confident"),
 }
@@ -41,7 +41,7 @@ PICTURES = {
 
 @pytest.fixture
 def fit(fit: Fit) -> Fit:
-    """Runs a small fit whose dashboard has figures."""
+    """Runs a small fit with figures on its dashboard."""
     return lambda *flags: fit(*FIGURES, *flags)
 
 
@@ -50,24 +50,24 @@ def tags(run: Path) -> dict[str, set[str]]:
 
 
 def positives(run: Path) -> dict[str, int]:
-    """Of each class, how many images its precision-recall curve is of."""
+    """Number of positives in the precision-recall curve of each class."""
     events = scalars(run)
     curves = {name: events.Tensors(f"pr/{name}")[-1].tensor_proto for name in COLOURS}
     return {name: int(make_ndarray(curve)[0, 0]) for name, curve in curves.items()}
 
 
-def outcome(classes: int, images: int, points: int = 0, width: int = 64) -> ValidationPredictions:
+def random_predictions(classes: int, images: int, points: int = 0, width: int = 64) -> ValidationPredictions:
     generator = torch.Generator().manual_seed(0)
     collector = PredictionCollector(images, points, classes)
     features = torch.rand(images, width, generator=generator)
     probabilities = torch.rand(images, classes, generator=generator).softmax(1)
-    collector.batch(probabilities, features)
+    collector.update(probabilities, features)
     labels = torch.randint(0, classes, (images,), generator=generator)
-    return collector.outcome(ImagePredictions(*probabilities.max(1), labels, labels >= 0))
+    return collector.compute(ImagePredictions(*probabilities.max(1), labels, labels >= 0))
 
 
 class Noise(Source):
-    """Images that no compression makes small."""
+    """Incompressible images."""
 
     name = "noise"
     splits = {"val": [Sample(str(number), 0) for number in range(500)]}  # noqa: RUF012
@@ -81,12 +81,12 @@ class Noise(Source):
 
 
 @pytest.mark.parametrize("trainable", ["head", "layer4"])
-def test_live_and_stored_training_have_the_same_dashboards(fit: Fit, trainable: str) -> None:
+def test_live_and_stored_training_log_the_same_dashboard(fit: Fit, trainable: str) -> None:
     flags = ["--model.trainable", trainable, "--data.augment", "flip", "--trainer.max_epochs", "2"]
     for cache in ("on", "off"):
         assert fit("--features.cache", cache, "--features.folder", "store", *flags) == 0
     stored, live = tags(RUN), tags(RUN.with_name("version_1"))
-    assert stored["images"] - {"val/mistakes_most_confident"} == PICTURES - {"val/mistakes_most_confident"}
+    assert stored["images"] - {"val/mistakes_most_confident"} == IMAGE_TAGS - {"val/mistakes_most_confident"}
     only_stored = {"features/rows_reused", "features/rows_computed", "features/text_summary"}
     for kind in ("scalars", "images", "tensors"):
         assert stored[kind] - only_stored == live[kind], kind
@@ -96,45 +96,51 @@ def test_live_and_stored_training_have_the_same_dashboards(fit: Fit, trainable: 
         assert values.shape == (12, 12) and np.isfinite(values).all()
 
 
-def test_without_figures_there_are_numbers_and_texts(fit: Fit) -> None:
+def test_without_figures_only_scalars_and_texts_are_logged(fit: Fit) -> None:
     assert fit("--dashboard.figures", "false") == 0
-    found = tags(RUN)
-    assert not found["images"] and not list(RUN.glob("projector*"))
-    assert {"result/best_accuracy", "train/images_per_second"} <= found["scalars"]
-    assert {"config/text_summary", "data/text_summary"} <= found["tensors"]
+    logged = tags(RUN)
+    assert not logged["images"] and not list(RUN.glob("projector*"))
+    assert {"result/best_accuracy", "train/images_per_second"} <= logged["scalars"]
+    assert {"config/text_summary", "data/text_summary"} <= logged["tensors"]
 
 
-def test_no_points_no_projector(fit: Fit) -> None:
+def test_zero_points_disable_the_projector(fit: Fit) -> None:
     assert fit("--dashboard.points", "0") == 0
     assert "val/reliability" in tags(RUN)["images"] and not list(RUN.glob("projector*"))
 
 
-def test_a_negative_number_of_points_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
-    assert "dashboard.points has to be at least 0" in refused(fit("--dashboard.points", "-1"))
+def test_negative_number_of_points_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
+    assert "dashboard.points must be at least 0" in refused(fit("--dashboard.points", "-1"))
 
 
-DRAWN = {"val/confusion_shares", "val/confusion_counts", "val/each_class", "val/reliability", "val/least_confident"}
+VALIDATION_TAGS = {
+    "val/confusion_shares",
+    "val/confusion_counts",
+    "val/each_class",
+    "val/reliability",
+    "val/least_confident",
+}
 
 
 @pytest.mark.parametrize(
     ("flags", "validations", "images"),
     [
         (["--trainer.limit_val_batches", "0"], 0, {"train/input"}),
-        (["--trainer.limit_val_batches", "1"], 1, {"train/input", *DRAWN}),
-        (["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"], 2, {"train/input", *DRAWN}),
-        (["--trainer.overfit_batches", "1"], 1, {"train/input", *DRAWN}),
-        (["--data.mixup", "0.2"], 1, {"train/input", *DRAWN}),
-        (["--model.trainable", "all"], 1, {"train/input", *DRAWN}),
+        (["--trainer.limit_val_batches", "1"], 1, {"train/input", *VALIDATION_TAGS}),
+        (["--trainer.val_check_interval", "0.5", "--data.batch_size", "4"], 2, {"train/input", *VALIDATION_TAGS}),
+        (["--trainer.overfit_batches", "1"], 1, {"train/input", *VALIDATION_TAGS}),
+        (["--data.mixup", "0.2"], 1, {"train/input", *VALIDATION_TAGS}),
+        (["--model.trainable", "all"], 1, {"train/input", *VALIDATION_TAGS}),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_fits_of_all_sorts_have_what_they_can(fit: Fit, flags: list[str], validations: int, images: set[str]) -> None:
-    assert fit(*flags, "--trainer.max_epochs", "1") == 0  # any warning would be an error here
-    found = tags(RUN)
-    assert found["images"] - {"val/mistakes_most_confident"} == images
-    assert {"train/loss", "train/images_per_second", "result/seconds"} <= found["scalars"]
-    assert len(scalars(RUN).Scalars("val/accuracy") if "val/accuracy" in found["scalars"] else []) == validations
-    assert ("result/best_accuracy" in found["scalars"]) == bool(list(RUN.glob("projector/*"))) == bool(validations)
+def test_unusual_fits_log_what_is_available(fit: Fit, flags: list[str], validations: int, images: set[str]) -> None:
+    assert fit(*flags, "--trainer.max_epochs", "1") == 0  # pytest turns warnings into errors
+    logged = tags(RUN)
+    assert logged["images"] - {"val/mistakes_most_confident"} == images
+    assert {"train/loss", "train/images_per_second", "result/seconds"} <= logged["scalars"]
+    assert len(scalars(RUN).Scalars("val/accuracy") if "val/accuracy" in logged["scalars"] else []) == validations
+    assert ("result/best_accuracy" in logged["scalars"]) == bool(list(RUN.glob("projector/*"))) == bool(validations)
 
 
 @pytest.mark.parametrize("flag", ["--trainer.logger=false", "--trainer.fast_dev_run=true"])
@@ -143,7 +149,7 @@ def test_without_a_logger_nothing_is_logged(fit: Fit, here: Path, flag: str) -> 
     assert not list(here.rglob("events*")) and not list(here.rglob("projector*"))
 
 
-def test_throughput_is_of_training_in_this_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_excludes_setup_and_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, logged = [100.0], dict[str, float]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     dashboard, trainer, module = (
@@ -152,8 +158,8 @@ def test_throughput_is_of_training_in_this_fit(monkeypatch: pytest.MonkeyPatch) 
         pl.LightningModule(),
     )
     monkeypatch.setattr(module, "log_dict", logged.update)
-    clock[0] += 50  # to set the fit up
-    dashboard.on_train_start(trainer, module)  # within an epoch that is resumed there is no on_train_epoch_start
+    clock[0] += 50  # setup
+    dashboard.on_train_start(trainer, module)  # starts the timer: a resumed epoch has no on_train_epoch_start
     for batch_idx in range(3):
         clock[0] += 2
         dashboard.on_train_batch_end(trainer, module, None, [torch.zeros(8)], batch_idx)
@@ -164,109 +170,107 @@ def test_throughput_is_of_training_in_this_fit(monkeypatch: pytest.MonkeyPatch) 
     assert logged["train/images_per_second"] == dashboard.images_per_second == 3 * 8 / 6
 
 
-def test_input_says_which_classes_a_mixed_image_has() -> None:
+def test_captions_of_mixed_images_name_both_classes() -> None:
     mixed = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0]])
-    assert figures.named(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
-    assert figures.named(torch.tensor([1, 0]), ["ants", "bees"]) == ["bees", "ants"]
-    long = [f"a {kind} with a very long name of its own" for kind in ("fly", "bee")]
-    assert len(set(figures.named(torch.tensor([0, 1]), long))) == 2
+    assert figures.class_captions(mixed, ["ants", "bees", "wasps"]) == ["ants 0.70\nwasps 0.30", "bees 1.00"]
+    assert figures.class_captions(torch.tensor([1, 0]), ["ants", "bees"]) == ["bees", "ants"]
+    long_names = [f"a {kind} with a very long name of its own" for kind in ("fly", "bee")]
+    assert len(set(figures.class_captions(torch.tensor([0, 1]), long_names))) == 2
 
 
-def test_a_figure_that_fails_is_told_once_and_the_fit_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_figure_warns_and_the_fit_continues(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("no ink")
 
     monkeypatch.setattr(plots, "reliability", fail)
-    with pytest.warns(UserWarning, match=r"lacks val/reliability, as that could not be logged: ValueError: no ink"):
+    with pytest.warns(UserWarning, match=r"could not log val/reliability: ValueError: no ink"):
         assert fit() == 0
-    assert {"val/confusion_counts", "val/least_confident"} <= tags(RUN)["images"], "the others are there"
+    assert {"val/confusion_counts", "val/least_confident"} <= tags(RUN)["images"], "other figures are logged"
 
 
-def test_an_image_that_has_gone_since_is_told_and_the_fit_goes_on(
-    fit: Fit, album: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deleted_image_warns_and_the_fit_continues(fit: Fit, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def remove(self: ImageClassifier) -> None:
         (album / "val/red/0.png").unlink(missing_ok=True)
 
     monkeypatch.setattr(ImageClassifier, "on_train_epoch_start", remove)
-    with pytest.warns(UserWarning, match=r"1 images that the dashboard shows are grey: .*val/red/0\.png"):
+    with pytest.warns(UserWarning, match=r"1 images cannot be read and are grey: .*val/red/0\.png"):
         assert fit("--data.root", str(album)) == 0
     assert tags(Path("runs/album/version_0"))["images"] >= {"val/confusion_counts", "val/least_confident"}
     assert len(next(Path("runs/album/version_0").glob("projector/*/metadata.tsv")).read_text().splitlines()) == 13
 
 
-def test_drawing_waits_for_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_stay_within_the_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    painter = FigureLogger(None, None)  # type: ignore[arg-type]
+    figure_logger = FigureLogger(None, None)  # type: ignore[arg-type]
     drawn = []
     for epoch in range(1, 1001):
         clock[0] += 10
-        if painter.affords(epoch):
+        if figure_logger.has_budget(epoch):
             drawn.append(epoch)
-            with painter.attempt("figures"):
+            with figure_logger.attempt("figures"):
                 clock[0] += 2
-            painter._cost, painter._epochs = 2.0, epoch
+            figure_logger._cost, figure_logger._drawn_at_epoch = 2.0, epoch
     assert drawn[:4] == [2, 8, 12, 18] and len(drawn) <= 18
     assert 2 * len(drawn) <= 0.05 * clock[0]
 
 
-def test_a_drawing_of_100_classes_is_a_megabyte_and_a_projector_three_at_most(tmp_path: Path) -> None:
+def test_figures_of_100_classes_and_the_projector_are_small(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "", "")
     thumbnails, names = Thumbnails(Noise(), Noise.splits["val"]), [f"class {number}" for number in range(100)]
-    found = outcome(100, 500, points=500)
-    for name, picture in figures.of_outcome(found, names, thumbnails).items():
-        logger_adapters.image(logger, name, picture(), 0)
-    for name, curve in figures.curves_of(found, names).items():
-        logger_adapters.curves(logger, name, *curve, 0)
+    predictions = random_predictions(100, 500, points=500)
+    for name, draw in figures.validation_figures(predictions, names, thumbnails).items():
+        logger_adapters.add_image(logger, name, draw(), 0)
+    for name, curve in figures.precision_recall_curves(predictions, names).items():
+        logger_adapters.add_pr_curve(logger, name, *curve, 0)
     logger.save()
     assert sum(path.stat().st_size for path in tmp_path.rglob("events*")) < 1_200_000
-    logger_adapters.points(logger, "projector", figures.points_of(found, names, thumbnails), 0)
+    logger_adapters.add_embedding(logger, "projector", figures.embedding_points(predictions, names, thumbnails), 0)
     assert sum(path.stat().st_size for path in tmp_path.rglob("projector/*/*")) < 3_000_000
     logger.finalize("success")
 
 
-def test_points_are_as_many_as_there_is_time_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "SECONDS", 0.01)
+def test_projector_reads_images_within_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "SPRITE_SECONDS", 0.01)
     thumbnails = Thumbnails(Noise(), Noise.splits["val"])
-    points = figures.points_of(outcome(3, 500, points=500), ["a", "b", "c"], thumbnails)
+    points = figures.embedding_points(random_predictions(3, 500, points=500), ["a", "b", "c"], thumbnails)
     assert points.thumbnails is not None
     assert 0 < len(points.thumbnails) == len(points.values) == len(points.metadata) < 500
 
 
-def test_components_keep_distances() -> None:
+def test_principal_components_preserve_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(40, 6, generator=generator) @ torch.rand(6, 300, generator=generator)
-    found, exact = (torch.pdist(points) for points in (figures.components(features), features.double()))
-    ratio = found / exact
+    reduced, exact = (torch.pdist(points) for points in (figures.principal_components(features), features.double()))
+    ratio = reduced / exact
     assert float(ratio.max() / ratio.min()) == pytest.approx(1, abs=1e-3)
-    assert torch.isfinite(figures.components(torch.ones(5, 8))).all(), "of images that are all alike too"
+    assert torch.isfinite(figures.principal_components(torch.ones(5, 8))).all(), "identical features too"
 
 
-def test_a_csv_logger_has_pictures_and_texts_as_files(fit: Fit) -> None:
+def test_csv_logger_gets_images_and_texts_as_files(fit: Fit) -> None:
     assert fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs") == 0
     folder = Path("logs/lightning_logs/version_0")
-    found = {path.relative_to(folder / "figures").with_suffix("").as_posix() for path in folder.rglob("*.png")}
-    assert found - {"val/mistakes_most_confident"} == PICTURES - {"val/mistakes_most_confident"}
+    images = {path.relative_to(folder / "figures").with_suffix("").as_posix() for path in folder.rglob("*.png")}
+    assert images - {"val/mistakes_most_confident"} == IMAGE_TAGS - {"val/mistakes_most_confident"}
     assert "| blue | 8 | 4 | 4 |" in (folder / "texts/data.md").read_text()
     assert "result/best_accuracy" in (folder / "metrics.csv").read_text().splitlines()[0]
-    assert (folder / "model_card.md").read_text().startswith("---\nlibrary_name: "), "the card itself, header and all"
+    assert (folder / "model_card.md").read_text().startswith("---\nlibrary_name: "), "the complete card, with header"
     assert (folder / "texts/model_card.md").is_file()
 
 
 class Client:
-    """What MLflow's client and W&B's logger are asked to take."""
+    """Records the calls to MLflow's client and W&B's logger."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
-    def log_image(self, *arguments: Any, **more: Any) -> None:
-        self.taken.append((*arguments, *more.values()))
+    def log_image(self, *arguments: Any, **keywords: Any) -> None:
+        self.calls.append((*arguments, *keywords.values()))
 
     log_text = log_image
 
 
-def test_mlflow_and_wandb_are_asked_as_they_are_to_be_asked() -> None:
+def test_mlflow_and_wandb_adapters_call_the_documented_methods() -> None:
     picture, client = Image.new("RGB", (3, 3)), Client()
 
     class MLFlow(MLFlowLogger):
@@ -282,10 +286,12 @@ def test_mlflow_and_wandb_are_asked_as_they_are_to_be_asked() -> None:
         log_image, log_text = client.log_image, client.log_text  # type: ignore[assignment]
 
     for logger in (MLFlow(), Wandb()):
-        logger_adapters.image(logger, "val/a", picture, 5)
-        logger_adapters.text(logger, "data", "words", 5)
-        logger_adapters.points(logger, "projector", Points(np.zeros((1, 1)), [], [[]], None), 5)  # neither takes any
-    assert client.taken == [
+        logger_adapters.add_image(logger, "val/a", picture, 5)
+        logger_adapters.add_text(logger, "data", "words", 5)
+        logger_adapters.add_embedding(
+            logger, "projector", EmbeddingPoints(np.zeros((1, 1)), [], [[]], None), 5
+        )  # not supported by either
+    assert client.calls == [
         ("7", picture, "figures/val/a.png"),
         ("7", "words", "data.md"),
         ("val/a", [picture], 5),
@@ -293,14 +299,14 @@ def test_mlflow_and_wandb_are_asked_as_they_are_to_be_asked() -> None:
     ]
 
 
-def test_real_mlflow_takes_them(fit: Fit, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_logs_figures_and_texts(fit: Fit, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert fit("--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", f"file:{here}/mlruns") == 0
-    found = {path.name for path in Path("mlruns").rglob("*/artifacts/figures/**/*.png")}
-    assert "reliability.png" in found and list(Path("mlruns").rglob("artifacts/data.md"))
+    names = {path.name for path in Path("mlruns").rglob("*/artifacts/figures/**/*.png")}
+    assert "reliability.png" in names and list(Path("mlruns").rglob("artifacts/data.md"))
 
 
-def test_real_wandb_takes_them(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_logs_figures_and_texts(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert fit("--trainer.logger", "WandbLogger", "--trainer.logger.save_dir", "logs") == 0
     assert list(Path("logs").rglob("media/images/val/reliability*.png"))
@@ -309,67 +315,67 @@ def test_real_wandb_takes_them(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
-def test_two_processes_draw_once_and_of_all_images(cache: str, album: Path, weights: Path) -> None:
-    (album / "val/red/3.png").unlink()  # an odd number, so one process has padding
+def test_two_ranks_log_one_dashboard_of_all_images(cache: str, album: Path, weights: Path) -> None:
+    (album / "val/red/3.png").unlink()  # an odd number, so one rank has padding
     flags = [*SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", "album", "--data.batch_size", "5"]
     flags += ["--features.cache", cache, "--trainer.max_epochs", "1"]
     flags += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    ((code, said),) = run_all([["-m", "project", "fit", *flags]])
-    assert code == 0 and "dashboard lacks" not in said, said
+    ((code, output),) = run_all([["-m", "project", "fit", *flags]])
+    assert code == 0 and "Dashboard: could not log" not in output, output
     run = Path("runs/album/version_0")
     assert {"val/reliability", "val/least_confident", "train/input"} <= tags(run)["images"]
-    assert positives(run) == {"blue": 4, "green": 4, "red": 3}, "each image once, whichever process has had it"
+    assert positives(run) == {"blue": 4, "green": 4, "red": 3}, "each image once"
     assert len(next(run.glob("projector/*/metadata.tsv")).read_text().splitlines()) == 12
 
 
-def test_a_resumed_fit_that_is_better_draws_into_its_own_folder(fit: Fit) -> None:
+def test_resumed_fit_that_improves_logs_figures(fit: Fit) -> None:
     assert fit("--model.optimizer.lr", "0") == 0
     faster = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01", "--trainer.max_epochs", "8"]
     assert fit("--ckpt_path", "last", *faster) == 0
     first, second = scalars(RUN), scalars(RUN.with_name("version_1"))
-    before, after = (max(event.value for event in each.Scalars("val/accuracy")) for each in (first, second))
-    assert after > before, "or this test says nothing"
+    before, after = (max(event.value for event in run.Scalars("val/accuracy")) for run in (first, second))
+    assert after > before, "a precondition of this test"
     assert "val/reliability" in tags(RUN.with_name("version_1"))["images"]
 
 
-def test_a_resumed_fit_that_is_no_better_leaves_figures_where_they_were(run: Path, fit: Fit) -> None:
+def test_resumed_fit_without_improvement_logs_no_figures(run: Path, fit: Fit) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert fit("--ckpt_path", str(run / "checkpoints/last.ckpt"), "--trainer.max_epochs", "5") == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert "val/reliability" in tags(run)["images"]
     assert "val/reliability" not in tags(run.with_name("version_1"))["images"]
     (best,) = scalars(run.with_name("version_1")).Scalars("result/best_accuracy")
-    assert best.value >= max(event.value for event in scalars(run).Scalars("val/accuracy")), "of the whole fit"
+    assert best.value >= max(event.value for event in scalars(run).Scalars("val/accuracy")), "including the earlier run"
 
 
-def test_an_interrupted_fit_and_one_without_validation_have_a_result(
+def test_interrupted_fit_and_fit_without_validation_log_a_result(
     fit: Fit, here: Path, photos: Path, weights: Path
 ) -> None:
     assert fit("--trainer.limit_val_batches", "0") == 0
     assert {"result/last_train_loss", "result/seconds"} <= tags(RUN)["scalars"]
     flags = [*SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.max_epochs", "9"]
     stopped = start(here, ["fit", *flags], {"step": 3, "number": signal.SIGTERM})
-    assert stopped.wait() == 143, stopped.said
+    assert stopped.wait() == 143, stopped.output
     assert {"result/best_accuracy", "result/seconds"} <= tags(RUN.with_name("version_1"))["scalars"]
 
 
-def test_of_a_great_many_classes_there_is_no_matrix(tmp_path: Path) -> None:
-    names = [f"class {number}" for number in range(figures.MATRIX + 1)]
-    pictures = figures.of_outcome(outcome(len(names), 2000), names, None)
-    assert set(pictures) == {"val/each_class", "val/reliability"}
-    assert all(picture().size for picture in pictures.values())
+def test_many_classes_have_no_confusion_matrix() -> None:
+    names = [f"class {number}" for number in range(figures.MAX_MATRIX_CLASSES + 1)]
+    drawings = figures.validation_figures(random_predictions(len(names), 2000), names, None)
+    assert set(drawings) == {"val/each_class", "val/reliability"}
+    assert all(draw().size for draw in drawings.values())
 
 
-def test_a_text_that_cannot_be_logged_is_told_and_no_end_of_a_fit(
+def test_failing_text_warns_and_the_fit_continues(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(logger_adapters, "text", fails)
-    with warnings.catch_warnings(record=True) as told:
+    monkeypatch.setattr(logger_adapters, "add_text", fails)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert fit() == 0
-    lacking = [str(each.message) for each in told if "could not be logged" in str(each.message)]
-    assert "TensorBoardLogger lacks model_card, which could not be logged: OSError: No space left on device" in lacking
-    assert (RUN / "model_card.md").is_file() and "Reload it" in capsys.readouterr().out
+    messages = [str(warning.message) for warning in caught]
+    assert "TensorBoardLogger could not log model_card: OSError: No space left on device" in messages
+    assert (RUN / "model_card.md").is_file() and "To load it" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal, and what a file gets."""
+"""Console output on a terminal and in a file."""
 
 import os
 import pty
@@ -12,25 +12,25 @@ import pytest
 
 from project.cli.main import main
 from project.runtime import console
-from project.runtime.console import Pace, progress_counter
+from project.runtime.console import EtaEstimator, progress_counter
 
 Fit = Callable[..., int]
 
 
-class Screen:
-    """A terminal, and all that was written to it."""
+class PseudoTerminal:
+    """A pseudo-terminal that records its output."""
 
     def __init__(self) -> None:
         self._master, self._slave = pty.openpty()
-        self._parts: list[bytes] = []
+        self._chunks: list[bytes] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         self.file = os.fdopen(self._slave, "w", encoding="utf-8")
 
     def _read(self) -> None:
         try:
-            while part := os.read(self._master, 65536):
-                self._parts.append(part)
+            while chunk := os.read(self._master, 65536):
+                self._chunks.append(chunk)
         except OSError:  # the other end is closed
             pass
 
@@ -38,59 +38,61 @@ class Screen:
         self.file.close()
         self._reader.join()
         os.close(self._master)
-        return b"".join(self._parts).decode()
+        return b"".join(self._chunks).decode()
 
 
 @pytest.fixture
 def on_screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Runs something on a terminal; gives what was written to it."""
+    """Runs a function on a terminal; returns its output."""
 
-    def run(what: Callable[[], object], columns: int = 80, **environment: str) -> str:
-        screen = Screen()
+    def run(function: Callable[[], object], columns: int = 80, **environment: str) -> str:
+        terminal = PseudoTerminal()
         with monkeypatch.context() as patch:
             for name, value in {"TERM": "xterm-256color", "COLUMNS": str(columns), **environment}.items():
                 patch.setenv(name, value)
-            patch.setattr(sys, "stdout", screen.file)
+            patch.setattr(sys, "stdout", terminal.file)
             try:
-                what()
+                function()
             finally:
-                said = screen.close()
-        return said
+                output = terminal.close()
+        return output
 
     yield run
 
 
-def seen(said: str) -> list[str]:
-    """The lines of a terminal's output, those included that were drawn over."""
-    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said))
+def drawn_lines(output: str) -> list[str]:
+    """All lines of a terminal's output, including redrawn ones, without escape sequences."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output))
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_a_terminal_shows_a_bar_with_the_time_left_of_the_whole_fit(
+def test_terminal_shows_a_bar_with_the_time_left_of_the_fit(
     columns: int, fit: Fit, on_screen: Callable[..., str]
 ) -> None:
-    said = on_screen(lambda: fit("--trainer.max_epochs", "20"), columns)
-    lines = seen(said)
+    output = on_screen(lambda: fit("--trainer.max_epochs", "20"), columns)
+    lines = drawn_lines(output)
     bars = [line for line in lines if re.match(r"Epoch \d+/20 +\S+ +\d:\d\d:\d\d left", line)]
-    assert bars and "\x1b[" in said
+    assert bars and "\x1b[" in output
     assert max(len(line) for line in bars) <= columns
-    assert any(re.match(r" *stage +parameters", line) for line in lines), "the network by stages"
+    assert any(re.match(r" *stage +parameters", line) for line in lines), "the table of stages"
     assert any("best val/accuracy │" in line for line in lines)
     assert not [line for line in lines if line.startswith("Epoch ") and ":" in line.split(" ")[1]]
 
 
-def test_a_terminal_shows_a_bar_of_features_that_are_computed(fit: Fit, on_screen: Callable[..., str]) -> None:
-    said = on_screen(lambda: fit("--features.folder", "store", "--features.engine", "torch"))
-    assert any(re.match(r"Features \S+ .*left \d+/36$", line.strip()) for line in seen(said))
-    assert any(line.startswith("Features: 36 of 36 rows to compute") for line in seen(said)), "on a line of its own"
+def test_terminal_shows_a_bar_for_feature_extraction(fit: Fit, on_screen: Callable[..., str]) -> None:
+    output = on_screen(lambda: fit("--features.folder", "store", "--features.engine", "torch"))
+    assert any(re.match(r"Features \S+ .*left \d+/36$", line.strip()) for line in drawn_lines(output))
+    assert any(line.startswith("Features: 36 of 36 rows to compute") for line in drawn_lines(output)), (
+        "it is on its own line"
+    )
 
 
-def test_no_color_means_none(fit: Fit, on_screen: Callable[..., str]) -> None:
-    said = on_screen(lambda: fit(), NO_COLOR="1")
-    assert not re.search(r"\x1b\[[0-9;]*(3[0-9]|9[0-7])m", said)
+def test_no_color_disables_colours(fit: Fit, on_screen: Callable[..., str]) -> None:
+    output = on_screen(lambda: fit(), NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-9]|9[0-7])m", output)
 
 
-def test_a_file_gets_a_few_plain_lines(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_output_is_a_few_plain_lines(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.max_epochs", "100") == 0
     out, err = capsys.readouterr()
     assert not set(out + err) & {"\x1b", "\r", "\b", "━"}
@@ -100,53 +102,55 @@ def test_a_file_gets_a_few_plain_lines(fit: Fit, capsys: pytest.CaptureFixture[s
     assert "  best val/accuracy: " in out and len((out + err).splitlines()) < 80
 
 
-def test_no_bar_means_no_lines_either(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_progress_bar_prints_no_lines(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.enable_progress_bar", "false") == 0
     assert "Epoch" not in capsys.readouterr().out
 
 
-def test_a_dumb_terminal_gets_lines(fit: Fit, on_screen: Callable[..., str]) -> None:
-    said = on_screen(lambda: fit(), TERM="dumb")
-    assert "Epoch 1/1: val/accuracy" in said and "\x1b" not in said
+def test_dumb_terminal_gets_lines(fit: Fit, on_screen: Callable[..., str]) -> None:
+    output = on_screen(lambda: fit(), TERM="dumb")
+    assert "Epoch 1/1: val/accuracy" in output and "\x1b" not in output
 
 
-def test_the_other_verbs_have_a_bar_too(run: object, photos: object, on_screen: Callable[..., str]) -> None:
+def test_validate_and_predict_show_a_bar(run: object, photos: object, on_screen: Callable[..., str]) -> None:
     ckpt = f"{run}/checkpoints/best.ckpt"
     flags = ["--data.num_workers", "0", "--ckpt_path", ckpt]
-    said = on_screen(lambda: main(["validate", "--data.root", str(photos), *flags]))
-    assert any(re.match(r"Validating .*left", line) for line in seen(said))
-    said = on_screen(lambda: main(["predict", "--data.predict", f"{photos}/test", *flags]))
-    assert any(re.match(r"Predicting .*left", line) for line in seen(said))
-    assert any(line.strip() == "Predictions: predictions.csv" for line in seen(said))
+    output = on_screen(lambda: main(["validate", "--data.root", str(photos), *flags]))
+    assert any(re.match(r"Validating .*left", line) for line in drawn_lines(output))
+    output = on_screen(lambda: main(["predict", "--data.predict", f"{photos}/test", *flags]))
+    assert any(re.match(r"Predicting .*left", line) for line in drawn_lines(output))
+    assert any(line.strip() == "Predictions: predictions.csv" for line in drawn_lines(output))
 
 
-def test_time_left_is_right_from_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_excludes_the_startup_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    pace = Pace()
-    pace.count(0, 1000)
-    now += 30  # an engine is built
-    pace.count(0, 1000)
-    assert pace.left is None
+    eta = EtaEstimator()
+    eta.count(0, 1000)
+    now += 30  # startup, such as building an engine
+    eta.count(0, 1000)
+    assert eta.seconds_left is None
     now += 1
-    for done in (10, 20):  # two threads hand in at once
-        pace.count(done, 1000)
-    assert pace.left == pytest.approx(49)
+    for done in (10, 20):  # two threads report at once
+        eta.count(done, 1000)
+    assert eta.seconds_left == pytest.approx(49)
     now += 1
-    assert pace.left == pytest.approx(48), "it goes on by itself"
+    assert eta.seconds_left == pytest.approx(48), "it decreases between counts"
 
 
-def test_what_was_done_before_does_not_count_for_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_excludes_items_finished_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    pace = Pace()
-    pace.count(900, 1000)
+    eta = EtaEstimator()
+    eta.count(900, 1000)
     now += 1
-    pace.count(910, 1000)
-    assert pace.left == pytest.approx(9)
+    eta.count(910, 1000)
+    assert eta.seconds_left == pytest.approx(9)
 
 
-def test_what_takes_long_says_so_in_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_task_prints_progress_lines_to_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = 0.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
     with progress_counter("Reading") as count:

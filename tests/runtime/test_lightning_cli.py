@@ -1,4 +1,4 @@
-"""The private hooks of LightningCLI that VerbCLI maps to public names: contract tests."""
+"""Contract tests of the private hooks of LightningCLI that VerbCLI uses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ def greet(name: str, model: Any = None, often: int = 1) -> None:
     """Greet somebody.
 
     Args:
-        name: Whom.
+        name: Name of the person.
         model: Not a flag.
         often: How many times.
     """
 
 
-class Greeting(VerbCLI):
+class GreetingCLI(VerbCLI):
     def __init__(self, *args: str) -> None:
         self.calls: list[Any] = []
         super().__init__(BoringModel, seed_everything_default=False, auto_configure_optimizers=False, args=[*args])
@@ -59,8 +59,8 @@ def _no_program_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["program"])
 
 
-def test_a_function_is_a_verb_whose_own_flags_reach_it() -> None:
-    cli = Greeting("greet", "--name", "Ada", "--loudly", "--trainer.max_epochs", "3")
+def test_function_verb_receives_its_flags() -> None:
+    cli = GreetingCLI("greet", "--name", "Ada", "--loudly", "--trainer.max_epochs", "3")
     assert cli.calls == [
         ("apply_checkpoint", True, False),
         "before_instantiate_classes",
@@ -70,26 +70,26 @@ def test_a_function_is_a_verb_whose_own_flags_reach_it() -> None:
     assert cli.trainer.max_epochs == 3
 
 
-def test_a_trainer_method_is_a_verb_without_the_skipped_arguments() -> None:
-    (_, flags, *_) = Greeting("validate").calls[-1]
+def test_trainer_method_verb_omits_the_skipped_arguments() -> None:
+    (_, flags, *_) = GreetingCLI("validate").calls[-1]
     assert flags == {"ckpt_path": None, "verbose": True, "weights_only": None}, f"{CHANGED}Trainer.validate()"
 
 
-def test_help_is_the_first_line_and_the_arguments_of_a_docstring(capsys: pytest.CaptureFixture[str]) -> None:
-    look: Callable[..., Any] = Greeting
+def test_help_comes_from_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Callable[..., Any] = GreetingCLI
     with pytest.raises(SystemExit):
-        look("greet", "--help")
+        run("greet", "--help")
     out = capsys.readouterr().out
     assert "Greet somebody." in out
     assert "How many times." in out
     assert "Not a flag" not in out
     with pytest.raises(SystemExit):
-        look("--help")
+        run("--help")
     assert "greet               Greet somebody." in capsys.readouterr().out
 
 
-def test_a_verb_has_a_parser_of_its_own_whose_options_are_known() -> None:
-    parser = Greeting("validate").verb_parser("greet")
+def test_each_verb_has_its_own_parser_with_known_options() -> None:
+    parser = GreetingCLI("validate").verb_parser("greet")
     assert {"name", "often", "loudly", "trainer.max_epochs", "config"} <= {*option_names(parser)}, (
         f"{CHANGED}LightningCLI._subcommand_parsers or ArgumentParser._actions"
     )

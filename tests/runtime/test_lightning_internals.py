@@ -1,4 +1,4 @@
-"""What Lightning keeps private or undocumented, and this project relies on: a contract test for each function."""
+"""Contract tests of the private and undocumented Lightning API in lightning_internals."""
 
 import ast
 import importlib
@@ -24,7 +24,7 @@ CHANGED = f"Lightning {pl.__version__} has changed what project/runtime/lightnin
 BATCHES = 4
 
 
-class Tiny(pl.LightningModule):
+class TinyModel(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
@@ -41,23 +41,23 @@ class Tiny(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val"}}
 
 
-class Data(pl.LightningDataModule):
+class TinyData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(torch.ones(BATCHES, 2)), num_workers=0)
 
     val_dataloader = train_dataloader
 
 
-class Spy(Callback):
-    """Calls a function in a hook, and keeps what it returns each time."""
+class Recorder(Callback):
+    """Calls a function of the trainer in each hook, and records the results."""
 
     def __init__(self, **hooks: Any) -> None:
-        self.seen: dict[str, list[Any]] = {name: [] for name in hooks}
-        for name, look in hooks.items():
-            setattr(self, name, self._hook(name, look))
+        self.results: dict[str, list[Any]] = {name: [] for name in hooks}
+        for name, function in hooks.items():
+            setattr(self, name, self._hook(name, function))
 
-    def _hook(self, name: str, look: Any) -> Any:
-        return lambda trainer, *given: self.seen[name].append(look(trainer))
+    def _hook(self, name: str, function: Any) -> Any:
+        return lambda trainer, *args: self.results[name].append(function(trainer))
 
 
 @pytest.fixture
@@ -73,60 +73,60 @@ def trainer(tmp_path: Path) -> Any:
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*isinstance.treespec.*")
 
 
-def fitted(trainer: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
-    made: pl.Trainer = trainer(*callbacks, num_sanity_val_steps=0, **options)
-    made.fit(Tiny(), datamodule=Data(), ckpt_path=ckpt_path, weights_only=True)
-    return made
+def run_fit(trainer: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
+    fit_trainer: pl.Trainer = trainer(*callbacks, num_sanity_val_steps=0, **options)
+    fit_trainer.fit(TinyModel(), datamodule=TinyData(), ckpt_path=ckpt_path, weights_only=True)
+    return fit_trainer
 
 
 def test_training_batches_are_counted_before_and_after_each(trainer: Any) -> None:
-    spy = Spy(
+    recorder = Recorder(
         on_train_batch_start=lightning_internals.training_batches,
         on_train_batch_end=lightning_internals.training_batches,
     )
-    fitted(trainer, spy, max_epochs=1)
-    assert spy.seen == {
+    run_fit(trainer, recorder, max_epochs=1)
+    assert recorder.results == {
         "on_train_batch_start": [Progress(n + 1, n, n) for n in range(BATCHES)],
         "on_train_batch_end": [Progress(n + 1, n + 1, n) for n in range(BATCHES)],
     }, f"{CHANGED}fit_loop.epoch_loop.batch_progress"
 
 
 def test_epochs_are_counted(trainer: Any) -> None:
-    spy = Spy(on_train_batch_start=lightning_internals.epochs, on_train_end=lightning_internals.epochs)
-    fitted(trainer, spy)
+    recorder = Recorder(on_train_batch_start=lightning_internals.epochs, on_train_end=lightning_internals.epochs)
+    run_fit(trainer, recorder)
     expected = [Progress(epoch + 1, epoch, epoch) for epoch in range(2) for _ in range(BATCHES)]
-    assert spy.seen["on_train_batch_start"] == expected, f"{CHANGED}fit_loop.epoch_progress"
-    assert spy.seen["on_train_end"] == [Progress(2, 2, 2)], f"{CHANGED}fit_loop.epoch_progress"
+    assert recorder.results["on_train_batch_start"] == expected, f"{CHANGED}fit_loop.epoch_progress"
+    assert recorder.results["on_train_end"] == [Progress(2, 2, 2)], f"{CHANGED}fit_loop.epoch_progress"
 
 
-def test_a_validation_that_is_over_has_completed_all_that_it_began(trainer: Any) -> None:
-    look = lightning_internals.validation_batches
-    spy = Spy(on_validation_batch_start=look, on_validation_end=look)
-    fitted(trainer, spy, max_epochs=1)
-    assert spy.seen == {
+def test_validation_batches_are_counted(trainer: Any) -> None:
+    count = lightning_internals.validation_batches
+    recorder = Recorder(on_validation_batch_start=count, on_validation_end=count)
+    run_fit(trainer, recorder, max_epochs=1)
+    assert recorder.results == {
         "on_validation_batch_start": [Progress(n + 1, n, n) for n in range(BATCHES)],
         "on_validation_end": [Progress(BATCHES, BATCHES, BATCHES)],
     }, f"{CHANGED}val_loop.batch_progress"
 
 
 @pytest.mark.parametrize(("interval", "count"), [(1.0, 1), (0.5, 2), (1, 4)])
-def test_validations_of_an_epoch_are_known(trainer: Any, interval: Any, count: int) -> None:
-    spy = Spy(on_train_start=lightning_internals.validations_per_epoch)
-    fitted(trainer, spy, max_epochs=1, val_check_interval=interval)
-    assert spy.seen["on_train_start"] == [count], f"{CHANGED}Trainer.val_check_batch"
+def test_validations_per_epoch_are_counted(trainer: Any, interval: Any, count: int) -> None:
+    recorder = Recorder(on_train_start=lightning_internals.validations_per_epoch)
+    run_fit(trainer, recorder, max_epochs=1, val_check_interval=interval)
+    assert recorder.results["on_train_start"] == [count], f"{CHANGED}Trainer.val_check_batch"
 
 
-def test_gradients_are_accumulated_until_the_step_which_the_logging_step_counts(trainer: Any) -> None:
-    spy = Spy(
+def test_logging_step_counts_steps_after_gradient_accumulation(trainer: Any) -> None:
+    recorder = Recorder(
         on_train_batch_end=lambda t: (lightning_internals.accumulates_gradients(t), lightning_internals.logging_step(t))
     )
-    fitted(trainer, spy, max_epochs=1, accumulate_grad_batches=2)
-    # Lightning counts a step after the hooks of its batch.
+    run_fit(trainer, recorder, max_epochs=1, accumulate_grad_batches=2)
+    # Lightning counts a step after the end hooks of its batch.
     expected = [(True, 0), (False, 0), (True, 1), (False, 1)]
-    assert spy.seen["on_train_batch_end"] == expected, f"{CHANGED}_should_accumulate or _batches_that_stepped"
+    assert recorder.results["on_train_batch_end"] == expected, f"{CHANGED}_should_accumulate or _batches_that_stepped"
 
 
-def test_a_checkpoint_within_an_epoch_resumes_at_its_batch_with_the_same_counts(trainer: Any, tmp_path: Path) -> None:
+def test_checkpoint_within_an_epoch_resumes_at_its_batch_with_the_same_counts(trainer: Any, tmp_path: Path) -> None:
     path = tmp_path / "within.ckpt"
 
     class Save(Callback):
@@ -137,33 +137,37 @@ def test_a_checkpoint_within_an_epoch_resumes_at_its_batch_with_the_same_counts(
         def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
             lightning_internals.make_resumable(checkpoint, False, lightning_internals.accumulates_gradients(trainer))
 
-    whole = Spy(on_train_batch_end=lightning_internals.logging_step)
-    fitted(trainer, Save(), whole)
+    uninterrupted = Recorder(on_train_batch_end=lightning_internals.logging_step)
+    run_fit(trainer, Save(), uninterrupted)
     checkpoint = torch.load(path, weights_only=True)
     assert lightning_internals.epochs_of_checkpoint(checkpoint) == 1, f"{CHANGED}the loops' state in a checkpoint"
 
-    look = lightning_internals
-    resumed = Spy(
-        on_load_checkpoint=look.is_restoring,
+    internals = lightning_internals
+    resumed = Recorder(
+        on_load_checkpoint=internals.is_restoring,
         on_train_start=lambda t: (
-            look.is_restoring(t),
-            look.is_resuming_epoch(t),
-            look.training_batches(t).processed,
-            look.discard_started_batches(t),
+            internals.is_restoring(t),
+            internals.is_resuming_epoch(t),
+            internals.training_batches(t).processed,
+            internals.discard_started_batches(t),
         ),
-        on_train_batch_end=look.logging_step,
-        on_train_epoch_end=lambda t: (look.is_resuming_epoch(t), look.end_restart(t), look.is_resuming_epoch(t)),
+        on_train_batch_end=internals.logging_step,
+        on_train_epoch_end=lambda t: (
+            internals.is_resuming_epoch(t),
+            internals.end_restart(t),
+            internals.is_resuming_epoch(t),
+        ),
     )
-    with pytest.warns(UserWarning, match="is not resumable"):  # as this loader, unlike the project's, starts again
-        fitted(trainer, resumed, ckpt_path=path)
-    assert resumed.seen["on_load_checkpoint"] == [True], f"{CHANGED}_checkpoint_connector._loaded_checkpoint"
-    assert resumed.seen["on_train_start"] == [(False, True, 2, 0)], f"{CHANGED}fit_loop.restarting or batch_progress"
-    expected = whole.seen["on_train_batch_end"][-2:]
-    assert resumed.seen["on_train_batch_end"] == expected, f"{CHANGED}epoch_loop.reset(), _batches_that_stepped"
-    assert resumed.seen["on_train_epoch_end"] == [(True, None, False)], f"{CHANGED}fit_loop._restarting"
+    with pytest.warns(UserWarning, match="is not resumable"):  # this loader, unlike the project's, restarts
+        run_fit(trainer, resumed, ckpt_path=path)
+    assert resumed.results["on_load_checkpoint"] == [True], f"{CHANGED}_checkpoint_connector._loaded_checkpoint"
+    assert resumed.results["on_train_start"] == [(False, True, 2, 0)], f"{CHANGED}fit_loop.restarting or batch_progress"
+    expected = uninterrupted.results["on_train_batch_end"][-2:]
+    assert resumed.results["on_train_batch_end"] == expected, f"{CHANGED}epoch_loop.reset(), _batches_that_stepped"
+    assert resumed.results["on_train_epoch_end"] == [(True, None, False)], f"{CHANGED}fit_loop._restarting"
 
 
-def test_a_checkpoint_within_a_validation_repeats_the_validation(trainer: Any, tmp_path: Path) -> None:
+def test_checkpoint_within_a_validation_repeats_the_validation(trainer: Any, tmp_path: Path) -> None:
     path = tmp_path / "validating.ckpt"
 
     class Save(Callback):
@@ -174,94 +178,94 @@ def test_a_checkpoint_within_a_validation_repeats_the_validation(trainer: Any, t
         def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
             lightning_internals.make_resumable(checkpoint, trainer.validating, False)
 
-    fitted(trainer, Save(), max_epochs=1)
-    spy = Spy(
+    run_fit(trainer, Save(), max_epochs=1)
+    recorder = Recorder(
         on_train_start=lightning_internals.discard_started_batches,
         on_validation_batch_start=lambda trainer: lightning_internals.validation_batches(trainer).ready,
         on_train_batch_start=lambda trainer: trainer.current_epoch,
     )
-    fitted(trainer, spy, ckpt_path=path, max_epochs=1)
-    assert spy.seen["on_validation_batch_start"] == [1, 2, 3, 4], f"{CHANGED}val_loop.batch_progress"
-    assert not spy.seen["on_train_batch_start"], f"{CHANGED}a training epoch that only lacks its validation"
+    run_fit(trainer, recorder, ckpt_path=path, max_epochs=1)
+    assert recorder.results["on_validation_batch_start"] == [1, 2, 3, 4], f"{CHANGED}val_loop.batch_progress"
+    assert not recorder.results["on_train_batch_start"], f"{CHANGED}a training epoch that only lacks its validation"
 
 
 def test_validated_batches_and_scheduler_steps_can_be_set(trainer: Any) -> None:
-    made = trainer()
-    loop = made.fit_loop.epoch_loop
-    lightning_internals.set_validated_batches(made, 3)
+    new_trainer = trainer()
+    loop = new_trainer.fit_loop.epoch_loop
+    lightning_internals.set_validated_batches(new_trainer, 3)
     total = loop.val_loop.batch_progress.total
     assert (total.ready, total.started, total.processed, total.completed) == (3, 3, 3, 3), f"{CHANGED}progress"
-    lightning_internals.count_scheduler_step(made)
+    lightning_internals.count_scheduler_step(new_trainer)
     assert loop.scheduler_progress.total.completed == 1, f"{CHANGED}epoch_loop.scheduler_progress"
 
 
-def test_the_state_of_a_loop_is_what_a_checkpoint_has_of_it(trainer: Any, tmp_path: Path) -> None:
-    spy = Spy(on_train_start=lightning_internals.loop_state)
-    made = fitted(trainer, spy, max_epochs=1)
-    made.save_checkpoint(tmp_path / "x.ckpt")
+def test_loop_state_has_the_form_of_a_checkpoint(trainer: Any, tmp_path: Path) -> None:
+    recorder = Recorder(on_train_start=lightning_internals.loop_state)
+    fit_trainer = run_fit(trainer, recorder, max_epochs=1)
+    fit_trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["loops"]["fit_loop"]
-    (state,) = spy.seen["on_train_start"]
+    (state,) = recorder.results["on_train_start"]
     assert state.keys() == {"fit_loop"}, f"{CHANGED}the names of the loops"
     assert state["fit_loop"].keys() == saved.keys(), f"{CHANGED}the loops' state in a checkpoint"
     assert lightning_internals.loop_state(trainer()) == {}
 
 
-def test_the_training_loader_is_known_before_training(trainer: Any) -> None:
-    loader, spy = Data().train_dataloader(), Spy(on_fit_start=lightning_internals.training_loader)
-    trainer(spy, max_epochs=1).fit(Tiny(), loader, loader)
-    assert spy.seen["on_fit_start"] == [loader], f"{CHANGED}fit_loop.setup_data()"
+def test_training_loader_is_available_before_training(trainer: Any) -> None:
+    loader, recorder = TinyData().train_dataloader(), Recorder(on_fit_start=lightning_internals.training_loader)
+    trainer(recorder, max_epochs=1).fit(TinyModel(), loader, loader)
+    assert recorder.results["on_fit_start"] == [loader], f"{CHANGED}fit_loop.setup_data()"
 
 
-def test_what_gives_the_validation_loader_is_known(trainer: Any) -> None:
-    data, spy = Data(), Spy(on_train_start=lightning_internals.validation_data)
-    trainer(spy, max_epochs=1).fit(Tiny(), datamodule=data)
-    assert spy.seen["on_train_start"] == [data], f"{CHANGED}_data_source"
+def test_validation_data_is_the_data_module_or_the_loader(trainer: Any) -> None:
+    data, recorder = TinyData(), Recorder(on_train_start=lightning_internals.validation_data)
+    trainer(recorder, max_epochs=1).fit(TinyModel(), datamodule=data)
+    assert recorder.results["on_train_start"] == [data], f"{CHANGED}_data_source"
     loader = data.train_dataloader()
-    spy = Spy(on_train_start=lightning_internals.validation_data)
-    trainer(spy, max_epochs=1).fit(Tiny(), loader, loader)
-    assert spy.seen["on_train_start"] == [loader], f"{CHANGED}_data_source"
+    recorder = Recorder(on_train_start=lightning_internals.validation_data)
+    trainer(recorder, max_epochs=1).fit(TinyModel(), loader, loader)
+    assert recorder.results["on_train_start"] == [loader], f"{CHANGED}_data_source"
 
 
 def test_subprocesses_are_released() -> None:
     launcher = subprocess_script._SubprocessScriptLauncher(None, 1, 1)  # type: ignore[arg-type]
     launcher.procs.append("a process")  # type: ignore[arg-type]
-    made: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
-    assert lightning_internals.release_subprocesses(made) == ["a process"], f"{CHANGED}launcher.procs"
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    assert lightning_internals.release_subprocesses(trainer) == ["a process"], f"{CHANGED}launcher.procs"
     assert launcher.procs == [], f"{CHANGED}launcher.procs"
     assert lightning_internals.release_subprocesses(SimpleNamespace(strategy=SimpleNamespace(launcher=None))) == []
 
 
 @pytest.mark.parametrize("after_training", [True, False])
-def test_when_early_stopping_checks_is_known(trainer: Any, after_training: bool) -> None:
+def test_time_of_early_stopping_checks_is_known(trainer: Any, after_training: bool) -> None:
     stopping = EarlyStopping("val", check_on_train_epoch_end=after_training)
-    fitted(trainer, stopping, max_epochs=1)
+    run_fit(trainer, stopping, max_epochs=1)
     assert lightning_internals.checks_after_training_epoch(stopping) is after_training, f"{CHANGED}EarlyStopping"
 
 
-def test_early_stopping_can_be_asked_about_a_value() -> None:
+def test_early_stopping_can_be_evaluated_for_a_value() -> None:
     stopping = EarlyStopping("val", patience=1, mode="min")
-    answers = [lightning_internals.would_stop(stopping, value) for value in (1.0, 0.5, 0.7)]
-    assert answers == [False, False, True], f"{CHANGED}EarlyStopping._evaluate_stopping_criteria()"
+    decisions = [lightning_internals.would_stop(stopping, value) for value in (1.0, 0.5, 0.7)]
+    assert decisions == [False, False, True], f"{CHANGED}EarlyStopping._evaluate_stopping_criteria()"
 
 
-def test_a_module_without_a_trainer_has_none(trainer: Any) -> None:
-    module, made = Tiny(), trainer(max_epochs=1)
+def test_attached_trainer_is_none_without_a_trainer(trainer: Any) -> None:
+    module, fit_trainer = TinyModel(), trainer(max_epochs=1)
     assert lightning_internals.attached_trainer(module) is None, f"{CHANGED}LightningModule.trainer"
-    made.fit(module, datamodule=Data())
-    assert lightning_internals.attached_trainer(module) is made
+    fit_trainer.fit(module, datamodule=TinyData())
+    assert lightning_internals.attached_trainer(module) is fit_trainer
 
 
-# --- nothing else uses what is private or undocumented
+# --- no other module uses private or undocumented Lightning API
 
-#: The modules that may.
-HOME = {"project.runtime.lightning_internals", "project.runtime.lightning_cli"}
-#: Attributes without an underscore that Lightning does not document.
+#: Modules that may use it.
+WRAPPERS = {f"project.runtime.{name}" for name in ("lightning_internals", "lightning_cli", "jsonargparse_internals")}
+#: Undocumented attributes without an underscore.
 UNDOCUMENTED = {
     *("fit_loop", "validate_loop", "test_loop", "predict_loop", "epoch_loop", "val_loop", "launcher", "procs"),
     *("batch_progress", "epoch_progress", "scheduler_progress", "val_check_batch", "restarting"),
 }
-#: Private names of other libraries, or of the standard library.
-OTHERS = {
+#: Private names of other libraries and the standard library.
+OTHER_LIBRARIES = {
     "_strip_protocol",
     "_asdict",
     "_replace",
@@ -274,51 +278,59 @@ OTHERS = {
 
 
 def modules() -> list[str]:
-    found = [module.name for module in pkgutil.walk_packages(project.__path__, "project.")]
-    return [name for name in found if name not in HOME and name != "project.__main__"]
+    names = [module.name for module in pkgutil.walk_packages(project.__path__, "project.")]
+    return [name for name in names if name not in WRAPPERS and name != "project.__main__"]
 
 
 def private_of_lightning(kind: type) -> set[str]:
-    """Private names of the Lightning classes that a class inherits from, those that they set in methods included."""
-    found: set[str] = set()
+    """Private names that a class inherits from Lightning classes, including attributes set in methods."""
+    names: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.startswith(("lightning.", "jsonargparse.")):
-            found |= {name for name in vars(base) if name.startswith("_") and not name.startswith("__")}
+            names |= {name for name in vars(base) if name.startswith("_") and not name.startswith("__")}
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-            found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_of_self(node)}
-    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+            names |= {
+                node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self_attribute(node)
+            }
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
-def is_of_self(node: ast.Attribute) -> bool:
+def is_self_attribute(node: ast.Attribute) -> bool:
     value = node.value
     is_super = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
     return is_super or (isinstance(value, ast.Name) and value.id in ("self", "cls"))
 
 
 def uses(tree: ast.AST, module: Any) -> list[str]:
-    """Private and undocumented names of Lightning that a module's source uses."""
-    found = []
+    """Private and undocumented Lightning names in a module's source."""
+    names_used = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            private = node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in OTHERS
-            if (private and not is_of_self(node)) or node.attr in UNDOCUMENTED:
-                found.append(node.attr)
+            is_private = (
+                node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in OTHER_LIBRARIES
+            )
+            if (is_private and not is_self_attribute(node)) or node.attr in UNDOCUMENTED:
+                names_used.append(node.attr)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in UNDOCUMENTED:
-            found.append(node.value)
+            names_used.append(node.value)
         if isinstance(node, ast.ClassDef) and module is not None:
             kind = getattr(module, node.name, None)
             inherited = private_of_lightning(kind) if isinstance(kind, type) else set()
-            names = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute) and is_of_self(each)}
-            names |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
-            found += names & inherited
-    return found
+            names = {
+                child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute) and is_self_attribute(child)
+            }
+            names |= {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
+            names_used += names & inherited
+    return names_used
 
 
 @pytest.mark.parametrize("name", modules())
-def test_private_lightning_is_used_in_one_place(name: str) -> None:
+def test_private_lightning_api_is_used_in_one_place_only(name: str) -> None:
     module = importlib.import_module(name)
-    found = uses(ast.parse(inspect.getsource(module) or "pass"), module)
-    assert not found, f"{name} uses {', '.join(found)}: put a function into project/runtime/lightning_internals.py"
+    names_used = uses(ast.parse(inspect.getsource(module) or "pass"), module)
+    assert not names_used, (
+        f"{name} uses {', '.join(names_used)}: add a function to project/runtime/lightning_internals.py"
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +343,7 @@ def test_private_lightning_is_used_in_one_place(name: str) -> None:
         "class Stop(EarlyStopping):\n    def look(self):\n        return self._check_on_train_epoch_end",
     ],
 )
-def test_the_search_finds_what_it_looks_for(source: str) -> None:
+def test_search_finds_private_names(source: str) -> None:
     scope: dict[str, Any] = {"EarlyStopping": EarlyStopping}
     if source.startswith("class"):
         exec(source, scope)

@@ -1,4 +1,4 @@
-"""State of the process is as it was, whatever a command does to it."""
+"""Process-wide state is restored after a command."""
 
 import logging
 import os
@@ -20,7 +20,9 @@ LOGGER = "lightning.pytorch.utilities.rank_zero"
 
 @pytest.fixture
 def state() -> Callable[[], dict[str, Any]]:
-    def look() -> dict[str, Any]:
+    """Reads the process-wide state that commands may change."""
+
+    def read() -> dict[str, Any]:
         return {
             "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
             "socket timeout": socket.getdefaulttimeout(),
@@ -33,11 +35,11 @@ def state() -> Callable[[], dict[str, Any]]:
             "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         }
 
-    return look
+    return read
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_all_of_it_is_set_and_restored(state: Callable[[], dict[str, Any]], fails: bool) -> None:
+def test_all_state_is_set_and_restored(state: Callable[[], dict[str, Any]], fails: bool) -> None:
     before = state()
     try:
         with process_state(
@@ -49,18 +51,18 @@ def test_all_of_it_is_set_and_restored(state: Callable[[], dict[str, Any]], fail
             log_levels={LOGGER: logging.ERROR},
             stdout_errors="backslashreplace",
         ):
-            within = state()
+            inside = state()
             os.environ["SET_BY_A_LIBRARY"] = "1"
-            warnings.warn("nonsense", stacklevel=1)  # an error, if it were not ignored
+            warnings.warn("nonsense", stacklevel=1)  # pytest raises it unless it is ignored
             if fails:
                 raise KeyError
     except KeyError:
         assert fails
-    assert not [name for name in before if name not in ("showwarning", "signals") and before[name] == within[name]]
+    assert not [name for name in before if name not in ("showwarning", "signals") and before[name] == inside[name]]
     assert state() == before
 
 
-def test_log_messages_are_dropped_by_a_part_of_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_messages_are_dropped_by_substring(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("project.test")
     with process_state(ignored_records={"project.test": "try installing"}):
         logger.warning("try installing this")
@@ -69,18 +71,18 @@ def test_log_messages_are_dropped_by_a_part_of_them(caplog: pytest.LogCaptureFix
     assert [record.message for record in caplog.records] == ["something else", "try installing that"]
 
 
-@pytest.mark.parametrize("verb", ["fit", "predict", "check", "wrong"])
-def test_main_leaves_the_process_as_it_was(
+@pytest.mark.parametrize("verb", ["fit", "predict", "check", "user error"])
+def test_main_restores_the_process_state(
     run: Path, photos: Path, weights: Path, state: Callable[[], dict[str, Any]], verb: str
 ) -> None:
     small = ["--model.weights", str(weights), "--data.root", str(photos), "--data.num_workers", "0"]
-    saved = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
-    lines = {
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
+    commands = {
         "fit": ["fit", "--model.backbone", "resnet18", *small, "--model.image_size", "32", "--trainer.max_epochs", "1"],
-        "predict": ["predict", *saved, *small, "--data.predict", str(photos / "test")],
+        "predict": ["predict", *checkpoint, *small, "--data.predict", str(photos / "test")],
         "check": ["check", "--data.root", str(photos)],
-        "wrong": ["fit", "--no_such_flag", "1"],
+        "user error": ["fit", "--no_such_flag", "1"],
     }
     before = state()
-    assert main(lines[verb]) == {"check": 1, "wrong": 2}.get(verb, 0)
+    assert main(commands[verb]) == {"check": 1, "user error": 2}.get(verb, 0)
     assert state() == before

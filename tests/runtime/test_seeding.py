@@ -1,42 +1,42 @@
-"""What is random is drawn again the same way at the same place, whatever was drawn before."""
+"""Random draws depend on their key only, not on earlier draws."""
 
 import random
 
 import numpy as np
 import torch
 
-from project.runtime.seeding import reseed, seed_at
+from project.runtime.seeding import derive_seed, reseed
 
 CPU = torch.device("cpu")
 
 
-def drawn() -> list[float]:
+def draw() -> list[float]:
     return [*torch.rand(3).tolist(), *np.random.rand(3).tolist(), random.random()]
 
 
-def test_what_is_drawn_at_a_place_depends_on_the_place_alone() -> None:
+def test_draws_depend_only_on_the_key() -> None:
     reseed(CPU, 7, "step", 2, 31, 0)
-    first = drawn()
-    drawn()
+    first = draw()
+    draw()
     reseed(CPU, 7, "step", 2, 31, 0)
-    assert drawn() == first
+    assert draw() == first
     reseed(CPU, 7, "step", 2, 32, 0)
-    assert not set(drawn()) & set(first)
+    assert not set(draw()) & set(first)
 
 
-def test_torch_draws_what_it_would_with_manual_seed() -> None:
+def test_torch_draws_equal_those_of_manual_seed() -> None:
     reseed(CPU, 7, "step", 0, 0, 0)
-    ours = torch.rand(5)
-    torch.manual_seed(seed_at(7, "step", 0, 0, 0))
-    assert torch.equal(torch.rand(5), ours)
+    values = torch.rand(5)
+    torch.manual_seed(derive_seed(7, "step", 0, 0, 0))
+    assert torch.equal(torch.rand(5), values)
 
 
-def test_places_are_told_apart() -> None:
-    places = [
+def test_different_keys_give_different_seeds() -> None:
+    keys = [
         (seed, "step", epoch, batch, rank)
         for seed in (0, 1)
         for epoch in (0, 1, 11)
         for batch in (0, 1)
         for rank in (0, 1)
     ]
-    assert len({seed_at(*place) for place in places}) == len(places)
+    assert len({derive_seed(*key) for key in keys}) == len(keys)

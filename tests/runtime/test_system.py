@@ -1,4 +1,4 @@
-"""What a process may use: the container's memory rather than the host's."""
+"""Memory limits of containers, and positioned reads."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from project.runtime.system import memory_limit, read_at
 GB = 2**30
 
 
-def machine(root: Path, groups: str, limits: dict[str, str]) -> Path:
-    """A machine's files: the groups of this process, and what limits them."""
+def write_cgroup_files(root: Path, groups: str, limits: dict[str, str]) -> Path:
+    """Write the files of control groups: those of this process, and their limits."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)
     for path, limit in limits.items():
@@ -35,22 +35,22 @@ def machine(root: Path, groups: str, limits: dict[str, str]) -> Path:
         ("0::/\n", {}, 64 * GB),
     ],
 )
-def test_the_least_limit_of_the_groups_counts(
+def test_lowest_limit_of_the_control_groups_applies(
     groups: str, limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system, "_physical_memory", lambda: 64 * GB)
-    assert memory_limit(machine(tmp_path, groups, limits)) == expected
+    assert memory_limit(write_cgroup_files(tmp_path, groups, limits)) == expected
 
 
-def test_without_control_groups_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_control_groups_the_machines_memory_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "_physical_memory", lambda: 64 * GB)
     assert memory_limit(tmp_path) == 64 * GB
     assert 0 < memory_limit() <= 64 * GB
 
 
-@pytest.mark.parametrize("positioned", [True, False])
-def test_a_file_is_read_from_a_place(positioned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not positioned:
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_file_is_read_at_an_offset(has_preadv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_preadv:
         monkeypatch.delattr("os.preadv", raising=False)
     path = tmp_path / "file"
     path.write_bytes(bytes(range(10)))

@@ -1,4 +1,4 @@
-"""Labelled images: what every source of them gives, classes and samples in splits."""
+"""Base class of sources: labelled images, classes and splits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from project.errors import DataError
 
-#: Names that people give to a split.
+#: Accepted names of a split, in lower case, and the split that each means.
 SPLITS = {
     **{"train": "train", "training": "train", "trainval": "train"},
     **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
@@ -22,9 +22,9 @@ class Sample(NamedTuple):
     """One labelled image.
 
     Attributes:
-        name: The file's path, or another name that tells it from all others.
-        label: Index into the source's classes.
-        group: Images of one group, such as those of one patient, are never put on two sides of a split.
+        name: Path of the file, or another name that is unique in the source.
+        label: Index into the classes of the source.
+        group: Images of one group, such as those of one patient, are never divided between splits.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Sample(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that is to be known of a source's data.
+    """A result of checking the data.
 
     Attributes:
-        level: ``refused``: nothing can be trained on it; ``problem``: it would spoil a result; ``note``: good to know.
-        kind: What sort of thing, in a word or two.
-        text: What, where, and how to mend it.
-        names: The samples or files that it is about.
+        level: ``refused``: training is impossible; ``problem``: results would be wrong; ``note``: for information.
+        kind: Category, in a word or two.
+        text: What is wrong, where, and how to fix it.
+        names: The samples or files concerned.
     """
 
     level: Literal["refused", "problem", "note"]
@@ -49,43 +49,43 @@ class Finding(NamedTuple):
 
 
 class Source(ABC):
-    """Labelled images, some of them already in splits.
+    """Labelled images, optionally divided into splits.
 
-    A constructor takes arguments and reads nothing. :meth:`prepare` reads the folder, table or index, once;
-    :attr:`classes`, :attr:`splits` and :attr:`findings` call it when they are read before it. Data that cannot be
-    trained on does not fail there: what is wrong is in :attr:`findings`, so that ``check`` reports all of it, and
-    :meth:`require` refuses it.
+    A constructor stores its arguments and does no I/O. :meth:`prepare` reads the folder, table or index, once;
+    the first access to :attr:`classes`, :attr:`splits` or :attr:`findings` calls it. Data that cannot be trained on
+    does not raise there: it is recorded in :attr:`findings`, so that ``check`` can report everything, and
+    :meth:`require` raises.
 
-    A subclass defines :meth:`_prepare`, which sets the three attributes; or sets them in its constructor.
+    A subclass implements :meth:`_prepare`, which sets these three attributes, or sets them in its constructor.
     """
 
-    #: Names the data in folders of runs. Cheap: it reads no image, table or index.
+    #: Name of the data in run folders. It is known without reading the data.
     name: str
-    #: Names of the classes, in the order of their indices.
+    #: Class names in the order of their indices.
     classes: tuple[str, ...]
-    #: By ``train``, ``val`` and ``test``; a source without splits of its own has ``train`` alone.
+    #: Samples by ``train``, ``val`` and ``test``; ``train`` alone if the data has no splits.
     splits: Mapping[str, list[Sample]]
-    #: What is known of the data before any image is read.
+    #: Findings that need no image to be read.
     findings: tuple[Finding, ...]
     _is_prepared = False
 
     def prepare(self) -> None:
-        """Read the folder, table or index. Later calls return at once.
+        """Read the folder, table or index. Later calls have no effect.
 
         Raises:
-            DataError: It does not exist, or cannot be read.
+            DataError: The data does not exist or cannot be read.
         """
         if not self._is_prepared:
             self._prepare()
             self._is_prepared = True
 
-    def _prepare(self) -> None:  # noqa: B027 - a source may set its attributes in its constructor
+    def _prepare(self) -> None:  # noqa: B027 - not abstract: a constructor may set the attributes instead
         """Set :attr:`classes`, :attr:`splits` and, if there are any, :attr:`findings`."""
 
-    if not TYPE_CHECKING:  # where it would give every name a type
+    if not TYPE_CHECKING:  # for a type checker, every attribute would exist
 
         def __getattr__(self, name: str) -> Any:
-            """Prepare, for an attribute that is not set yet."""
+            """Prepare the source on the first access to an attribute that :meth:`_prepare` sets."""
             if name == "findings" and self._is_prepared:
                 return ()
             if name not in ("classes", "splits", "findings") or self._is_prepared:
@@ -95,55 +95,59 @@ class Source(ABC):
 
     @property
     def decoder(self) -> type[Source]:
-        """The class whose :meth:`decode` and :meth:`read` make the images."""
+        """The class whose :meth:`decode` produces the images."""
         return type(self)
 
     @abstractmethod
     def content(self, sample: Sample) -> bytes:
-        """The bytes that a sample's image is made from: two samples with the same bytes have the same image.
+        """Read the encoded bytes of a sample. Samples with equal bytes have equal images. Thread-safe.
 
-        Like :meth:`decode`, it is called from several threads at once.
+        Raises:
+            DataError: The sample is missing or cannot be read.
         """
 
     @abstractmethod
     def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
-        """Make the image, in RGB, of a sample from its bytes.
+        """Decode a sample to an upright RGB image. Thread-safe.
 
         Args:
-            content: The bytes.
-            sample: Whose they are.
-            min_size: Pixels that the shorter side needs, if fewer than it has will do; 0 for all.
+            content: Result of :meth:`content`.
+            sample: The sample.
+            min_size: Smallest shorter side to decode to, in pixels; 0 decodes at full size.
+
+        Raises:
+            DataError: The content is truncated, or not an image.
         """
 
     def stamp(self, sample: Sample) -> str | None:
-        """What changes whenever :meth:`content` does, told without reading it; ``None`` where nothing does."""
+        """A value that changes whenever :meth:`content` does, without reading it; ``None`` if there is none."""
         return None
 
     def digest(self, sample: Sample) -> bytes | None:
-        """SHA-256 of :meth:`content`, where it is known without reading it."""
+        """SHA-256 of :meth:`content` if it is known without reading it, else ``None``."""
         return None
 
-    def prefetch(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources have nothing to do
-        """Be told which samples are read next, for a source whose reads are better under way all at once."""
+    def prefetch(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - most sources do not prefetch
+        """Start to read the next samples in the background. A hint: sources with fast reads ignore it."""
 
     def read(self, sample: Sample, min_size: int = 0) -> Image.Image:
-        """Read the image of a sample, in RGB: :meth:`content`, then :meth:`decode`."""
+        """Read a sample as an RGB image: :meth:`content`, then :meth:`decode`."""
         return self.decode(self.content(sample), sample, min_size)
 
     def require(self) -> None:
-        """Prepare, and refuse data that nothing can be trained on.
+        """Prepare the source, and raise if the data cannot be trained on.
 
         Raises:
-            DataError: With the first such finding, and how many more there are.
+            DataError: With the first finding of level ``refused`` and the number of further ones.
         """
         self.prepare()
         refused = [finding for finding in self.findings if finding.level == "refused"]
         if refused:
-            more = f"\nand {len(refused) - 1} more: see all with python -m project check" if len(refused) > 1 else ""
+            more = f"\nand {len(refused) - 1} more: list all with python -m project check" if len(refused) > 1 else ""
             raise DataError(refused[0].text + more)
 
 
-#: Decoders that have moved, by where they are: the names that keys of rows and the index of images have for them.
+#: Old paths of decoders that have moved. They are part of the keys of stored features and of the image index.
 MOVED_DECODERS = {
     "project.data.sources.digits.Digits.decode": "project.data.sources.Digits.decode",
     "project.data.sources.files.Encoded.decode": "project.data.sources.Encoded.decode",
@@ -151,14 +155,14 @@ MOVED_DECODERS = {
 
 
 def decoder_name(source: Source) -> str:
-    """What tells the decoder of a source from others that make other images of the same bytes."""
+    """Name of the decoder of a source. Sources with the same decoder make the same image of the same bytes."""
     decode = source.decoder.decode
     name = f"{decode.__module__}.{decode.__qualname__}"
     return MOVED_DECODERS.get(name, name)
 
 
-def quote_names(names: Iterable[str], most: int = 5) -> str:
-    """The first few of some names, quoted, and how many more there are."""
-    listed = [repr(name) for name in names]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+def quote_names(names: Iterable[str], limit: int = 5) -> str:
+    """Quote the first ``limit`` names and append the number of further ones, for a message."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
+    return ", ".join(quoted[:limit]) + more

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries."""
+"""The handwritten digits of scikit-learn as a source."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from project.errors import DataError
 
 
 class Digits(Source):
-    """The 1,797 handwritten digits that scikit-learn carries (UCI, 8 x 8 pixels): real data without a download.
+    """The 1,797 handwritten digits of scikit-learn (UCI, 8 x 8 pixels), a real data set without a download.
 
-    Each is set on a margin of its own background, as the classes of ImageNet do not fill their images to the edge
-    either, and the centre crop would cut strokes off.
+    A margin is added because the digits fill their images to the edge, unlike the objects of ImageNet: the centre crop
+    would cut strokes off.
 
     Args:
-        margin: Pixels of background added on each side.
+        margin: Black pixels added on each side.
     """
 
     name = "digits"
@@ -27,21 +27,19 @@ class Digits(Source):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise DataError(
-                "The built-in digits come with scikit-learn. Install it: pip install scikit-learn"
-            ) from error
+            raise DataError("The digits data set needs scikit-learn: pip install scikit-learn") from error
         digits = load_digits()
         self.classes = tuple(str(name) for name in digits.target_names)
         self.splits = {"train": [Sample(f"digits/{i:04d}", int(label)) for i, label in enumerate(digits.target)]}
         self._pixels = (digits.images * (255 / 16)).astype("uint8")
 
     def content(self, sample: Sample) -> bytes:
-        """The digit's pixels, behind the width of its margin."""
+        """The margin as one byte, then the pixels of the digit."""
         pixels: bytes = self._pixels[int(sample.name.rpartition("/")[2])].tobytes()
         return bytes([self._margin]) + pixels
 
     def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
-        """Draw a digit, white on black, in RGB."""
+        """Decode a digit to an RGB image, white on black."""
         digit = Image.frombytes("L", self._pixels.shape[:0:-1], content[1:])
         canvas = Image.new("RGB", (digit.width + 2 * self._margin, digit.height + 2 * self._margin))
         canvas.paste(digit.convert("RGB"), (self._margin, self._margin))

@@ -1,4 +1,4 @@
-"""From what names data to the source of it."""
+"""Create a source from a path, a data set of torchvision, or a factory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from project.data.sources.manifest import TABLES, Manifest
 from project.data.sources.torchvision import Torchvision
 from project.data.sources.torchvision_reader import bound_class
 
-#: What the parser makes of a class named as ``source`` is a factory, the first of these: an error of a class that it
-#: made itself would come with those of all the other types.
+#: ``Callable`` comes first, so that jsonargparse parses a class path as a factory. If it instantiated the class while
+#: parsing, an error of the constructor would be reported together with the mismatches of all the other types.
 SourceArgument: TypeAlias = Callable[[], Source | VisionDataset] | Source | VisionDataset
 
 
 def open_source(given: str | SourceArgument | None) -> Source | None:
-    """The source of some data; ``None`` of none.
+    """Create a source; ``None`` if nothing is given.
 
     Args:
-        given: A folder of classes or a table, by its path; a source; a data set of torchvision; or what makes either.
-
-    Raises:
-        DataError: It is not there, or cannot be read.
+        given: Path of an image folder or a table; a source; a data set of torchvision; or a factory of either.
     """
     if given is None or isinstance(given, Source):
         return given
     if not isinstance(given, str):
         kind = None if isinstance(given, VisionDataset) else bound_class(given)
         return given() if isinstance(kind, type) and issubclass(kind, Source) else Torchvision(given)
-    table = Path(given).suffix.lower() in TABLES and not Path(given).is_dir()
-    return Manifest(given) if table else Folder(given)
+    is_table = Path(given).suffix.lower() in TABLES and not Path(given).is_dir()
+    return Manifest(given) if is_table else Folder(given)

@@ -1,4 +1,4 @@
-"""Images that are encoded as files: what sources of such images share."""
+"""Base classes of sources whose images are encoded as image files."""
 
 from __future__ import annotations
 
@@ -14,50 +14,59 @@ from project.data.sources.findings import class_findings, name_findings
 
 
 class Encoded(Source):
-    """Images whose content is that of an image file, wherever it comes from."""
+    """Images whose content is the bytes of an image file, from wherever they are read."""
 
     def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
-        """Decode a file, upright and in RGB; a :class:`~project.errors.DataError` names one that cannot be."""
+        """See :func:`~project.data.image_io.decode_image`."""
         return decode_image(content, sample.name, min_size)
 
 
 class Files(Encoded):
-    """Images that are files; a sample's name is the path of its own."""
+    """Image files on disk. The name of a sample is its path."""
 
     def content(self, sample: Sample) -> bytes:
-        """Read a file; a :class:`~project.errors.DataError` names one that cannot be read."""
+        """Read the file."""
         return read_bytes(sample.name)
 
     def stamp(self, sample: Sample) -> str | None:
-        """Size, time of the last change, and inode of the file."""
+        """Size, modification time and inode of the file."""
         return stamp(sample.name)
 
 
 class PublishedDataset(Encoded):
-    """Labelled images of a set that others have made."""
+    """Base class of sources that read published data sets."""
 
-    def _take(
+    def _set_samples(
         self,
         rows: Mapping[str, Sequence[tuple[str, Any]]],
-        word: Callable[[Any], str],
+        class_name: Callable[[Any], str],
         findings: Sequence[Finding] = (),
     ) -> None:
-        """Take names and labels by split, ``None`` for no label. Classes are the labels that occur, in their order."""
-        labels = sorted({label for found in rows.values() for _, label in found if label is not None})
-        words = [word(label) for label in labels]
-        often = Counter(words)  # ImageNet has two kinds of crane, and two of maillot
-        self.classes = tuple(w if often[w] == 1 else f"{w} ({label})" for w, label in zip(words, labels, strict=True))
+        """Set classes, splits and findings from the name and label of each image by split.
+
+        Images with label ``None`` are skipped. The classes are the labels that occur, sorted; equal names get the
+        label as a suffix.
+        """
+        labels = sorted({label for split_rows in rows.values() for _, label in split_rows if label is not None})
+        names = [class_name(label) for label in labels]
+        occurrences = Counter(names)  # ImageNet has two classes "crane", and two "maillot"
+        self.classes = tuple(
+            name if occurrences[name] == 1 else f"{name} ({label})" for name, label in zip(names, labels, strict=True)
+        )
         index = {label: number for number, label in enumerate(labels)}
-        splits = {
-            split: [Sample(name, index[label]) for name, label in found if label is not None]
-            for split, found in rows.items()
+        samples = {
+            split: [Sample(name, index[label]) for name, label in split_rows if label is not None]
+            for split, split_rows in rows.items()
         }
-        bare = {split: len(found) - len(splits[split]) for split, found in rows.items()}
-        self.splits = {split: samples for split, samples in splits.items() if samples or split == "train"}
-        unlabelled = [
-            Finding("note", "no label", f"{count} images of {split} have no label, and are left out.")
-            for split, count in bare.items()
-            if count
+        self.splits = {split: members for split, members in samples.items() if members or split == "train"}
+        unlabeled = [
+            Finding("note", "no label", f"{count} images of {split} have no label and are skipped.")
+            for split in rows
+            if (count := len(rows[split]) - len(samples[split]))
         ]
-        listed = class_findings(f"data.source: {self.name}", self.classes, self.splits)
-        self.findings = (*findings, *unlabelled, *listed, *name_findings(self.classes, published=True))
+        self.findings = (
+            *findings,
+            *unlabeled,
+            *class_findings(f"data.source: {self.name}", self.classes, self.splits),
+            *name_findings(self.classes, published=True),
+        )

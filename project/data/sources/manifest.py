@@ -12,17 +12,21 @@ from typing import Any
 
 from project.data.sources.base import SPLITS, Finding, Sample, quote_names
 from project.data.sources.files import Files
-from project.data.sources.findings import class_findings, name_findings
+from project.data.sources.findings import class_findings, name_findings, train_spelling
 from project.errors import DataError
+
+COLUMNS = ("path", "label", "split", "group")
+#: Separators of the table formats by file suffix; ``None`` for Parquet.
+TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".parquet": None, ".pq": None}
 
 
 class Manifest(Files):
-    """A table of images: columns ``path`` and ``label``, and if you like ``split`` and ``group``.
+    """A table of images with the columns ``path``, ``label`` and optionally ``split`` and ``group``.
 
-    Paths are relative to the table's folder. A row without a split is for all splits to be held out of, as train is.
+    Paths are relative to the folder of the table. A row without a split belongs to train.
 
     Args:
-        path: A CSV, TSV or Parquet file.
+        path: Path of a CSV, TSV or Parquet file.
     """
 
     def __init__(self, path: str) -> None:
@@ -31,61 +35,67 @@ class Manifest(Files):
 
     def _prepare(self) -> None:
         file = self._file
-        rows = _read_table(file)
         findings: list[Finding] = []
         bad: dict[str, list[str]] = defaultdict(list)
-        taken: dict[str, tuple[int, str]] = {}
+        seen: dict[str, tuple[int, str]] = {}
         entries: list[tuple[str, str, str, str]] = []
-        for number, row in rows:
+        for number, row in _read_table(file):
             where, label = f"row {number}", row["label"]
             split = SPLITS.get(row["split"].strip().lower() or "train")
             name = str(file.parent / row["path"])
             if not row["path"] or not label:
                 bad["has no path or no label"].append(where)
             elif split is None:
-                bad[f"has a split that is none of {', '.join(SPLITS)}"].append(f"{where}: {row['split']!r}")
-            elif name in taken:
-                first, other = taken[name]
-                alike = "again" if other == label else f"as {label!r}, and as {other!r} in row {first}"
-                bad["has an image that another row has"].append(f"{where}: {row['path']} {alike}")
+                bad[f"has a split that is not one of {', '.join(SPLITS)}"].append(f"{where}: {row['split']!r}")
+            elif name in seen:
+                first, first_label = seen[name]
+                labels = "again" if first_label == label else f"as {label!r}, but as {first_label!r} in row {first}"
+                bad["repeats an image of another row"].append(f"{where}: {row['path']} {labels}")
             else:
-                taken[name] = number, label
+                seen[name] = number, label
                 entries.append((name, label, split, row["group"]))
-        for what, places in bad.items():
-            text = f"data.root: {file}: {len(places)} rows: each {what}. Mend or remove {quote_names(places)}."
-            findings.append(Finding("refused", "bad row", text, tuple(places)))
-        self.classes = tuple(sorted({label for _, label, _, _ in entries}))
+        for reason, rows in bad.items():
+            text = f"data.root: {file}: {len(rows)} rows, each {reason}. Correct or remove {quote_names(rows)}."
+            findings.append(Finding("refused", "bad row", text, tuple(rows)))
+        labels_of: dict[str, set[str]] = defaultdict(set)
+        for _, label, split, _ in entries:
+            labels_of[split].add(label)
+        spelling = train_spelling(labels_of)
+        self.classes = tuple(sorted({name for split_names in spelling.values() for name in split_names.values()}))
         index = {label: number for number, label in enumerate(self.classes)}
         splits: dict[str, list[Sample]] = {"train": []}
         for name, label, split, group in entries:
-            splits.setdefault(split, []).append(Sample(name, index[label], group))
+            splits.setdefault(split, []).append(Sample(name, index[spelling[split][label]], group))
         self.splits = splits
-        listed = class_findings(f"data.root: {file}", self.classes, splits)
-        self.findings = (*findings, *listed, *name_findings(self.classes), *_parted_groups(splits))
+        self.findings = (
+            *findings,
+            *class_findings(f"data.root: {file}", self.classes, splits),
+            *name_findings(self.classes),
+            *_group_findings(splits),
+        )
 
 
-def _parted_groups(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
-    where: dict[str, set[str]] = defaultdict(set)
+def _group_findings(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
+    """Find groups that are in several splits."""
+    splits_of: dict[str, set[str]] = defaultdict(set)
     for split, samples in splits.items():
         for sample in samples:
             if sample.group:
-                where[sample.group].add(split)
-    parted = [group for group, parts in where.items() if len(parts) > 1]
-    if parted:
-        text = f"{len(parted)} groups are in two splits, so what is measured was trained on: {quote_names(parted)}."
-        names = tuple(sample.name for part in splits.values() for sample in part if sample.group in set(parted))
+                splits_of[sample.group].add(split)
+    divided = {group: None for group, names in splits_of.items() if len(names) > 1}
+    if divided:
+        text = (
+            f"{len(divided)} groups are in more than one split, so evaluation data overlaps training data: "
+            f"{quote_names(divided)}."
+        )
+        names = tuple(sample.name for samples in splits.values() for sample in samples if sample.group in divided)
         yield Finding("problem", "group in two splits", text, names)
 
 
-COLUMNS = ("path", "label", "split", "group")
-#: Endings of the names of tables.
-TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".parquet": None, ".pq": None}
-
-
 def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows with their numbers in the file, of which the header is 1."""
+    """Yield the rows with their numbers; the header is row 1."""
     if not file.is_file():
-        raise DataError(f"data.root: there is no table {file}.")
+        raise DataError(f"data.root: table {file} does not exist.")
     separator = TABLES[file.suffix.lower()]
     try:
         names, rows = _read_parquet(file) if separator is None else _read_text(file, separator)
@@ -93,47 +103,37 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise DataError(f"data.root: {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except (OSError, csv.Error) as error:
         raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
-    columns = {name.strip().lower(): index for index, name in enumerate(names)}
-    twice = [name for name in COLUMNS if sum(other.strip().lower() == name for other in names) > 1]
-    if twice:
-        raise DataError(f"data.root: {file} has two columns {twice[0]}. Keep one.")
-    lacking = [name for name in ("path", "label") if name not in columns]
-    if lacking:
+    normalized = [name.strip().lower() for name in names]
+    repeated = next((name for name in COLUMNS if normalized.count(name) > 1), None)
+    if repeated:
+        raise DataError(f"data.root: {file} has two columns named {repeated}. Keep one.")
+    missing = [name for name in ("path", "label") if name not in normalized]
+    if missing:
         raise DataError(
-            f"data.root: {file} has no column {' and no '.join(lacking)}: it has {quote_names(names) or 'none'}. "
-            "The first row names the columns: path,label, and if you like split and group."
+            f"data.root: {file} has no column named {' or '.join(missing)}, only {quote_names(names) or 'none'}. "
+            "The header has to name the columns path, label and optionally split and group."
         )
+    columns = {name: normalized.index(name) for name in COLUMNS if name in normalized}
     for number, values in enumerate(rows, 2):
         if len(values) > len(names):
             raise DataError(
-                f"data.root: {file}: row {number} has {len(values)} fields, and the first row {len(names)}. "
-                "Quote what has a comma in it."
+                f"data.root: {file}: row {number} has {len(values)} fields, but the header has {len(names)}. "
+                "Quote fields that contain a comma."
             )
         if any(values):
-            yield (
-                number,
-                {
-                    name: values[columns[name]] if name in columns and columns[name] < len(values) else ""
-                    for name in COLUMNS
-                },
-            )
+            row = {name: values[column] for name, column in columns.items() if column < len(values)}
+            yield number, {name: row.get(name, "") for name in COLUMNS}
 
 
 def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
     content = file.read_bytes()
     encoding = "utf-8-sig"
-    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as UTF-16 does
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first, as BOM_UTF16_LE is a prefix of it
         encoding = "utf-32"
-    elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what a spreadsheet calls Unicode
+    elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # "Unicode text" of spreadsheets
         encoding = "utf-16"
-    rows = list(
-        csv.reader(
-            io.StringIO(content.decode(encoding), newline=""),
-            delimiter=separator,
-            skipinitialspace=True,
-            strict=True,
-        )
-    )
+    text = io.StringIO(content.decode(encoding), newline="")
+    rows = list(csv.reader(text, delimiter=separator, skipinitialspace=True, strict=True))
     return (rows[0], rows[1:]) if rows else ([], [])
 
 
@@ -146,11 +146,11 @@ def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
         table: Any = parquet.read_table(file)
     except ArrowException as error:
         raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
-    columns = [[_text(value) for value in column.to_pylist()] for column in table.columns]
+    columns = [[_as_text(value) for value in column.to_pylist()] for column in table.columns]
     return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
 
 
-def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN, as pandas writes what is missing
+def _as_text(value: Any) -> str:
+    if value is None or value != value:  # pandas writes missing values as NaN
         return ""
     return value.decode() if isinstance(value, bytes) else str(value)

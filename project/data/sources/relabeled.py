@@ -1,4 +1,4 @@
-"""The images of a source under other labels: a second task on the same features."""
+"""A source with other labels: a second task on the same stored features."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from PIL import Image
 
 from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.findings import class_findings
-from project.errors import DataError, nearest
+from project.errors import DataError, did_you_mean
 
 
 class Relabeled(Source):
-    """The classes of a source, put together into groups.
+    """A source whose classes are merged into groups.
 
-    The images stay the same to the byte, so stored features of them are reused.
+    The image bytes do not change, so stored features are reused.
 
     Args:
-        source: Has the images; it is not changed.
-        groups: Name of each new class, and the classes that it is made of. Images of all others are left out.
+        source: The source of the images. It is not changed.
+        groups: The classes of each new class, by its name. Images of all other classes are skipped.
 
     Raises:
         DataError: A class is in two groups.
@@ -26,23 +26,25 @@ class Relabeled(Source):
 
     def __init__(self, source: Source, groups: Mapping[str, Sequence[str]]) -> None:
         members = [name for names in groups.values() for name in names]
-        twice = sorted({name for name in members if members.count(name) > 1})
-        if twice:
-            raise DataError(f"Classes in more than one group: {quote_names(twice)}.")
+        repeated = sorted({name for name in members if members.count(name) > 1})
+        if repeated:
+            raise DataError(f"Classes in more than one group: {quote_names(repeated)}.")
         self._source = source
         self._groups = groups
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name of the source, and of the groups."""
+        """Names of the source and of the groups, joined by hyphens."""
         return "-".join([self._source.name, *self._groups])
 
     def _prepare(self) -> None:
         source = self._source
-        for name in (name for names in self._groups.values() for name in names):
-            if name not in source.classes:
-                raise DataError(f"{source.name} has no class {name!r}. {nearest(name, source.classes)}")
-        label = {source.classes.index(name): at for at, names in enumerate(self._groups.values()) for name in names}
+        label: dict[int, int] = {}
+        for group_label, names in enumerate(self._groups.values()):
+            for name in names:
+                if name not in source.classes:
+                    raise DataError(f"{source.name} has no class {name!r}. {did_you_mean(name, source.classes)}")
+                label[source.classes.index(name)] = group_label
         self.classes = tuple(self._groups)
         self.splits = {
             split: [sample._replace(label=label[sample.label]) for sample in samples if sample.label in label]
@@ -52,32 +54,32 @@ class Relabeled(Source):
 
     @property
     def decoder(self) -> type[Source]:
-        """That of the source: its stored features are those of these images."""
+        """The decoder of the source, so that both have the same stored features."""
         return self._source.decoder
 
     def content(self, sample: Sample) -> bytes:
-        """As the source."""
+        """See :meth:`Source.content`."""
         return self._source.content(sample)
 
     def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
-        """As the source."""
+        """See :meth:`Source.decode`."""
         return self._source.decode(content, sample, min_size)
 
     def read(self, sample: Sample, min_size: int = 0) -> Image.Image:
-        """As the source."""
+        """See :meth:`Source.read`."""
         return self._source.read(sample, min_size)
 
     def stamp(self, sample: Sample) -> str | None:
-        """As the source."""
+        """See :meth:`Source.stamp`."""
         return self._source.stamp(sample)
 
     def digest(self, sample: Sample) -> bytes | None:
-        """As the source."""
+        """See :meth:`Source.digest`."""
         return self._source.digest(sample)
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
-        """As the source."""
+        """See :meth:`Source.prefetch`."""
         self._source.prefetch(samples)
 
 
-regrouped = Relabeled  # the name in notebooks of before
+regrouped = Relabeled  # former name, used in notebooks

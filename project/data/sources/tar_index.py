@@ -1,4 +1,4 @@
-"""What is in a tar shard, and where: found in one pass over it as a stream, and kept."""
+"""Index of tar shards: name, position, label and digest of each image, built in one pass and cached on disk."""
 
 from __future__ import annotations
 
@@ -16,31 +16,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from project.data.sources.remote import fetch, located, reading, stamp
+from project.data.sources.remote import convert_errors, fetch, open_filesystem, stamp
 from project.errors import DataError
-from project.runtime.atomic_write import replacing
+from project.runtime.atomic_write import atomic_write
 
-VERSION = 1  # of what is kept
-#: Of an image: where its bytes are in the tar file, which of the labels it has, and the SHA-256 of its bytes.
+VERSION = 1  # of the index files
+#: An image: position of its bytes in the tar file, index into the labels of the shard, and SHA-256 of its bytes.
 ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<u4"), ("digest", "V32")])
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+#: First bytes of compressed files.
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
-META = re.compile(r"__[^/]*__($|/)")  # members with which webdataset notes something on the shard
-#: A member's key and extensions: everything up to the first dot of its file name, and what follows. As webdataset.
+METADATA = re.compile(r"__[^/]*__($|/)")  # members in which webdataset stores metadata of the shard
+#: Key and extensions of a member, divided at the first dot of its file name, as webdataset does.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
-Image = tuple[str, int, int, bytes]
-"""Name of the member, offset, size, digest."""
+
+class ImageMember(NamedTuple):
+    """An image in a tar file: name of its member, position of its bytes, and their SHA-256."""
+
+    name: str
+    offset: int
+    size: int
+    digest: bytes
 
 
 class Member(NamedTuple):
     """A member of a tar file.
 
     Attributes:
-        name: Its name.
-        key: Its name up to the extensions: the same for all members of a sample.
-        suffix: Its extensions, in lower case.
-        content: An :data:`Image`, the bytes of a label, or ``None`` for other members.
+        name: Full name.
+        key: Name without the extensions; equal for all members of a sample.
+        suffix: Extensions in lower case.
+        content: An :class:`ImageMember`, the bytes of a label, or ``None`` for other members.
     """
 
     name: str
@@ -51,13 +58,13 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardContents:
-    """What is in a shard.
+    """Index of a shard.
 
     Attributes:
-        rows: One an image, in order, of :data:`ROW`.
-        names: Of the members that the images are.
-        labels: Each once, as it is written; rows have indices of them.
-        bad: Samples that are left out: by what is wrong with them, their keys.
+        rows: The images in order, of dtype :data:`ROW`.
+        names: Member names of the images.
+        labels: Distinct labels, as they are written.
+        bad: Keys of the bad samples by what is wrong with them.
     """
 
     rows: np.ndarray
@@ -65,83 +72,84 @@ class ShardContents:
     labels: list[str]
     bad: Mapping[str, list[str]]
 
-    def pack(self, mark: str) -> bytes:
-        """As bytes that know whether they are whole, and which state of the shard they are of."""
-        head = {"mark": mark, "names": self.names, "labels": self.labels, "bad": self.bad}
-        body = json.dumps(head).encode() + b"\n" + self.rows.tobytes()
+    def to_bytes(self, mark: str) -> bytes:
+        """Serialize with a checksum and ``mark``, the state of the shard that was indexed."""
+        header = {"mark": mark, "names": self.names, "labels": self.labels, "bad": self.bad}
+        body = json.dumps(header).encode() + b"\n" + self.rows.tobytes()
         return hashlib.sha256(body).digest() + body
 
     @classmethod
-    def unpack(cls, packed: bytes, mark: str) -> ShardContents | None:
-        """The reverse; ``None`` if they are damaged, or of another state of the shard."""
-        digest, body = packed[:32], packed[32:]
+    def from_bytes(cls, content: bytes, mark: str) -> ShardContents | None:
+        """Deserialize; ``None`` if the content is damaged, or of another state of the shard."""
+        digest, body = content[:32], content[32:]
         if hashlib.sha256(body).digest() != digest:
             return None
-        head, _, rows = body.partition(b"\n")
-        told = json.loads(head)
-        if told.pop("mark") != mark:
+        header_bytes, _, rows = body.partition(b"\n")
+        header = json.loads(header_bytes)
+        if header.pop("mark") != mark:
             return None
-        return cls(np.frombuffer(rows, ROW), **told)
+        return cls(np.frombuffer(rows, ROW), **header)
 
 
 @dataclass(frozen=True)
 class ShardIndexer:
-    """Finds what is in shards.
+    """Builds and caches the indices of shards.
 
     Attributes:
-        image: Extensions of the member of a sample that is the image; the first that it has is taken.
-        label: Extension of the member that is the label.
-        folder: Where it is kept what has been found.
+        image: Extensions of the image; the first that a sample has is used.
+        label: Extension of the label.
+        folder: Folder of the index files.
     """
 
     image: tuple[str, ...]
     label: str
     folder: Path
 
-    def kept(self, url: str) -> ShardContents | None:
-        """What is known of a shard as it is now; nothing of one that cannot be had, as reading it will tell."""
+    def load(self, url: str) -> ShardContents | None:
+        """Load the cached index of a shard; ``None`` if it is missing, damaged or out of date."""
         try:
-            mark = stamp(url)
-            if mark is None:  # it may have changed
+            state = stamp(url)
+            if state is None:  # changes of the shard cannot be detected
                 return None
-            return ShardContents.unpack(self._file(url).read_bytes(), self._mark(mark))
-        except (DataError, OSError):  # OSError: mostly none is kept yet; another reason comes back when one is written
+            return ShardContents.from_bytes(self._index_file(url).read_bytes(), self._mark(state))
+        except (DataError, OSError):  # building the index reports an error of the shard, or of the index file
             return None
 
-    def read(self, url: str) -> tuple[ShardContents, OSError | None]:
-        """Read a shard once, as a stream, and keep what is found.
+    def build(self, url: str) -> tuple[ShardContents, OSError | None]:
+        """Index a shard by reading it once as a stream, and cache the index.
 
         Returns:
-            What is in it; and why that cannot be kept, if so.
+            The index, and the error if it cannot be cached.
 
         Raises:
-            DataError: There is no such shard, or it is damaged, cut off or compressed.
+            DataError: The shard does not exist, or is damaged, truncated or compressed.
         """
-        mark = stamp(url)
-        with reading(url):
-            found = self._scan(url)
-        if mark is None:
-            return found, None
-        if stamp(url) != mark:
-            raise DataError(f"data.source: {url} was changed while it was read. Run again when it is written.")
+        state = stamp(url)
+        with convert_errors(url):
+            contents = self._scan(url)
+        if state is None:
+            return contents, None
+        if stamp(url) != state:
+            raise DataError(f"data.source: {url} changed while it was read. Run again when it is complete.")
         try:
-            with replacing(self._file(url)) as temporary:
-                temporary.write_bytes(found.pack(self._mark(mark)))
+            with atomic_write(self._index_file(url)) as temporary:
+                temporary.write_bytes(contents.to_bytes(self._mark(state)))
         except OSError as error:
-            return found, error
-        return found, None
+            return contents, error
+        return contents, None
 
-    def _file(self, url: str) -> Path:
-        files, path = located(url)
-        text = f"{url.rpartition('::')[0]} {files.unstrip_protocol(path)} {self.image} {self.label}"
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.index"
+    def _index_file(self, url: str) -> Path:
+        files, path = open_filesystem(url)
+        key = f"{url.rpartition('::')[0]} {files.unstrip_protocol(path)} {self.image} {self.label}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.index"
 
-    def _mark(self, mark: str) -> str:
-        return f"{VERSION} {mark}"
+    @staticmethod
+    def _mark(state: str) -> str:
+        return f"{VERSION} {state}"
 
     def _scan(self, url: str) -> ShardContents:
         bad: dict[str, list[str]] = defaultdict(list)
-        images: list[Image] = []
+        images: list[ImageMember] = []
         codes: list[int] = []
         labels: dict[str, int] = {}
         seen: set[str] = set()
@@ -149,28 +157,29 @@ class ShardIndexer:
             sample: dict[str, Any] = {}
             for member in members:
                 if member.suffix in sample:
-                    bad["has a member twice, of which the first is taken"].append(member.name)
+                    bad["has a repeated member, of which the first is used"].append(member.name)
                 sample.setdefault(member.suffix, member.content)
-            image = next((sample[name] for name in self.image if name in sample), None)
-            label = self._label(sample.get(self.label))
+            image = next((sample[suffix] for suffix in self.image if suffix in sample), None)
+            label = self._parse_label(sample.get(self.label))
             if key in seen:
-                bad["has the key of another before it"].append(key)
+                bad["has the key of an earlier sample"].append(key)
             elif image is None:
-                bad[f"has no image: no member {' or '.join('.' + name for name in self.image)}"].append(key)
+                bad[f"has no image: no member {' or '.join('.' + suffix for suffix in self.image)}"].append(key)
+            elif self.label not in sample:
+                bad[f"has no label: no member .{self.label}"].append(key)
             elif label is None:
-                what = "no label" if self.label in sample else f"no label: no member .{self.label}"
-                bad[f"has {what}"].append(key)
+                bad["has an empty or invalid label"].append(key)
             else:
                 images.append(image)
                 codes.append(labels.setdefault(label, len(labels)))
             seen.add(key)
         rows = np.zeros(len(images), ROW)
-        for at, (_, offset, size, digest) in enumerate(images):
-            rows[at] = offset, size, codes[at], digest
-        return ShardContents(rows, [image[0] for image in images], list(labels), dict(bad))
+        for index, (image, code) in enumerate(zip(images, codes, strict=True)):
+            rows[index] = image.offset, image.size, code, image.digest
+        return ShardContents(rows, [image.name for image in images], list(labels), dict(bad))
 
-    def _label(self, content: bytes | None) -> str | None:
-        """A label as it is written: a class's number, or its name."""
+    def _parse_label(self, content: bytes | None) -> str | None:
+        """Number or name of a class; ``None`` if the label is missing or invalid."""
         if content is None:
             return None
         try:
@@ -183,45 +192,44 @@ class ShardIndexer:
         return str(value).strip() or None if isinstance(value, str | int) and not isinstance(value, bool) else None
 
     def _members(self, url: str) -> Iterator[Member]:
-        """Members of a tar file that belong to a sample, in order."""
-        files, path = located(url)
+        """Members of a tar file that belong to samples, in order."""
+        files, path = open_filesystem(url)
         last = "its beginning"
         try:
             with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
                 for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it would hold all of them
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                     last = member.name
                     parts = MEMBER.fullmatch(member.name)
-                    if parts is None or META.match(member.name) or not member.isreg() or member.issparse():
+                    if parts is None or METADATA.match(member.name) or not member.isreg() or member.issparse():
                         continue
                     suffix = parts[2].lower()
                     content: Any = None
                     if suffix in self.image:
-                        digest = hashlib.file_digest(_opened(tar, member), "sha256").digest()  # a block at a time
-                        content = member.name, member.offset_data, member.size, digest
+                        digest = hashlib.file_digest(_open_member(tar, member), "sha256").digest()  # reads in blocks
+                        content = ImageMember(member.name, member.offset_data, member.size, digest)
                     elif suffix == self.label:
-                        content = _opened(tar, member).read()
+                        content = _open_member(tar, member).read()
                     yield Member(member.name, parts[1], suffix, content)
                 end = tar.offset
         except tarfile.TarError as error:
-            packing = self._packing(fetch(url, 0, 8))
-            if packing:
+            beginning = fetch(url, 0, 8)
+            compression = next((name for magic, name in MAGIC.items() if beginning.startswith(magic)), None)
+            if compression:
                 raise DataError(
-                    f"data.source: {url} is compressed ({packing}), so that no image can be read by its place in it. "
+                    f"data.source: {url} is compressed ({compression}), so its images cannot be read at random. "
                     "Unpack it to a plain .tar: images are compressed already."
                 ) from error
             raise DataError(
-                f"data.source: {url} is damaged or cut off after {last}: {error}. Fetch it anew."
+                f"data.source: {url} is damaged or truncated after {last}: {error}. Download it again."
             ) from error
-        # Damage behind the first member, and a file that was cut between two, look like the end to tarfile.
+        # tarfile takes damage after the first member, and a file that is cut between two members, for the end.
         if fetch(url, end, end + tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"data.source: {url} is damaged or cut off after {last}: there is no end. Fetch it anew.")
-
-    @staticmethod
-    def _packing(beginning: bytes) -> str | None:
-        return next((name for magic, name in PACKED.items() if beginning.startswith(magic)), None)
+            raise DataError(
+                f"data.source: {url} is damaged or truncated after {last}: it has no end marker. Download it again."
+            )
 
 
-def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    """A regular member, which has content, for reading."""
+def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    """Open a regular member, for which ``extractfile`` never returns ``None``."""
     return tar.extractfile(member)

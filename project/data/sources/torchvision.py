@@ -1,4 +1,4 @@
-"""torchvision's data sets for classification as a source."""
+"""torchvision's classification data sets as a source."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torchvision.datasets import VisionDataset
 from project.data.image_io import read_bytes, stamp
 from project.data.sources.base import Sample
 from project.data.sources.files import PublishedDataset
-from project.data.sources.torchvision_reader import bound_class, class_name, labels_and_paths, open_splits, read_item
+from project.data.sources.torchvision_reader import bound_class, class_name, labels_and_paths, open_splits, read_image
 
 
 class Torchvision(PublishedDataset):
-    """A data set of torchvision, or another one made like them, for classification.
+    """A classification data set of torchvision, or one with the same interface.
 
-    Of a class with an argument ``train`` or ``split`` all splits are taken; if that argument is given another value
-    than its default, that split alone, as train.
+    A class with an argument ``train`` or ``split`` is opened once per split. If that argument is set to a value other
+    than its default, only that split is opened, as train.
 
     Args:
-        dataset: The class, with its arguments bound by :func:`functools.partial`; or a data set, which is all train.
+        dataset: The class, with its arguments bound by :func:`functools.partial`; or an instance, which is all train.
     """
 
     def __init__(self, dataset: Callable[[], VisionDataset] | VisionDataset) -> None:
@@ -33,26 +33,27 @@ class Torchvision(PublishedDataset):
     def _prepare(self) -> None:
         dataset = self._dataset
         opened = {"train": dataset} if isinstance(dataset, VisionDataset) else open_splits(dataset)
+        #: Data set and index of each image that is not a file of its own.
         self._items: dict[str, tuple[VisionDataset, int]] = {}
         rows: dict[str, list[tuple[str, int | None]]] = {}
-        for split, one in opened.items():
-            labels, names = labels_and_paths(one, f"{self.name}/{split}")
+        for split, split_dataset in opened.items():
+            labels, names = labels_and_paths(split_dataset, f"{self.name}/{split}")
             if names is None:
-                names = [f"{self.name}/{split}/{number:05d}" for number in range(len(one))]
-                self._items.update((name, (one, number)) for number, name in enumerate(names))
+                names = [f"{self.name}/{split}/{index:05d}" for index in range(len(split_dataset))]
+                self._items.update((name, (split_dataset, index)) for index, name in enumerate(names))
             rows[split] = list(zip(names, labels, strict=True))
-        self._take(rows, functools.partial(class_name, opened["train"]))
-        del self._dataset  # a factory of the command line cannot be sent to another process
+        self._set_samples(rows, functools.partial(class_name, opened["train"]))
+        del self._dataset  # the command line's factory cannot be pickled
 
     def content(self, sample: Sample) -> bytes:
-        """The bytes of the image's file; of an image that comes from no file of its own, those of a TIFF file."""
+        """Bytes of the image file; an image without a file of its own is encoded as TIFF."""
         if sample.name not in self._items:
             return read_bytes(sample.name)
         file = io.BytesIO()
-        image = read_item(*self._items[sample.name], sample.name)
-        ImageOps.exif_transpose(image).save(file, "TIFF")  # not compressed, and pixels of any kind as they are
+        image = read_image(*self._items[sample.name], sample.name)
+        ImageOps.exif_transpose(image).save(file, "TIFF")  # lossless in every mode
         return file.getvalue()
 
     def stamp(self, sample: Sample) -> str | None:
-        """Size, time of the last change, and inode of the file, where there is one."""
+        """Size, modification time and inode of the file; ``None`` for an image without a file of its own."""
         return None if sample.name in self._items else stamp(sample.name)

@@ -1,4 +1,4 @@
-"""torchvision's data sets for classification: opening their splits, and what they keep of their images."""
+"""Open the splits of a torchvision data set, and read its labels, paths and images."""
 
 from __future__ import annotations
 
@@ -20,223 +20,232 @@ from torchvision.datasets import VisionDataset
 from project.data.sources.base import SPLITS
 from project.errors import DataError
 
-#: Where they keep the labels, and the paths of their files.
-LABELS = ("targets", "_labels", "labels", "y", "samples", "imgs", "_samples")
-PATHS = ("samples", "imgs", "_samples", "_image_files", "_images")
+#: Attributes in which torchvision's data sets store their labels and file paths.
+LABEL_ATTRIBUTES = ("targets", "_labels", "labels", "y", "samples", "imgs", "_samples")
+PATH_ATTRIBUTES = ("samples", "imgs", "_samples", "_image_files", "_images")
 
-#: They may seek in one file, or draw from torch's one generator, so one thread at a time reads their items.
-READING = threading.Lock()
+#: Data sets are not thread-safe: some seek in one shared file or draw from torch's global generator.
+ITEM_LOCK = threading.Lock()
 
 
 def bound_class(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The class or function whose arguments :func:`functools.partial` has bound."""
     if not isinstance(factory, functools.partial):
         return factory
-    # The command line's parser binds the class as the last argument of a function of its own.
+    # jsonargparse binds the class as the last argument of a function of its own.
     return next((part for part in factory.args[::-1] if isinstance(part, type)), factory.func)
 
 
 def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDataset]:
     """Open a data set in all its splits.
 
-    With an argument ``train`` that is train and test; with an argument ``split``, what has one of the usual names. If
-    that argument is given a value other than its default, only that split is opened, as train.
+    A class with an argument ``train`` has train and test; one with an argument ``split`` has those splits whose usual
+    names it accepts. If that argument has a value other than its default, only that split is opened, as train.
 
     Args:
         factory: The class, with its arguments bound by :func:`functools.partial`.
 
     Returns:
-        By ``train`` and, where there are such, ``val`` and ``test``.
+        Data sets by ``train`` and, if they exist, ``val`` and ``test``.
 
     Raises:
-        DataError: It is not there, or cannot be downloaded or read.
+        DataError: The data set does not exist, or cannot be downloaded or read.
     """
     kind = bound_class(factory)
-    given = factory.keywords if isinstance(factory, functools.partial) else {}
-    if isinstance(given.get("root"), str):
-        factory = functools.partial(factory, root=str(Path(given["root"]).expanduser()))
+    bound = factory.keywords if isinstance(factory, functools.partial) else {}
+    if isinstance(bound.get("root"), str):
+        factory = functools.partial(factory, root=str(Path(bound["root"]).expanduser()))
     name = getattr(kind, "__name__", str(kind))
     parameters = _parameters(kind)
-    download = bool(given.get("download")) if "download" in parameters else None
+    download = bool(bound.get("download")) if "download" in parameters else None
 
-    def opened(**which: Any) -> VisionDataset | None:
+    def try_open(arguments: dict[str, Any]) -> VisionDataset | None:
+        """Open a split; ``None`` if the class does not have it."""
         try:
-            found = factory(**which)
-        except Exception as error:  # whatever a class of any package raises
-            # "Unknown value 'val' for argument split": there is no such split.
-            if type(error) is ValueError and "split" in which and repr(which["split"]) in str(error):
+            dataset = factory(**arguments)
+        except Exception as error:  # a data set may raise anything
+            # torchvision's message: Unknown value 'val' for argument split.
+            if type(error) is ValueError and "split" in arguments and repr(arguments["split"]) in str(error):
                 return None
-            raise DataError(f"data.source: {name} {_why(error, download)}") from error
-        if not isinstance(found, VisionDataset) or type(found) is VisionDataset:
-            raise DataError(f"data.source: {name} is no data set. Name one, such as torchvision.datasets.CIFAR10.")
-        return found
+            raise DataError(f"data.source: {name} {_failure(error, download)}") from error
+        if not isinstance(dataset, VisionDataset) or type(dataset) is VisionDataset:
+            raise DataError(
+                f"data.source: {name} is not a torchvision data set. Pass one, such as torchvision.datasets.CIFAR10."
+            )
+        return dataset
 
     key = next((key for key in ("train", "split") if key in parameters), "")
     default = parameters[key].default if key else None
-    ways: dict[str, list[dict[str, Any]]] = {"train": [{}]}
-    if key == "train" and given.get(key, default) == default:
-        ways = {"train": [{key: True}], "test": [{key: False}]}
-    elif key == "split" and given.get(key, default) == default:
-        ways = {split: [{key: word} for word, means in SPLITS.items() if means == split] for split in SPLITS.values()}
-        if default is not inspect.Parameter.empty:
-            ways["train"].append({key: default})
-    with _alone(given.get("root")) if download else contextlib.nullcontext():
-        tried = {
-            split: next((one for way in those if (one := opened(**way)) is not None), None)
-            for split, those in ways.items()
+    candidates: dict[str, list[dict[str, Any]]] = {"train": [{}]}
+    if key == "train" and bound.get(key, default) == default:
+        candidates = {"train": [{key: True}], "test": [{key: False}]}
+    elif key == "split" and bound.get(key, default) == default:
+        candidates = {
+            split: [{key: alias} for alias, meaning in SPLITS.items() if meaning == split] for split in SPLITS.values()
         }
-    if tried["train"] is None:
-        raise DataError(f"data.source: {name} has no split of a usual name to train on. Name one with split.")
-    return {split: one for split, one in tried.items() if one is not None}
+        if default is not inspect.Parameter.empty:
+            candidates["train"].append({key: default})
+    opened: dict[str, VisionDataset] = {}
+    with _download_lock(bound.get("root")) if download else contextlib.nullcontext():
+        for split, attempts in candidates.items():
+            for arguments in attempts:
+                if (dataset := try_open(arguments)) is not None:
+                    opened[split] = dataset
+                    break
+    if "train" not in opened:
+        raise DataError(f"data.source: {name} has no split with a usual name to train on. Select one with split.")
+    return opened
 
 
 @contextlib.contextmanager
-def _alone(root: object) -> Iterator[None]:
-    """One process at a time downloads into a folder; torchvision has no lock, and unpacks half of another's file."""
+def _download_lock(root: object) -> Iterator[None]:
+    """Let one process at a time download into a folder. torchvision has no lock, and unpacks incomplete downloads."""
     from filelock import FileLock
 
-    if not isinstance(root, (str, os.PathLike)):  # none, or what torchvision is to refuse
+    if not isinstance(root, (str, os.PathLike)):  # missing, or an error that torchvision reports
         yield
         return
     folder = Path(root).expanduser()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(folder / ".downloading.lock"))
+            stack.enter_context(FileLock(folder / ".downloading.lock"))
         except OSError as error:
-            if folder.is_dir():  # what is there can be read all the same; what is not, torchvision complains of
-                what = f"{folder} cannot be locked ({error}): have it downloaded by one process at a time."
-                warnings.warn(what, stacklevel=2)
+            if folder.is_dir():  # it may hold the data already; otherwise torchvision reports the error
+                text = f"{folder} cannot be locked ({error}). Download the data set with one process at a time."
+                warnings.warn(text, stacklevel=2)
         yield
 
 
 def _parameters(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, and those that it hands on to the classes that it is made from."""
-    found: dict[str, inspect.Parameter] = {}
+    """Parameters of a class, including those that ``**kwargs`` passes to its base classes."""
+    parameters: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__ if isinstance(kind, type) else (kind,):
-        here = inspect.signature(base).parameters
-        found = {**here, **found}
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in here.values()):
+        own = inspect.signature(base).parameters
+        parameters = {**own, **parameters}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
             break
-    return found
+    return parameters
 
 
-def _why(error: Exception, download: bool | None) -> str:
-    """What is wrong, and how to mend it; ``download`` is whether it was asked for, ``None`` where there is none."""
-    what = " ".join(str(error).replace("You can use download=True to download it", "").split()).rstrip(".")
-    what = what or type(error).__name__
+def _failure(error: Exception, download: bool | None) -> str:
+    """Why a data set cannot be opened, and how to fix it; ``download`` is ``None`` if it has no such argument."""
+    reason = " ".join(str(error).replace("You can use download=True to download it", "").split()).rstrip(".")
+    reason = reason or type(error).__name__
     if isinstance(error, ImportError):
-        return f"needs a package that is not there: {what}. Install it: pip install {error.name}"
+        return f"needs a package that is not installed: {reason}. Install it: pip install {error.name}"
     if download is None or not isinstance(error, (RuntimeError, OSError)):
-        return f"cannot be opened: {what}. Check its arguments, and its files."
+        return f"cannot be opened: {reason}. Check its arguments and its files."
     if download:
-        return f"cannot be downloaded: {what}. Check the network, or put its files under root yourself."
-    return f"cannot be opened: {what}. Add download: true to fetch it, or say with root where it is."
+        return f"cannot be downloaded: {reason}. Check the network, or copy its files to root yourself."
+    return f"cannot be opened: {reason}. Add download: true to download it, or set root to its folder."
 
 
 def labels_and_paths(dataset: VisionDataset, where: str) -> tuple[list[int | None], list[str] | None]:
-    """The labels of a data set and the paths of its files, without reading them where it keeps both.
+    """Labels and file paths of a data set, without reading its images if it stores both.
 
-    What it keeps is taken if the first and the last item of the data set agree with it.
+    Stored labels and paths are used only if they agree with the first and the last item.
 
     Args:
         dataset: The data set, N images.
-        where: What to call it in an error.
+        where: Name of the data set in errors.
 
     Returns:
-        N labels, ``None`` for an image that has none; and N paths, or ``None`` if its images are not just files.
+        N labels, ``None`` for an image without one; and N paths, or ``None`` if the images are not unmodified files.
 
     Raises:
-        DataError: It is not for classification.
+        DataError: The data set is not for classification.
     """
     if getattr(dataset, "transforms", None) is not None:
-        raise DataError(f"data.source: leave out the transforms of {where}: data.augment is what changes images here.")
+        raise DataError(f"data.source: remove the transforms of {where}; use data.augment to augment images.")
     if list(getattr(dataset, "_target_types", ["category"])) != ["category"]:
-        raise DataError(f"data.source: of the target_types of {where} only category is for classification.")
-    labels, paths = _kept_labels(dataset), _kept_paths(dataset)
-    for number in {0, len(dataset) - 1} if len(dataset) else ():
+        raise DataError(f"data.source: the target_types of {where} have to be category for classification.")
+    labels, paths = _stored_labels(dataset), _stored_paths(dataset)
+    for index in {0, len(dataset) - 1} if len(dataset) else ():
         try:
-            item = _item(dataset, number, where)
+            item = _item(dataset, index, where)
         except DataError:
-            continue  # damaged or gone: it is told of when all images are read
-        image, label = _pair(item, where)
-        if labels and labels[number] != label:
+            continue  # a damaged or missing image; reported when all images are read
+        image, label = _image_and_label(item, where)
+        if labels and labels[index] != label:
             labels = None
-        if paths and not _same(paths[number], image):
+        if paths and not _is_file_of(paths[index], image):
             paths = None
     if labels is None:
-        labels = [_pair(_item(dataset, number, where), where)[1] for number in range(len(dataset))]
+        labels = [_image_and_label(_item(dataset, index, where), where)[1] for index in range(len(dataset))]
     return labels, paths
 
 
-def read_item(dataset: VisionDataset, number: int, where: str) -> Image.Image:
-    """An image as the data set gives it; may be called from several threads.
+def read_image(dataset: VisionDataset, index: int, where: str) -> Image.Image:
+    """Read an image of a data set. Thread-safe.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The image cannot be read.
     """
-    return _pair(_item(dataset, number, where), where)[0]
+    return _image_and_label(_item(dataset, index, where), where)[0]
 
 
 def class_name(dataset: VisionDataset, label: int) -> str:
-    """What a data set calls a class; its number, where it has no name."""
+    """Name of a class; its number if the data set does not name it."""
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     if not isinstance(names, (list, tuple)) or label >= len(names):
         return str(label)
     return ", ".join(names[label]) if isinstance(names[label], tuple) else str(names[label])  # ImageNet's synonyms
 
 
-def _kept_labels(dataset: VisionDataset) -> list[int | None] | None:
-    for name in LABELS:
-        kept = getattr(dataset, name, ())
-        with contextlib.suppress(TypeError, LookupError):  # something else goes by that name
-            values = kept.tolist() if hasattr(kept, "tolist") else kept
+def _stored_labels(dataset: VisionDataset) -> list[int | None] | None:
+    for name in LABEL_ATTRIBUTES:
+        stored = getattr(dataset, name, ())
+        with contextlib.suppress(TypeError, LookupError):  # the attribute is something else
+            values = stored.tolist() if hasattr(stored, "tolist") else stored
             labels = [_label(value[1] if isinstance(value, tuple) else value) for value in values]
             if len(labels) == len(dataset):
                 return labels
     return None
 
 
-def _kept_paths(dataset: VisionDataset) -> list[str] | None:
-    for name in PATHS:
-        kept = getattr(dataset, name, None)
-        if isinstance(kept, list):
-            paths = [entry[0] if isinstance(entry, tuple) else entry for entry in kept]
+def _stored_paths(dataset: VisionDataset) -> list[str] | None:
+    for name in PATH_ATTRIBUTES:
+        stored = getattr(dataset, name, None)
+        if isinstance(stored, list):
+            paths = [entry[0] if isinstance(entry, tuple) else entry for entry in stored]
             if all(isinstance(path, (str, Path)) for path in paths) and len(set(paths)) == len(dataset):
                 return list(map(str, paths))
     return None
 
 
 def _label(value: Any) -> int | None:
-    """A class's number; none and a negative one stand for no label."""
+    """Class index of an item; ``None`` and negative values mean unlabeled."""
     return None if value is None or operator.index(value) < 0 else operator.index(value)
 
 
-def _item(dataset: VisionDataset, number: int, where: str) -> Any:
+def _item(dataset: VisionDataset, index: int, where: str) -> Any:
     try:
-        with READING:
-            item = dataset[number]
+        with ITEM_LOCK:
+            item = dataset[index]
             if isinstance(item, tuple) and item and isinstance(item[0], Image.Image):
-                item[0].load()  # some are given as they were opened
+                item[0].load()  # decode within the lock: some data sets return images that are only opened
             return item
-    except Exception as error:  # whatever comes of damaged files
-        raise DataError(f"{where} cannot be read: {str(error) or type(error).__name__}. Mend or remove it.") from error
+    except Exception as error:  # damaged files raise many types
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{where} cannot be read: {reason}. Repair or remove it.") from error
 
 
-def _pair(item: Any, where: str) -> tuple[Image.Image, int | None]:
+def _image_and_label(item: Any, where: str) -> tuple[Image.Image, int | None]:
     with contextlib.suppress(TypeError, ValueError):
         image, label = item
         if isinstance(image, Image.Image):
             return image, _label(label)
     raise DataError(
-        f"data.source: {where} is not for classification: an item of it is {reprlib.repr(item)[:200]}, "
-        "and not an image with the number of its class."
+        f"data.source: {where} is not for classification: an item has to be a PIL image and a class index, "
+        f"not {reprlib.repr(item)[:200]}. Pass another data set."
     )
 
 
-def _same(path: str, image: Image.Image) -> bool:
+def _is_file_of(path: str, image: Image.Image) -> bool:
+    """Whether the file has the pixels of the image."""
     try:
-        with Image.open(path) as own:
-            return own.convert("RGB").tobytes() == image.convert("RGB").tobytes()
-    except OSError:  # not where the data set has the image from
+        with Image.open(path) as stored:
+            return stored.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+    except OSError:
         return False

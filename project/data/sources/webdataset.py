@@ -1,10 +1,10 @@
-"""Sets that are larger than a disk: WebDataset's tar shards as a source."""
+"""WebDataset tar shards as a source, for data sets that are larger than a disk."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,38 +13,39 @@ import numpy as np
 from project.data.sources.base import Finding, Sample, quote_names
 from project.data.sources.files import Files
 from project.data.sources.findings import class_findings, name_findings
-from project.data.sources.remote import ByteRange, RangeReader, expand, folder_name
+from project.data.sources.remote import ByteRange, RangeReader, expand_urls, folder_name
 from project.data.sources.tar_index import ROW, ShardContents, ShardIndexer
 from project.errors import ConfigError, DataError
 from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import environment_rank
 from project.runtime.system import cache_folder, cores
 
-ASKED = 32  # shards at a time whose state is asked for: a store takes its time to answer
+STAMP_THREADS = 32  # a store takes its time to answer
 
 
 class Shards(Files):
-    """Image files in tar shards, local or wherever fsspec finds them, as WebDataset has them.
+    """WebDataset tar shards of image files, local or at any URL that fsspec supports.
 
-    The members of a sample lie one after the other and differ by extension alone: ``0001.jpg``, ``0001.cls``. Each
-    shard is read once as a stream, in order, to find what is in it and where; that is kept in the user's cache folder
-    for as long as the shard does not change. From then on an image is read by its place in its shard, and its SHA-256
-    is known without reading it. In memory an image takes about 200 bytes and the letters of its shard's and member's
-    names, and half as many again while the source is made; nothing else grows with the set.
+    The members of a sample are consecutive and differ only by extension: ``0001.jpg``, ``0001.cls``. Each shard is read
+    once as a stream to build its index, which is cached in the user's cache folder until the shard changes. After that,
+    images are read at random, and their SHA-256 is known without reading them.
 
-    A sample's name is ``SHARD/MEMBER#NUMBER``, its number being its place among all images of the source.
+    An image takes about 200 bytes of memory plus the names of its shard and member, and half as much again while the
+    source is prepared. Nothing else grows with the data set.
+
+    The name of a sample is ``SHARD/MEMBER#NUMBER``, where NUMBER is its index among all images of the source.
 
     Args:
-        train: Shards to train on: ``s3://bucket/train-{0000..0099}.tar``, ``shards/train-*.tar``, or a list of such.
-        val: Shards for validation; without any, images are held out of train, which has to be read once more for it.
-        test: Shards for the test.
-        image: Extensions of the image; the first that a sample has is taken.
-        label: Extension of the label: a file that holds a class's number or its name; if it ends in json, it may have
-            it as ``label``.
-        classes: Names of the classes; labels that are numbers count them from 0. By default the labels themselves.
+        train: Training shards: ``s3://bucket/train-{0000..0099}.tar``, ``shards/train-*.tar``, or a list of patterns.
+        val: Validation shards. Without them, images are held out of train, which reads train once more.
+        test: Test shards.
+        image: Extensions of the image, separated by semicolons; the first that a sample has is used.
+        label: Extension of the label file, which contains the number or the name of the class. A file whose extension
+            ends in json may also contain an object with the key ``label``.
+        classes: Class names; labels that are numbers are indices into them. By default the labels that occur.
 
     Raises:
-        ConfigError: No shards to train on are given.
+        ConfigError: There are no training shards.
     """
 
     def __init__(
@@ -57,85 +58,87 @@ class Shards(Files):
         classes: list[str] | None = None,
     ) -> None:
         if not train:
-            raise ConfigError("data.source: name the shards to train on with train.")
+            raise ConfigError("data.source: no training shards. Pass them with data.source.train.")
         self._train = train
         self._patterns = {"train": train, "val": val, "test": test}
-        self._members = image, label
+        self._extensions = image, label
         self._given_classes = classes
 
     @functools.cached_property
-    def name(self) -> str:  # type: ignore[override]  # cached, so that it can be set as well
-        """Name of the folder of the first shard; only one with a wildcard in it has to be looked up."""
-        with _shards_extra():
+    def name(self) -> str:  # type: ignore[override]  # a cached property can be set too
+        """Name of the folder of the first shard. The folder is listed only if its name has a wildcard."""
+        with _require_extra():
             return folder_name(self._train) or "shards"
 
     def _prepare(self) -> None:
-        with _shards_extra():
-            urls = {split: expand(given) for split, given in self._patterns.items() if given}
-        self._urls = [url for part in urls.values() for url in part]
-        twice = [url for url, count in Counter(self._urls).items() if count > 1]
-        if twice:
-            raise ConfigError(f"data.source: {quote_names(twice)} are named twice. A shard is of one split.")
-        self._parts = RangeReader()
-        image, label = self._members
+        with _require_extra():
+            urls = {split: expand_urls(patterns) for split, patterns in self._patterns.items() if patterns}
+        self._urls = [url for split_urls in urls.values() for url in split_urls]
+        repeated = [url for url, count in Counter(self._urls).items() if count > 1]
+        if repeated:
+            raise ConfigError(f"data.source: shards are given twice: {quote_names(repeated)}. List each shard once.")
+        self._reader = RangeReader()
+        image, label = self._extensions
         extensions = tuple(part.strip().lstrip(".").lower() for part in image.split(";") if part.strip(" ."))
         indexer = ShardIndexer(extensions, label.strip().lstrip(".").lower(), cache_folder() / "shards")
-        contents, bad = _contents(indexer, self._urls)
-        self._starts = np.cumsum([0, *(len(one.rows) for one in contents)])
-        self._rows = np.concatenate([one.rows for one in contents])
-        self.classes = tuple(self._given_classes or _classes({label for one in contents for label in one.labels}))
-        self._fill(urls, contents, bad)
+        shards, shard_findings = _index_shards(indexer, self._urls)
+        self._starts = np.cumsum([0, *(len(shard.rows) for shard in shards)])
+        self._rows = np.concatenate([shard.rows for shard in shards])
+        self.classes = tuple(self._given_classes or _sort_labels({label for shard in shards for label in shard.labels}))
+        self._set_samples(urls, dict(zip(self._urls, shards, strict=True)), shard_findings)
 
-    def _fill(self, urls: dict[str, list[str]], contents: Sequence[ShardContents], bad: Iterable[Finding]) -> None:
-        """Make the samples and the findings."""
-        index = {name: number for number, name in enumerate(self.classes)}
-        left_out: dict[str, list[str]] = defaultdict(list)
+    def _set_samples(
+        self, urls: Mapping[str, Sequence[str]], shards: Mapping[str, ShardContents], shard_findings: Iterable[Finding]
+    ) -> None:
+        """Set splits and findings, given the URLs of each split and the index of each URL."""
+        class_index = {name: number for number, name in enumerate(self.classes)}
+        bad: dict[str, list[str]] = defaultdict(list)
         unknown: dict[str, list[str]] = defaultdict(list)
         splits: dict[str, list[Sample]] = {}
         number = 0
-        each = iter(zip(self._urls, contents, strict=True))
-        for split, part in urls.items():
+        for split, split_urls in urls.items():
             splits[split] = []
-            for url, one in (next(each) for _ in part):
-                for what, keys in one.bad.items():
-                    left_out[what] += [f"{url}/{key}" for key in keys]
-                labels = [_number(label, index) for label in one.labels]
-                for name, code in zip(one.names, one.rows["label"].tolist(), strict=True):
+            for url in split_urls:
+                shard = shards[url]
+                for reason, keys in shard.bad.items():
+                    bad[reason] += [f"{url}/{key}" for key in keys]
+                labels = [_label_index(label, class_index) for label in shard.labels]
+                for name, code in zip(shard.names, shard.rows["label"].tolist(), strict=True):
                     label = labels[code]
                     if label is None:
-                        unknown[one.labels[code]].append(f"{url}/{name}")
+                        unknown[shard.labels[code]].append(f"{url}/{name}")
                     else:
                         splits[split].append(Sample(f"{url}/{name}#{number}", label))
                     number += 1
         self.splits = splits
         self.findings = (
-            *bad,
-            *_findings(left_out, unknown, self.classes),
-            *_mixed(self.classes),
+            *shard_findings,
+            *_sample_findings(bad, unknown, self.classes),
+            *_label_findings(self.classes),
             *class_findings("data.source", self.classes, splits),
             *name_findings(self.classes),
         )
 
     def content(self, sample: Sample) -> bytes:
-        """Read an image's bytes out of its shard; a :class:`~project.errors.DataError` names one that cannot be."""
-        url, begin, end = self._part(sample)
-        content = self._parts.read(url, begin, end)
+        """Read the bytes of an image out of its shard."""
+        url, begin, end = self._byte_range(sample)
+        content = self._reader.read(url, begin, end)
         if len(content) != end - begin:
-            raise DataError(f"{sample.name} ends too soon: its shard was changed since it was indexed. Run again.")
+            raise DataError(f"{sample.name} is truncated: its shard has changed since it was indexed. Run again.")
         return content
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
-        """Begin to read images that are not on this machine, all at once."""
-        self._parts.prefetch(map(self._part, samples))
+        """Start to read remote images in the background."""
+        self._reader.prefetch(map(self._byte_range, samples))
 
     def digest(self, sample: Sample) -> bytes:
-        """What the index has."""
+        """SHA-256 of the image, from the index."""
         return bytes(self._rows["digest"][self._row(sample)])
 
     def stamp(self, sample: Sample) -> None:
-        """None is needed, as the digest is known."""
+        """``None``: :meth:`digest` makes it unnecessary."""
 
-    def _part(self, sample: Sample) -> ByteRange:
+    def _byte_range(self, sample: Sample) -> ByteRange:
         row = self._row(sample)
         url = self._urls[int(np.searchsorted(self._starts, row, side="right")) - 1]
         begin = int(self._rows["offset"][row])
@@ -147,95 +150,98 @@ class Shards(Files):
 
 
 @contextmanager
-def _shards_extra() -> Iterator[None]:
-    """Name the extra whose packages are missing."""
+def _require_extra() -> Iterator[None]:
+    """Convert a missing package to an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("braceexpand", "fsspec"):  # the client of a store
+        if error.name not in ("braceexpand", "fsspec"):  # a missing client of a store is reported elsewhere
             raise
         raise DataError(f"Tar shards need {error.name}: pip install 'frozen-backbone[shards]'") from error
 
 
-NOTHING = ShardContents(np.zeros(0, ROW), [], [], {})
+EMPTY = ShardContents(np.zeros(0, ROW), [], [], {})
 
 
-def _contents(indexer: ShardIndexer, urls: Sequence[str]) -> tuple[list[ShardContents], list[Finding]]:
-    """What is in each shard: what is kept, if it is known; or else it is read, once. And which cannot be."""
-    with ThreadPoolExecutor(ASKED) as pool:
-        known = dict(zip(urls, pool.map(indexer.kept, urls), strict=True))
-    lacking = [url for url in urls if known[url] is None]
-    if lacking:
-        print_rank_zero(f"Shards: {len(lacking)} of {len(urls)} are read once, to find what is in them")
-    # Processes that torchrun or a cluster has started begin at shards of their own, and find what others have kept.
-    rank, size = environment_rank()
-    at = len(lacking) * rank // size
+def _index_shards(indexer: ShardIndexer, urls: Sequence[str]) -> tuple[list[ShardContents], list[Finding]]:
+    """Load the cached index of each shard, or build it. A shard that cannot be read is empty and has a finding."""
+    with ThreadPoolExecutor(STAMP_THREADS) as pool:
+        indices = dict(zip(urls, pool.map(indexer.load, urls), strict=True))
+    missing = [url for url in urls if indices[url] is None]
+    if missing:
+        print_rank_zero(f"Shards: {len(missing)} of {len(urls)} are read once to build their index")
+    # Ranks that torchrun or a cluster has launched start at different shards, and load what others have indexed.
+    rank, world_size = environment_rank()
+    start = len(missing) * rank // world_size
+    order = missing[start:] + missing[:start]
     findings: dict[str, Finding] = {}
-    refusals: list[OSError] = []
+    cache_errors: list[OSError] = []
 
-    def read(url: str) -> ShardContents:
+    def load_or_build(url: str) -> ShardContents:
         try:
-            found = indexer.kept(url) if size > 1 else None
-            if found is None:
-                found, refusal = indexer.read(url)
-                refusals.extend([refusal] if refusal else [])
-            return found
+            contents = indexer.load(url) if world_size > 1 else None
+            if contents is None:
+                contents, cache_error = indexer.build(url)
+                cache_errors.extend([cache_error] if cache_error else [])
+            return contents
         except DataError as error:
             findings[url] = Finding("refused", "bad shard", str(error), (url,))
-            return NOTHING
+            return EMPTY
 
     with progress_counter("Shards") as show, ThreadPoolExecutor(cores()) as pool:
-        turn = lacking[at:] + lacking[:at]
-        for done, (url, found) in enumerate(zip(turn, pool.map(read, turn), strict=True), 1):
-            known[url] = found
-            show(done, len(turn))
-    if refusals:
-        print_rank_zero(f"Shards: what was found is not kept, and has to be found again in each run: {refusals[0]}")
-    return [known[url] or NOTHING for url in urls], [findings[url] for url in urls if url in findings]
+        for done, (url, contents) in enumerate(zip(order, pool.map(load_or_build, order), strict=True), 1):
+            indices[url] = contents
+            show(done, len(order))
+    if cache_errors:
+        print_rank_zero(f"Shards: the index cannot be cached and is rebuilt in each run: {cache_errors[0]}")
+    return [indices[url] or EMPTY for url in urls], [findings[url] for url in urls if url in findings]
 
 
-def _classes(labels: Iterable[str]) -> list[str]:
-    """Classes in order: by number, if all are numbers."""
+def _sort_labels(labels: Iterable[str]) -> list[str]:
+    """Sort labels numerically if all are integers, else alphabetically."""
     labels = list(labels)
-    return sorted(labels, key=int) if all(map(_is_number, labels)) else sorted(labels)
+    return sorted(labels, key=int) if all(map(_is_integer, labels)) else sorted(labels)
 
 
-def _is_number(label: str) -> bool:
+def _is_integer(label: str) -> bool:
     return len(label) < 10 and label.removeprefix("-").isdecimal()
 
 
-def _number(label: str, index: dict[str, int]) -> int | None:
-    """The class that a label is of: the one of that name, or else of that number."""
-    if label in index:
-        return index[label]
-    return int(label) if _is_number(label) and 0 <= int(label) < len(index) else None
+def _label_index(label: str, class_index: Mapping[str, int]) -> int | None:
+    """Index of the class with this name, or else with this number; ``None`` if there is none."""
+    if label in class_index:
+        return class_index[label]
+    return int(label) if _is_integer(label) and 0 <= int(label) < len(class_index) else None
 
 
-def _mixed(classes: Sequence[str]) -> Iterator[Finding]:
-    """Labels that can hardly all be meant as classes."""
-    numbers = [name for name in classes if _is_number(name)]
+def _label_findings(classes: Sequence[str]) -> Iterator[Finding]:
+    """Find labels that are unlikely to be classes."""
+    numbers = [name for name in classes if _is_integer(name)]
     if 0 < len(numbers) < len(classes):
-        words = [name for name in classes if not _is_number(name)]
-        text = f"Some labels are numbers ({quote_names(numbers)}), others words ({quote_names(words)}): twice the same?"
+        words = [name for name in classes if not _is_integer(name)]
+        text = (
+            f"Some labels are numbers ({quote_names(numbers)}), others are names ({quote_names(words)}). "
+            "Check that each class has one label."
+        )
         yield Finding("problem", "mixed labels", text)
     if len({int(name) for name in numbers}) < len(numbers):
-        yield Finding("problem", "mixed labels", f"Of the labels {quote_names(numbers)} some are the same number.")
+        text = f"Some of the labels {quote_names(numbers)} are the same number. Write each number in one way."
+        yield Finding("problem", "mixed labels", text)
     if any(int(name) < 0 for name in numbers):
-        yield Finding(
-            "problem", "negative label", f"A label below 0 is a class here: {quote_names(numbers)}. Is it for no label?"
-        )
+        text = f"A negative label is a class here: {quote_names(numbers)}. Remove the samples if it means no label."
+        yield Finding("problem", "negative label", text)
 
 
-def _findings(
-    left_out: dict[str, list[str]], unknown: dict[str, list[str]], classes: Sequence[str]
+def _sample_findings(
+    bad: Mapping[str, Sequence[str]], unknown: Mapping[str, Sequence[str]], classes: Sequence[str]
 ) -> Iterator[Finding]:
-    for what, names in left_out.items():
-        text = f"data.source: {len(names)} samples are skipped or incomplete: each {what}: {quote_names(names)}."
+    for reason, names in bad.items():
+        text = f"data.source: {len(names)} samples are skipped or incomplete; each {reason}: {quote_names(names)}."
         yield Finding("problem", "bad sample", text, tuple(names))
     if unknown:
-        names = [name for part in unknown.values() for name in part]
+        names = [name for members in unknown.values() for name in members]
         text = (
-            f"data.source: {len(names)} samples have a label that is none of the {len(classes)} classes: "
-            f"{quote_names(unknown)}. Add it to classes, or mend {quote_names(names)}."
+            f"data.source: {len(names)} samples have a label that is not one of the {len(classes)} classes: "
+            f"{quote_names(unknown)}. Add it to classes, or correct {quote_names(names)}."
         )
         yield Finding("refused", "unknown class", text, tuple(names))

@@ -1,11 +1,11 @@
-"""Measure the project on one GPU, in at most eight minutes, and print one table.
+"""GPU benchmark: measures the project on one GPU in at most eight minutes and prints one table.
 
     python -m tests.benchmarks.gpu --photographs DIR --json gpu.json
 
-``DIR`` holds ``{train,val}/CLASS/*.jpg``; its images are repeated under other names until there are enough to decode.
-Each section is a process of its own with a time limit: one that fails or takes too long is reported, keeps the figures
-that it has measured, and the others run. Without a card everything runs small on the CPU, in one process, to show that
-the script works; such figures are no measurement.
+``DIR`` contains ``{train,val}/CLASS/*.jpg``; its images are repeated under other names until there are enough to
+decode. Each section runs in a process of its own with a time limit. A section that fails or times out is reported and
+keeps the figures measured so far; the others still run. Without a GPU, a smoke test runs all sections at small scale on
+the CPU in one process; its figures are not measurements.
 """
 
 from __future__ import annotations
@@ -33,125 +33,122 @@ from tests.benchmarks.gpu.scale import Scale, full, small
 from tests.benchmarks.measure import ROOT
 
 Section = Callable[[Scale, Path, Path, FigureFile], None]
-#: Each section's function, and the seconds that it may take on a card: together less than eight minutes.
+#: Function and time limit in seconds of each section; together less than eight minutes.
 SECTIONS = {
     "extraction": ("extraction.extraction", 105),
     "fit": ("stored_fit.stored_fit", 75),
-    "promises": ("promises.promises", 95),
+    "correctness": ("correctness.correctness", 95),
     "finetune": ("finetune.finetune", 60),
     "inference": ("inference.inference", 20),
     "config": ("shipped_config.shipped_config", 55),
     "finetune_compiled": ("finetune.finetune_compiled", 60),
 }
-TOTAL = 470  # seconds of all sections
+TOTAL = 470  # time limit in seconds of all sections
 
 
 def run_section(name: str, scale: Scale, photographs: Path, work: Path, figures: Path) -> bool:
-    """Run one section; a failure becomes a figure that says why.
+    """Run one section; record a failure as a figure.
 
     Returns:
-        Whether the section ran to its end.
+        Whether the section completed.
     """
     module, _, function = SECTIONS[name][0].partition(".")
-    out, began = FigureFile(figures, name), time.perf_counter()
+    out, start = FigureFile(figures, name), time.perf_counter()
     print(f"== {name}", flush=True)
-    ran = False
-    with out.attempt("the section runs to its end"):
+    completed = False
+    with out.record_failure("section completes"):
         section: Section = getattr(import_module(f"tests.benchmarks.gpu.{module}"), function)
         section(scale, photographs, work / name, out)
-        ran = True
-    out.add("seconds of the section", time.perf_counter() - began, "s")
-    return ran
+        completed = True
+    out.add("section duration", time.perf_counter() - start, "s")
+    return completed
 
 
 def run_sections(
     names: Sequence[str], photographs: Path, work: Path, figures: Path, report: Callable[[], object] = lambda: None
 ) -> None:
-    """Run each section in a process of its own, killed with its children when its time is over.
+    """Run each section in a process of its own, which is killed with its children at its time limit.
 
-    A section may also use the time that those before it have left over.
+    A section may also use the time that earlier sections did not need.
 
     Args:
-        names: Of the sections.
+        names: Names of the sections.
         photographs: ``{train,val}/CLASS/*.jpg``.
-        work: Folder to write to.
-        figures: File that figures are appended to.
+        work: Output folder.
+        figures: File to append figures to.
         report: Called after each section.
     """
-    until = time.monotonic() + min(TOTAL, sum(SECTIONS[name][1] for name in names))
-    for at, name in enumerate(names):
-        later = sum(SECTIONS[each][1] for each in names[at + 1 :])
-        seconds = max(until - time.monotonic() - later, 1)
+    deadline = time.monotonic() + min(TOTAL, sum(SECTIONS[name][1] for name in names))
+    for index, name in enumerate(names):
+        reserved = sum(SECTIONS[later][1] for later in names[index + 1 :])
+        seconds = max(deadline - time.monotonic() - reserved, 1)
         command = [sys.executable, "-m", "tests.benchmarks.gpu", "--photographs", str(photographs)]
         command += ["--only", name, "--figures", str(figures), "--work", str(work)]
         child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        why = ""
+        failure = ""
         try:
             if code := child.wait(seconds):
-                why = f"its process ended with exit code {code}"
+                failure = f"exit code {code}"
         except subprocess.TimeoutExpired:
-            why = f"stopped after {seconds:.0f} s"
+            failure = f"timed out after {seconds:.0f} s"
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-        if why:
-            FigureFile(figures, name).promise("the section's process ends well", False, why)
+        if failure:
+            FigureFile(figures, name).check("section process exits with code 0", False, failure)
         report()
 
 
 def main() -> int:
-    """Measure and print.
+    """Run the sections and print the table.
 
     Returns:
-        Exit code: 0; 1 where a section failed or a promise does not hold.
+        Exit code: 0, or 1 if a section failed or a check does not hold.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=Path, help="{train,val}/CLASS/*.jpg; without a card, noise by default")
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--photographs", type=Path, help="{train,val}/CLASS/*.jpg; without a GPU, default: noise")
+    parser.add_argument("--json", type=Path, help="output file for all figures")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--small", action="store_true", help="run small on the CPU although there is a card")
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)  # of one section: append them here
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # of one section: folder with the photographs
+    parser.add_argument("--small", action="store_true", help="run the CPU smoke test even if there is a GPU")
+    # Internal flags for the process of a single section.
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    has_card = torch.cuda.is_available() and not options.small
-    scale = full(cores()) if has_card else small()
+    has_gpu = torch.cuda.is_available() and not options.small
+    scale = full(cores()) if has_gpu else small()
     if options.figures is not None:
         return 0 if run_section(options.only[0], scale, options.photographs, options.work, options.figures) else 1
-    if has_card and options.photographs is None:
-        parser.error("--photographs is needed")
-    # A killed section may leave a process that still writes.
+    if has_gpu and options.photographs is None:
+        parser.error("--photographs is required on a GPU")
+    # Children of a killed section may still write to the folder while it is removed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work, figures = Path(folder), Path(folder, "figures.jsonl")
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
-        given = options.photographs or generate(work / "noise")
-        photographs = repeat(given, work / "photographs", scale.train, scale.val)
-        if has_card:
+        original = options.photographs or generate(work / "noise")
+        photographs = repeat(original, work / "photographs", scale.train, scale.val)
+        if has_gpu:
             run_sections(options.only, photographs, work, figures, lambda: write_json(options.json, figures, scale))
         else:
-            torch.set_num_threads(1)  # the sections' own processes need the other cores
+            torch.set_num_threads(1)  # the sections start processes that need the other cores
             for name in options.only:
                 run_section(name, scale, photographs, work, figures)
-        found, machine = write_json(options.json, figures, scale)
-    print("\n" + "\n".join(table(found, machine)))
-    failed = [each for each in found if each.holds is False]
-    _report(failed)
+        results, machine = write_json(options.json, figures, scale)
+    print("\n" + "\n".join(table(results, machine)))
+    failed = [figure for figure in results if figure.holds is False]
+    print(f"\n{len(failed)} failed" if failed else "\nAll sections completed, and all checks hold.")
+    for figure in failed:
+        print(f"- {figure.section}: {figure.name}: {figure.note}")
     return 1 if failed else 0
 
 
 def write_json(path: Path | None, figures: Path, scale: Scale) -> tuple[list[Figure], dict[str, str]]:
-    """Write all figures so far, with their machine; after each section, so that nothing is lost when time is over."""
-    found, machine = read_figures(figures), environment(scale.device)
+    """Write all figures so far with the environment; called after each section, so that a later abort loses nothing."""
+    results, machine = read_figures(figures), environment(scale.device)
     if path is not None:
-        path.write_text(json.dumps({"machine": machine, "figures": [asdict(each) for each in found]}, indent=1))
-    return found, machine
-
-
-def _report(failed: Sequence[Figure]) -> None:
-    print(f"\n{len(failed)} failed" if failed else "\nAll sections ran to their end, and every promise holds.")
-    for each in failed:
-        print(f"- {each.section}: {each.name}: {each.note}")
+        path.write_text(json.dumps({"machine": machine, "figures": [asdict(figure) for figure in results]}, indent=1))
+    return results, machine
 
 
 if __name__ == "__main__":

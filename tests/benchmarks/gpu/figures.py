@@ -1,4 +1,4 @@
-"""Measured figures: what was measured, on which machine, and the table and JSON file that they end in."""
+"""Figures of the GPU benchmark, the environment they were measured in, and their table."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LIBRARIES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "jsona
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement.
+    """One measurement or check.
 
     Attributes:
-        section: Section that measured it.
-        name: What was measured.
-        value: The measured value; ``None`` where a measurement failed or was skipped.
+        section: Section of the benchmark.
+        name: Name of the measured quantity or of the check.
+        value: Measured value; ``None`` if the measurement failed or was skipped.
         unit: Unit of the value.
         note: Conditions of the measurement, or the reason for a missing value.
-        holds: Whether a promise holds; ``None`` where the figure is no promise.
+        holds: Whether the check holds; ``None`` for a measurement.
     """
 
     section: str
@@ -38,7 +38,7 @@ class Figure:
     holds: bool | None = None
 
     def text(self) -> str:
-        """The value as a table shows it."""
+        """The value as shown in the table."""
         if self.holds is not None:
             return "holds" if self.holds else "FAILS"
         if self.value is None:
@@ -48,10 +48,10 @@ class Figure:
 
 
 class FigureFile:
-    """Figures as JSON lines in a file, one line a figure, so that a section that is killed keeps what it measured.
+    """A JSON Lines file with one line per figure, so that a killed section keeps the figures measured so far.
 
     Args:
-        path: File that figures are appended to.
+        path: File to append figures to.
         section: Section of the figures.
     """
 
@@ -69,44 +69,47 @@ class FigureFile:
         print(f"  {name}: {figure.text()} {note}", flush=True)
 
     @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """Measure something that may fail: a failure becomes a figure, and what follows is measured all the same."""
+    def record_failure(self, name: str) -> Iterator[None]:
+        """Record an exception in the block as a failed check and continue after the block."""
         try:
             yield
         except Exception as error:  # whatever a compiler, a driver or a fit raises
             traceback.print_exc()
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.promise(name, False, f"{type(error).__name__}: {first[:200]}")
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.check(name, False, f"{type(error).__name__}: {first_line[:200]}")
 
-    def promise(self, name: str, holds: bool, note: str = "") -> None:
-        """Append a promise that holds or does not."""
+    def check(self, name: str, holds: bool, note: str = "") -> None:
+        """Append the result of a check."""
         self.add(name, holds, "", note, holds=holds)
 
 
 def read_figures(path: Path) -> list[Figure]:
-    """Read the figures of a file; a missing file has none."""
+    """Read the figures of a file; empty for a missing file."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [Figure(**json.loads(line)) for line in lines]
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Card, driver, processor and library versions of this machine."""
-    found = {"card": "none (CPU)", "driver": "none", "cuda": str(torch.version.cuda)}
+    """GPU, driver, CPU and library versions of this machine."""
+    machine = {"card": "none (CPU)", "driver": "none", "cuda": str(torch.version.cuda)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", "driver": _driver()}
+        machine |= {
+            "card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+            "driver": _driver_version(),
+        }
     models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    found["cpu"] = f"{models[0] if models else platform.processor()}, {len(models) or 1} cores"
-    found["python"] = platform.python_version()
+    machine["cpu"] = f"{models[0] if models else platform.processor()}, {len(models) or 1} cores"
+    machine["python"] = platform.python_version()
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            machine[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            machine[name] = "not installed"
+    return machine
 
 
-def _driver() -> str:
+def _driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
@@ -120,10 +123,10 @@ def _cpuinfo() -> list[str]:
 
 
 def table(figures: Sequence[Figure], machine: dict[str, str]) -> Iterator[str]:
-    """Lines of a Markdown table of all figures, with the machine above it."""
+    """Lines of a Markdown table of all figures, after a line with the environment."""
     yield ", ".join(f"{key} {value}" for key, value in machine.items())
     yield ""
-    yield "| section | what | figure | conditions |"
+    yield "| section | name | figure | conditions |"
     yield "|---|---|---|---|"
-    for each in figures:
-        yield f"| {each.section} | {each.name} | {each.text()} | {each.note.replace('|', '/')} |"
+    for figure in figures:
+        yield f"| {figure.section} | {figure.name} | {figure.text()} | {figure.note.replace('|', '/')} |"

@@ -1,6 +1,6 @@
-"""(c) A live fine-tune against a plain PyTorch loop with the same settings: images per second and peak memory.
+"""Throughput and peak memory of live fine-tuning, against a plain PyTorch loop with the same settings.
 
-The photographs are scaled down beforehand, so that the card is the limit rather than the cores that decode.
+The photographs are scaled down beforehand, so that the bottleneck is the GPU rather than decoding.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
 from project.models.backbone import load_backbone
 from tests.benchmarks.gpu.figures import FigureFile
+from tests.benchmarks.gpu.monitor import MONITOR, FitMonitor
 from tests.benchmarks.gpu.photographs import repeat, shrink
 from tests.benchmarks.gpu.scale import Scale
-from tests.benchmarks.gpu.watch import WATCH, Watch
 
 LEARNING_RATE = 1e-4
-NOISE = 0.03
+NOISE = 0.03  # relative difference between two runs of the same program
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to fine-tune.
+    """Settings of a fine-tuning fit.
 
     Attributes:
         trainable: ``layer4`` or ``all``.
-        precision: Lightning's name.
-        compiled: Whether torch.compile is used.
+        precision: ``trainer.precision``.
+        compiled: Whether to use torch.compile.
     """
 
     trainable: str
@@ -48,12 +48,12 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Rate and memory of a fine-tune.
+class Throughput:
+    """Throughput and memory of a fine-tuning fit.
 
     Attributes:
         rate: Training images per second, median of the epochs after the first.
-        peak: Peak memory of the card in bytes.
+        peak: Peak GPU memory in bytes.
     """
 
     rate: float
@@ -61,42 +61,42 @@ class Pace:
 
 
 def finetune(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
-    """Measure each setting that is not compiled, the project and the plain loop in turn."""
+    """Measure each setting without torch.compile, alternating between the project and the plain loop."""
     settings = [Setting("layer4", precision) for precision in scale.precisions]
     settings.insert(1, Setting("all", scale.mixed[0]))
     photographs = repeat(shrink(photographs, work / "small"), work / "photographs", scale.train, scale.val)
     for setting in settings:
-        with out.attempt(f"fine-tune {setting}"):
+        with out.record_failure(f"fine-tune {setting}"):
             _compare(scale, photographs, work, setting, out)
 
 
 def finetune_compiled(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
-    """Measure a compiled fine-tune: a section of its own, as most of its time is the compiler's."""
+    """Measure fine-tuning with torch.compile, in a section of its own because compilation takes most of its time."""
     if not scale.compiles:
-        out.add("fine-tune, compile", None, note="not run on a CPU")
+        out.add("fine-tune, compile", None, note="skipped on a CPU")
         return
     photographs = repeat(shrink(photographs, work / "small"), work / "photographs", scale.train, scale.val)
     _compare(scale, photographs, work, Setting("layer4", scale.mixed[0], compiled=True), out)
 
 
 def _compare(scale: Scale, photographs: Path, work: Path, setting: Setting, out: FigureFile) -> None:
-    ours = run_project(scale, photographs, work, setting)
+    project = run_project(scale, photographs, work, setting)
     torch.compiler.reset()
     plain = run_plain(scale, photographs, setting)
-    ratio = ours.rate / plain.rate
-    memory = f"peak memory {ours.peak / 2**30:.2f} GiB; the plain loop's {plain.peak / 2**30:.2f} GiB"
-    out.add(f"fine-tune {setting}", ours.rate, "images/s", memory)
+    ratio = project.rate / plain.rate
+    memory = f"peak memory {project.peak / 2**30:.2f} GiB; plain loop {plain.peak / 2**30:.2f} GiB"
+    out.add(f"fine-tune {setting}", project.rate, "images/s", memory)
     out.add(f"fine-tune {setting}, plain PyTorch loop", plain.rate, "images/s", "same settings and workers")
-    out.add(f"fine-tune {setting}, times the plain loop", ratio, "times")
+    out.add(f"fine-tune {setting}, relative to the plain loop", ratio, "times")
     if scale.device.type == "cuda":
-        note = f"{ratio:.3f} times; two equal programs differ by some {NOISE:.0%}"
-        out.promise(f"fine-tune {setting}: at least as fast as the plain loop", ratio >= 1 - NOISE, note)
+        note = f"{ratio:.3f} times; runs of the same program differ by about {NOISE:.0%}"
+        out.check(f"fine-tune {setting}: at least as fast as the plain loop", ratio >= 1 - NOISE, note)
     if setting.compiled:
-        graphs = Watch.last.graphs
-        out.promise(f"no recompilations after the first epoch: {setting}", graphs[0] == graphs[-1] > 0, f"{graphs}")
+        graphs = FitMonitor.last.graphs
+        out.check(f"no recompilation after the first epoch: {setting}", graphs[0] == graphs[-1] > 0, f"{graphs}")
 
 
-def run_project(scale: Scale, photographs: Path, work: Path, setting: Setting, *more: str) -> Pace:
+def run_project(scale: Scale, photographs: Path, work: Path, setting: Setting) -> Throughput:
     """Run ``python -m project fit`` in this process.
 
     Raises:
@@ -104,24 +104,24 @@ def run_project(scale: Scale, photographs: Path, work: Path, setting: Setting, *
     """
     code = main(
         [
-            *("fit", *scale.flags(photographs, work / "store", work / "runs"), *WATCH, "--features.cache", "off"),
+            *("fit", *scale.flags(photographs, work / "store", work / "runs"), *MONITOR, "--features.cache", "off"),
             *("--model.trainable", setting.trainable, "--model.compile", str(setting.compiled).lower()),
             *("--model.optimizer.lr", str(LEARNING_RATE), "--trainer.precision", setting.precision),
-            *("--trainer.max_epochs", str(scale.epochs), "--dashboard.figures", "false", *more),
+            *("--trainer.max_epochs", str(scale.epochs), "--dashboard.figures", "false"),
         ]
     )
     if code:
-        raise RuntimeError(f"The fit of {setting} ended with exit code {code}.")
-    watched = Watch.last
-    return Pace(scale.train / statistics.median(watched.seconds[1:]), watched.peak)
+        raise RuntimeError(f"The fit of {setting} exited with code {code}.")
+    monitor = FitMonitor.last
+    return Throughput(scale.train / statistics.median(monitor.seconds[1:]), monitor.peak)
 
 
-def run_plain(scale: Scale, photographs: Path, setting: Setting) -> Pace:
-    """Train a torchvision ResNet in a plain loop: frozen stages in eval() and without a graph, autocast, GradScaler."""
+def run_plain(scale: Scale, photographs: Path, setting: Setting) -> Throughput:
+    """Train a torchvision ResNet in a plain loop with autocast, GradScaler, and frozen stages in ``eval()``."""
     name, size = scale.finetuned
     device, dtype = scale.device, {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(setting.precision)
     preprocessing = load_backbone(name, None, size).preprocessing
-    source = Folder(str(photographs))  # the project's own decoding, so that the loops alone are compared
+    source = Folder(str(photographs))  # the project's decoding, so that only the training loops differ
     data = ImageDataset(source.splits["train"], source, evaluation(preprocessing))
     loader = DataLoader(
         data,
@@ -133,36 +133,38 @@ def run_plain(scale: Scale, photographs: Path, setting: Setting) -> Pace:
     )
     model = models.get_model(name, weights=None)
     model.fc = nn.Linear(model.fc.in_features, len(source.classes))
-    parts = list(model.children())
-    cut = 0 if setting.trainable == "all" else parts.index(model.layer4)
-    frozen, trained = nn.Sequential(*parts[:cut]), nn.Sequential(*parts[cut:-1], nn.Flatten(), parts[-1])
-    for part in (frozen, trained):
-        part.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    modules = list(model.children())
+    cut = 0 if setting.trainable == "all" else modules.index(model.layer4)
+    frozen, trainable = nn.Sequential(*modules[:cut]), nn.Sequential(*modules[cut:-1], nn.Flatten(), modules[-1])
+    for half in (frozen, trainable):
+        half.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen.requires_grad_(False).eval()
-    trained.train()
-    # Not dynamic: the two halves are the same code with other shapes.
-    encode, classify = (torch.compile(part, dynamic=False) if setting.compiled else part for part in (frozen, trained))
-    optimizer = torch.optim.SGD(trained.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    trainable.train()
+    # Not dynamic: both halves share their code, so that torch.compile would take their shapes for dynamic ones.
+    encode, classify = (
+        torch.compile(half, dynamic=False) if setting.compiled else half for half in (frozen, trainable)
+    )
+    optimizer = torch.optim.SGD(trainable.parameters(), lr=LEARNING_RATE, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (preprocessing.mean, preprocessing.std))
     seconds: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(scale.epochs):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for images, labels, _ in loader:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             values = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 with torch.no_grad():
-                    rows = encode(values)
-                loss = nn.functional.cross_entropy(classify(rows), labels)
+                    features = encode(values)
+                loss = nn.functional.cross_entropy(classify(features), labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Pace(len(data) / statistics.median(seconds[1:]), peak)
+    return Throughput(len(data) / statistics.median(seconds[1:]), peak)

@@ -1,4 +1,4 @@
-"""(e) ``predict`` and ``load`` on the card."""
+"""Throughput and agreement of ``predict`` and ``load`` on the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.benchmarks.gpu.scale import Scale
 
 
 def inference(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
-    """Train a head, then time ``predict`` and ``load`` and compare their answers.
+    """Train a head, time ``predict`` and ``load``, and compare the features of both devices.
 
     Raises:
         RuntimeError: A command failed.
@@ -22,7 +22,7 @@ def inference(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> N
     runs = work / "runs"
     checkpoint = train_head(scale, photographs, work / "store", runs)
     table = work / "predictions.csv"
-    began = time.perf_counter()
+    start = time.perf_counter()
     code = main(
         [
             *("predict", "--ckpt_path", str(checkpoint), "--data.predict", str(photographs / "val")),
@@ -31,29 +31,31 @@ def inference(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> N
             *("--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
         ]
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if code:
-        raise RuntimeError(f"predict ended with exit code {code}.")
+        raise RuntimeError(f"predict exited with code {code}.")
     rows = table.read_text().splitlines()[1:]
-    out.add("predict", len(rows) / seconds, "images/s", f"{len(rows)} photographs, start-up of workers included")
+    out.add("predict", len(rows) / seconds, "images/s", f"{len(rows)} photographs, including start-up of workers")
     paths = sorted((photographs / "val").rglob("*.jpg"))[: 4 * scale.batch_size]
     features: dict[str, np.ndarray] = {}
     for device in dict.fromkeys(("cpu", scale.device.type)):
         classifier = load(checkpoint, device=device)
-        few = paths if device != "cpu" else paths[:8]
+        timed = paths if device != "cpu" else paths[:8]
         features[device] = classifier.features(paths[:8])
-        began = time.perf_counter()
-        classifier.predict_proba(few)
-        rate = len(few) / (time.perf_counter() - began)
-        out.add(f"load and predict_proba on {device}", rate, "images/s", f"{len(few)} photographs, one thread decodes")
-    # Not probabilities: those of random weights are 0 or 1, whatever the features.
-    exact, found = features["cpu"], features[scale.device.type]
-    worst = float(abs(exact - found).max() / abs(exact).max())
-    out.promise("load on the device gives the features of load on the CPU", worst < 2e-2, f"{worst:.1e} relative")
+        start = time.perf_counter()
+        classifier.predict_proba(timed)
+        rate = len(timed) / (time.perf_counter() - start)
+        note = f"{len(timed)} photographs, decoded by one thread"
+        out.add(f"load and predict_proba on {device}", rate, "images/s", note)
+    # Not probabilities: with random weights they saturate at 0 or 1, whatever the features.
+    reference, actual = features["cpu"], features[scale.device.type]
+    difference = float(abs(reference - actual).max() / abs(reference).max())
+    note = f"relative difference {difference:.1e}"
+    out.check("features of load are equal on the device and on the CPU", difference < 2e-2, note)
 
 
 def train_head(scale: Scale, photographs: Path, store: Path, runs: Path) -> Path:
-    """Train a head for two epochs; the path of its checkpoint.
+    """Train a head for two epochs and return the path of its checkpoint.
 
     Raises:
         RuntimeError: The fit failed.

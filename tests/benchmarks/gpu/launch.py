@@ -1,4 +1,4 @@
-"""Fits and other programs, timed: as whole processes on a card, in preloaded ones where only the script is tested."""
+"""Timed fits: in new processes on a GPU, in preloaded ones in the CPU smoke test."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.gpu.scale import Scale
-from tests.benchmarks.measure import Ran, process
+from tests.benchmarks.measure import CompletedRun, run_module
 from tests.forked import start
 
 
-def timed_fit(scale: Scale, *flags: object, cache: Path) -> Ran:
+def timed_fit(scale: Scale, *flags: object, cache: Path) -> CompletedRun:
     """Run ``python -m project fit`` to its end.
 
     Args:
-        scale: Where to run it.
-        flags: Of the fit.
-        cache: Folder of what torch.compile keeps.
+        scale: Scale of the benchmark, with the device.
+        flags: Flags of the fit.
+        cache: Cache folder of torch.compile.
 
     Raises:
-        RuntimeError: It failed; the message has what it printed.
+        RuntimeError: The fit failed; the message has its output.
     """
     if scale.device.type == "cuda":
-        return process("project", "fit", *flags, cache=cache)
+        return run_module("project", "fit", *flags, cache=cache)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         fit = start(Path(folder), ["fit", *map(str, flags)])
         code = fit.wait()
         if code:
-            raise RuntimeError(f"A fit ended with {code}: {fit.said[-4000:]}")
-        return Ran(time.perf_counter() - began, 0.0, fit.said, 0.0)
+            raise RuntimeError(f"The fit exited with code {code}: {fit.output[-4000:]}")
+        return CompletedRun(time.perf_counter() - start_time, 0.0, fit.output, 0.0)
 
 
 def features_lines(output: str) -> str:
-    """What a fit says of its features."""
+    """The log lines in which a fit reports its stored features, joined."""
     return "; ".join(line.removeprefix("Features: ") for line in output.splitlines() if line.startswith("Features: "))

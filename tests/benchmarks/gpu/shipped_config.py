@@ -1,4 +1,4 @@
-"""(f) ``configs/gpu.yaml`` as it is, but for its weights, which a machine without a network cannot download."""
+"""Time of ``configs/gpu.yaml``, with random weights because a machine without a network cannot download any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.benchmarks.measure import ROOT
 
 
 def shipped_config(scale: Scale, photographs: Path, work: Path, out: FigureFile) -> None:
-    """Run the file's own command on an empty store and on a full one; on a CPU with a small network."""
+    """Run the config on an empty and on a full feature store; on a CPU with a small network."""
     flags: tuple[object, ...] = ("--model.weights", "null", "--trainer.default_root_dir", work / "runs")
     flags += ("--features.folder", work / "store")
     if scale.device.type == "cpu":
@@ -20,5 +20,5 @@ def shipped_config(scale: Scale, photographs: Path, work: Path, out: FigureFile)
         flags += ("--model.compile", "false", "--data.batch_size", scale.batch_size, "--trainer.max_epochs", 2)
     config = ROOT / "configs" / "gpu.yaml"
     for state in ("cold", "warm"):
-        ran = timed_fit(scale, "-c", config, "--data.root", photographs, *flags, cache=work / "inductor")
-        out.add(f"configs/gpu.yaml, {state}, whole process", ran.seconds, "s", features_lines(ran.output))
+        run = timed_fit(scale, "-c", config, "--data.root", photographs, *flags, cache=work / "inductor")
+        out.add(f"configs/gpu.yaml, {state}, whole process", run.seconds, "s", features_lines(run.output))

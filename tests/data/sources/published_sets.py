@@ -1,4 +1,4 @@
-"""Small copies of published data sets, laid out on disk as torchvision's own downloads are."""
+"""Small imitations of published data sets, in the layout of torchvision's downloads."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, Flowers102
 
 from tests.conftest import draw
 
-PETS = ("Abyssinian", "american_bulldog", "Bengal")
+BREEDS = ("Abyssinian", "american_bulldog", "Bengal")
 
 
 def _md5(path: Path) -> str:
@@ -20,7 +20,7 @@ def _md5(path: Path) -> str:
 
 
 def cifar10(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """50 and 10 images of 10 classes; its checksums become those of the copy."""
+    """CIFAR10: 50 training and 10 test images of 10 classes. Checksums are patched."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     sums = {}
@@ -35,12 +35,12 @@ def cifar10(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def pets(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Three breeds: 10 images of each in trainval, 2 in test."""
+    """Oxford-IIIT Pet: 3 breeds with 10 images in trainval and 2 in test."""
     folder = root / "oxford-iiit-pet"
     (folder / "annotations").mkdir(parents=True)
     for split, numbers in (("trainval", range(10)), ("test", range(10, 12))):
         lines = []
-        for label, breed in enumerate(PETS):
+        for label, breed in enumerate(BREEDS):
             for number in numbers:
                 draw(folder / "images" / f"{breed}_{number}.jpg", (80 * label, 100, 100), 20 * label + number)
                 lines.append(f"{breed}_{number} {label + 1} 1 1\n")
@@ -48,7 +48,7 @@ def pets(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def flowers(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """102 kinds of flowers, one image of each in each split; the checksums become those of the copy."""
+    """Flowers102: 102 classes with one image in each split. Checksums are patched."""
     folder = root / "flowers-102"
     for number in range(1, 307):
         draw(folder / "jpg" / f"image_{number:05d}.jpg", (number % 250, 100, 100), number)
@@ -61,14 +61,14 @@ def flowers(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def eurosat(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Three kinds of land, 12 images of each, in no splits."""
+    """EuroSAT: 3 classes with 12 images, without splits."""
     for label, name in enumerate(("AnnualCrop", "Forest", "River")):
         for number in range(12):
             draw(root / "eurosat" / "2750" / name / f"{name}_{number}.jpg", (90 * label, 90, 90), 20 * label + number)
 
 
 def food101(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """Two dishes, 4 images of each in train and 2 in test."""
+    """Food101: 2 classes with 4 images in train and 2 in test."""
     folder = root / "food-101"
     (folder / "meta").mkdir(parents=True)
     for split, numbers in (("train", range(4)), ("test", range(4, 6))):

@@ -1,4 +1,4 @@
-"""What all sources share."""
+"""Decoder names, which are part of feature store keys."""
 
 import pytest
 from PIL import Image
@@ -7,8 +7,8 @@ from project.data.sources import Digits, Files, Folder, HuggingFace, Manifest, S
 from project.data.sources.base import Sample, decoder_name
 
 
-class Own(Source):
-    """A source of the user's, which decodes in a way of its own."""
+class CustomSource(Source):
+    """A user's source with its own decoder."""
 
     def content(self, sample: Sample) -> bytes:
         return b""
@@ -18,10 +18,10 @@ class Own(Source):
 
 
 @pytest.mark.parametrize("kind", [Files, Folder, HuggingFace, Manifest, Shards, Torchvision])
-def test_decoders_keep_the_names_that_keys_of_rows_have(kind: type[Source]) -> None:
+def test_file_decoders_keep_their_name_in_store_keys(kind: type[Source]) -> None:
     assert decoder_name(kind.__new__(kind)) == "project.data.sources.Encoded.decode"
 
 
-def test_a_decoder_of_its_own_has_a_name_of_its_own() -> None:
+def test_other_decoders_have_names_of_their_own() -> None:
     assert decoder_name(Digits.__new__(Digits)) == "project.data.sources.Digits.decode"
-    assert decoder_name(Own()) == f"{__name__}.Own.decode"
+    assert decoder_name(CustomSource()) == f"{__name__}.CustomSource.decode"

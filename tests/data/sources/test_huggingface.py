@@ -1,4 +1,4 @@
-"""Tables of Hugging Face as a source."""
+"""HuggingFace: columns, splits, labels, and errors."""
 
 import sys
 from pathlib import Path
@@ -15,30 +15,37 @@ from tests.conftest import draw
 
 
 def prepared(*arguments: Any, **options: Any) -> HuggingFace:
-    """A source whose tables are open."""
+    """A prepared source."""
     source = HuggingFace(*arguments, **options)
     source.prepare()
     return source
 
 
-def table(folder: Path, count: int, kept_as: Any = datasets.Image(), **columns: Any) -> datasets.Dataset:  # noqa: B008
+def table(
+    folder: Path,
+    count: int,
+    image_type: Any = datasets.Image(),  # noqa: B008
+    **columns: Any,
+) -> datasets.Dataset:
+    """A data set with the columns ``picture``, ``number`` and the given ones."""
     files = [str(draw(folder / f"{number}.png", (9, 9, 200), number)) for number in range(count)]
-    found = datasets.Dataset.from_dict({"picture": files, "number": list(range(count)), **columns})
-    return found.cast_column("picture", kept_as)
+    dataset = datasets.Dataset.from_dict({"picture": files, "number": list(range(count)), **columns})
+    return dataset.cast_column("picture", image_type)
 
 
-def kinds(found: datasets.Dataset) -> datasets.Dataset:
-    return found.cast_column("kind", datasets.ClassLabel(names=["bee", "ant"]))
+def with_class_labels(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Cast the column ``kind`` to ``ClassLabel``."""
+    return dataset.cast_column("kind", datasets.ClassLabel(names=["bee", "ant"]))
 
 
-def test_tables_with_splits_and_bytes(tmp_path: Path) -> None:
-    parts = {
-        "train": kinds(table(tmp_path / "a", 4, kind=[0, 1, 0, 1])),
-        "validation": kinds(table(tmp_path / "b", 2, kind=[1, 0])),
-        "test": kinds(table(tmp_path / "c", 2, kind=[-1, -1])),
-        "extra": kinds(table(tmp_path / "d", 1, kind=[1])),
+def test_splits_labels_and_bytes_are_those_of_the_data_set(tmp_path: Path) -> None:
+    splits = {
+        "train": with_class_labels(table(tmp_path / "a", 4, kind=[0, 1, 0, 1])),
+        "validation": with_class_labels(table(tmp_path / "b", 2, kind=[1, 0])),
+        "test": with_class_labels(table(tmp_path / "c", 2, kind=[-1, -1])),
+        "extra": with_class_labels(table(tmp_path / "d", 1, kind=[1])),
     }
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "insects"))
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "insects"))
     source = prepared(str(tmp_path / "insects"))
     source.require()
     assert (source.name, source.classes) == ("insects", ("bee", "ant"))
@@ -53,8 +60,8 @@ def test_tables_with_splits_and_bytes(tmp_path: Path) -> None:
         assert source.read(sample).tobytes() == Image.open(tmp_path / "a" / f"{number}.png").tobytes()
 
 
-def test_a_folder_called_as_a_builder_is_a_folder(here: Path) -> None:
-    """``datasets`` would take the builder, and all files here for it."""
+def test_folder_named_like_a_builder_is_read_as_a_folder(here: Path) -> None:
+    """``load_dataset("csv")`` would read all CSV files of the working directory."""
     for number, name in enumerate(("ant", "bee")):
         draw(here / "csv" / "train" / name / f"{number}.png", (90 * number, 9, 9), number)
     (here / "stray.csv").write_text("a,b\n1,2\n")
@@ -62,34 +69,53 @@ def test_a_folder_called_as_a_builder_is_a_folder(here: Path) -> None:
     assert source.classes == ("ant", "bee") and len(source.splits["train"]) == 2
 
 
-def test_a_table_with_words_for_labels_and_paths_for_images(tmp_path: Path) -> None:
-    words = table(tmp_path / "a", 4, datasets.Value("string"), kind=["wasp", "ant", "", "wasp"])
-    words.save_to_disk(str(tmp_path / "words"))
+def test_string_labels_and_image_paths_are_read(tmp_path: Path) -> None:
+    dataset = table(tmp_path / "a", 4, datasets.Value("string"), kind=["wasp", "ant", "", "wasp"])
+    dataset.save_to_disk(str(tmp_path / "words"))
     source = prepared(str(tmp_path / "words"), image="picture", label="kind")
     assert source.classes == ("ant", "wasp")
     assert [sample.label for sample in source.splits["train"]] == [1, 0, 1]
     last = source.splits["train"][-1]
-    assert source.content(last) == (tmp_path / "a" / "3.png").read_bytes(), "rows without a label shift none"
+    assert source.content(last) == (tmp_path / "a" / "3.png").read_bytes(), "a skipped row must not shift the others"
 
 
-def test_columns_of_any_name_will_do(tmp_path: Path) -> None:
-    found = kinds(table(tmp_path / "a", 2, kind=[0, 1])).rename_columns({"number": "n", "picture": "image"})
-    found.rename_column("kind", "label").save_to_disk(str(tmp_path / "set"))
+def test_columns_are_selected_by_type(tmp_path: Path) -> None:
+    dataset = with_class_labels(table(tmp_path / "a", 2, kind=[0, 1]))
+    dataset = dataset.rename_columns({"number": "n", "picture": "image"})
+    dataset.rename_column("kind", "label").save_to_disk(str(tmp_path / "set"))
     source = prepared(str(tmp_path / "set"))
     assert source.content(source.splits["train"][1]) == (tmp_path / "a" / "1.png").read_bytes()
 
 
-def test_a_split_alone_is_train_whatever_its_name(tmp_path: Path) -> None:
-    datasets.DatasetDict({"test": kinds(table(tmp_path / "a", 2, kind=[0, 1]))}).save_to_disk(str(tmp_path / "one"))
+def test_integer_column_named_label_is_accepted_without_class_labels(tmp_path: Path) -> None:
+    dataset = table(tmp_path / "a", 4, label=[10, 9, 2, 10])
+    assert dataset.features["label"] == datasets.Value("int64")
+    dataset.save_to_disk(str(tmp_path / "digits"))
+    source = prepared(str(tmp_path / "digits"))
+    source.require()
+    assert source.classes == ("2", "9", "10"), "in numeric order"
+    assert [sample.label for sample in source.splits["train"]] == [2, 1, 0, 2]
+
+
+def test_class_label_column_takes_precedence_over_the_column_named_label(tmp_path: Path) -> None:
+    dataset = with_class_labels(table(tmp_path / "a", 2, kind=[0, 1], label=[7, 8]))
+    dataset.save_to_disk(str(tmp_path / "insects"))
+    assert prepared(str(tmp_path / "insects")).classes == ("bee", "ant")
+
+
+def test_single_split_is_train_whatever_its_name(tmp_path: Path) -> None:
+    datasets.DatasetDict({"test": with_class_labels(table(tmp_path / "a", 2, kind=[0, 1]))}).save_to_disk(
+        str(tmp_path / "one")
+    )
     assert list(prepared(str(tmp_path / "one")).splits) == ["train"]
 
 
-def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
-    found = datasets.Dataset.from_dict(
+def test_missing_image_is_reported_when_it_is_read(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict(
         {"picture": [None, None], "kind": [0, 1]},
         features=datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}),
     )
-    found.save_to_disk(str(tmp_path / "blank"))
+    dataset.save_to_disk(str(tmp_path / "blank"))
     source = prepared(str(tmp_path / "blank"))
     with pytest.raises(DataError, match="blank/train/00000 has no image"):
         source.read(source.splits["train"][0])
@@ -100,63 +126,65 @@ def test_a_hidden_image_is_told_of_when_it_is_read(tmp_path: Path) -> None:
     [
         ({"label": "knd"}, "no column 'knd'. Did you mean 'kind'"),
         ({"image": "pic"}, "no column 'pic'"),
-        ({"label": "weight"}, "words or whole numbers"),
-        ({"image": "number", "label": "kind"}, "'number' and 'kind' cannot be taken for images and labels"),
+        ({"label": "weight"}, "labels have to be strings or integers"),
+        ({"image": "number", "label": "kind"}, "'number' and 'kind' of train of .* are not images and labels"),
         ({}, "no column could be the label"),
     ],
 )
-def test_wrong_columns_are_named(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_unusable_columns_are_reported(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
     table(tmp_path / "a", 2, kind=["x", "y"], weight=[0.5, 1.5]).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match=message):
         prepared(str(tmp_path / "set"), **arguments)
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(("train", "training"), "both the train split"), (("a", "test"), "no split to train on")]
+    ("names", "message"), [(("train", "training"), "both the train split"), (("a", "test"), "but no train")]
 )
-def test_splits_that_cannot_be_told_are_refused(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    found = kinds(table(tmp_path / "a", 2, kind=[0, 1]))
-    datasets.DatasetDict(dict.fromkeys(names, found)).save_to_disk(str(tmp_path / "set"))
+def test_ambiguous_or_missing_train_split_is_refused(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    dataset = with_class_labels(table(tmp_path / "a", 2, kind=[0, 1]))
+    datasets.DatasetDict(dict.fromkeys(names, dataset)).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match=message):
         prepared(str(tmp_path / "set"))
 
 
-def test_splits_with_other_numbers_for_their_classes_are_refused(tmp_path: Path) -> None:
-    train = kinds(table(tmp_path / "a", 2, kind=[0, 1]))
+def test_splits_with_different_classes_are_refused(tmp_path: Path) -> None:
+    train = with_class_labels(table(tmp_path / "a", 2, kind=[0, 1]))
     other = train.cast_column("kind", datasets.ClassLabel(names=["bee", "ant", "wasp"]))
     datasets.DatasetDict({"train": train, "test": other}).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(DataError, match="numbers the classes in 'kind' otherwise"):
+    with pytest.raises(DataError, match=r"column 'kind' .* has other classes in test than in train"):
         prepared(str(tmp_path / "set"))
 
 
-def test_the_hub_is_asked_for_no_code_and_its_failures_are_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_hub_is_loaded_without_remote_code_and_failures_are_reported(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         raise ConnectionError("Couldn't reach 'org/beans' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"org/beans cannot be loaded: Couldn't reach.*check the network"):
         prepared("org/beans", "small", revision="v1")
-    assert asked == [(("org/beans", "small"), {"revision": "v1", "trust_remote_code": False})]
+    assert calls == [(("org/beans", "small"), {"revision": "v1", "trust_remote_code": False})]
 
 
-def test_what_the_hub_gives_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = datasets.DatasetDict({"train": kinds(table(tmp_path / "a", 2, kind=[0, 1]))})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+def test_hub_samples_are_named_after_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = datasets.DatasetDict({"train": with_class_labels(table(tmp_path / "a", 2, kind=[0, 1]))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     source = prepared("org/beans")
     assert (source.name, source.splits["train"][1].name) == ("beans", "beans/train/00001")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'frozen-backbone\[hub\]'"):
         prepared("org/beans")
 
 
-def test_a_fit_on_a_table_of_hugging_face(here: Path, weights: Path) -> None:
-    kinds(table(here / "a", 12, kind=[0, 1] * 6)).save_to_disk("insects")
+def test_fit_on_a_hugging_face_data_set(here: Path, weights: Path) -> None:
+    with_class_labels(table(here / "a", 12, kind=[0, 1] * 6)).save_to_disk("insects")
     flags = ["--data.source", "project.data.published.HuggingFace", "--data.source.path", "insects"]
     small = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
     assert main(["fit", *flags, *small, "--trainer.max_epochs", "1", "--data.num_workers", "0"]) == 0

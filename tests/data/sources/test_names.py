@@ -1,4 +1,4 @@
-"""Names that are not what they look like: of classes, of files, and of the formats that need a library."""
+"""Names of classes, files and formats: Unicode forms, invisible characters, encodings and HEIC."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ from project.errors import DataError
 from tests.conftest import draw
 
 CAFE = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
-APART = unicodedata.normalize("NFD", CAFE)  # an e, and an accent of its own
+DECOMPOSED = unicodedata.normalize("NFD", CAFE)  # "e" and a combining accent
 HIDDEN = "cat\N{ZERO WIDTH SPACE}"
 RED, BLUE = (200, 40, 40), (40, 40, 200)
 
@@ -25,7 +25,7 @@ RED, BLUE = (200, 40, 40), (40, 40, 200)
 @pytest.mark.parametrize(
     ("names", "level"),
     [
-        ((CAFE, APART), "refused"),
+        ((CAFE, DECOMPOSED), "refused"),
         (("cat", HIDDEN), "refused"),
         (("cat", "Cat"), "refused"),
         (("stra\N{LATIN SMALL LETTER SHARP S}e", "STRASSE"), "refused"),
@@ -35,17 +35,17 @@ RED, BLUE = (200, 40, 40), (40, 40, 200)
         (("cat", "cat\ufe0f"), "refused"),
     ],
 )
-def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, str], level: str | None) -> None:
+def test_confusable_class_names_are_refused(names: tuple[str, str], level: str | None) -> None:
     assert [finding.level for finding in name_findings(names)] == ([level] if level else [])
 
 
-def test_the_refusal_shows_what_cannot_be_seen() -> None:
+def test_finding_escapes_invisible_characters() -> None:
     (finding,) = name_findings(["cat", HIDDEN])
     assert "'cat' and 'cat\\u200b'" in finding.text
 
 
-def test_the_same_name_in_two_forms_is_one_class(tmp_path: Path) -> None:
-    for split, name in (("train", CAFE), ("val", APART)):
+def test_folder_matches_class_names_that_are_equal_after_nfc(tmp_path: Path) -> None:
+    for split, name in (("train", CAFE), ("val", DECOMPOSED)):
         draw(tmp_path / split / name / "0.png", RED, 0)
         draw(tmp_path / split / "tea" / "0.png", BLUE, 1)
     source = Folder(str(tmp_path))
@@ -54,14 +54,33 @@ def test_the_same_name_in_two_forms_is_one_class(tmp_path: Path) -> None:
     assert {sample.label for sample in source.splits["val"]} == {0, 1}
 
 
-def test_both_forms_in_one_split_are_refused(tmp_path: Path) -> None:
-    for name in (CAFE, APART):
+def test_manifest_matches_class_names_that_are_equal_after_nfc(tmp_path: Path) -> None:
+    rows = [("path", "label", "split"), ("0.png", CAFE, "train"), ("1.png", DECOMPOSED, "val")]
+    rows += [("2.png", "tea", "train"), ("3.png", "tea", "val")]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(map(",".join, rows)), "utf-8")
+    source = Manifest(str(table))
+    source.require()
+    assert source.classes == (CAFE, "tea")
+    assert [sample.label for sample in source.splits["val"]] == [0, 1]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_manifest_with_nfc_and_nfd_names_in_one_split_is_refused(split: str, tmp_path: Path) -> None:
+    rows = [("path", "label", "split"), ("0.png", CAFE, "train"), ("1.png", DECOMPOSED, split), ("2.png", CAFE, split)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(map(",".join, rows)), "utf-8")
+    assert "same name" in {finding.kind for finding in Manifest(str(table)).findings}
+
+
+def test_folder_with_nfc_and_nfd_names_in_one_split_is_refused(tmp_path: Path) -> None:
+    for name in (CAFE, DECOMPOSED):
         draw(tmp_path / name / "0.png", RED, 0)
-    with pytest.raises(DataError, match="differ by case or by characters that cannot be seen"):
+    with pytest.raises(DataError, match="differ only by case, invisible characters or Unicode form"):
         Folder(str(tmp_path)).require()
 
 
-def test_a_name_that_is_not_utf8_keeps_its_row(
+def test_predictions_escape_file_names_that_are_not_utf8(
     fit: Callable[..., int], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from project.cli.main import main
@@ -77,16 +96,14 @@ def test_a_name_that_is_not_utf8_keeps_its_row(
     assert row["path"] == "new/caf\\udce9.png"
 
 
-def test_a_fit_with_such_a_name_has_its_projector(fit: Callable[..., int], album: Path) -> None:
+def test_embedding_projector_escapes_file_names_that_are_not_utf8(fit: Callable[..., int], album: Path) -> None:
     (album / "val/red/0.png").rename(album / "val/red" / os.fsdecode(b"caf\xe9.png"))
     assert fit("--data.root", "album", "--dashboard.figures", "true") == 0
     (table,) = Path("runs").rglob("metadata.tsv")
     assert "caf\\udce9.png" in table.read_text("utf-8")
 
 
-def test_photographs_of_an_iphone_alone_are_named_with_what_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_heic_files_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_io, "SUFFIXES", image_io.SUFFIXES - {*image_io.HEIC})
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
@@ -96,15 +113,15 @@ def test_photographs_of_an_iphone_alone_are_named_with_what_reads_them(
     assert folder_module.HEIC is image_io.HEIC
 
 
-def test_they_are_read_where_the_library_is(tmp_path: Path) -> None:
+def test_heic_files_are_read_with_pillow_heif(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
-    picture = image_io.read_image(draw(tmp_path / "a.png", RED, 0))
-    heif.from_pillow(picture).save(tmp_path / "a.heic")
-    assert image_io.read_image(tmp_path / "a.heic").size == picture.size
+    image = image_io.read_image(draw(tmp_path / "a.png", RED, 0))
+    heif.from_pillow(image).save(tmp_path / "a.heic")
+    assert image_io.read_image(tmp_path / "a.heic").size == image.size
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_a_table_of_any_unicode_is_read(encoding: str, tmp_path: Path) -> None:
+def test_manifest_is_read_in_each_unicode_encoding(encoding: str, tmp_path: Path) -> None:
     for name in (CAFE, "tea"):
         draw(tmp_path / f"{name}.png", RED, 0)
     (tmp_path / "table.csv").write_text(f"path,label\n{CAFE}.png,{CAFE}\ntea.png,tea\n", encoding=encoding)
@@ -113,11 +130,11 @@ def test_a_table_of_any_unicode_is_read(encoding: str, tmp_path: Path) -> None:
     assert source.classes == (CAFE, "tea")
 
 
-def test_another_encoding_is_refused_with_the_one_to_take(tmp_path: Path) -> None:
+def test_manifest_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(f"path,label\n{CAFE}.png,{CAFE}\n", encoding="cp1252")
     with pytest.raises(DataError, match=r"is not UTF-8 text .* Save it as UTF-8"):
         Manifest(str(tmp_path / "table.csv")).require()
 
 
-def test_published_names_may_differ_by_case() -> None:
+def test_class_names_of_published_data_sets_may_differ_by_case() -> None:
     assert [finding.level for finding in name_findings("aA", published=True)] == ["problem"]

@@ -1,4 +1,4 @@
-"""Constructors of sources and of the data module read nothing; names of sources are cheap."""
+"""Constructors and names of sources and of the data module do no I/O."""
 
 import functools
 import sys
@@ -16,24 +16,24 @@ from project.errors import DataError
 
 Fit = Callable[..., int]
 
-READS = ("open", "os.listdir", "os.scandir", "glob.glob", "socket.connect")
+READ_EVENTS = ("open", "os.listdir", "os.scandir", "glob.glob", "socket.connect")
 _reads: list[tuple[str, Any]] | None = None
 
 
 @functools.cache
-def _watch() -> None:
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if _reads is not None and event in READS:
+def _install_audit_hook() -> None:
+    def record(event: str, arguments: tuple[Any, ...]) -> None:
+        if _reads is not None and event in READ_EVENTS:
             _reads.append((event, arguments[0]))
 
-    sys.addaudithook(note)  # it cannot be removed: the list switches it off
+    sys.addaudithook(record)  # cannot be removed; _reads = None disables it
 
 
 @pytest.fixture
 def reads() -> Iterator[list[tuple[str, Any]]]:
-    """Whatever is opened or listed."""
+    """Files opened, folders listed and connections made during the test."""
     global _reads
-    _watch()
+    _install_audit_hook()
     _reads = []
     yield _reads
     _reads = None
@@ -59,17 +59,17 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("there", [False, True])
-def test_constructors_and_names_read_nothing(
-    kind: str, there: bool, tmp_path: Path, reads: list[tuple[str, Any]]
+@pytest.mark.parametrize("exists", [False, True])
+def test_source_constructors_and_names_do_no_io(
+    kind: str, exists: bool, tmp_path: Path, reads: list[tuple[str, Any]]
 ) -> None:
     folder = tmp_path / "data"
-    if there:
+    if exists:
         for name in ("x", "y"):
             (folder / name).mkdir(parents=True)
             (folder / name / "1.png").write_bytes(b"")
         (folder / "table.csv").write_text("path,label\n")
-    assert sources(folder)[kind]().name == NAMES[kind]  # whatever is imported for it is imported now
+    assert sources(folder)[kind]().name == NAMES[kind]  # do the imports first
     reads.clear()
     source = sources(folder)[kind]()
     data = ImageDataModule(source=source)
@@ -78,7 +78,7 @@ def test_constructors_and_names_read_nothing(
 
 
 @pytest.mark.parametrize("root", ["data", "data/table.csv"])
-def test_the_data_module_reads_nothing(root: str, here: Path, reads: list[tuple[str, Any]]) -> None:
+def test_data_module_constructor_and_name_do_no_io(root: str, here: Path, reads: list[tuple[str, Any]]) -> None:
     ImageDataModule(root=root)
     reads.clear()
     assert ImageDataModule(root=root).name == Path(root).stem
@@ -86,9 +86,9 @@ def test_the_data_module_reads_nothing(root: str, here: Path, reads: list[tuple[
 
 
 @pytest.mark.parametrize("kind", sorted(NAMES.keys() - {"digits"}))
-def test_missing_data_is_refused_when_it_is_prepared(kind: str, tmp_path: Path) -> None:
+def test_missing_data_is_refused_on_prepare(kind: str, tmp_path: Path) -> None:
     source = sources(tmp_path / "data")[kind]()
-    for _ in range(2):  # the failure is not taken for an empty data set
+    for _ in range(2):  # a failed prepare does not leave an empty data set
         with pytest.raises(DataError):
             _ = source.classes
     with pytest.raises(DataError):
@@ -97,19 +97,19 @@ def test_missing_data_is_refused_when_it_is_prepared(kind: str, tmp_path: Path) 
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the folders that are read."""
+    """Names of the folder sources that are prepared during the test."""
     names: list[str] = []
-    real = Folder._prepare
+    prepare = Folder._prepare
 
-    def note(self: Folder) -> None:
+    def record(self: Folder) -> None:
         names.append(self.name)
-        real(self)
+        prepare(self)
 
-    monkeypatch.setattr(Folder, "_prepare", note)
+    monkeypatch.setattr(Folder, "_prepare", record)
     return names
 
 
-def test_data_is_prepared_once(photos: Path, prepared: list[str]) -> None:
+def test_source_is_prepared_once(photos: Path, prepared: list[str]) -> None:
     data = ImageDataModule(root=str(photos), num_workers=0)
     assert not prepared
     data.prepare_data()
@@ -119,30 +119,30 @@ def test_data_is_prepared_once(photos: Path, prepared: list[str]) -> None:
     assert prepared == ["photos"]
 
 
-def test_a_wildcard_in_the_folder_of_shards_is_looked_up(tmp_path: Path) -> None:
+def test_shard_folder_with_a_wildcard_is_expanded(tmp_path: Path) -> None:
     (tmp_path / "set-1").mkdir()
     (tmp_path / "set-1" / "a.tar").write_bytes(b"")
     assert Shards(f"{tmp_path}/set-*/a.tar").name == "set-1"
-    with pytest.raises(DataError, match="nothing matches"):
+    with pytest.raises(DataError, match="no file matches"):
         _ = Shards(f"{tmp_path}/other-*/a.tar").name
 
 
-def test_a_source_that_sets_its_attributes_itself_needs_no_more() -> None:
-    class Own(Folder):
+def test_source_may_set_its_attributes_in_the_constructor() -> None:
+    class InMemory(Folder):
         def __init__(self) -> None:
             self.name, self.classes, self.splits = "own", ("a", "b"), {"train": []}
 
         def _prepare(self) -> None:
-            """Everything is known."""
+            """All attributes are set."""
 
-    source = Own()
+    source = InMemory()
     source.require()
     assert (source.name, source.classes, source.splits, source.findings) == ("own", ("a", "b"), {"train": []}, ())
 
 
-def test_finding_a_run_does_not_index_the_data(fit: Fit, prepared: list[str]) -> None:
+def test_resolving_a_run_does_not_prepare_the_data(fit: Fit, prepared: list[str]) -> None:
     assert fit() == 0
     prepared.clear()
     assert fit("--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
     assert Path("runs/photos/version_1").is_dir()
-    assert prepared == ["photos"], "by the fit itself"
+    assert prepared == ["photos"], "only the fit itself prepares the data"

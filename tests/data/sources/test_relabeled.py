@@ -1,4 +1,4 @@
-"""Other labels for the same images."""
+"""Relabeled: grouped classes on the same images."""
 
 from pathlib import Path
 
@@ -10,38 +10,38 @@ from project.errors import DataError
 from project.features.views import image_views
 
 
-def test_classes_become_groups_and_the_others_are_left_out(photos: Path) -> None:
+def test_classes_are_grouped_and_other_classes_skipped(photos: Path) -> None:
     source = Folder(str(photos))
-    found = Relabeled(source, {"warm": ["red"], "cold": ["green"]})
-    assert found.classes == ("warm", "cold")
-    assert {(Path(s.name).parent.name, s.label) for s in found.splits["train"]} == {("red", 0), ("green", 1)}
-    assert [len(found.splits[split]) for split in ("train", "val", "test")] == [16, 8, 8]
+    relabeled = Relabeled(source, {"warm": ["red"], "cold": ["green"]})
+    assert relabeled.classes == ("warm", "cold")
+    assert {(Path(s.name).parent.name, s.label) for s in relabeled.splits["train"]} == {("red", 0), ("green", 1)}
+    assert [len(relabeled.splits[split]) for split in ("train", "val", "test")] == [16, 8, 8]
     assert source.classes == ("blue", "green", "red") and len(source.splits["train"]) == 24
-    assert found.name != source.name
+    assert relabeled.name != source.name
 
 
-def test_stored_rows_of_the_images_are_found_again(photos: Path) -> None:
+def test_stored_features_are_reused(photos: Path) -> None:
     source = Folder(str(photos))
-    found = Relabeled(source, {"red": ["red"], "other": ["green", "blue"]})
+    relabeled = Relabeled(source, {"red": ["red"], "other": ["green", "blue"]})
     keys = []
-    for each in (source, found):
-        samples = sorted(each.splits["val"], key=lambda sample: sample.name)
-        keys.append([view.key for view in image_views(each, samples, [b"0"] * len(samples), None, [""])[0]])  # type: ignore[arg-type]
+    for origin in (source, relabeled):
+        samples = sorted(origin.splits["val"], key=lambda sample: sample.name)
+        keys.append([view.key for view in image_views(origin, samples, [b"0"] * len(samples), None, [""])[0]])  # type: ignore[arg-type]
     assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(
-    "groups, said",
+    ("groups", "message"),
     [
         ({"warm": ["read"], "cold": ["blue"]}, "no class 'read'. Did you mean 'red'"),
         ({"warm": ["red"], "cold": ["red", "blue"]}, "more than one group: 'red'"),
     ],
 )
-def test_a_wrong_group_is_refused(groups: dict[str, list[str]], said: str, photos: Path) -> None:
-    with pytest.raises(DataError, match=said):
+def test_invalid_group_is_refused(groups: dict[str, list[str]], message: str, photos: Path) -> None:
+    with pytest.raises(DataError, match=message):
         Relabeled(Folder(str(photos)), groups).prepare()
 
 
-def test_one_group_alone_is_nothing_to_train_on(photos: Path) -> None:
-    with pytest.raises(DataError, match="one label only"):
+def test_single_group_is_refused(photos: Path) -> None:
+    with pytest.raises(DataError, match="only one class"):
         Relabeled(Folder(str(photos)), {"all": ["red", "green", "blue"]}).require()

