@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.checkpoints.restore import CheckpointMixin
-from project.checkpoints.resume_checks import on_meta
+from project.checkpoints.resume_checks import copy_groups
 from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, DataError, FrozenError
@@ -270,9 +270,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``."""
         return global_mean_loss(*self._step(batch, "train").loss)
 
-    def validation_step(  # type: ignore[override]
-        self, batch: Any, batch_idx: int
-    ) -> StepOutput:
+    def validation_step(self, batch: Any, batch_idx: int) -> StepOutput:  # type: ignore[override]
         """Update the metrics; return the outputs of each image for callbacks."""
         return self._step(batch, "val")
 
@@ -302,7 +300,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer
-        validate_scheduler(self.make_optimizer(on_meta(self.parameter_groups()))[1])
+        validate_scheduler(self.make_optimizer(copy_groups(self.parameter_groups()))[1])
         monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
         config = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre crop and normalisation.
+    """Resize, center crop and normalization.
 
     Attributes:
         resize: Length in pixels that the shorter edge is resized to.
-        crop: Side in pixels of the centre crop: the network's image size.
+        crop: Side in pixels of the center crop: the network's image size.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another Pillow filter.
         mean: Mean per channel, for values in [0, 1].
         std: Standard deviation per channel, for values in [0, 1].

@@ -5,7 +5,6 @@ The rest of the project is independent of the kind of task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,8 +92,3 @@ class SingleLabel:
         """Accuracy."""
         # Labels are valid class indices; validating each batch would cost more than the metric.
         return MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)})
-
-
-def names_of(prediction: Prediction, classes: Sequence[str]) -> list[str]:
-    """Names of the predicted classes."""
-    return [classes[index] for index in prediction.label.tolist()]

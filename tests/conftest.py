@@ -33,6 +33,11 @@ FIGURES = ["--dashboard.figures", "true"]
 STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores, because many tests wait for processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Cache folder of all tests and their child processes, instead of the user's."""

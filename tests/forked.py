@@ -6,17 +6,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.data.sources.files import Files
+from tests.integration.subprocesses import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.forked"])
@@ -55,26 +57,81 @@ class Run:
         os.kill(self.process.pid, number)
 
 
-def start(folder: Path, arguments: Sequence[str], at: dict[str, Any] | None = None) -> Run:
+def start(
+    folder: Path,
+    arguments: Sequence[str],
+    at: dict[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: str = "log.txt",
+    prepare: Callable[[], None] | None = None,
+) -> Run:
     """Start a command line.
 
     Args:
-        folder: Working directory; the output goes to ``log.txt`` in it.
+        folder: Working directory.
         arguments: Arguments after ``python -m project``.
         at: When the process sends itself the signal ``number``: in the training step ``step``, or with ``validates`` in
             the validation after that step; or before it reads the image of index ``reads``.
+        environment: Additional environment variables.
+        log: File in the folder that receives the output.
+        prepare: Function of a module, called in the process first.
     """
-    log = folder / "log.txt"
-    log.write_text("")
-    cache = os.environ["XDG_CACHE_HOME"]
-    process = CONTEXT.Process(target=_child, args=(str(folder), str(log), cache, list(arguments), at))
+    (folder / log).write_text("")
+    variables = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(environment or {})}
+    arguments_of_child = (str(folder), str(folder / log), variables, list(arguments), at, prepare)
+    process = CONTEXT.Process(target=_child, args=arguments_of_child)
     process.start()
-    return Run(process, log)
+    return Run(process, folder / log)
 
 
-def _child(folder: str, log: str, cache: str, arguments: list[str], at: dict[str, Any] | None) -> None:
+def run_ranks(
+    folder: Path,
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]] = ({}, {}),
+    prepare: Callable[[], None] | None = None,
+    seconds: float = 120,
+) -> list[tuple[int, str]]:
+    """Run a command line in one process per rank, with the environment variables of torchrun.
+
+    It replaces torchrun and Lightning's launcher, whose processes import the libraries for seconds.
+
+    Args:
+        folder: Working directory.
+        arguments: Arguments after ``python -m project``; ``--trainer.devices`` and ``num_nodes`` must agree.
+        environments: Additional environment variables of each rank.
+        prepare: Function of a module, called in each process first.
+        seconds: Time limit.
+
+    Returns:
+        Exit code and output of each rank.
+    """
+    count = len(environments)
+    ranks = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    runs = [
+        start(
+            folder,
+            arguments,
+            environment={**ranks, "RANK": str(rank), "LOCAL_RANK": str(rank), **more},
+            log=f"rank{rank}.txt",
+            prepare=prepare,
+        )
+        for rank, more in enumerate(environments)
+    ]
+    return [(run.wait(seconds), run.output) for run in runs]
+
+
+def _child(
+    folder: str,
+    log: str,
+    environment: Mapping[str, str],
+    arguments: list[str],
+    at: dict[str, Any] | None,
+    prepare: Callable[[], None] | None,
+) -> None:
     os.chdir(folder)
-    os.environ["XDG_CACHE_HOME"] = cache
+    os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning sets it when it is imported
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -82,6 +139,8 @@ def _child(folder: str, log: str, cache: str, arguments: list[str], at: dict[str
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # the default for the processes that it starts
+    if prepare is not None:
+        prepare()
     if at is not None:
         _signal_self(**at)
     sys.exit(main(arguments))

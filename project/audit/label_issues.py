@@ -45,11 +45,7 @@ class Suspect(NamedTuple):
 
 
 def suspects_of(
-    prefix: PrefixSpec,
-    data: ImageDataModule,
-    infos: Mapping[str, ImageInfo],
-    provider: RowProvider,
-    limit: int,
+    prefix: PrefixSpec, data: ImageDataModule, infos: Mapping[str, ImageInfo], provider: RowProvider, limit: int
 ) -> list[Suspect]:
     """Find label issues in all splits of the data: see :func:`find_suspects`.
 

@@ -87,7 +87,6 @@ def check_images(data: ImageDataModule, json: str | None = None, fix: str | None
 
 
 def _print_findings(result: Audit, seconds: float) -> None:
-    """Print a table of the findings, and a summary line."""
     counts = {level: sum(finding.level == level for finding in result.findings) for level in LEVELS}
     if result.findings:
         table = Table(title=f"Check of {result.source}", title_justify="left", show_lines=True)

@@ -41,7 +41,7 @@ def restore_early_stopping(
         counted: Whether EarlyStopping has already counted a validation that is repeated on resume.
 
     Returns:
-        Why EarlyStopping would stop the resumed fit at once; ``None`` if it would not.
+        Why EarlyStopping would immediately stop the resumed fit; ``None`` if it would not.
     """
     for callback in early_stopping_callbacks(trainer):
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -49,7 +49,8 @@ def restore_early_stopping(
             continue
         state["patience"] = callback.patience
         if _would_stop_again(callback, state, monitored or {}):
-            if _has_reached_minimum(trainer, checkpoint):
+            epochs, steps = lightning_internals.epochs_of_checkpoint(checkpoint), checkpoint["global_step"]
+            if epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0):
                 return _one_line(str(state["stopping_reason_message"]))
             trainer.should_stop = True  # Lightning stops once min_epochs and min_steps are reached
         else:  # the reason in the checkpoint must not be reported for the resumed fit
@@ -67,12 +68,6 @@ def _would_stop_again(callback: EarlyStopping, state: Mapping[str, Any], monitor
     trial = copy.deepcopy(callback)
     trial.load_state_dict({**state, "wait_count": state["wait_count"] - 1})  # the check counts the last value again
     return lightning_internals.would_stop(trial, value)
-
-
-def _has_reached_minimum(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a fit has reached ``min_epochs`` and ``min_steps``."""
-    epochs = lightning_internals.epochs_of_checkpoint(checkpoint)
-    return bool(epochs >= (trainer.min_epochs or 0) and checkpoint["global_step"] >= (trainer.min_steps or 0))
 
 
 def _one_line(message: str) -> str:

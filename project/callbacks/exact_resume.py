@@ -61,7 +61,7 @@ class ExactResume(Callback):
             # At the end of a validation, EarlyStopping has counted it already, and resuming repeats it.
             "counted": within_epoch and trainer.validating and validation.completed == validation.ready,
             "watched": _monitored_values(trainer),
-            "processes": _gather(trainer, rank_state),
+            "processes": ProcessGroup().gather(rank_state),
         }
         if within_epoch:
             accumulates = lightning_internals.accumulates_gradients(trainer)
@@ -89,10 +89,12 @@ class ExactResume(Callback):
         if digest is not None and self._data_digest is not None and digest != self._data_digest:
             if state["within"]:
                 raise CheckpointError(
-                    "The checkpoint was saved within an epoch, and the images or labels have changed since then.\n"
+                    "The checkpoint was saved within an epoch, and the images or labels have changed since.\n"
                     "Restore the data, or use a checkpoint from the end of an epoch."
                 )
-            print_rank_zero("Checkpoint: the images or labels have changed since then; training uses the new ones")
+            print_rank_zero(
+                "Checkpoint: the images or labels have changed since it was saved; training uses the new ones"
+            )
         if state["within"] and saved != current:
             raise CheckpointError(
                 f"The checkpoint was saved within an epoch with {described}; this fit has {_describe(current)}.\n"
@@ -104,7 +106,7 @@ class ExactResume(Callback):
             )
         if reason:
             raise ConfigError(
-                f"EarlyStopping has stopped this fit and would stop it again at once: {reason}\n"
+                f"EarlyStopping has stopped this fit and would immediately stop it again: {reason}\n"
                 "To resume, increase its patience, change its thresholds, or remove it."
             )
 
@@ -139,7 +141,7 @@ class ExactResume(Callback):
         reseed(pl_module.device, run_seed(), "step", trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # At the end of an epoch that was resumed within, Lightning would not step ReduceLROnPlateau.
+        # At the end of a resumed, unfinished epoch, Lightning would not step ReduceLROnPlateau.
         lightning_internals.end_restart(trainer)
 
 
@@ -179,15 +181,6 @@ def _monitored_values(trainer: pl.Trainer) -> dict[str, float]:
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
     names += [callback.monitor for callback in early_stopping_resume.early_stopping_callbacks(trainer)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-
-
-def _gather(trainer: pl.Trainer, rank_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of all ranks, in order."""
-    if trainer.world_size == 1:
-        return [rank_state]
-    states: list[dict[str, Any]] = [{} for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(states, rank_state)
-    return states
 
 
 def _rng_state() -> dict[str, Any]:

@@ -16,8 +16,8 @@ from project.data.sources.base import Source
 from project.data.split_fingerprint import count_common, split_fingerprint
 from project.errors import ConfigError
 from project.features.provider import (
-    EngineName,
-    PrecisionName,
+    EngineSetting,
+    PrecisionSetting,
     RowProvider,
     StoredFeatures,
     calibration_subset,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported only when a fit needs it
     from project.features.row_loader import RowLoader, Rows
 
 VIEWS = 4  # views per training image if the data is augmented and ``views`` is not given
-EXAMPLES = 12  # views kept for reports
+EXAMPLES = 12  # views to show in reports
 
 
 class FeatureCache(pl.Callback):
@@ -44,7 +44,7 @@ class FeatureCache(pl.Callback):
 
     Args:
         cache: auto caches features if a part of the backbone is frozen; on fails if that is not possible; off computes
-            them in every epoch.
+            the features in every epoch.
         views: Stored views per training image: the image itself, then augmented views; epochs cycle through them. By
             default 1, or 4 if data.augment is not none.
         engine: What computes features: torch, compile (torch.compile), onnxruntime (CPU), or auto, which picks the
@@ -59,8 +59,8 @@ class FeatureCache(pl.Callback):
         self,
         cache: Literal["auto", "on", "off"] | bool = "auto",
         views: int | None = None,
-        engine: EngineName = "auto",
-        precision: PrecisionName = "auto",
+        engine: EngineSetting = "auto",
+        precision: PrecisionSetting = "auto",
         budget: float = 20.0,
         folder: str | None = None,
     ) -> None:
@@ -117,7 +117,7 @@ class FeatureCache(pl.Callback):
         return None
 
     def _cache_features(self, trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> None:
-        """Compute the rows that the store lacks, and have the data loaders yield rows instead of images."""
+        """Compute the missing rows, and make the data loaders yield rows instead of images."""
         from project.features.row_loader import open_rows
         from project.features.views import deduplicate, digest_images, image_views
         from project.runtime.distributed import ProcessGroup
@@ -139,16 +139,16 @@ class FeatureCache(pl.Callback):
         views = image_views(source, train, digests["train"], data.evaluation_transform(), [""])
         views += image_views(source, train, digests["train"], data.training_transform(), names)
         (plain,) = image_views(source, val, digests["val"], data.evaluation_transform(), [""])
-        del digests  # 32 bytes per image, and part of the keys
+        del digests  # frees 32 bytes per image; they are part of the keys
         if data.augment != "none":
             hint = "" if names else "; increase features.views to augment images"
             augment = data.augment if isinstance(data.augment, str) else "transforms"
             print_rank_zero(f"Features: {len(views)} views per image, {len(names)} augmented ({augment}){hint}")
-        stride = -(-len(train) // max(EXAMPLES // len(views), 1))  # over the whole split, which is sorted by class
+        stride = -(-len(train) // max(EXAMPLES // len(views), 1))  # over the whole split, which may be sorted by class
         stored.examples = [list(image) for image in zip(*(view[::stride] for view in views), strict=True)]
         all_views, ((*train_rows,), (val_rows,)) = deduplicate([views, [plain]])
         count, typical = len(views), calibration_subset(views[0])
-        del views, plain  # their keys are in all_views
+        del views, plain  # frees their keys, which are also in all_views
         prefix = module.prefix_spec(device, str(trainer.precision))
         provided, engines = self.provider.provide(prefix, source, all_views, typical)
         _log(trainer, provided)
@@ -166,13 +166,7 @@ class FeatureCache(pl.Callback):
             train_part, val_part = ((all_views.take(places), places) for places in (train_rows[0], val_rows))
             print_rank_zero(report(provided, rows, train_part, val_part, engines.reference, source))
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         if self._in_use is not None:
             data, rows, stored = self._in_use
             data.loaders["train"].rows = data.loaders["val"].rows = None
@@ -180,9 +174,10 @@ class FeatureCache(pl.Callback):
             self._in_use = None
             stored.examples = ()
 
+    on_exception = teardown
+
 
 def _log(trainer: pl.Trainer, provided: BuildResult) -> None:
-    """Log how many rows were reused and computed, and by which engine."""
     values = {"features/rows_reused": float(provided.reused), "features/rows_computed": float(provided.computed)}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)

@@ -47,14 +47,7 @@ class GracefulShutdown(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:  # accumulated gradients are not saved
             self._stop_if_signaled(trainer)
 
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._signals.deferred:  # not in the sanity check before training
             self._stop_if_signaled(trainer)
 

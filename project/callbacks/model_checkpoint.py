@@ -42,25 +42,25 @@ class BestCheckpoint(_EpochCheckpoint):
     """Writes ``best.ckpt`` at the epoch with the best validation accuracy, including epochs before a resume.
 
     Attributes:
-        measured: Validation results of that epoch; ``None`` if they are unknown.
+        evaluation: Validation results of that epoch; ``None`` if they are unknown.
     """
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max")
         self._previous: tuple[Path, torch.Tensor] | None = None  # best checkpoint before the resume, and its score
         self._is_rank_zero = True
-        self.measured: EvaluationSummary | None = None
-        self._previous_measured: EvaluationSummary | None = None
-        self._measured_score: torch.Tensor | None = None
+        self.evaluation: EvaluationSummary | None = None
+        self._previous_evaluation: EvaluationSummary | None = None
+        self._evaluated_score: torch.Tensor | None = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.best_model_score is not self._measured_score:  # this is a new best epoch
-            self._measured_score = self.best_model_score
-            self.measured = _measured(trainer, pl_module)
-        if self.measured is not None and self.measured.epoch is not None:
-            checkpoint[KEY] = self.measured.state()
+        if self.best_model_score is not self._evaluated_score:  # this is a new best epoch
+            self._evaluated_score = self.best_model_score
+            self.evaluation = _evaluation(trainer, pl_module)
+        if self.evaluation is not None and self.evaluation.epoch is not None:
+            checkpoint[KEY] = self.evaluation.state()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -79,7 +79,7 @@ class BestCheckpoint(_EpochCheckpoint):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
             self._previous = path, score
-            self._previous_measured = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
+            self._previous_evaluation = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
             print_rank_zero(
                 f"Checkpoint: {path} is ignored (damaged or from another fit); best.ckpt considers only new epochs"
@@ -96,15 +96,15 @@ class BestCheckpoint(_EpochCheckpoint):
             with atomic_write(copy) as temporary:
                 temporary.write_bytes(previous.read_bytes())
         path = str(copy)
-        self.best_model_score = self.kth_value = self._measured_score = score
-        self.measured = self._previous_measured or EvaluationSummary(None, {str(self.monitor): float(score)})
+        self.best_model_score = self.kth_value = self._evaluated_score = score
+        self.evaluation = self._previous_evaluation or EvaluationSummary(None, {str(self.monitor): float(score)})
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
         current = state_dict.get("current_score")
         self.current_score = current if isinstance(current, torch.Tensor) else None
 
 
-def _measured(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
+def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
     """Validation metrics, confusion matrix and calibration of the current epoch."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None

@@ -64,7 +64,7 @@ class FitProgressBar(ProgressBar):
         self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The previous epoch's training metrics are complete only now.
+        # Only now are the training metrics of the previous epoch complete.
         self._print_epoch(trainer, trainer.current_epoch)
         self._validated = 0
         self._describe_epoch(trainer)
@@ -151,17 +151,10 @@ class FitProgressBar(ProgressBar):
         if trainer.state.fn != "fit":
             self._hide()
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, *_: Any, **__: Any) -> None:
         self._hide()
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hide()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._hide()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._hide()
+    on_predict_end = on_exception = teardown = on_test_end
 
 
 def _epochs(trainer: pl.Trainer) -> int | None:
@@ -183,7 +176,7 @@ def _validation_batches(trainer: pl.Trainer) -> int:
 
 
 def _metrics(trainer: pl.Trainer) -> list[str]:
-    """The metrics logged for the progress bar, as text: accuracies first, validation before training."""
+    """The metrics logged with ``prog_bar=True``, as text: accuracies first, validation before training."""
     values = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
     order = sorted(values, key=lambda name: (not name.endswith("accuracy"), not name.startswith("val")))
     return [f"{name} {values[name]:.4f}" for name in order]

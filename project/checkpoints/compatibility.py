@@ -18,7 +18,7 @@ FORMAT = 1  # version of the checkpoint's "transfer" entry
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the libraries that a checkpoint depends on."""
-    # Cached: a look-up takes milliseconds, and an epoch on stored rows, which ends in a checkpoint, only tens of them.
+    # Cached: a lookup takes milliseconds, and an epoch on stored rows, which ends with a checkpoint, takes only tens.
     return {name: version(name) for name in ("torch", "torchvision", "lightning")}
 
 
@@ -74,7 +74,7 @@ def validate_tensors(expected: Mapping[str, torch.Tensor], saved: Mapping[str, t
         if value.shape != tensor.shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(tensor.shape)}"
             raise CheckpointError(f"The checkpoint's tensor {name!r} has shape {shapes}: {fix}")
-        # trainer.precision bf16-true saves floats of another width.
+        # trainer.precision bf16-true saves floats of another width, which is accepted.
         if value.dtype != tensor.dtype and not (value.is_floating_point() and tensor.is_floating_point()):
             raise damaged_checkpoint(
                 f"The checkpoint is damaged: {name!r} has type {value.dtype}, expected {tensor.dtype}."

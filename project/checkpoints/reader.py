@@ -1,4 +1,4 @@
-"""Safe reading of checkpoints: no code is executed, and whatever does not match the expected schema is refused."""
+"""Safe reading of checkpoints: no code is executed, and contents that do not match the schema are refused."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def hyper_parameters(
         arguments.setdefault("scheduler_interval", "epoch")  # earlier versions stepped every scheduler once an epoch
     hints = {name: hint for name, hint in typing.get_type_hints(model_class.__init__).items() if name != "return"}  # type: ignore[misc]
     for name in arguments.keys() - hints.keys():
-        raise damaged_checkpoint(f"{path} is damaged or from another version: unknown hyper-parameter {name!r}.")
+        raise damaged_checkpoint(f"{path} is damaged or from another version: unknown hyperparameter {name!r}.")
     for name, value in arguments.items():
         if name not in class_arguments and not _is_instance(value, hints[name]):
             raise damaged_checkpoint(f"{path}: model.{name} cannot be {abbreviate(value)}.")

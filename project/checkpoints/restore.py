@@ -22,7 +22,7 @@ from project.checkpoints.compatibility import (
 )
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
-from project.checkpoints.resume_checks import on_meta, validate_progress, validate_states
+from project.checkpoints.resume_checks import copy_groups, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
@@ -43,7 +43,7 @@ else:
 def construct_optimizer(
     hparams: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[Optimizer, LRScheduler | None]:
-    """Construct the optimizer and the scheduler of some hyper-parameters.
+    """Construct the optimizer and the scheduler from hyperparameters.
 
     Args:
         hparams: With ``optimizer`` and ``scheduler``, each as ``{"class_path": ..., "init_args": {...}}``; the
@@ -149,11 +149,11 @@ class CheckpointMixin(Module):
         Raises:
             ConfigError: A class does not accept its arguments, or the optimizer cannot work here.
         """
-        return construct_optimizer(self._with_length(self.hparams, self.schedule_length()), groups)
+        return construct_optimizer(with_length(self.hparams, self.schedule_length()), groups)
 
     def scheduler_interval(self) -> Interval:
         """Whether the scheduler is stepped once per epoch or once per optimizer step."""
-        return interval_of(self.hparams["scheduler"], self.hparams.get("scheduler_interval"))
+        return interval_of(self.hparams)
 
     def schedule_length(self) -> int | None:
         """Length of the whole fit in the scheduler's unit, epochs or steps; ``None`` if it is unknown."""
@@ -168,14 +168,6 @@ class CheckpointMixin(Module):
             return int(steps) if math.isfinite(steps) else None
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         return min(filter(None, (epochs, math.ceil(trainer.max_steps / steps_per_epoch))))
-
-    @staticmethod
-    def _with_length(hparams: Mapping[str, Any], length: int | None) -> dict[str, Any]:
-        """The hyper-parameters, with the fit's length filled in where the scheduler needs one."""
-        scheduler = hparams["scheduler"]
-        if scheduler is not None:
-            scheduler = with_length(scheduler, length, interval_of(scheduler, hparams.get("scheduler_interval")))
-        return {**hparams, "scheduler": scheduler}
 
     def identity(self) -> dict[str, Any]:
         """Identity of the model, for a checkpoint: classes, preprocessing, backbone and versions, in plain types."""
@@ -194,12 +186,11 @@ class CheckpointMixin(Module):
         }
 
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a state dict outside the frozen stages."""
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remove the frozen tensors, which name and SHA-256 identify, and add the model's identity."""
+        """Remove the frozen tensors, and add the model's identity with their SHA-256."""
         checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
         data: Any = getattr(self.trainer, "datamodule", None)
         split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
@@ -222,18 +213,18 @@ class CheckpointMixin(Module):
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit":
-            groups = on_meta(self.parameter_groups())
+            groups = copy_groups(self.parameter_groups())
             name_parameter_groups(checkpoint, groups)
             length = checkpoint["transfer"].get("schedule", {}).get("length")
             apply_changes(
                 checkpoint,
                 # Earlier versions stepped every scheduler once an epoch.
-                self._with_length(
+                with_length(
                     {"scheduler_interval": "epoch", **checkpoint["hyper_parameters"]},
                     length if type(length) is int else None,
                 ),
-                self._with_length(self.hparams, self.schedule_length()),
-                lambda hparams: construct_optimizer(hparams, on_meta(groups)),
+                with_length(self.hparams, self.schedule_length()),
+                lambda hparams: construct_optimizer(hparams, copy_groups(groups)),
                 {"epoch": completed_epochs(checkpoint), "step": checkpoint["global_step"]},
             )
             validate_states(checkpoint, groups, self.make_optimizer)

@@ -23,17 +23,15 @@ Construct = Callable[[Groups], tuple[Optimizer, LRScheduler | None]]
 PATH_KEYS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
 
 
-def on_meta(groups: Groups) -> list[dict[str, Any]]:
-    """Copies of parameter groups on the meta device."""
-    return _copy_groups(groups, "meta")
+def copy_groups(groups: Groups, device: str = "meta") -> list[dict[str, Any]]:
+    """Copies of parameter groups with zeros as parameters.
 
-
-def _copy_groups(groups: Groups, device: str) -> list[dict[str, Any]]:
+    Args:
+        groups: Parameter groups.
+        device: Device of the copies; on the meta device they take no memory.
+    """
     return [
-        {
-            **group,
-            "params": [nn.Parameter(torch.zeros_like(parameter, device=device)) for parameter in group["params"]],
-        }
+        {**group, "params": [nn.Parameter(torch.zeros_like(p, device=device)) for p in group["params"]]}
         for group in groups
     ]
 
@@ -45,7 +43,7 @@ def validate_states(checkpoint: Mapping[str, Any], groups: Groups, construct: Co
 
     Args:
         checkpoint: As read, with plain types and tensors.
-        groups: The trainable parameters, from :func:`on_meta`.
+        groups: The trainable parameters, from :func:`copy_groups`.
         construct: Constructs their optimizer and scheduler.
 
     Raises:
@@ -58,8 +56,8 @@ def validate_states(checkpoint: Mapping[str, Any], groups: Groups, construct: Co
     error = _try_step(construct, groups, states, schedulers)
     if error is None or _try_step(construct, groups, None, None):  # this optimizer cannot step on the meta device
         return
-    # The states may be valid all the same: NAdam, for one, reads a value from its state, and meta tensors have none.
-    error = _try_step(construct, _copy_groups(groups, "cpu"), states, schedulers)
+    # The states may still be valid: NAdam, for example, reads a value from its state, and meta tensors have no values.
+    error = _try_step(construct, copy_groups(groups, "cpu"), states, schedulers)
     if error:
         raise damaged_checkpoint(
             "The checkpoint is damaged: its optimizer or scheduler state cannot be restored "

@@ -20,7 +20,7 @@ from project.errors import ConfigError, damaged_checkpoint
 from project.models.schedules import Interval, interval_of
 from project.runtime.console import print_rank_zero
 
-#: Constructs the optimizer and the scheduler of hyper-parameters.
+#: Constructs the optimizer and the scheduler of hyperparameters.
 Construct = Callable[[Mapping[str, Any]], tuple[Optimizer, LRScheduler | None]]
 #: Arguments that are used only in an optimizer's first step.
 FIRST_STEP = {"Rprop": ("lr",), "Adagrad": ("initial_accumulator_value",)}
@@ -36,18 +36,18 @@ def apply_changes(
     construct: Construct,
     position: Mapping[Interval, int],
 ) -> None:
-    """Apply changed optimizer and scheduler arguments to a checkpoint; without a change, leave it as it is.
+    """Apply changed optimizer and scheduler arguments to a checkpoint; without a change, do nothing.
 
     Args:
         checkpoint: Its ``optimizer_states`` and ``lr_schedulers`` are changed in place.
-        saved: The checkpoint's hyper-parameters: ``optimizer`` and ``scheduler``, each as
+        saved: The checkpoint's hyperparameters: ``optimizer`` and ``scheduler``, each as
             ``{"class_path": ..., "init_args": {...}}``, and ``scheduler_interval``; the scheduler may be ``None``.
-        requested: The model's hyper-parameters.
+        requested: The model's hyperparameters.
         construct: Constructs both over parameters on the meta device.
         position: Number of completed epochs and optimizer steps.
 
     Raises:
-        ConfigError: A changed argument cannot take effect any more.
+        ConfigError: A changed argument cannot take effect in a resumed fit.
     """
     states, schedulers = checkpoint.get("optimizer_states"), checkpoint.get("lr_schedulers")
     if not states:
@@ -55,7 +55,7 @@ def apply_changes(
     same_optimizer = _class(saved["optimizer"]) == _class(requested["optimizer"])
     same_scheduler = _class(saved["scheduler"]) == _class(requested["scheduler"])
     if same_scheduler and requested["scheduler"] is not None:
-        same_scheduler = _interval(saved) == _interval(requested)
+        same_scheduler = interval_of(saved) == interval_of(requested)
     optimizer, scheduler = construct(requested)
     lr_changed = optimizer_changed = True
     if same_optimizer:
@@ -80,7 +80,7 @@ def apply_changes(
     elif scheduler is None:
         checkpoint["lr_schedulers"] = []
     else:
-        _advance(optimizer, scheduler, position[_interval(requested)])
+        _advance(scheduler, position[interval_of(requested)])
         checkpoint["lr_schedulers"] = [dict(scheduler.state_dict())]
     fresh = optimizer.state_dict()
     if same_optimizer:
@@ -124,10 +124,6 @@ def _class(spec: Mapping[str, Any] | None) -> Any:
     except ConfigError:
         return spec["class_path"]
     return bound.func
-
-
-def _interval(hparams: Mapping[str, Any]) -> Interval:
-    return interval_of(hparams["scheduler"], hparams.get("scheduler_interval"))
 
 
 def _scheduler_changed(saved: Mapping[str, Any], requested: Mapping[str, Any], construct: Construct) -> bool:
@@ -174,7 +170,7 @@ def _refuse_first_step_arguments(name: str, changed: set[str]) -> None:
         )
 
 
-def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
+def _advance(scheduler: LRScheduler, steps: int) -> None:
     """Step a new scheduler to the fit's position.
 
     Raises:
@@ -183,7 +179,7 @@ def _advance(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> None:
     """
     if steps > MAX_STEPS:
         raise damaged_checkpoint(f"The checkpoint is damaged: its number of steps cannot be {steps}.")
-    if isinstance(scheduler, ReduceLROnPlateau):  # it starts afresh: its metric's earlier values are unknown
+    if isinstance(scheduler, ReduceLROnPlateau):  # it starts anew, because earlier values of its metric are unknown
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns if the scheduler is stepped before the optimizer

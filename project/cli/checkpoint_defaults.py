@@ -71,7 +71,7 @@ class CheckpointCLI(VerbCLI):
             ) from error
 
     def apply_checkpoint(self) -> None:
-        """Use the checkpoint's hyper-parameters as defaults, so that flags and config files override them.
+        """Use the checkpoint's hyperparameters as defaults, so that flags and config files override them.
 
         In Lightning they override the flags (issue 21455).
 

@@ -8,7 +8,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lightning
@@ -17,19 +16,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from project.cli.parser_errors import explain_misconfiguration, explain_runtime_error, out_of_memory
 from project.errors import ProjectError
 from project.runtime.distributed import is_peer_failure
-from project.runtime.system import cache_folder
+from project.runtime.system import REPORTED_PACKAGES, cache_folder, installed_versions
 
 USER_ERROR, PEER_FAILURE, INTERNAL_ERROR, BROKEN_PIPE = 2, 1, 70, 141
-REPORTED_PACKAGES = (
-    "frozen-backbone",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "jsonargparse",
-    "timm",
-    "pillow",
-)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -73,11 +62,9 @@ def _raised_by_lightning(error: Exception) -> bool:
 def _write_report(error: Exception, args: Sequence[str]) -> Path:
     """Write the command line, versions and traceback to a file."""
     lines = [f"python -m project {' '.join(args)}", f"{platform.platform()}, Python {platform.python_version()}"]
-    for name in REPORTED_PACKAGES:
-        try:
-            lines.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            lines.append(f"{name} is not installed")
+    packages = (*REPORTED_PACKAGES, "jsonargparse")
+    versions = installed_versions(packages)
+    lines += [f"{name} {versions.get(name, 'is not installed')}" for name in packages]
     text = "\n".join([*lines, "", *traceback.format_exception(error)])
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}.txt"
     for folder in (cache_folder() / "errors", Path(tempfile.gettempdir())):

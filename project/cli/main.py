@@ -17,7 +17,7 @@ from project.runtime.distributed import is_externally_launched, is_rank_zero, la
 from project.runtime.process_state import process_state
 from project.runtime.signals import Interrupted, SignalHandler
 
-#: Warnings of Lightning and Pillow about intended behaviour.
+#: Warnings of Lightning and Pillow about intended behavior.
 IGNORED_WARNINGS = (
     ".*does not have many workers.*",  # data.num_workers is set from the machine
     ".*module.s. in eval mode at the start of training.*",  # the frozen stages

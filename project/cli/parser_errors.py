@@ -19,7 +19,7 @@ from project.runtime.system import shared_memory
 
 # --- messages of libraries
 
-#: Out of memory, raised as something else than torch.OutOfMemoryError.
+#: Out of memory, raised as another class than torch.OutOfMemoryError.
 OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|CUDA error: out of memory|_STATUS_ALLOC_FAILED|unable to find an engine to execute"
 )
@@ -37,7 +37,7 @@ PLATEAU_METRIC = re.compile(
     r"Available metrics are: (?P<known>.*)"
 )
 
-# --- messages of the parser. For a union type, it lists the objections of every member.
+# --- messages of the parser, which list the errors of every member of a union type
 
 #: An unknown flag, key of a config, or argument of a class.
 UNKNOWN_KEY = re.compile(
@@ -59,14 +59,14 @@ UNKNOWN_CLASS = re.compile(
     r"(?:Expected a dot import path string: |has no attribute '\w+'\. Got value: )(?P<path>[\w.]+)",
     re.DOTALL,
 )
-#: A class without its required arguments; in a union, this is the member that the user meant.
+#: A class without its required arguments; of a union, the member that the user meant.
 MISSING_ARGUMENTS = re.compile(
     r"Parser key \"(?P<key>[\w.]+)\".*?the following arguments are required: (?P<names>[\w, ]+)", re.DOTALL
 )
 #: The class without its arguments, where the parser names it.
 INCOMPLETE_CLASS = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+the following arguments are required")
 GIVEN_VALUE = re.compile(r"\n *Given value: (.*)")
-#: Objections of union members that the user did not mean.
+#: Errors of union members that the user did not mean.
 OTHER_MEMBERS = re.compile(
     r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w"
 )
@@ -103,9 +103,7 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
     if denied := IMPORT_DENIED.search(message):
         return ConfigError(import_refusal(denied["path"]))
     if url := URL.search(message):
-        return ConfigError(
-            f"{url['url']} is not a local file, and nothing is downloaded. Download it and pass its path."
-        )
+        return ConfigError(f"{url['url']} is a URL, but only local files are accepted. Download it and pass its path.")
     if unknown := UNKNOWN_KEY.search(message):
         return _unknown_key(unknown, parser)
     if missing := MISSING_ARGUMENTS.search(message):

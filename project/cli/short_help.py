@@ -10,16 +10,11 @@ from collections.abc import Iterable, Sequence
 from project.runtime.lightning_cli import OptionHelp
 
 #: Flag groups and their titles; flags without a group follow.
-GROUPS = {
-    "data": "Data",
-    "model": "Model",
-    "features": "Stored features",
-    "dashboard": "Dashboard",
-}
+GROUPS = {"data": "Data", "model": "Model", "features": "Stored features", "dashboard": "Dashboard"}
 TRAINER = "trainer"
 #: Replacements for the help texts of Lightning's own flags.
 SHORT_TEXTS = {
-    "ckpt_path": "Checkpoint: a file, or last or best of the runs on this data",
+    "ckpt_path": "Checkpoint file, or last or best of the latest run on this data",
     "config": "YAML file of flags",
     "print_config": "Print the configuration and exit",
     "seed_everything": "Random seed",

@@ -56,8 +56,6 @@ class TransferCLI(CheckpointCLI):
         exit_code: Exit code of the verb.
     """
 
-    trainer: Trainer
-
     def __init__(self, args: Sequence[str], signals: SignalHandler, resume_command: str) -> None:
         self._signals = signals
         self._resume_command = resume_command
@@ -148,7 +146,7 @@ class TransferCLI(CheckpointCLI):
             raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
 
     def _make_data(self, cls: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
-        """Create the data module, and check its source before weights are read; ``check`` accepts faulty data."""
+        """Create the data module, and check its source before weights are read; ``check`` accepts invalid data."""
         data = cls(*args, **kwargs)
         if self.subcommand != "check" and data.source is not None:
             data.source.require()

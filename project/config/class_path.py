@@ -34,7 +34,7 @@ class ClassSpec:
                 "init_args": {...}}``.
 
         Raises:
-            ConfigError: It is something that a checkpoint cannot store, such as a lambda.
+            ConfigError: A checkpoint cannot store the factory, such as a lambda.
         """
         if isinstance(factory, Mapping):
             return cls.from_dict(factory)
@@ -59,15 +59,10 @@ class ClassSpec:
         Raises:
             ConfigError: The value has another form.
         """
-        path, arguments = (
-            (value.get("class_path"), value.get("init_args") or {}) if isinstance(value, Mapping) else 2 * (None,)
-        )
-        if (
-            not isinstance(path, str)
-            or not path
-            or not isinstance(arguments, Mapping)
-            or not all(isinstance(name, str) for name in arguments)
-        ):
+        entries: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+        path, arguments = entries.get("class_path") or "", entries.get("init_args") or {}
+        is_valid = path and isinstance(path, str) and isinstance(arguments, Mapping)
+        if not is_valid or not all(isinstance(name, str) for name in arguments):
             reason = f"expected class_path with init_args, not {abbreviate(value)}."
             raise ConfigError("{path}: {reason}", path=key, reason=reason) if key else ConfigError(reason)
         return cls(path, dict(arguments))
@@ -113,7 +108,7 @@ class ClassSpec:
             raise ConfigError(
                 f"class_path {self.class_path!r} is not a {' or '.join(base.__name__ for base in bases)}."
             )
-        defined_at = f"{kind.__module__}.{kind.__qualname__}"  # a listed module may import classes from unlisted ones
+        defined_at = f"{kind.__module__}.{kind.__qualname__}"  # an allowed module may import classes from others
         if not is_importable(defined_at) and not is_usable_if_imported(defined_at):
             raise ConfigError(import_refusal(defined_at))
         return functools.partial(kind, **self.init_args)

@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, how they are split, and how they are read. Knows nothing of models."""
+"""Images and labels: sources, splits, decoding, transforms and the data module. Independent of models."""

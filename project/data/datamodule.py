@@ -45,7 +45,7 @@ class ImageDataModule(pl.LightningDataModule):
     Args:
         root: Folder of images, ``root/CLASS/*`` or ``root/{train,val,test}/CLASS/*``; or a table (CSV, TSV or Parquet)
             with columns path and label, and optionally split and group.
-        source: Source of labelled images, instead of ``root``: ``project.data.sources.Digits``, a torchvision data set
+        source: Source of labeled images, instead of ``root``: ``project.data.sources.Digits``, a torchvision data set
             such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
         predict: Image to predict, or folder to search recursively for images.
         batch_size: Batch size per process.
@@ -55,7 +55,7 @@ class ImageDataModule(pl.LightningDataModule):
         fold: Cross-validation fold, such as 2/5: validate on the second of five folds, train on the others. The train
             and val splits of the data are merged first.
         split_seed: Seed of the held-out split and of the folds.
-        augment: Random transforms of training images: none, flip, standard (random crop, flip, colour), trivial or rand
+        augment: Random transforms of training images: none, flip, standard (random crop, flip, color), trivial or rand
             (random crop, flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2 classes, each
             with class_path and init_args.
         mixup: MixUp of training images: alpha of the Beta distribution, such as 0.2; 0 disables it.
@@ -88,7 +88,7 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         if root is not None and source is not None:
             raise ConfigError(
-                "data.root and data.source are both set: keep one. --data.source null clears that of a config file."
+                "data.root and data.source are both set; keep one. --data.source null overrides a config file."
             )
         if batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, got {batch_size}.")
@@ -111,7 +111,7 @@ class ImageDataModule(pl.LightningDataModule):
             name: SplitLoader(functools.partial(self._image_loader, name), self.current_epoch)
             for name in ("train", "val", "test")
         }
-        #: Split settings. Checkpoints store them, so that a later fit holds out the same images.
+        #: Split settings. Checkpoints store them, so that a resumed fit holds out the same images.
         self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed)
         self._mix_alphas = mixup, cutmix
         self._skips_bad_images = on_bad_image == "skip"
@@ -123,7 +123,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Class names in the order of their indices; ``None`` without labelled data. Prepares the source."""
+        """Class names in the order of their indices; ``None`` without labeled data. Prepares the source."""
         return self.source.classes if self.source else None
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class ImageDataModule(pl.LightningDataModule):
             if label not in trained:
                 raise DataError(
                     f"Class {name!r} has no training images left: all are held out or cannot be read. "
-                    "Add images of it, or remove it."
+                    "Add images to it, or remove it."
                 )
         return splits
 
@@ -160,8 +160,8 @@ class ImageDataModule(pl.LightningDataModule):
         """
         source = source or self.source
         assert source is not None  # there are no samples without a source
-        with progress_counter("Reading images") as done:
-            return Index(cache_folder()).facts(source, samples, done)
+        with progress_counter("Reading images") as on_progress:
+            return Index(cache_folder()).infos(source, samples, on_progress)
 
     def _skip_unreadable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
         infos = self.image_infos(samples, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +88,8 @@ class ImageLoader(DataLoader[Any]):
     message.
     """
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return _raise_errors(super().__iter__())
+    def __iter__(self) -> Generator[Any]:  # type: ignore[override]
+        return _raise_errors(super().__iter__())  # not a generator itself, so that workers start immediately
 
 
 def collate(items: list[Any]) -> Any:
@@ -97,7 +97,7 @@ def collate(items: list[Any]) -> Any:
     return items[0] if isinstance(items[0], ProjectError) else default_collate(items)
 
 
-def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
+def _raise_errors(batches: Iterator[Any]) -> Generator[Any]:
     for batch in batches:
         if isinstance(batch, ProjectError):
             raise batch

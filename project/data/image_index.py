@@ -1,4 +1,4 @@
-"""An index of image properties, computed once per image and stored by content hash."""
+"""Image index: properties of images, computed once per image and stored by content hash."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ from project.runtime.system import cores
 T = TypeVar("T")
 SIDE = 16  # of the thumbnail, in pixels
 DARK = 256 // 16  # grey value that 12-bit pixels in a 16-bit range do not reach
-FILE = "images-3.sqlite"  # raise the number when the columns change
-VERSION = f"4 pillow {PIL.__version__}"  # part of each key: another Pillow may decode what this one cannot
+FILE = "images-3.sqlite"  # increase the number when the columns change
+VERSION = f"4 pillow {PIL.__version__}"  # part of each key, because other Pillow versions may decode other files
+File = tuple[bytes, str]  # path and stamp of a file
+CHUNK = 256  # images between two writes
+MEMORY = ":memory:"  # path of a temporary index
+COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
+INFO_BY_FILE = (
+    f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
+)
+DIGEST_BY_FILE = "SELECT digest FROM files WHERE path = ? AND stamp = ?"
+INFO_BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
 
 
 class ImageInfo(NamedTuple):
@@ -41,7 +50,7 @@ class ImageInfo(NamedTuple):
             16-bit image that is dark throughout.
         phash: Perceptual hash, 64 bits; 0 if the image cannot be decoded.
         thumbnail: ``SIDE * SIDE`` grey values, uint8.
-        colour: Mean red, green and blue, uint8.
+        color: Mean red, green and blue, uint8.
     """
 
     digest: bytes
@@ -52,7 +61,7 @@ class ImageInfo(NamedTuple):
     traits: tuple[str, ...] = ()
     phash: int = 0
     thumbnail: bytes = b""
-    colour: bytes = b""
+    color: bytes = b""
 
 
 def examine(
@@ -96,10 +105,10 @@ def examine(
         return ImageInfo(digest, _reason(error, sample), kind, width, height, properties)
     if not width:  # the source has its own decoder
         width, height = image.size
-    phash, thumbnail, colour = appearance(image)
+    phash, thumbnail, color = appearance(image)
     if "16-bit" in properties and max(thumbnail) < DARK:
         properties += ("nearly black",)
-    return ImageInfo(digest, "", "", width, height, properties, phash, thumbnail, colour)
+    return ImageInfo(digest, "", "", width, height, properties, phash, thumbnail, color)
 
 
 def _reason(error: DataError, sample: Sample) -> str:
@@ -107,17 +116,12 @@ def _reason(error: DataError, sample: Sample) -> str:
     return f"{error.reason} {error.hint}".strip() if error.path == sample.name else str(error)
 
 
-def _cosines(size: int, rows: int) -> np.ndarray:
-    """The first rows of the matrix of a discrete cosine transform."""
-    positions = np.arange(size)
-    return np.cos(np.pi * (2 * positions + 1) * np.arange(rows)[:, None] / (2 * size)).astype(np.float32)
-
-
-COSINES = _cosines(32, 8)
+#: The first 8 rows of the matrix of a discrete cosine transform of size 32.
+COSINES = np.cos(np.pi * (2 * np.arange(32) + 1) * np.arange(8)[:, None] / 64).astype(np.float32)
 
 
 def appearance(image: Image.Image) -> tuple[int, bytes, bytes]:
-    """Perceptual hash, grey thumbnail and mean colour of an image.
+    """Perceptual hash, grey thumbnail and mean color of an image.
 
     The perceptual hash is that of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010):
     one bit for each of the 64 lowest frequencies of the grey image at 32 x 32 pixels, set if it is above their median.
@@ -148,23 +152,23 @@ class Index:
             with contextlib.suppress(OSError):  # _with_file handles an index that cannot be opened
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def facts(
+    def infos(
         self,
         source: Source,
         samples: Sequence[Sample],
-        done: Callable[[int, int], None] = lambda done, count: None,
+        on_progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> list[ImageInfo]:
         """Properties of each image. Images that are not indexed are read on all cores.
 
         Args:
             source: The source that reads the images.
             samples: N samples.
-            done: Called with the number of finished samples and N.
+            on_progress: Called with the number of finished samples and N.
 
         Returns:
             N properties.
         """
-        return self._with_file(lambda path: _facts(path, source, samples, done))
+        return self._with_file(lambda path: _infos(path, source, samples, on_progress))
 
     def digests(self, source: Source, samples: Sequence[Sample]) -> np.ndarray:
         """SHA-256 of each sample's encoded bytes. An unchanged file is not read again.
@@ -192,9 +196,6 @@ class Index:
             return work(str(self._path))
 
 
-MEMORY = ":memory:"
-
-
 def _digests(path: str, source: Source, samples: Sequence[Sample]) -> np.ndarray:
     decoder = f"{VERSION} {decoder_name(source)}".encode()
     digests = np.zeros((len(samples), 32), np.uint8)
@@ -202,65 +203,57 @@ def _digests(path: str, source: Source, samples: Sequence[Sample]) -> np.ndarray
         missing: list[tuple[int, File | None]] = []
 
         def read_missing() -> None:
-            read = pool.map(lambda at: hashlib.sha256(source.content(samples[at])).digest(), [at for at, _ in missing])
+            read = pool.map(lambda i: hashlib.sha256(source.content(samples[i])).digest(), [i for i, _ in missing])
             rows = []
-            for (at, file), digest in zip(missing, read, strict=True):
-                digests[at] = np.frombuffer(digest, np.uint8)
+            for (i, file), digest in zip(missing, read, strict=True):
+                digests[i] = np.frombuffer(digest, np.uint8)
                 rows += [(*file, decoder, digest)] if file else []
             _save(database, [], rows)
             missing.clear()
 
-        for at, sample in enumerate(samples):
+        for i, sample in enumerate(samples):
             digest = source.digest(sample)
             file = None if digest else _file(source, sample)
             if file is not None:
                 (digest,) = database.execute(DIGEST_BY_FILE, file).fetchone() or (None,)
             if digest:
-                digests[at] = np.frombuffer(digest, np.uint8)
+                digests[i] = np.frombuffer(digest, np.uint8)
                 continue
-            missing.append((at, file))
+            missing.append((i, file))
             if len(missing) == CHUNK:  # bounds memory: a pool keeps all results of one map
                 read_missing()
         read_missing()
     return digests
 
 
-def _facts(path: str, source: Source, samples: Sequence[Sample], done: Callable[[int, int], None]) -> list[ImageInfo]:
+def _infos(
+    path: str, source: Source, samples: Sequence[Sample], on_progress: Callable[[int, int], None]
+) -> list[ImageInfo]:
     decoder = f"{VERSION} {decoder_name(source)}".encode()  # sources with the same decoder share properties
     files = [_file(source, sample) for sample in samples]
-    facts: dict[int, ImageInfo] = {}
+    infos: dict[int, ImageInfo] = {}
     writable = True
     with contextlib.closing(_prepared(path)) as database:
-        for at, file in enumerate(files):
-            row = file and database.execute(FACTS_BY_FILE, (*file, decoder)).fetchone()
+        for i, file in enumerate(files):
+            row = file and database.execute(INFO_BY_FILE, (*file, decoder)).fetchone()
             if row:
-                facts[at] = _from_row(row)
+                infos[i] = _from_row(row)
         lock = threading.Lock()
 
         def lookup(digest: bytes) -> ImageInfo | None:
             with lock:
-                row = database.execute(FACTS_BY_CONTENT, (digest, decoder)).fetchone()
+                row = database.execute(INFO_BY_CONTENT, (digest, decoder)).fetchone()
             return _from_row(row) if row else None
 
-        missing = [at for at in range(len(samples)) if at not in facts]
-        done(len(facts), len(samples))
+        missing = [i for i in range(len(samples)) if i not in infos]
+        on_progress(len(infos), len(samples))
         with ThreadPoolExecutor(cores()) as pool:
             for begin in range(0, len(missing), CHUNK):  # bounds memory: a pool keeps all results of one map
                 part = missing[begin : begin + CHUNK]
-                facts.update(zip(part, pool.map(lambda at: examine(source, samples[at], lookup), part), strict=True))
-                writable = writable and _save_facts(database, [(files[at], decoder, facts[at]) for at in part])
-                done(len(facts), len(samples))
-    return [facts[at] for at in range(len(samples))]
-
-
-File = tuple[bytes, str]  # the path and the stamp of a file
-CHUNK = 256  # images between two writes
-COLUMNS = "digest, error, kind, width, height, traits, phash, thumbnail, colour"
-FACTS_BY_FILE = (
-    f"SELECT {COLUMNS} FROM images JOIN files USING (digest, decoder) WHERE path = ? AND stamp = ? AND decoder = ?"
-)
-DIGEST_BY_FILE = "SELECT digest FROM files WHERE path = ? AND stamp = ?"
-FACTS_BY_CONTENT = f"SELECT {COLUMNS} FROM images WHERE digest = ? AND decoder = ?"
+                infos.update(zip(part, pool.map(lambda i: examine(source, samples[i], lookup), part), strict=True))
+                writable = writable and _save_infos(database, [(files[i], decoder, infos[i]) for i in part])
+                on_progress(len(infos), len(samples))
+    return [infos[i] for i in range(len(samples))]
 
 
 def _prepared(path: str) -> sqlite3.Connection:
@@ -280,14 +273,14 @@ def _from_row(row: Sequence[Any]) -> ImageInfo:
     return ImageInfo(digest, error, kind, width, height, properties, int.from_bytes(phash), *appearance)
 
 
-def _save_facts(database: sqlite3.Connection, images: Sequence[tuple[File | None, bytes, ImageInfo]]) -> bool:
+def _save_infos(database: sqlite3.Connection, images: Sequence[tuple[File | None, bytes, ImageInfo]]) -> bool:
     """Store properties of images; returns whether the index is writable."""
     rows = [
-        (decoder, *facts[:5], ";".join(facts.traits), facts.phash.to_bytes(8), facts.thumbnail, facts.colour)
-        for _, decoder, facts in images
-        if facts.digest
+        (decoder, *info[:5], ";".join(info.traits), info.phash.to_bytes(8), info.thumbnail, info.color)
+        for _, decoder, info in images
+        if info.digest
     ]
-    files = [(*file, decoder, facts.digest) for file, decoder, facts in images if file and facts.digest]
+    files = [(*file, decoder, info.digest) for file, decoder, info in images if file and info.digest]
     return _save(database, rows, files)
 
 

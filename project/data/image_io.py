@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from project.errors import DataError
 
-#: What iPhones write; read where ``pillow-heif`` is installed.
+#: Suffixes of HEIC files, the format of iPhones; supported if ``pillow-heif`` is installed.
 HEIC = (".heic", ".heif")
 READS_HEIC = importlib.util.find_spec("pillow_heif") is not None
 SUFFIXES = frozenset(
@@ -27,8 +27,7 @@ SUFFIXES = frozenset(
     )
 )
 
-
-#: Part of the key of stored features. Raise it when any image decodes to other pixels than before.
+#: Part of the key of stored features. Increase it when any image decodes to other pixels than before.
 DECODING = 3
 ORIENTATION = 0x0112  # EXIF tag
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
@@ -134,11 +133,11 @@ def _formats() -> list[str]:
 
         pillow_heif.register_heif_opener()
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
+    return [name for name in Image.ID if name != "EPS"]  # EPS is a program, which Ghostscript would run
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Open an image of any format that Pillow reads without an external program. Pixels are not decoded yet."""
+    """Open an image of any format that Pillow reads without an external program; pixels are decoded later."""
     return Image.open(io.BytesIO(content), formats=_formats())
 
 
@@ -201,7 +200,7 @@ def _unreadable(name: str | Path, reason: str) -> DataError:
 
 def _rgb(image: Image.Image, name: str | Path, depth: int | None) -> Image.Image:
     if depth and image.mode.startswith("RGB"):
-        reason = f"has {depth}-bit colours in 16-bit pixels, of which Pillow reads the upper 8 bits only."
+        reason = f"has {depth}-bit colors in 16-bit pixels, of which Pillow reads the upper 8 bits only."
         raise DataError("{path} {reason} {hint}", path=name, reason=reason, hint="Convert or remove it.")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -234,8 +233,8 @@ def stated_depth(image: Image.Image) -> int | None:
         file.seek(0)
         header = file.read(1024)  # sBIT precedes the palette and the pixels
         file.seek(position)
-        at = header.find(b"\0\0\0\1sBIT")
-        stated = header[at + 8] if 0 <= at < len(header) - 8 else None
+        start = header.find(b"\0\0\0\1sBIT")
+        stated = header[start + 8] if 0 <= start < len(header) - 8 else None
     return stated if stated in CAMERA_DEPTHS else None
 
 
@@ -247,7 +246,7 @@ def pixel_maximum(image: Image.Image, pixels: np.ndarray, depth: int | None) -> 
 
     Args:
         image: A decoded image of mode I, I;16 or F.
-        pixels: The pixels of it.
+        pixels: Its pixels.
         depth: See :func:`stated_depth`.
     """
     low, high = float(pixels.min()), float(pixels.max())
@@ -256,7 +255,7 @@ def pixel_maximum(image: Image.Image, pixels: np.ndarray, depth: int | None) -> 
         fills_16_bits = image.format == "PNG" and not np.any(pixels & (2 ** (16 - depth) - 1))
         return 65535.0 if fills_16_bits else 2.0**depth - 1
     ranges = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
-    # A float maximum of 1 to 16 would be nearly black in [0, 255], and is more likely of another range.
+    # A float maximum of 1 to 16 would be nearly black in [0, 255], and is more likely to have another range.
     ambiguous = image.mode == "F" and 1 < high < 16
     return next((top for top in ranges if low >= 0 and high <= top and not ambiguous), None)
 
@@ -288,12 +287,8 @@ def traits(image: Image.Image) -> Iterator[str]:
         yield f"{depth}-bit"
     elif image.mode.startswith("I;16") or image.mode == "I" or ";16" in raw_modes:
         yield "16-bit"
-    if image.mode == "F":
-        yield "float"
-    if image.mode == "CMYK":
-        yield "CMYK"
-    if image.mode == "P":
-        yield "palette"
+    if image.mode in ("F", "CMYK", "P"):
+        yield {"F": "float", "CMYK": "CMYK", "P": "palette"}[image.mode]
     if image.has_transparency_data:
         yield "transparent"
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second image appended

@@ -9,16 +9,16 @@ import numpy as np
 
 from project.data.image_index import ImageInfo
 
-MAX_BITS = 4  # by which two 64-bit perceptual hashes may differ for thumbnails to be compared
-MIN_CORRELATION = 0.985  # of the thumbnails of near-duplicates
-MAX_TINT = 40  # difference of mean red, green or blue, of 255: a red shirt is no near-duplicate of a blue one
+MAX_BITS = 4  # Hamming distance of two 64-bit perceptual hashes, up to which thumbnails are compared
+MIN_CORRELATION = 0.985  # of the grey thumbnails of near-duplicates
+MAX_TINT = 40  # difference of mean red, green or blue, of 255: a red shirt is not a near-duplicate of a blue one
 
 
 class Clusters:
     """Disjoint sets of the integers from 0 to ``count - 1``: union-find with path compression (Tarjan, 1975).
 
     Args:
-        count: Number of members. At first, each is a set of its own.
+        count: Number of members. Initially, each is a separate set.
     """
 
     def __init__(self, count: int) -> None:
@@ -60,8 +60,8 @@ def near_duplicates(infos: Sequence[ImageInfo]) -> Clusters:
     """Cluster duplicates and near-duplicates: images that differ by re-encoding, scaling or slight brightness.
 
     Two images match if their perceptual hashes differ by at most :data:`MAX_BITS` bits, their grey thumbnails
-    correlate and their mean colours are close. Measured on 135 photographs of flowers: 99 % of copies that were halved,
-    squashed or saved at quality 30 were found, and 93 % of copies that were made a fifth brighter. Among 2,455
+    correlate and their mean colors are close. Measured on 135 photographs of flowers: 99 % of copies that were halved,
+    squashed or saved at quality 30 were found, and 93 % of copies that were made 20 % brighter. Among 2,455
     photographs, no two different ones were matched.
 
     Args:
@@ -82,25 +82,25 @@ def near_duplicates(infos: Sequence[ImageInfo]) -> Clusters:
 
 
 def _join_matches(clusters: Clusters, infos: Sequence[ImageInfo], left: Sequence[int], right: Sequence[int]) -> None:
-    """Join each image of ``left`` with those of ``right`` whose thumbnail and mean colour match."""
-    right_thumbnails, right_colours = _thumbnails_and_colours(infos, right)
+    """Join each image of ``left`` with those of ``right`` whose thumbnail and mean color match."""
+    right_thumbnails, right_colors = _thumbnails_and_colors(infos, right)
     for begin in range(0, len(left), 1024):  # bounds the memory for all pairs
         part = left[begin : begin + 1024]
-        thumbnails, colours = _thumbnails_and_colours(infos, part)
+        thumbnails, colors = _thumbnails_and_colors(infos, part)
         matches = thumbnails @ right_thumbnails.T >= MIN_CORRELATION
         for channel in range(3):
-            matches &= abs(colours[:, None, channel] - right_colours[None, :, channel]) <= MAX_TINT
+            matches &= abs(colors[:, None, channel] - right_colors[None, :, channel]) <= MAX_TINT
         for row, column in zip(*np.nonzero(matches), strict=True):
             clusters.join(part[row], right[column])
 
 
-def _thumbnails_and_colours(infos: Sequence[ImageInfo], indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Thumbnails of mean 0 and norm 1 (0 for a uniform image), float32, and mean colours, int16 ``(N, 3)``."""
+def _thumbnails_and_colors(infos: Sequence[ImageInfo], indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Thumbnails of mean 0 and norm 1 (0 for a uniform image), float32, and mean colors, int16 ``(N, 3)``."""
     values = np.frombuffer(b"".join(infos[index].thumbnail for index in indices), np.uint8).reshape(len(indices), -1)
-    centred = values - values.mean(1, keepdims=True, dtype=np.float32)
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    colours = np.frombuffer(b"".join(infos[index].colour for index in indices), np.uint8).reshape(len(indices), 3)
-    return centred / np.where(norms > 0, norms, 1), colours.astype(np.int16)
+    centered = values - values.mean(1, keepdims=True, dtype=np.float32)
+    norms = np.linalg.norm(centered, axis=1, keepdims=True)
+    colors = np.frombuffer(b"".join(infos[index].color for index in indices), np.uint8).reshape(len(indices), 3)
+    return centered / np.where(norms > 0, norms, 1), colors.astype(np.int16)
 
 
 def near_hashes(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Order of the images in an epoch, and how it is divided among ranks. It depends on the seed and the epoch alone."""
+"""Order of the images in an epoch, and how it is divided among ranks. It depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from project.runtime.seeding import shuffle_seed
 class Padding(int):
     """A padding index: its image is excluded from the loss and the metrics.
 
-    It gives all ranks equally many images, as they have to take the same number of steps.
+    It gives all ranks the same number of images, because they must take the same number of steps.
     """
 
 
@@ -69,7 +69,7 @@ class EpochOrder:
         self._used = count - drops_last
         self._per_rank = -(-self._used // world_size)
         if shuffle and batch_size > 1 and self._per_rank % batch_size == 1 and world_size > 1:
-            self._per_rank += 1  # padding, where each rank would have a single image in the last batch
+            self._per_rank += 1  # add padding where each rank would have a single image in the last batch
 
     def __len__(self) -> int:
         return self._per_rank
@@ -91,8 +91,8 @@ class EpochOrder:
 class EpochSampler(DistributedSampler[Any]):
     """An :class:`EpochOrder` as a sampler: image i of N in an epoch has index ``epoch * N + i``.
 
-    The index tells workers the epoch, for random transforms. Lightning sets the epoch, and does not replace a
-    DistributedSampler by its own, which would pad with duplicates that count.
+    The index carries the epoch to the workers, for random transforms. Lightning sets the epoch. It does not replace a
+    DistributedSampler with its own, which would pad with duplicates that enter the metrics.
 
     Args:
         order: The order.

@@ -24,8 +24,8 @@ class SplitLoader:
     """Batches of one split, in every epoch of a run.
 
     Each epoch chooses between rows and images when its first batch is requested, because Lightning gets the loader
-    before the rows exist. The epoch number is read at the same time, so nobody has to call ``set_epoch`` after a
-    resume.
+    before the rows exist. The epoch number is read at the same time, so no caller has to call ``set_epoch`` after
+    a resume.
 
     Args:
         open_images: Creates a DataLoader of images, with an :class:`~project.data.samplers.EpochSampler`.

@@ -88,12 +88,12 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Settings of the splits that are held out of train because the data does not have them; plain types only.
+    """Settings for splits that the data does not provide, so that they are held out from train; plain types only.
 
     Attributes:
         val_fraction: Fraction of all images for validation.
         test_fraction: Fraction of all images for the test.
-        fold: Cross-validation fold: ``2/5`` is the second of five. Train and val are merged first. ``None`` for none.
+        fold: Cross-validation fold: ``2/5`` is the second of five. Train and val are merged first.
         split_seed: Seed of the splits.
 
     Raises:
@@ -113,11 +113,9 @@ class HoldOut:
 
 
 def split(
-    given: Mapping[str, list[Sample]],
-    image_infos: Callable[[Sequence[Sample]], Sequence[ImageInfo]],
-    settings: HoldOut,
+    given: Mapping[str, list[Sample]], image_infos: Callable[[Sequence[Sample]], Sequence[ImageInfo]], settings: HoldOut
 ) -> dict[str, list[Sample]]:
-    """Complete the splits of a source: hold out of train what it does not have.
+    """Complete the splits of a source: hold out the missing ones from train.
 
     Args:
         given: Samples by ``train`` and, if the source has them, ``val`` and ``test``.
@@ -153,19 +151,19 @@ def empty_split_error(name: str, given: Container[str], settings: HoldOut) -> Da
     Args:
         name: ``val`` or ``test``.
         given: Names of the splits that the source has.
-        settings: Of the splits that it does not have.
+        settings: Settings of the held-out splits.
     """
     if settings.fold and name == "val":
         return DataError("This fold has no images: the data set is too small. Use fewer folds: --data.fold 1/2")
     own_split = f"a {name} split (a folder beside train/, or a split column in the table)"
     if name not in given and vars(settings).get(f"{name}_fraction"):
         return DataError(
-            f"The data set is too small for a {name} split: train keeps an image of each class, and copies and groups "
-            f"stay together. Add images, or {own_split}."
+            f"The data set is too small for a {name} split: train keeps an image of each class, and near-duplicates "
+            f"and groups stay together. Add images, or {own_split}."
         )
     return DataError(
         f"The {name} split has no readable images. Add {own_split}, or run fit with --data.{name}_fraction 0.1 to hold "
-        "images out of train."
+        "out images from train."
     )
 
 
@@ -173,7 +171,7 @@ def parse_fold(text: str) -> tuple[int, int]:
     """Parse ``2/5`` as ``(2, 5)``, the second of five folds.
 
     Raises:
-        ConfigError: The text is not of that form, or there is no such fold.
+        ConfigError: The text has another form, or the fold does not exist.
     """
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) and int(count) > 1):

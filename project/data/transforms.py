@@ -72,7 +72,7 @@ def _evaluation_steps(preprocessing: Preprocessing) -> list[Callable[..., Any]]:
 
 
 def evaluation(preprocessing: Preprocessing) -> Transform:
-    """The transform that belongs to the weights: resize and centre crop to uint8 ``(3, crop, crop)``."""
+    """The evaluation transform of the weights: resize and center crop to uint8 ``(3, crop, crop)``."""
     return _chain(MARGIN * preprocessing.resize, *_evaluation_steps(preprocessing))
 
 
@@ -103,13 +103,13 @@ def training(
         return _chain(MARGIN * preprocessing.resize, flip, *_evaluation_steps(preprocessing))
     interpolation = InterpolationMode(preprocessing.interpolation)
     crop = v2.RandomResizedCrop(preprocessing.crop, scale=(MIN_AREA, 1.0), interpolation=interpolation, antialias=True)
-    colour: dict[str, Callable[..., Any]] = {
+    color: dict[str, Callable[..., Any]] = {
         "standard": v2.ColorJitter(0.2, 0.2, 0.2),
         "trivial": v2.TrivialAugmentWide(interpolation=interpolation),
         "rand": v2.RandAugment(interpolation=interpolation),
     }
     min_size = math.ceil(MARGIN * preprocessing.crop / math.sqrt(MIN_AREA))
-    return _chain(min_size, crop, flip, colour[augment], v2.PILToTensor())
+    return _chain(min_size, crop, flip, color[augment], v2.PILToTensor())
 
 
 def _custom(preprocessing: Preprocessing, transforms: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> Transform:

@@ -28,9 +28,9 @@ def wilson(successes: float, count: int) -> Interval:
         count: Number of trials, more than 0.
     """
     share, square = successes / count, Z**2
-    centre = (share + square / (2 * count)) / (1 + square / count)
+    center = (share + square / (2 * count)) / (1 + square / count)
     spread = Z * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+    return max(0.0, center - spread), min(1.0, center + spread)
 
 
 def bootstrap_f1(confusion: np.ndarray) -> Interval:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from project.evaluation.metrics import calibration_bins
 from project.runtime.distributed import world_size
 
-MAX_COUNTED_CLASSES = 100  # above this, the full confusion matrix is not counted: it would be mostly zeros
+MAX_COUNTED_CLASSES = 100  # with more, the full confusion matrix is not counted: it would be mostly zeros
 
 
 class ImagePredictions(NamedTuple):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing matplotlib takes 0.2 s, so the functions import i
 DPI = 100
 #: Maximum number of classes for numbers in the cells of a confusion matrix.
 ANNOTATED = 25
-#: Maximum number of classes that are all labelled.
+#: Maximum number of classes that are all labeled.
 LABELLED = 100
 
 
@@ -80,13 +80,13 @@ def render(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = False) -> Figure:
+def confusion(counts: np.ndarray, classes: Sequence[str], normalized: bool = False) -> Figure:
     """Plot a confusion matrix.
 
     Args:
         counts: Images by true class (row) and predicted class (column), ``(C, C)``.
         classes: Class names.
-        normalised: Normalise each row to a sum of 1.
+        normalized: Normalize each row to a sum of 1.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
@@ -99,9 +99,9 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
     font = float(np.interp(cell, (0.125, 0.36, 0.8), (5.5, 8, 10)))
     margin = 0.7 + longest * font * 0.0085
     figure, axes = _blank(max(side, 2.4) + margin + 0.9, max(side, 2.4) + margin + 0.5)
-    values = counts / np.maximum(counts.sum(1, keepdims=True), 1) if normalised else counts
-    # A square-root colour scale keeps rare errors visible beside the diagonal.
-    norm = PowerNorm(0.5, 0, 1 if normalised else max(int(counts.max()), 1))
+    values = counts / np.maximum(counts.sum(1, keepdims=True), 1) if normalized else counts
+    # A square-root color scale keeps rare errors visible beside the diagonal.
+    norm = PowerNorm(0.5, 0, 1 if normalized else max(int(counts.max()), 1))
     image = axes.imshow(values, cmap="Blues", norm=norm)
     ticks = np.arange(0, count, math.ceil(count / LABELLED))
     labels = [names[tick] for tick in ticks]
@@ -109,16 +109,16 @@ def confusion(counts: np.ndarray, classes: Sequence[str], normalised: bool = Fal
     axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if too_wide else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
-    unit, correct = "share of each true class" if normalised else "images", int(np.trace(counts))
+    unit, correct = "share of each true class" if normalized else "images", int(np.trace(counts))
     axes.set_title(f"Confusion, {unit}: {correct:,} of {int(counts.sum()):,} correct", fontsize=10)
     if count <= ANNOTATED:
         size = min(font, cell * 22)
         for row, column in zip(*np.nonzero(counts), strict=True):
             value = values[row, column]
-            text, colour = f"{value:.2f}" if normalised else f"{value}", "white" if norm(value) > 0.6 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+            text, color = f"{value:.2f}" if normalized else f"{value}", "white" if norm(value) > 0.6 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     else:
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=MaxNLocator(6, integer=not normalised))
+        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=MaxNLocator(6, integer=not normalized))
     return figure
 
 
@@ -137,8 +137,8 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     lines = np.arange(len(order))
     axes.hlines(lines, 0, 1, colors="#e4e4e4", linewidth=0.8, zorder=0)
     size = (4.5 * font / 7) ** 2
-    for name, marker, colour in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
-        axes.scatter(scores[name][order], lines, s=size, marker=marker, color=colour, label=name, alpha=0.85)
+    for name, marker, color in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
+        axes.scatter(scores[name][order], lines, s=size, marker=marker, color=color, label=name, alpha=0.85)
     names = disambiguate([classes[index] for index in order], 28)
     labels = [f"{name} ({images[index]:,})" for name, index in zip(names, order, strict=True)]
     axes.set_yticks(lines, labels, fontsize=font)

@@ -88,7 +88,7 @@ class _Subsample:
 
 
 class PredictionCollector:
-    """Collects probabilities and features of a validation, without device synchronisation.
+    """Collects probabilities and features of a validation, without device synchronization.
 
     Memory is bounded: at most 16 MB of probabilities, and features of ``points`` images. The images are spread over
     the whole split, because splits are often sorted by class.
@@ -139,7 +139,8 @@ def merge_predictions(per_rank: Sequence[ValidationPredictions]) -> ValidationPr
         return torch.cat([tensor for tensor in tensors if tensor.numel()] or tensors[:1])
 
     def positions(name: str) -> torch.Tensor:
-        return torch.cat([position[getattr(part, name) + at] for part, at in zip(per_rank, offsets, strict=False)])
+        pairs = zip(per_rank, offsets, strict=False)
+        return torch.cat([position[getattr(part, name) + offset] for part, offset in pairs])
 
     return ValidationPredictions(
         indices=indices[order],

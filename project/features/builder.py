@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ class RowBuilder:
         budget: Bytes that the store may take.
         ranks: All processes of the run.
         on_progress: Called with the number of rows computed so far and in total, on this rank.
-        skipped: Why an engine is not among the options, to append to the log line.
+        skipped: Why an engine is not among the options; appended to the log line.
         preloaded: Images that were loaded to measure an engine, by row key.
     """
 
@@ -129,7 +130,7 @@ class RowBuilder:
         missing = [len(option.space.find(self.views.keys).missing) for option in self.options]
         if all(missing):
             self._check_budget()
-        self.ranks.gather(None)  # barrier: no rank writes rows before all have looked
+        self.ranks.gather(None)  # barrier: no rank writes rows before all have looked them up
         return missing
 
     def choose(self, missing: Sequence[int]) -> tuple[EngineOption, Engine | None, str]:
@@ -176,7 +177,7 @@ class RowBuilder:
         stored = option.space.find(self.views.keys)
         before = {*option.space.shards()}
         missing = stored.missing
-        ranks.gather(None)  # barrier: no rank writes rows before all have looked
+        ranks.gather(None)  # barrier: no rank writes rows before all have looked them up
         shard_bytes = SHARD_BYTES
         with ranks.propagate_errors():
             share = self.views.take(missing[ranks.rank_slice(len(missing))])
@@ -239,7 +240,7 @@ class RowBuilder:
     def _check_budget(self) -> None:
         image = cost(self.prefix.backbone, self.prefix.cut, self.prefix.device)
         sizes = [DTYPES[option.precision].itemsize if option.precision in DTYPES else 4 for option in self.options]
-        needed = len(self.views) * image.elements * min(sizes)
+        needed = len(self.views) * math.prod(image.shape) * min(sizes)
         if needed > self.budget:
             raise OverBudgetError(
                 f"{len(self.views)} rows of {'x'.join(map(str, image.shape))} take {needed / 1e9:.3g} GB, and "

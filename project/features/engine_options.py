@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from project.features.engines import DTYPES, Engine, EngineName, ExactEngine, On
 from project.features.frozen_prefix import FrozenPrefix, PrefixSpec
 from project.features.shard import file_sha256
 from project.features.store import Space, unwritable_error
+from project.runtime.system import installed_versions
 
 FORMAT = 1  # version of the meaning of a row
 #: Approximate seconds to build an engine, measured with ResNet50 on two cores of a server CPU.
@@ -63,7 +63,7 @@ class EngineFactory:
 
     Attributes:
         network: Description of the prefix and the library versions; part of every space's description.
-        skipped: Why :meth:`options` has skipped an engine, to append to a message; empty if it has not.
+        skipped: Why :meth:`options` has skipped an engine, as the end of a message; empty if it has not.
     """
 
     def __init__(self, root: Path, prefix: PrefixSpec, task: str, calibration: Callable[[], torch.Tensor]) -> None:
@@ -139,7 +139,7 @@ class EngineFactory:
             if quantized:  # the calibration determines the rows, so it is part of their space
                 made_by["calibrated"] = file_sha256(quantized)
         elif name == "torch" and precision == "fp32":
-            made_by["layout"] = prefix.layout  # sums are taken in another order for another memory format
+            made_by["layout"] = prefix.layout  # another memory format sums in another order
         return EngineOption(name, precision, Space(self._root, {**self.network, "made_by": made_by}), startup, build)
 
     def reference(self) -> Engine:
@@ -175,7 +175,7 @@ def _is_intact(file: Path) -> bool:
 
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
-    """Write an exported network, then its checksum."""
+    """Context in which an exported network is written; its checksum is written on exit."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -185,10 +185,5 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # installed under another name, such as onnxruntime-gpu
-            versions[name] = "unknown"
-    return versions
+    # A package may be installed under another name, such as onnxruntime-gpu.
+    return dict.fromkeys(packages, "unknown") | installed_versions(packages)

@@ -1,7 +1,7 @@
 """Engine selection: the engine with the lowest estimated total time on this machine, for this network.
 
 The estimate covers building the engine and computing the rows missing from its space. Stored rows therefore take
-precedence: no measurement, however noisy, discards a filled store. Measured rates are saved per machine and network.
+precedence: a noisy measurement never discards a filled store. Measured rates are saved per machine and network.
 An engine without a saved rate is measured, unless the machine's matrix-product throughput shows that it cannot win.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -60,11 +59,6 @@ class ImageCost:
 
     flops: int
     shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements in a row."""
-        return math.prod(self.shape)
 
 
 def cost(backbone: Backbone, cut: Cut, device: torch.device) -> ImageCost:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from project.runtime.system import cores, shared_memory
 
 FLUSH_SECONDS = 15.0  # seconds of work that a killed run may lose
 WORKER_BATCH = 32  # images that a worker process decodes at a time; engine batches must be multiples of it
-MIN_IMAGES_FOR_WORKERS = 1024  # below this, threads are as fast: starting 16 processes takes 0.7 s
+MIN_IMAGES_FOR_WORKERS = 1024  # with fewer, threads are as fast: starting 16 processes takes 0.7 s
 PREFETCH_FACTOR = 4  # batches that each worker process decodes ahead
 
 T = TypeVar("T")
@@ -92,11 +91,13 @@ def compute_rows(
         yield from zip(batches(), results, strict=True)
 
 
-def _decode_in_workers(
-    images: Sequence[View], load: Callable[[View], torch.Tensor], workers: int
-) -> Generator[torch.Tensor]:
-    """Decoded images in order, in batches ``(B, 3, H, W)`` in shared memory."""
-    yield from ImageLoader(
+def _decode_in_workers(images: Sequence[View], load: Callable[[View], torch.Tensor], workers: int) -> Generator[Any]:
+    """Decoded images in order, in batches ``(B, 3, H, W)`` in shared memory.
+
+    The workers are forked in this call, before the threads of the extraction exist: a worker that a thread of a pool
+    forks fails or hangs at its exit, when ``concurrent.futures`` joins the threads of its parent.
+    """
+    loader = ImageLoader(
         _DecodedImages(images, load),
         batch_size=WORKER_BATCH,
         num_workers=workers,
@@ -104,10 +105,11 @@ def _decode_in_workers(
         collate_fn=collate,
         worker_init_fn=ignore_signals,
     )
+    return iter(loader)
 
 
 class _DecodedImages(Dataset[torch.Tensor]):
-    """Decoded images, for the workers of a DataLoader."""
+    """Data set for the workers of a DataLoader."""
 
     def __init__(self, images: Sequence[View], load: Callable[[View], torch.Tensor]) -> None:
         self._images = images
@@ -157,7 +159,7 @@ def extract(
     on_batch: Callable[[int], None] = lambda count: None,
     preloaded: dict[bytes, torch.Tensor] | None = None,
 ) -> None:
-    """Compute rows and write them to a space, shard by shard, so that a killed run keeps what it has written.
+    """Compute rows and write them to a space, shard by shard, so that a killed run keeps the written shards.
 
     Args:
         engine: Computes the rows.
@@ -184,7 +186,10 @@ def extract(
             space.write(np.concatenate(keys), rows[:count])
         keys, count, flushed = [], 0, time.monotonic()
 
-    load = functools.partial(_load_or_pop, source, preloaded or {})
+    def load(view: View) -> torch.Tensor:
+        image = preloaded.pop(view.key, None) if preloaded else None
+        return load_image(source, view) if image is None else image
+
     try:
         for batch, computed in compute_rows(engine, images, load, workers):
             if count + len(computed) > len(rows):
@@ -203,11 +208,6 @@ def extract(
         flush()
 
 
-def _load_or_pop(source: Source, preloaded: dict[bytes, torch.Tensor], view: View) -> torch.Tensor:
-    image = preloaded.pop(view.key, None)
-    return load_image(source, view) if image is None else image
-
-
 def _worker_count(source: Source, images: Sequence[View]) -> int:
     """Number of processes that decode for a GPU; 0 if threads are better, or processes impossible."""
     # A source with its own prefetch holds open resources that processes cannot share. Without fork, each process would
@@ -220,5 +220,5 @@ def _worker_count(source: Source, images: Sequence[View]) -> int:
         return 0
     workers = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     prefetched_bytes = workers * PREFETCH_FACTOR * WORKER_BATCH * load_image(source, images[0]).numel()
-    # A DataLoader hangs when shared memory is full, as in containers that have 64 MB of it.
+    # A DataLoader hangs when shared memory is full: containers often have only 64 MB.
     return workers if shared_memory() > 2 * prefetched_bytes else 0

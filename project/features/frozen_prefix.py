@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,21 +91,18 @@ def fold_batch_norm(stages: nn.Module, example: torch.Tensor) -> int:
     outputs: list[torch.Tensor] = []  # kept alive so that no id is reused
     calls: dict[str, int] = {}
 
-    def record_calls(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if isinstance(module, nn.Conv2d):
-                producer[id(output)] = name
-                outputs.append(output)
-            elif id(inputs[0]) in producer:
-                pairs.append((producer[id(inputs[0])], name))
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        if isinstance(module, nn.Conv2d):
+            producer[id(output)] = name
+            outputs.append(output)
+        elif id(inputs[0]) in producer:
+            pairs.append((producer[id(inputs[0])], name))
 
     modules = {
         name: module for name, module in stages.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     }
-    hooks = [module.register_forward_hook(record_calls(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in modules.items()]
     before = stages(example)
     for hook in hooks:
         hook.remove()

@@ -56,9 +56,9 @@ def report(
     return text
 
 
-def _subset(views: Views, index: np.ndarray, most: int) -> tuple[Views, torch.Tensor]:
-    """At most so many evenly spaced views, and the indices of their rows."""
-    step = -(-len(views) // most)
+def _subset(views: Views, index: np.ndarray, limit: int) -> tuple[Views, torch.Tensor]:
+    """At most ``limit`` evenly spaced views, and the indices of their rows."""
+    step = -(-len(views) // limit)
     return views[::step], torch.from_numpy(index[::step].astype(np.int64))
 
 

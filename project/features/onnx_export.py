@@ -12,6 +12,8 @@ from project.features.engines import suppress_output
 from project.features.frozen_prefix import FrozenPrefix
 from project.runtime.atomic_write import atomic_write
 
+QUANTIZED_OPERATORS = ["Conv", "Relu", "Clip", "Add", "Mul", "MaxPool", "Concat", "HardSwish", "HardSigmoid"]
+
 
 def export(prefix: FrozenPrefix, size: int, target: Path) -> None:
     """Export a prefix to ONNX.
@@ -68,17 +70,7 @@ def quantize(source: Path, images: torch.Tensor, target: Path) -> None:
             str(temporary),
             Reader(graph.input[0].name),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=[
-                "Conv",
-                "Relu",
-                "Clip",
-                "Add",
-                "Mul",
-                "MaxPool",
-                "Concat",
-                "HardSwish",
-                "HardSigmoid",
-            ],
+            op_types_to_quantize=QUANTIZED_OPERATORS,
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,

@@ -1,4 +1,4 @@
-"""Row provider: rows of images from the feature store, computing those that are missing."""
+"""Row provider: reads rows of images from the feature store; computes and stores missing ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
     from project.runtime.distributed import ProcessGroup
 
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
-EngineName = Literal["auto", "torch", "compile", "onnxruntime"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
+PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RowProvider:
 
     Args:
         engine: ``torch``, ``compile``, ``onnxruntime``, or ``auto`` for the fastest.
-        precision: Precision of the computation, or ``auto`` for what the trainer allows.
+        precision: Precision of the computation, or ``auto`` for any that the trainer's precision allows.
         budget: Gigabytes that the store may take.
         root: Folder of the store.
 
@@ -58,7 +58,7 @@ class RowProvider:
         ConfigError: The budget is not positive.
     """
 
-    def __init__(self, engine: EngineName, precision: PrecisionName, budget: float, root: Path) -> None:
+    def __init__(self, engine: EngineSetting, precision: PrecisionSetting, budget: float, root: Path) -> None:
         if not 0 < budget < math.inf:
             raise ConfigError(f"features.budget must be more than 0 gigabytes, not {budget:g}.")
         self._engine = engine
@@ -78,7 +78,7 @@ class RowProvider:
             calibration_views: Views to calibrate int8 on: see :func:`calibration_subset`.
 
         Returns:
-            Where the rows are, and the factory of the engine that computes them.
+            Where the rows are stored, and the factory of their engine.
 
         Raises:
             OverBudgetError: The rows exceed the budget.
@@ -97,9 +97,9 @@ class RowProvider:
 
         engines = EngineFactory(self._root, prefix, " ".join([source.name, *source.classes]), calibration)
         options = self._options(engines, ranks)
-        with progress_counter("Features", ranks.rank == 0) as show:
+        with progress_counter("Features", ranks.rank == 0) as on_progress:
             result = RowBuilder(
-                views, source, options, prefix, self._root, self._budget, ranks, show, engines.skipped
+                views, source, options, prefix, self._root, self._budget, ranks, on_progress, engines.skipped
             ).build()
         if result.corrupt:
             print_rank_zero(f"Features: {result.corrupt} corrupt cache files were discarded and recomputed")

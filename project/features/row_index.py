@@ -1,4 +1,4 @@
-"""Index of a space: a memory-mapped file of sorted row keys, of which a process reads only the parts it looks up.
+"""Index of a space: a memory-mapped file of sorted row keys. A process reads only the parts that it looks up.
 
 The index is a cache, never the source of truth. Shards that it does not list are read directly, listed shards that no
 longer exist are skipped, and a corrupt index is ignored. It may be deleted at any time.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,16 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.columns[0])
 
-    def look_up(self, keys: Keys, order: np.ndarray, usable: np.ndarray, on_match: Callable[..., None]) -> None:
+    def look_up(self, keys: Keys, order: np.ndarray, usable: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """Look up keys in chunks.
 
         Args:
             keys: uint64 ``(N, 2)``.
             order: Permutation that sorts the keys by their high halves.
             usable: Whether each shard may be used, bool.
-            on_match: Called with indices into ``keys``, shard numbers, and rows in those shards.
+
+        Yields:
+            Indices into ``keys``, the shard number of each, and the row in that shard.
         """
         high, low, shard, row = self.columns
         for begin in range(0, len(order) if len(self) else 0, CHUNK):
@@ -74,7 +76,7 @@ class RowIndex:
                 indices, wanted, position = indices[same], wanted[same], position[same]
                 number = shard[position]
                 match = (low[position] == wanted[:, 1]) & usable[number]
-                on_match(indices[match], number[match], row[position[match]])
+                yield indices[match], number[match], row[position[match]]
                 indices, wanted, position = indices[~match], wanted[~match], position[~match] + 1
 
 

@@ -49,11 +49,11 @@ class Shard:
 
     @classmethod
     def from_metadata(cls, path: Path, metadata: Mapping[str, Any]) -> Shard:
-        """Create a shard from what :meth:`metadata` returns."""
+        """Create a shard from the result of :meth:`metadata`."""
         return cls(path, metadata["offset"], DTYPES[metadata["dtype"]], tuple(metadata["shape"][1:]))
 
     def metadata(self, rows: int) -> dict[str, Any]:
-        """What the index stores about a shard of so many rows: all that is needed to read a row."""
+        """Metadata of a shard of ``rows`` rows for the index: all that is needed to read a row."""
         return {"rows": rows, "offset": self.offset, "dtype": DTYPE_NAMES[self.dtype], "shape": [rows, *self.shape]}
 
 
@@ -76,7 +76,7 @@ def verify_shard(path: Path) -> bool:
     """Whether the SHA-256 of a shard matches its name. If so, its modification time is set to now, for eviction."""
     try:
         valid = _verified.get(path) == file_signature(path.stat()) or file_sha256(path) == path.stem
-    except FileNotFoundError:  # removed meanwhile: opening it reports that
+    except FileNotFoundError:  # removed in the meantime: opening it reports that
         return True
     if valid:
         # Set with nanoseconds, so that any later write changes the signature.

@@ -104,12 +104,9 @@ class Space:
         indexed = {self.path / name: metadata for name, metadata in index.shards.items()} if index else {}
         if index:
             numbers_of_indexed = np.array([numbers.get(path, -1) for path in indexed], np.int32)
-
-            def store_match(indices: np.ndarray, at: np.ndarray, rows: np.ndarray) -> None:
-                shard[indices] = numbers_of_indexed[at]
+            for indices, shard_numbers, rows in index.look_up(keys, order, numbers_of_indexed >= 0):
+                shard[indices] = numbers_of_indexed[shard_numbers]
                 row[indices] = rows
-
-            index.look_up(keys, order, numbers_of_indexed >= 0, store_match)
             shards = {path: Shard.from_metadata(path, indexed[path]) for path in indexed if path in numbers}
         unreadable = []
         for path in numbers.keys() - indexed.keys():
@@ -223,7 +220,7 @@ class Space:
             return
         try:
             parts = [load_file(path) for path in shards]
-        except FileNotFoundError:  # evicted by another process: leave the others as they are
+        except FileNotFoundError:  # evicted by another process: do not merge the others
             return
         keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)
         _, first = np.unique(keys, axis=0, return_index=True)
@@ -269,7 +266,7 @@ class Space:
 
     @contextmanager
     def lock(self, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Hold the space for one builder, so that no row is computed twice.
+        """Lock the space for one builder, so that no row is computed twice.
 
         Args:
             on_wait: Called once if another builder holds the lock.

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
+from project.checkpoints.metadata import SPLIT_SETTINGS
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Sample, Source
@@ -20,7 +21,7 @@ from project.inference.predictor import Classifier
 from project.runtime.system import cache_folder
 
 #: Data settings that determine the splits of a run.
-SPLIT_SETTINGS = ("val_fraction", "test_fraction", "fold", "split_seed", "on_bad_image")
+DATA_SETTINGS = (*SPLIT_SETTINGS, "on_bad_image")
 
 
 class Neighbour(NamedTuple):
@@ -149,4 +150,4 @@ def data_of(checkpoint: str | Path) -> ImageDataModule:
     if root is None and source is None:
         raise ConfigError(f"{file} does not name any data: data.root and data.source are null.")
     factory = None if source is None else ClassSpec.from_dict(source).resolve((Source, VisionDataset))
-    return ImageDataModule(root, factory, **{key: settings[key] for key in SPLIT_SETTINGS if key in settings})
+    return ImageDataModule(root, factory, **{key: settings[key] for key in DATA_SETTINGS if key in settings})

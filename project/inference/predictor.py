@@ -19,7 +19,6 @@ from project.data.transforms import evaluation
 from project.errors import DataError, WeightsError
 from project.models.backbone import load_backbone
 from project.models.grad_cam import heat_maps
-from project.task import names_of
 
 Images = Sequence[ImageLike] | np.ndarray | torch.Tensor
 
@@ -52,7 +51,8 @@ class Classifier:
 
     def names(self, probabilities: np.ndarray) -> list[str]:
         """Predicted class name for each row of probabilities ``(N, C)``."""
-        return names_of(self.model.task.predict(torch.from_numpy(probabilities)), self.classes_)
+        labels = self.model.task.predict(torch.from_numpy(probabilities)).label
+        return [self.classes_[label] for label in labels.tolist()]
 
     def predict_proba(self, images: Images) -> np.ndarray:
         """Probabilities ``(N, C)``, float32; rows sum to 1."""
@@ -61,9 +61,8 @@ class Classifier:
 
     def features(self, images: Images) -> np.ndarray:
         """Features ``(N, D)``, float32."""
-        backbone = self.model.backbone
         batches = [self.model.refine(self.model.encode(batch)).float().cpu().numpy() for batch in self._batches(images)]
-        return np.concatenate([np.empty((0, backbone.feature_dim), np.float32), *batches])
+        return np.concatenate([np.empty((0, self.model.backbone.feature_dim), np.float32), *batches])
 
     def heat_map(self, images: Images, classes: Sequence[str] | None = None) -> np.ndarray:
         """Grad-CAM heat map of each image: see :func:`project.models.grad_cam.heat_maps`.

@@ -21,7 +21,7 @@ from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
 
-RANDOM_SEED = 0  # random weights are reproducible, because checkpoints do not contain frozen weights
+RANDOM_SEED = 0  # fixed, because checkpoints do not contain frozen weights, random ones included
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Backbone(nn.Module):
 
     Args:
         name: Name of the architecture.
-        stages: The stages in order; together they map normalised images to features ``(B, D)``.
+        stages: The stages in order; together they map normalized images to features ``(B, D)``.
         feature_dim: Width D of the features.
-        preprocessing: Preprocessing that the weights require. The backbone normalises; the data pipeline does the rest.
+        preprocessing: Preprocessing that the weights require. The backbone normalizes; the data pipeline does the rest.
         origin: Origin of the weights; required to restore the backbone from a checkpoint.
         sha256: Fingerprint of all stages, if known.
 
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
         return fingerprint((name, self.stages[name]) for name in cut.frozen)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise images ``(B, 3, H, W)``, uint8 or float in [0, 1], with the mean and std of the weights."""
+        """Normalize images ``(B, 3, H, W)``, uint8 or float in [0, 1], with the mean and std of the weights."""
         values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return ((values - self.mean) / self.std).to(self.mean.dtype)
 
@@ -203,10 +203,10 @@ def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: 
 
 
 class SkipRandomInit(TorchFunctionMode):
-    """Context in which random initialisation has no effect, for networks whose weights are loaded afterwards."""
+    """Context in which random initialization has no effect, for networks whose weights are loaded afterwards."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return the tensor of a random initialisation unchanged."""
+        """Return the tensor of a random initialization unchanged."""
         if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"):
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))

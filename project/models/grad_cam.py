@@ -44,7 +44,8 @@ def heat_maps(
     with torch.inference_mode(False), torch.enable_grad():
         inputs = backbone.normalize(images.clone())  # inference tensors cannot be part of a graph
         # Not Backbone.forward: it runs frozen stages under no_grad, and hooks on it would fire in other threads.
-        network = _copy_sharing_tensors(nn.Sequential(*backbone.stages.values()))
+        tensors = {id(tensor): tensor for tensor in (*backbone.stages.parameters(), *backbone.stages.buffers())}
+        network = copy.deepcopy(nn.Sequential(*backbone.stages.values()), tensors)  # shares parameters and buffers
         last, channels_last = _last_maps(network, inputs[:1], backbone.name)
         last.register_forward_hook(detach_maps)
         logits = head(network(inputs)).float()
@@ -55,12 +56,6 @@ def heat_maps(
     heat = (values * gradients.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
     heat = functional.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _copy_sharing_tensors(module: nn.Module) -> nn.Module:
-    """Copy a module, but share its parameters and buffers."""
-    tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def _last_maps(network: nn.Module, image: torch.Tensor, name: str) -> tuple[nn.Module, bool]:

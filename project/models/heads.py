@@ -20,7 +20,7 @@ class LinearHead(nn.Linear):
 
 
 class MLPHead(nn.Sequential):
-    """MLP with layer normalisation, one hidden layer and dropout.
+    """MLP with layer normalization, one hidden layer and dropout.
 
     Args:
         in_features: Width D of the features.

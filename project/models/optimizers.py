@@ -9,7 +9,7 @@ import torch
 
 
 class ArticleSGD(torch.optim.SGD):
-    """SGD with the article's learning rate and momentum as defaults; ``torch.optim.SGD`` keeps torch's.
+    """SGD with the article's learning rate and momentum as defaults, unlike ``torch.optim.SGD``.
 
     Args:
         params: Parameters or parameter groups.

@@ -127,7 +127,7 @@ class Torchvision:
     def _whole(self, state: weight_files.State | None) -> nn.Module:
         options: dict[str, Any] = {}
         if self.name in ("inception_v3", "googlenet"):
-            # Their weights expect another normalisation, which the network applies to its input.
+            # Their weights expect another normalization, which the network applies to its input.
             options = {"transform_input": True, "init_weights": True}
         if state is not None and "conv_proj.weight" in state:
             # The number of position embeddings depends on the training image size, 512 px for some weights.
@@ -140,7 +140,7 @@ class Torchvision:
         for key in list(state):
             if key.startswith(dropped):
                 del state[key]
-            elif ".denselayer" in key:  # DenseNet's files use old names with a dot
+            elif ".denselayer" in key:  # DenseNet's files use old tensor names with a dot
                 state[re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", key)] = state.pop(key)
         if not hasattr(state, "_metadata"):  # safetensors has no version numbers, which MNASNet reads
             state = OrderedDict(state)

@@ -1,1 +1,1 @@
-"""What a run leaves for people: the dashboard, the summary, the model card."""
+"""Reports of a run: dashboard, summary and model card."""

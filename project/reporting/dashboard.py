@@ -109,7 +109,9 @@ class Dashboard(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self.on_train_epoch_start(trainer, pl_module)  # Lightning skips it when a fit resumes within an epoch
-        folder = trainer.log_dir if self._enabled else None  # a collective call: before rank zero continues alone
+        folder = (
+            trainer.log_dir if self._enabled else None
+        )  # a collective call, so before the return of the other ranks
         if self._figure_logger is None:
             return
         with self._figure_logger.attempt("charts"):
@@ -163,7 +165,7 @@ class Dashboard(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         collector, self._collector = self._collector, None
         score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
-        # All ranks compute the same score, so all of them take part in the gather.
+        # All ranks compute the same score, so either all or none of them call gather.
         if self._enabled and not trainer.sanity_checking and score > self._best_result["score"]:
             self._best_result = {"score": score, "values": _result_metrics(trainer, "best")}
             if collector is not None:

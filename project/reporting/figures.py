@@ -46,7 +46,7 @@ def validation_figures(
     if len(classes) <= MAX_MATRIX_CLASSES:
         matrix = confusion_matrix(predictions.labels, predictions.predicted, len(classes)).numpy()
         figures = {
-            "val/confusion_shares": lambda: plots.render(plots.confusion(matrix, classes, normalised=True)),
+            "val/confusion_shares": lambda: plots.render(plots.confusion(matrix, classes, normalized=True)),
             "val/confusion_counts": lambda: plots.render(plots.confusion(matrix, classes)),
         }
     figures |= {
@@ -131,7 +131,7 @@ def embedding_points(
 ) -> EmbeddingPoints:
     """Projector points of the images with features: as many as can be read within the time limit."""
     candidates = predictions.feature_indices
-    # In random order, so that the time limit leaves a random subset.
+    # In random order, so that the images read within the time limit are a random subset.
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))
     indices = predictions.indices[candidates[order]].tolist()
     images: list[np.ndarray] = []
@@ -145,7 +145,9 @@ def embedding_points(
         verdict = "right" if true == predicted else "wrong"
         cells = [true, predicted, f"{predictions.confidence[row]:.3f}", verdict, name]
         rows.append([" ".join(cell.split()) for cell in cells])
-    values = principal_components(predictions.features[order]).numpy().round(4)  # short, as they are written as text
+    values = (
+        principal_components(predictions.features[order]).numpy().round(4)
+    )  # rounded, because they are written as text
     sprite = np.stack(images).transpose(0, 3, 1, 2) if images else None
     return EmbeddingPoints(values, ("class", "predicted", "confidence", "right", "image"), rows, sprite)
 

@@ -83,7 +83,7 @@ def _confusions(evaluation: EvaluationSummary, classes: Sequence[str]) -> list[s
         for true, predicted, count in pairs
     )
     ties = sum(errors.flat[cell] == pairs[-1][2] for cell in order[MAX_NAMES:])
-    return [f"Most frequent errors: {names}{f', and {ties} other pairs as frequent' if ties else ''}."]
+    return [f"Most frequent errors: {names}{f', and {ties} other pairs with the same count' if ties else ''}."]
 
 
 def _miscalibration(evaluation: EvaluationSummary) -> list[str]:

@@ -19,11 +19,11 @@ from project.evaluation.confidence_intervals import Interval, bootstrap_f1, wils
 from project.evaluation.summary import EvaluationSummary
 from project.reporting.limitations import limitations, pluralize
 
-MAX_CLASSES = 50  # listed in full; of more, a table shows N_FIRST and N_LAST
+MAX_CLASSES = 50  # listed in full; with more, a table shows the first N_FIRST and the last N_LAST
 N_FIRST, N_LAST = 20, 5
 TAGS = ("image-classification", "transfer-learning", "pytorch-lightning")
 
-#: Methods of the confidence intervals, with their sources.
+#: Methods of the confidence intervals, with references.
 INTERVAL_METHODS = {
     "Wilson": "Wilson score interval (Wilson 1927)",
     "bootstrap": "percentile bootstrap over images, 1,000 resamples (Efron 1979)",
@@ -39,7 +39,7 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class CardContent:
     """The content of a model card.
 
     Attributes:
@@ -71,30 +71,30 @@ class CardFacts:
     has_validation: bool = True
 
 
-def render_card(facts: CardFacts) -> str:
+def render_card(card: CardContent) -> str:
     """The card as Markdown, header included."""
-    sections, classes = facts.sections, facts.classes
-    caveats = [*limitations(facts.evaluation, classes, facts.class_counts, facts.validations), *facts.notes]
+    sections, classes = card.sections, card.classes
+    caveats = [*limitations(card.evaluation, classes, card.class_counts, card.validations), *card.notes]
     parts = [
-        f"---\n{header(facts)}---\n",
-        f"# {plain(facts.name)}\n",
-        f"An image classification model with {len(classes)} classes, trained on the data set {plain(facts.dataset)} by "
+        f"---\n{header(card)}---\n",
+        f"# {plain(card.name)}\n",
+        f"An image classification model with {len(classes)} classes, trained on the data set {plain(card.dataset)} by "
         "transfer learning. This card was generated automatically at the end of training.\n",
         "## Intended use\n",
         "> **To be completed by the author:** intended uses, out-of-scope uses, who may be harmed by errors, and the "
         "license. This information cannot be generated automatically.\n",
         *_section("Training data", sections["data"]),
-        *_class_counts(facts),
+        *_class_counts(card),
         *_section("Backbone", sections["backbone"]),
         *_section("Training procedure", sections["training"]),
-        *_evaluation(facts),
+        *_evaluation(card),
         "## Limitations\n",
         "".join(f"- {plain(sentence)}\n" for sentence in caveats),
         "## How to use\n",
         "In Python, with the `frozen-backbone` package, from the folder of this card:\n",
-        f'```python\nfrom project import load\n\nload("{facts.checkpoint}").predict(["a.jpg"])\n```\n',
+        f'```python\nfrom project import load\n\nload("{card.checkpoint}").predict(["a.jpg"])\n```\n',
         "On the command line, for one image or a folder of images:\n",
-        f"```\npython -m project predict --ckpt_path {facts.checkpoint} --data.predict PATH --output predictions.csv\n"
+        f"```\npython -m project predict --ckpt_path {card.checkpoint} --data.predict PATH --output predictions.csv\n"
         "```\n",
         "The checkpoint contains only the trained parameters. The backbone's weights are loaded from their original "
         "location and verified by SHA-256.\n",
@@ -103,17 +103,17 @@ def render_card(facts: CardFacts) -> str:
     return "\n".join(parts)
 
 
-def header(facts: CardFacts) -> str:
+def header(card: CardContent) -> str:
     """The metadata header as YAML, validated by ``huggingface_hub`` if it is installed."""
     if find_spec("huggingface_hub") is not None:
-        return f"{import_module('huggingface_hub').ModelCardData(**metadata(facts)).to_yaml()}\n"
-    text: str = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+        return f"{import_module('huggingface_hub').ModelCardData(**metadata(card)).to_yaml()}\n"
+    text: str = yaml.safe_dump(metadata(card), sort_keys=False, allow_unicode=True)
     return text
 
 
-def metadata(facts: CardFacts) -> dict[str, object]:
+def metadata(card: CardContent) -> dict[str, object]:
     """The metadata header in plain types, with keys in the order of ``huggingface_hub.ModelCardData``."""
-    values = {} if facts.evaluation is None else facts.evaluation.metrics
+    values = {} if card.evaluation is None else card.evaluation.metrics
     metrics = [
         {"type": kind, "value": round(values[key], 6), "name": name}
         for key, (name, kind) in METRICS.items()
@@ -121,24 +121,24 @@ def metadata(facts: CardFacts) -> dict[str, object]:
     ]
     results = {
         "task": {"type": "image-classification", "name": "Image Classification"},
-        "dataset": {"name": facts.dataset, "type": slug(facts.dataset), "split": "validation"},
+        "dataset": {"name": card.dataset, "type": slug(card.dataset), "split": "validation"},
         "metrics": metrics,
     }
     header: dict[str, object] = {
-        "base_model": facts.base_model,
+        "base_model": card.base_model,
         "library_name": "pytorch",
         "metrics": [metric["type"] for metric in metrics],
         "pipeline_tag": "image-classification",
         "tags": list(TAGS),
-        "model-index": [{"name": facts.name, "results": [results]}] if metrics else None,
+        "model-index": [{"name": card.name, "results": [results]}] if metrics else None,
     }
     return {key: value for key, value in header.items() if value}
 
 
-def _evaluation(facts: CardFacts) -> list[str]:
-    evaluation = facts.evaluation
+def _evaluation(card: CardContent) -> list[str]:
+    evaluation = card.evaluation
     if evaluation is None:
-        reason = "training ended before the first validation finished" if facts.has_validation else "no validation ran"
+        reason = "training ended before the first validation finished" if card.has_validation else "no validation ran"
         return ["## Evaluation\n", f"Not evaluated: {reason}.\n"]
     rows, methods = [], set()
     for key, (name, _) in METRICS.items():
@@ -147,14 +147,14 @@ def _evaluation(facts: CardFacts) -> list[str]:
             rows.append((name, f"{evaluation.metrics[key]:.4f}", format_interval(interval), method))
             methods.add(method)
     images = pluralize(evaluation.images, "validation image") if evaluation.images else "the validation images"
-    epoch = "from an earlier run" if evaluation.epoch is None else f"{evaluation.epoch + 1} of {facts.epochs}"
+    epoch = "from an earlier run" if evaluation.epoch is None else f"{evaluation.epoch + 1} of {card.epochs}"
     sources = "; ".join(source for method, source in INTERVAL_METHODS.items() if method in methods)
     return [
         "## Evaluation\n",
         f"Results of the best epoch ({epoch}) on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
         table(("Metric", "Value", "95 % interval", "Method"), rows),
         *_calibration(evaluation),
-        *_per_class_recall(facts, evaluation),
+        *_per_class_recall(card, evaluation),
     ]
 
 
@@ -191,7 +191,7 @@ def _calibration(evaluation: EvaluationSummary) -> list[str]:
     ]
 
 
-def _per_class_recall(facts: CardFacts, evaluation: EvaluationSummary) -> list[str]:
+def _per_class_recall(card: CardContent, evaluation: EvaluationSummary) -> list[str]:
     if evaluation.per_class is None:
         return []
     correct, support = evaluation.per_class
@@ -199,7 +199,7 @@ def _per_class_recall(facts: CardFacts, evaluation: EvaluationSummary) -> list[s
     order = sorted(range(len(support)), key=lambda label: (recall[label], -support[label]))
     rows = [
         (
-            plain(facts.classes[label]),
+            plain(card.classes[label]),
             f"{correct[label]:,.0f} of {support[label]:,.0f}",
             f"{recall[label]:.3f}" if support[label] else "",
             format_interval(wilson(correct[label], support[label]) if support[label] else None),
@@ -214,14 +214,14 @@ def _per_class_recall(facts: CardFacts, evaluation: EvaluationSummary) -> list[s
     ]
 
 
-def _class_counts(facts: CardFacts) -> list[str]:
-    counts, order = facts.class_counts, list(range(len(facts.classes)))
+def _class_counts(card: CardContent) -> list[str]:
+    counts, order = card.class_counts, list(range(len(card.classes)))
     splits = [split for split, images in counts.items() if sum(images)]
     note = []
     if len(order) > MAX_CLASSES:
         order.sort(key=counts["train"].__getitem__)
         note = [f"Images of the {N_FIRST} smallest and the {N_LAST} largest of {len(order)} classes:\n"]
-    rows = [(plain(facts.classes[label]), *(f"{counts[split][label]:,}" for split in splits)) for label in _ends(order)]
+    rows = [(plain(card.classes[label]), *(f"{counts[split][label]:,}" for split in splits)) for label in _ends(order)]
     rows.append(("**All**", *(f"**{sum(counts[split]):,}**" for split in splits)))
     return [*note, table(("Class", *splits), rows)]
 

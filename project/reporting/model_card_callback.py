@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,17 +13,16 @@ from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.limitations import pluralize
-from project.reporting.model_card import CardFacts, code, render_card
+from project.reporting.model_card import CardContent, code, render_card
 from project.reporting.run_description import format_augmentation, format_class
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
 from project.runtime.seeding import run_seed
 from project.runtime.signals import Interrupted
-from project.runtime.system import cores
+from project.runtime.system import REPORTED_PACKAGES, cores, installed_versions
 
 FILENAME = "model_card.md"
-LIBRARIES = ("frozen-backbone", "torch", "torchvision", "lightning", "torchmetrics", "timm", "pillow", "onnxruntime")
 
 
 class ModelCardCallback(pl.Callback):
@@ -47,7 +45,7 @@ class ModelCardCallback(pl.Callback):
             return
         if not isinstance(data, ImageDataModule) or data.source is None:
             return
-        text = render_card(_facts(trainer, module, data, duration, hashed))
+        text = render_card(_content(trainer, module, data, duration, hashed))
         try:
             with atomic_write(path) as temporary:
                 # Class names may contain surrogates, which UTF-8 cannot encode.
@@ -63,12 +61,12 @@ def card_path(trainer: pl.Trainer) -> Path | None:
     return None if last is None else last.path.parent.parent / FILENAME
 
 
-def _facts(
+def _content(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str, hashed: str
-) -> CardFacts:
+) -> CardContent:
     best = next((item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)), None)
-    evaluation = best.measured if best is not None else None
-    return CardFacts(
+    evaluation = best.evaluation if best is not None else None
+    return CardContent(
         name=f"{data.name} on {module.backbone.name}",
         dataset=str(data.name),
         classes=module.classes,
@@ -99,7 +97,7 @@ def _notes(module: ImageClassifier, data: ImageDataModule, best: BestCheckpoint 
             f"Byte-identical images in both train and val: {stored.overlap:,}. Validation metrics are too optimistic."
         )
     notes.append("Training does not check the data quality. Run python -m project check on the data set.")
-    if best is not None and best.measured is not None and best.measured.confusion is None:
+    if best is not None and best.evaluation is not None and best.evaluation.confusion is None:
         notes.append("The best epoch is from an earlier run, whose checkpoint has no per-class results.")
     return notes
 
@@ -167,12 +165,7 @@ def _training_section(
 
 
 def _environment_section(trainer: pl.Trainer) -> dict[str, str]:
-    section = {"Python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            section[library] = version(library)
-        except PackageNotFoundError:
-            continue
+    section = {"Python": platform.python_version(), **installed_versions((*REPORTED_PACKAGES, "onnxruntime"))}
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     section["Hardware"] = (

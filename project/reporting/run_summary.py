@@ -82,7 +82,7 @@ class RunSummary(pl.Callback):
         print_table("Result", rows)
         _report_absent_classes(model, "val")
         if load_command:
-            print_rank_zero(load_command)  # outside the table, which would wrap it: people copy this line
+            print_rank_zero(load_command)  # outside the table, which would wrap it, so that it can be copied
 
 
 def print_evaluation(trainer: pl.Trainer, model: ImageClassifier, stage: str) -> None:
@@ -123,18 +123,17 @@ def _interval(accuracy: float, images: int) -> str:
 
 
 def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
-    """Metrics of the best epoch."""
     if best.best_model_score is None:
         return {}
     score, key = float(best.best_model_score), f"best {best.monitor}"
     rows = {key: f"{score:.4f}"}
-    measured = best.measured if isinstance(best, BestCheckpoint) else None
-    if measured is not None and measured.epoch is not None:
-        if measured.images:
-            rows[key] += _interval(score, measured.images)
-        names = [name for name in ("val/f1", "val/ece", "val/loss") if name in measured.metrics]
-        metrics = [f"{name} {measured.metrics[name]:.4f}" for name in names]
-        rows["best epoch"] = ", ".join([str(measured.epoch + 1), *metrics])
+    evaluation = best.evaluation if isinstance(best, BestCheckpoint) else None
+    if evaluation is not None and evaluation.epoch is not None:
+        if evaluation.images:
+            rows[key] += _interval(score, evaluation.images)
+        names = [name for name in ("val/f1", "val/ece", "val/loss") if name in evaluation.metrics]
+        metrics = [f"{name} {evaluation.metrics[name]:.4f}" for name in names]
+        rows["best epoch"] = ", ".join([str(evaluation.epoch + 1), *metrics])
     return rows
 
 
@@ -144,7 +143,6 @@ def _relative(path: Path) -> Path:
 
 
 def _stage_table(model: ImageClassifier) -> Table:
-    """Table of the stages: frozen or trainable, number of parameters and size."""
     parts: dict[str, nn.Module] = {**model.backbone.stages, "head": model.head}
     table = Table(box=None)
     table.add_column("stage")

@@ -13,7 +13,7 @@ from project.data.sources.base import Sample, Source
 from project.errors import DataError
 
 GREY = 200
-PREFETCH = 32  # images announced to the source at a time
+PREFETCH = 32  # images that the source prefetches at a time
 
 
 class Thumbnails:
@@ -33,12 +33,12 @@ class Thumbnails:
         return self._samples[index].name
 
     def read(self, indices: Sequence[int], size: int, seconds: float = float("inf")) -> list[np.ndarray]:
-        """Center squares of images, uint8 ``(size, size, 3)`` each; grey for images that cannot be read any more.
+        """Center squares of images, uint8 ``(size, size, 3)`` each; grey for images that are no longer readable.
 
         Args:
             indices: Indices of the images in the split.
             size: Side of the squares in pixels.
-            seconds: Time limit; the images left after it are omitted.
+            seconds: Time limit; the remaining images are omitted.
         """
         deadline = time.perf_counter() + seconds
         thumbnails: list[np.ndarray] = []

@@ -49,7 +49,7 @@ def atomic_write_as(folder: Path, make_name: Callable[[Path], str], suffix: str 
         OSError: The folder is not writable, or the disk is full.
     """
     temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{suffix}"
-    # tempfile would ignore the umask and create a file of mode 600, unreadable for others in a shared folder.
+    # tempfile would ignore the umask and create a file of mode 600, which others could not read in a shared folder.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary

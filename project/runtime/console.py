@@ -69,7 +69,7 @@ def is_terminal() -> bool:
 class EtaEstimator:
     """Estimates the remaining time from the mean speed since the start.
 
-    The speed of the last interval would be misleading: threads report several items at once.
+    The speed of the last interval would be misleading: threads report several items together.
     """
 
     def __init__(self) -> None:

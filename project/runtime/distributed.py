@@ -59,7 +59,7 @@ def _group_without_timeout(world: Any) -> Any:
     """A gloo group of all ranks whose collectives practically never time out.
 
     One rank may compute features for hours while the others wait; torch's default timeout is 10 or 30 minutes. A rank
-    that waits for an exited one still fails at once. ``world`` is the cache key.
+    that waits for an exited one still fails immediately. ``world`` is the cache key.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 

@@ -186,7 +186,7 @@ def validation_data(trainer: pl.Trainer) -> Any:
 
 
 def release_subprocesses(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """Take over the processes that Lightning's launcher started. Relies on ``strategy.launcher.procs``.
+    """Remove the processes that Lightning's launcher started from its list. Relies on ``strategy.launcher.procs``.
 
     Lightning stops watching them; otherwise it would kill this process as soon as one of them exits.
 

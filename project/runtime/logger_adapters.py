@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-MAX_COLOURS = 16_384  # of a plot; images with more are photographs
+MAX_COLORS = 16_384  # images with more colors are photographs, not plots
 Parameters = Mapping[str, float | int | str | bool]
 
 
@@ -38,8 +38,7 @@ def log_text(trainer: pl.Trainer, name: str, markdown: str) -> None:
                 add_text(logger, name, markdown, trainer.global_step)
             except Exception as error:  # a full disk, a lost connection, ...
                 warnings.warn(
-                    f"{type(logger).__name__} could not log {name}: {type(error).__name__}: {error}",
-                    stacklevel=2,
+                    f"{type(logger).__name__} could not log {name}: {type(error).__name__}: {error}", stacklevel=2
                 )
 
 
@@ -55,7 +54,7 @@ def add_image(logger: Logger, name: str, image: Image.Image, step: int) -> None:
 
 @singledispatch
 def add_result(logger: Logger, parameters: Parameters, metrics: Mapping[str, float], step: int) -> None:
-    """Log the hyper-parameters and final metrics of a run, to compare runs."""
+    """Log the hyperparameters and final metrics of a run, to compare runs."""
     logger.log_metrics(dict(metrics), step)
 
 
@@ -110,7 +109,7 @@ def _(logger: TensorBoardLogger, name: str, image: Image.Image, step: int) -> No
 
     # SummaryWriter.add_image encodes photographs as PNG, with four times the bytes and forty times the time.
     with io.BytesIO() as file:
-        if image.getcolors(MAX_COLOURS) is None:
+        if image.getcolors(MAX_COLORS) is None:
             image.save(file, "JPEG", quality=85)
         else:
             image.save(file, "PNG")

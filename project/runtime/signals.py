@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop at once, or let a fit save first; exit with the signal's exit code."""
+"""SIGTERM and SIGINT: stop immediately, or let a fit save first; exit with the signal's exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from threading import Thread
 from types import FrameType
 
-#: Seconds in which a second SIGINT is taken for a duplicate of the first: a terminal sends Ctrl-C to all processes of a
+#: Seconds in which a second SIGINT counts as a duplicate of the first: a terminal sends Ctrl-C to all processes of a
 #: run, and the other ranks forward it.
 DUPLICATE_SECONDS = 0.5
 

@@ -1,15 +1,29 @@
-"""Resources of the machine: cores, memory, cache folder. All platform-specific system calls are in this module."""
+"""The machine: cores, memory, cache folder, installed packages. All platform-specific system calls are here."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 #: Bytes of memory to assume where the system does not report it.
 DEFAULT_MEMORY = 8 * 2**30
+#: Packages whose versions model cards and error reports contain.
+REPORTED_PACKAGES = ("frozen-backbone", "torch", "torchvision", "lightning", "torchmetrics", "timm", "pillow")
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions by package name; packages that are not installed are omitted."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def cores() -> int:

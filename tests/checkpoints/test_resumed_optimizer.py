@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.checkpoints.restore import construct_optimizer
-from project.checkpoints.resume_checks import on_meta, validate_states
+from project.checkpoints.resume_checks import copy_groups, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.errors import CheckpointError, ConfigError
 from project.models.schedules import Interval
@@ -60,11 +60,11 @@ class Fit:
 
     def resume(self, checkpoint: dict[str, Any], epochs: int) -> "Fit":
         """Restore a checkpoint as Lightning does, after the project's checks and changes."""
-        groups = on_meta(self.groups)
+        groups = copy_groups(self.groups)
         saved = checkpoint["hyper_parameters"]
         position: dict[Interval, int] = {"epoch": epochs, "step": epochs * STEPS}
         apply_changes(
-            checkpoint, saved, self.hparams, lambda hparams: construct_optimizer(hparams, on_meta(groups)), position
+            checkpoint, saved, self.hparams, lambda hparams: construct_optimizer(hparams, copy_groups(groups)), position
         )
         validate_states(checkpoint, groups, functools.partial(construct_optimizer, self.hparams))
         for state in checkpoint["optimizer_states"]:

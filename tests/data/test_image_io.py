@@ -121,7 +121,7 @@ def test_colours_of_12_bits_in_16_are_refused_by_name(tmp_path: Path) -> None:
     directory = struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
     path = tmp_path / "a.tif"
     path.write_bytes(struct.pack("<2sHI", b"II", 42, where + len(arrays)) + data + arrays + directory)
-    with pytest.raises(DataError, match=r"a\.tif has 12-bit colours in 16-bit pixels.*Convert or remove"):
+    with pytest.raises(DataError, match=r"a\.tif has 12-bit colors in 16-bit pixels.*Convert or remove"):
         read_image(path)
 
 

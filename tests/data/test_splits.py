@@ -83,7 +83,7 @@ def test_duplicates_and_near_duplicates_are_not_divided() -> None:
     infos = [
         ImageInfo((i % 100).to_bytes(32))
         if i < 200
-        else ImageInfo(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail, colour=bytes(3))
+        else ImageInfo(i.to_bytes(32), phash=i % 2 * 3, thumbnail=thumbnail, color=bytes(3))
         for i in range(300)
     ]
     kept, held = hold_out(assign_places(samples, infos, 0), 0.0, 0.4)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from project.evaluation import plots
-from project.runtime.logger_adapters import MAX_COLOURS
+from project.runtime.logger_adapters import MAX_COLORS
 
 COUNTS = [1, 2, 10, 25, 26, 100, 150]
 NAMES = ["ants", "Bernese mountain dog of the 1st kind", "$x$ costs $5", "a_b^c", "two\nlines", "犬"]
@@ -30,7 +30,7 @@ def all_figures(count: int) -> dict[str, Figure]:
     scores = dict(zip(("precision", "recall", "f1"), values, strict=True))
     return {
         "counts": plots.confusion(counts, names),
-        "shares": plots.confusion(counts, names, normalised=True),
+        "shares": plots.confusion(counts, names, normalized=True),
         "per_class": plots.per_class(scores, counts.sum(1), names),
     }
 
@@ -41,7 +41,7 @@ def test_figures_of_any_number_of_classes_have_a_limited_size(count: int) -> Non
         image = plots.render(figure)
         assert image.mode == "RGB"
         assert 150 < image.width < 1700 and 120 < image.height < 1800
-        assert image.getcolors(MAX_COLOURS) is not None, "few colours, so that it is logged as a PNG"
+        assert image.getcolors(MAX_COLORS) is not None, "few colours, so that it is logged as a PNG"
 
 
 @pytest.mark.parametrize("count", [2, 25, 100])
@@ -63,14 +63,14 @@ def test_cells_have_numbers_up_to_25_classes() -> None:
     counts = np.array([[8, 2], [0, 5]])
     texts = [text.get_text() for text in plots.confusion(counts, ["a", "b"]).axes[0].texts]
     assert texts == ["8", "2", "5"], "cells of 0 have no number"
-    texts = [text.get_text() for text in plots.confusion(counts, ["a", "b"], normalised=True).axes[0].texts]
+    texts = [text.get_text() for text in plots.confusion(counts, ["a", "b"], normalized=True).axes[0].texts]
     assert texts == ["0.80", "0.20", "1.00"]
     assert len(plots.confusion(random_matrix(25), class_names(25)).axes[0].texts) > 500
     assert not plots.confusion(random_matrix(26), class_names(26)).axes[0].texts
 
 
 def test_class_without_images_is_drawn() -> None:
-    figure = plots.confusion(np.array([[3, 0], [0, 0]]), ["a", "b"], normalised=True)
+    figure = plots.confusion(np.array([[3, 0], [0, 0]]), ["a", "b"], normalized=True)
     assert [text.get_text() for text in figure.axes[0].texts] == ["1.00"], "an empty row has no shares"
     assert np.asarray(plots.render(figure)).std() > 0
 

@@ -32,11 +32,6 @@ from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
 from tests.conftest import SMALL, STORED, draw, scalars
 
-# A DataLoader that is garbage-collected after a test that expects an error may report that its workers exited
-# abnormally, since torch's finalizers run in any order. The warning appears in whichever test runs then.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 Fit = Callable[..., int]
 Counts = Callable[..., tuple[int, int]]
 PREPROCESSING = Preprocessing(36, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -218,12 +213,16 @@ def test_threads_and_processes_feed_a_gpu_in_order(workers: int, source_and_imag
     source, images = source_and_images
     engine = PixelSumEngine()
     load = functools.partial(load_image, source)
-    batches = list(compute_rows(engine, images, load, workers))
+    batches, processes = [], []
+    for batch in compute_rows(engine, images, load, workers):
+        batches.append(batch)
+        processes = processes or multiprocessing.active_children()
+    assert len(processes) == workers
+    assert [process.exitcode for process in processes] == [0] * workers, "no worker fails or hangs at its exit"
     assert [image for batch, _ in batches for image in batch] == images
     expected = torch.stack([load(image).sum().reshape(1) for image in images])
     assert torch.equal(torch.cat([rows for _, rows in batches]), expected)
     assert engine.batch_sizes == [64, 64, 40]
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

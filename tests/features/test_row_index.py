@@ -132,11 +132,8 @@ def test_merged_index_finds_every_key(
         keys = np.array(requested, np.uint64).reshape(-1, 2)
         found: dict[int, tuple[str, int]] = {}
         names = list(index.shards)
-
-        def record(indices: np.ndarray, number: np.ndarray, row: np.ndarray) -> None:
-            found.update({int(i): (names[n], int(r)) for i, n, r in zip(indices, number, row, strict=True)})
-
-        index.look_up(keys, np.argsort(keys[:, 0]), usable.astype(bool), record)
+        for match in index.look_up(keys, np.argsort(keys[:, 0]), usable.astype(bool)):
+            found.update({int(i): (names[n], int(r)) for i, n, r in zip(*match, strict=True)})
         usable_names = [name for name, is_usable in zip(names, usable, strict=True) if is_usable]
         for i, key in enumerate(requested):
             expected = [(name, written[int(name)].index(key)) for name in usable_names if key in written[int(name)]]

@@ -1,52 +1,48 @@
 """Distributed runs in real processes: shared features, errors of one rank, torchrun and SLURM."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from project import load
+from project import ImageClassifier, load
+from project.features import builder
 from tests.conftest import SMALL, row_counts
+from tests.forked import run_ranks
 from tests.integration.subprocesses import TORCHRUN, free_port, run_all
 
 Ddp = Callable[..., tuple[int, str]]
 
 DDP = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-#: The command line, with processes that print their numbers of training steps and computed rows.
-COUNTING = """
-import gc
-gc.disable()  # a collection traverses a million objects of the libraries
-import os
-import sys
-from project import ImageClassifier
-from project.cli.main import main
-from project.features import builder
 
-def print_steps(self):
-    print(f"rank {self.global_rank}: {self.trainer.global_step} steps", flush=True)
 
-def print_rows(engine, images, *arguments):
-    print(f"rank {os.environ.get('LOCAL_RANK', 0)}: {len(images)} rows", flush=True)
-    return extract(engine, images, *arguments)
+def print_counts() -> None:
+    """Print the number of training steps and of computed rows of each rank."""
 
-extract, builder.extract = builder.extract, print_rows
-ImageClassifier.on_fit_end = print_steps
-sys.exit(main(sys.argv[1:]))
-"""
+    def print_steps(model: ImageClassifier) -> None:
+        print(f"rank {model.global_rank}: {model.trainer.global_step} steps")
+
+    def print_rows(engine: Any, images: Any, *arguments: Any) -> Any:
+        print(f"rank {os.environ['LOCAL_RANK']}: {len(images)} rows")
+        return extract(engine, images, *arguments)
+
+    extract, builder.extract = builder.extract, print_rows  # type: ignore[assignment]
+    ImageClassifier.on_fit_end = print_steps  # type: ignore[method-assign, assignment]
 
 
 @pytest.fixture
 def ddp(here: Path, weights: Path) -> Ddp:
     """Runs a fit in two processes and returns its exit code and output."""
-    (here / "count.py").write_text(COUNTING)  # Lightning starts the second process with the same script
     flags = [*SMALL, *DDP, "--model.weights", str(weights), "--trainer.max_epochs", "1", "--features.folder", "store"]
+    return lambda *more: join(run_ranks(here, ["fit", *flags, *more], prepare=print_counts))
 
-    def run(*more: str) -> tuple[int, str]:
-        (result,) = run_all([["count.py", "fit", *flags, *more]])
-        return result
 
-    return run
+def join(ranks: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    """Exit code and output of all ranks together."""
+    return max(code for code, _ in ranks), "".join(output for _, output in ranks)
 
 
 def test_each_row_is_computed_once_and_both_processes_train(ddp: Ddp, album: Path) -> None:
@@ -111,7 +107,7 @@ def test_bad_image_of_any_rank_stops_predict_and_keeps_an_earlier_file(run: Path
     Path("out.csv").write_text("earlier")
     (album / "train/red/6.png").write_bytes(b"no")  # the last but one of 24: in the last batch of rank 0
     (album / "train/red/7.png").write_bytes(b"no")  # in the last batch of rank 1
-    ((code, output),) = run_all([["-m", "project", *PREDICT]])
+    code, output = join(run_ranks(Path().resolve(), PREDICT))
     assert code == 2 and "Traceback" not in output, output
     assert output.count("error: album/train/red/6.png") == 1, "each rank reports only its own images"
     assert Path("out.csv").read_text() == "earlier" and not list(Path().glob(".out.csv*"))
@@ -154,8 +150,12 @@ def test_two_torchrun_nodes_write_one_run(flags: list[str]) -> None:
 
 
 def test_feature_folders_local_to_each_node_are_refused_before_extraction(flags: list[str], here: Path) -> None:
-    local_caches = [{"XDG_CACHE_HOME": str(here / f"node{number}")} for number in range(2)]
-    (code, output), (code_1, output_1) = run_all(two_nodes(*flags), local_caches)
+    nodes = [
+        {"XDG_CACHE_HOME": str(here / f"node{n}"), "GROUP_RANK": str(n), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        for n in range(2)
+    ]
+    fit = ["fit", *flags, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    (code, output), (code_1, output_1) = run_ranks(here, fit, nodes)
     assert code != 0 and code_1 != 0
     assert (output + output_1).count("error: ") == 1
     assert "store features in a folder that all nodes share" in output.lower() and "--features.folder" in output

@@ -2,31 +2,20 @@
 
 import csv
 import json
+import os
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import SMALL, draw, scalars
-from tests.integration.subprocesses import TORCHRUN, run_all
-
-#: Runs several command lines in one process, because starting one takes longer than a fit, and writes their metrics.
-RUNS = """
-import gc
-gc.disable()  # a collection traverses a million objects of the libraries
-import json, os, sys
-from pathlib import Path
 from project.cli.transfer_cli import TransferCLI
 from project.runtime.signals import SignalHandler
-
-for line in json.loads(Path(sys.argv[1]).read_text()):
-    name, *arguments = line
-    trainer = TransferCLI(arguments, SignalHandler(), "").trainer
-    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    Path(sys.argv[2], f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(values))
-"""
+from tests.conftest import SMALL, draw, scalars
+from tests.forked import run_ranks
 
 #: Batch size of all processes together, and flags. There are 23 training images.
 FITS: dict[str, tuple[int, str]] = {
@@ -49,6 +38,15 @@ EVALUATIONS = ("validate", "test", "validate --data.root few", "test --data.root
 PREDICTED = {"odd": 7, "fewer than processes": 1}
 
 
+def run_lines(lines: list[list[str]], folder: Path) -> None:
+    """Run several command lines in this process, write their metrics, and exit."""
+    for name, *arguments in lines:
+        trainer = TransferCLI(arguments, SignalHandler(), "").trainer
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(values))
+    sys.exit(0)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Path]:
     """A folder with the outputs of the same command lines by one process, in ``1``, and by two, in ``2``."""
@@ -69,15 +67,12 @@ def results(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator
     for folder, count in PREDICTED.items():
         for number in range(count):
             draw(here / folder / f"{number}.png", (40 * number, 120, 160), number)
-    (here / "runs.py").write_text(RUNS)
     for processes in (1, 2):
         (here / str(processes)).mkdir()
-        (here / f"{processes}.json").write_text(json.dumps(list(command_lines(processes, weights))))
-        launch = [*TORCHRUN, "2", "--standalone"] if processes == 2 else []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(here)
-            ((code, output),) = run_all([[*launch, "runs.py", f"{processes}.json", str(processes)]])
-        assert code == 0, output
+        lines = list(command_lines(processes, weights))
+        ranks = run_ranks(here, [], [{}] * processes, partial(run_lines, lines, here / str(processes)), seconds=300)
+        for code, output in ranks:
+            assert code == 0, output
     yield here
 
 

@@ -1,9 +1,6 @@
 """Fits on tar shards: each image is read once, and later fits read none."""
 
-import os
 import re
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -13,30 +10,28 @@ import fsspec
 import pytest
 import yaml
 
-from project import load
+from project import ImageClassifier, load
 from project.cli.main import main
 from project.data.sources.base import Sample
 from project.data.sources.webdataset import Shards
 from tests.conftest import SMALL, STORED, row_counts
+from tests.forked import run_ranks
 
-#: Runs the command line on one of two ranks, which prints the images that it has read.
-SCRIPT = """
-import sys
-from project import ImageClassifier
-from project.cli.main import main
-from project.data.shards import Shards
 
-def content(self, sample):
-    read.append(int(sample.name.rpartition("#")[2]))
-    return read_content(self, sample)
+def print_read() -> None:
+    """Print the positions of the images that a rank has read."""
+    read, content = set(), Shards.content
 
-def print_read(self):
-    sys.stdout.write(f"rank {self.global_rank} has read {' '.join(map(str, sorted(set(read))))};\\n")
+    def recorded_content(source: Shards, sample: Sample) -> bytes:
+        read.add(int(sample.name.rpartition("#")[2]))
+        return content(source, sample)
 
-read, read_content = [], Shards.content
-Shards.content, ImageClassifier.on_fit_end = content, print_read
-sys.exit(main(sys.argv[1:]))
-"""
+    def report(model: ImageClassifier) -> None:
+        print(f"rank {model.global_rank} has read {' '.join(map(str, sorted(read)))};")
+
+    Shards.content = recorded_content  # type: ignore[method-assign]
+    ImageClassifier.on_fit_end = report  # type: ignore[method-assign, assignment]
+
 
 #: The figures of the dashboard would read a few dozen images.
 NO_FIGURES = ["--dashboard.figures", "false"]
@@ -158,18 +153,15 @@ def test_unreachable_shards_are_a_user_error(
 
 
 def test_each_of_two_ranks_reads_its_own_shards(config: Path) -> None:
-    Path("count.py").write_text(SCRIPT)  # Lightning launches rank 1 with the same script
     two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "count.py", "fit", *NO_FIGURES, *SMALL, *STORED, *two_ranks, "-c", str(config)]
-    process = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert row_counts(process.stdout) == [(0, 36)]
-    assert process.stdout.count("are read once to build their index") == 1, (
-        "rank 1 loads the index that rank 0 has built"
-    )
+    flags = [*NO_FIGURES, *SMALL, *STORED, *two_ranks, "-c", str(config)]
+    (code, output), (code_1, output_1) = run_ranks(Path().resolve(), ["fit", *flags], prepare=print_read)
+    assert (code, code_1) == (0, 0), output + output_1
+    assert row_counts(output) == [(0, 36)]
+    built = "are read once to build their index"
+    assert output.count(built) == 1 and built not in output_1, "rank 1 loads the index that rank 0 has built"
     parts = {
         int(rank): [int(number) for number in numbers.split()]
-        for rank, numbers in re.findall(r"rank (\d) has read ([\d ]*);", process.stdout)
+        for rank, numbers in re.findall(r"rank (\d) has read ([\d ]*);", output + output_1)
     }
     assert parts == {0: [*range(18)], 1: [*range(18, 36)]}

@@ -182,8 +182,15 @@ def test_data_loader_workers_ignore_signals_until_the_fit_has_saved(here: Path, 
             assert "Resume with:" in run.output and "Traceback" not in run.output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
+    ],
+)
 def test_two_ranks_save_and_exit_whichever_receives_the_signal(
     number: int, rank: int, two_ranks: _CliProcess, here: Path
 ) -> None:

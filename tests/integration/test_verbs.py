@@ -192,9 +192,7 @@ def test_data_set_too_small_for_a_split_is_rejected(
         (tmp_path / "few.csv").write_text("\n".join(lines))
         flags = ["--data.root", str(tmp_path / "few.csv")]
     message = refused(fit(*flags, "--data.test_fraction", "0.2" if kind == "two images per class" else "0"))
-    assert (
-        "too small for a val split: train keeps an image of each class, and copies and groups stay together" in message
-    )
+    assert "too small for a val split: train keeps an image of each class, and near-duplicates and groups" in message
     assert "a folder beside train/, or a split column in the table" in message
 
 

@@ -28,8 +28,7 @@ from project.reporting.thumbnails import Thumbnails
 from project.runtime import logger_adapters
 from project.runtime.logger_adapters import EmbeddingPoints
 from tests.conftest import COLOURS, FIGURES, SMALL, scalars
-from tests.forked import start
-from tests.integration.subprocesses import run_all
+from tests.forked import run_ranks, start
 
 Fit = Callable[..., int]
 RUN = Path("runs/photos/version_0")
@@ -320,8 +319,8 @@ def test_two_ranks_log_one_dashboard_of_all_images(cache: str, album: Path, weig
     flags = [*SMALL, *FIGURES, "--model.weights", str(weights), "--data.root", "album", "--data.batch_size", "5"]
     flags += ["--features.cache", cache, "--trainer.max_epochs", "1"]
     flags += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    ((code, output),) = run_all([["-m", "project", "fit", *flags]])
-    assert code == 0 and "Dashboard: could not log" not in output, output
+    for code, output in run_ranks(Path().resolve(), ["fit", *flags]):
+        assert code == 0 and "Dashboard: could not log" not in output, output
     run = Path("runs/album/version_0")
     assert {"val/reliability", "val/least_confident", "train/input"} <= tags(run)["images"]
     assert positives(run) == {"blue": 4, "green": 4, "red": 3}, "each image once"

@@ -9,12 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from project.evaluation.summary import EvaluationSummary
-from project.reporting.model_card import CardFacts, header, plain, render_card
+from project.reporting.model_card import CardContent, header, plain, render_card
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"Python": "3"}}
 
 
-def _facts(classes: int, images: int = 20, name: str = "class") -> CardFacts:
+def _card(classes: int, images: int = 20, name: str = "class") -> CardContent:
     """Facts of an overconfident model with random errors.
 
     Args:
@@ -32,7 +32,7 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> CardFacts:
     calibration = np.zeros((10, 3))
     calibration[9] = count, 0.97 * count, correct
     metrics = {"val/accuracy": correct / count, "val/f1": 0.8, "val/ece": 0.1, "val/loss": 0.5}
-    return CardFacts(
+    return CardContent(
         name="photos on resnet18",
         dataset="photos",
         classes=[f"{name} {label}" for label in range(classes)],
@@ -48,26 +48,26 @@ def _facts(classes: int, images: int = 20, name: str = "class") -> CardFacts:
     )
 
 
-def _with_confusion(facts: CardFacts, confusion: np.ndarray) -> CardFacts:
-    assert facts.evaluation is not None
-    evaluation = dataclasses.replace(facts.evaluation, confusion=confusion, images=int(confusion.sum()))
-    return dataclasses.replace(facts, evaluation=evaluation)
+def _with_confusion(card: CardContent, confusion: np.ndarray) -> CardContent:
+    assert card.evaluation is not None
+    evaluation = dataclasses.replace(card.evaluation, confusion=confusion, images=int(confusion.sum()))
+    return dataclasses.replace(card, evaluation=evaluation)
 
 
-def _parse(facts: CardFacts, folder: Path) -> ModelCard:
+def _parse(card: CardContent, folder: Path) -> ModelCard:
     path = folder / "model_card.md"
-    path.write_text(render_card(facts), "utf-8")
+    path.write_text(render_card(card), "utf-8")
     return ModelCard.load(path)
 
 
 def test_hugging_face_parses_the_header(tmp_path: Path) -> None:
-    facts = dataclasses.replace(_facts(3), base_model="timm/resnet18.a1_in1k")
-    data = _parse(facts, tmp_path).data
+    card = dataclasses.replace(_card(3), base_model="timm/resnet18.a1_in1k")
+    data = _parse(card, tmp_path).data
     assert data.pipeline_tag == "image-classification" and data.base_model == "timm/resnet18.a1_in1k"
     assert data.license is None, "the author has to choose a license"
     results = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert facts.evaluation is not None
-    assert results["accuracy"] == pytest.approx(facts.evaluation.metrics["val/accuracy"], abs=1e-6)
+    assert card.evaluation is not None
+    assert results["accuracy"] == pytest.approx(card.evaluation.metrics["val/accuracy"], abs=1e-6)
     assert {result.dataset_split for result in data.eval_results} == {"validation"}
 
 
@@ -77,30 +77,30 @@ def test_hugging_face_parses_the_header(tmp_path: Path) -> None:
 def test_header_is_the_same_without_huggingface_hub(
     evaluated: bool, base_model: str | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = dataclasses.replace(_facts(3), name=name, dataset=name, base_model=base_model)
-    facts = facts if evaluated else dataclasses.replace(facts, evaluation=None)
-    expected = header(facts)
+    card = dataclasses.replace(_card(3), name=name, dataset=name, base_model=base_model)
+    card = card if evaluated else dataclasses.replace(card, evaluation=None)
+    expected = header(card)
     monkeypatch.setattr("project.reporting.model_card.find_spec", lambda name: None)
-    assert header(facts) == expected and expected.endswith("\n")
+    assert header(card) == expected and expected.endswith("\n")
 
 
 @pytest.mark.parametrize("name", ["a|b", "<script>alert(1)</script>", "[x](http://y)", "a\nb", "---", "`", "*é*: {"])
 def test_names_cannot_inject_markdown_or_html(name: str, tmp_path: Path) -> None:
-    facts = dataclasses.replace(_facts(3, name=name), name=name, dataset=name)
-    model_card = _parse(facts, tmp_path)
+    card = dataclasses.replace(_card(3, name=name), name=name, dataset=name)
+    model_card = _parse(card, tmp_path)
     assert model_card.data.model_name == name and "<script>" not in model_card.text
     rows = [line for line in model_card.text.splitlines() if re.match(rf"\| {re.escape(plain(name))} \d", line)]
     assert len(rows) == 6, "three classes in two tables"
 
 
 def test_long_tables_show_the_worst_and_the_best_classes(tmp_path: Path) -> None:
-    lines = _parse(_facts(120), tmp_path).text.splitlines()
+    lines = _parse(_card(120), tmp_path).text.splitlines()
     assert len([line for line in lines if line.startswith("| class ")]) == 2 * 25
     assert "lowest first, 20 worst and 5 best of 120 classes." in "\n".join(lines)
 
 
 def test_limitations_come_from_the_measurements() -> None:
-    text = render_card(_facts(3, images=4))
+    text = render_card(_card(3, images=4))
     for words in (
         "The best of 10 epochs was selected on the validation images",
         "With 12 validation images, the 95 % interval of the accuracy is",
@@ -108,43 +108,43 @@ def test_limitations_come_from_the_measurements() -> None:
     ):
         assert words in text, words
     assert "overconfident: its mean confidence is 97.0 %" in text
-    assert "imbalanced" not in text and "imbalanced" in render_card(_facts(40))
+    assert "imbalanced" not in text and "imbalanced" in render_card(_card(40))
 
 
 def test_unknown_results_are_omitted() -> None:
-    facts = _facts(3)
-    text = render_card(dataclasses.replace(facts, evaluation=EvaluationSummary(2, {"val/accuracy": 0.5}, 20)))
+    card = _card(3)
+    text = render_card(dataclasses.replace(card, evaluation=EvaluationSummary(2, {"val/accuracy": 0.5}, 20)))
     assert "0.299 to 0.701" in text and "Per-class" not in text and "Calibration" not in text
-    text = render_card(dataclasses.replace(facts, evaluation=None, has_validation=False))
+    text = render_card(dataclasses.replace(card, evaluation=None, has_validation=False))
     assert "Not evaluated: no validation ran." in text
 
 
 def test_perfect_f1_has_no_interval() -> None:
-    facts = _facts(2)
-    text = render_card(_with_confusion(facts, np.diag([10, 10])))
+    card = _card(2)
+    text = render_card(_with_confusion(card, np.diag([10, 10])))
     assert "bootstrap" not in text and "1.000 to 1.000" not in text
-    assert "bootstrap" in render_card(facts)
+    assert "bootstrap" in render_card(card)
 
 
 def test_lowest_recall_names_only_classes_below_the_accuracy() -> None:
-    facts = _facts(2)
-    text = render_card(_with_confusion(facts, np.array([[1, 5], [1, 5]])))
-    assert f"Lowest recall: {facts.classes[0]} (1 of 6).\n" in text
+    card = _card(2)
+    text = render_card(_with_confusion(card, np.array([[1, 5], [1, 5]])))
+    assert f"Lowest recall: {card.classes[0]} (1 of 6).\n" in text
 
 
 def test_ties_are_counted() -> None:
     confusion = np.roll(np.eye(8, dtype=int), 1, 1)
     confusion[7] = np.eye(8, dtype=int)[7]
-    text = render_card(_with_confusion(_facts(8), confusion))
+    text = render_card(_with_confusion(_card(8), confusion))
     assert "(0 of 1), and 4 more with the same recall." in text
-    assert "(1 image), and 4 other pairs as frequent." in text
+    assert "(1 image), and 4 other pairs with the same count." in text
 
 
 def test_one_image_is_singular() -> None:
-    facts = _facts(2)
-    assert facts.evaluation is not None
-    evaluation = dataclasses.replace(facts.evaluation, images=1, confusion=None, calibration=None)
-    text = render_card(dataclasses.replace(facts, evaluation=evaluation))
+    card = _card(2)
+    assert card.evaluation is not None
+    evaluation = dataclasses.replace(card.evaluation, images=1, confusion=None, calibration=None)
+    text = render_card(dataclasses.replace(card, evaluation=evaluation))
     assert "1 validation image." in text and "1 validation images" not in text
 
 

@@ -1,4 +1,4 @@
-"""Sources of labelled images. Configs use the class paths of this package, such as ``project.data.sources.Digits``."""
+"""Sources of labeled images. Configs use the class paths of this package, such as ``project.data.sources.Digits``."""
 
 from project.data.sources.base import Finding, Sample, Source
 from project.data.sources.digits import Digits

@@ -1,4 +1,4 @@
-"""Base class of sources: labelled images, classes and splits."""
+"""Base class of sources: labeled images, classes and splits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {
 
 
 class Sample(NamedTuple):
-    """One labelled image.
+    """One labeled image.
 
     Attributes:
         name: Path of the file, or another name that is unique in the source.
@@ -120,7 +120,7 @@ class Source(ABC):
         """
 
     def stamp(self, sample: Sample) -> str | None:
-        """A value that changes whenever :meth:`content` does, without reading it; ``None`` if there is none."""
+        """A value that changes whenever :meth:`content` does, without reading it; ``None`` if not available."""
         return None
 
     def digest(self, sample: Sample) -> bytes | None:
@@ -155,7 +155,7 @@ MOVED_DECODERS = {
 
 
 def decoder_name(source: Source) -> str:
-    """Name of the decoder of a source. Sources with the same decoder make the same image of the same bytes."""
+    """Name of the decoder of a source. Sources with the same decoder decode the same bytes to the same image."""
     decode = source.decoder.decode
     name = f"{decode.__module__}.{decode.__qualname__}"
     return MOVED_DECODERS.get(name, name)

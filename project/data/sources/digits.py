@@ -11,7 +11,7 @@ from project.errors import DataError
 class Digits(Source):
     """The 1,797 handwritten digits of scikit-learn (UCI, 8 x 8 pixels), a real data set without a download.
 
-    A margin is added because the digits fill their images to the edge, unlike the objects of ImageNet: the centre crop
+    A margin is added because the digits fill their images to the edge, unlike the objects of ImageNet: the center crop
     would cut strokes off.
 
     Args:

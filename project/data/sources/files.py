@@ -14,7 +14,7 @@ from project.data.sources.findings import class_findings, name_findings
 
 
 class Encoded(Source):
-    """Images whose content is the bytes of an image file, from wherever they are read."""
+    """Images whose content is the bytes of an image file, from any storage."""
 
     def decode(self, content: bytes, sample: Sample, min_size: int = 0) -> Image.Image:
         """See :func:`~project.data.image_io.decode_image`."""
@@ -29,7 +29,7 @@ class Files(Encoded):
         return read_bytes(sample.name)
 
     def stamp(self, sample: Sample) -> str | None:
-        """Size, modification time and inode of the file."""
+        """See :func:`~project.data.image_io.stamp`."""
         return stamp(sample.name)
 
 

@@ -69,7 +69,7 @@ def name_findings(classes: Iterable[str], published: bool = False) -> Iterator[F
 def train_spelling(names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
     """Map the class names of each split to the spelling that train uses.
 
-    One name can be spelled in several Unicode forms; some file systems store an accent as a character of its own. In a
+    One name can be spelled in several Unicode forms; some file systems store an accent as a separate character. In a
     split that has several forms of one name, each maps to itself, and :func:`name_findings` refuses them.
 
     Args:

@@ -96,7 +96,7 @@ def _class_findings(folders: Mapping[str, Path], listings: Mapping[str, Mapping[
             if name not in classes:
                 text = (
                     f"data.root: class {name!r} is only in {split} ({folder}), not in train. "
-                    f"{did_you_mean(name, classes)}Add training images of it, or remove it."
+                    f"{did_you_mean(name, classes)}Add training images to it, or remove it."
                 )
                 yield Finding("refused", "class in one split", text, (str(folder),))
             elif not listing.images and split == "train":
@@ -129,7 +129,7 @@ def _file_findings(root: Path, listings: Sequence[Listing]) -> Iterator[Finding]
 
 
 def _heic_hint(listings: Iterable[Listing]) -> str:
-    """How to read the photographs of iPhones among the skipped files; empty if there are none."""
+    """How to read HEIC files among the skipped files; empty if there are none."""
     count = sum(path.suffix.lower() in HEIC for listing in listings for path in listing.others)
     return f"To read the {count} HEIC files there: pip install pillow-heif. " if count else ""
 

@@ -168,5 +168,5 @@ def _label(value: Any, column: str, is_class_label: bool) -> int | str | None:
     if value is None or value == "" or (is_class_label and value < 0):
         return None
     if not isinstance(value, (str, int)):
-        raise DataError(f"data.source.label: labels have to be strings or integers; {column} has {value!r}.")
+        raise DataError(f"data.source.label: labels must be strings or integers; {column} has {value!r}.")
     return value

@@ -76,7 +76,6 @@ class Manifest(Files):
 
 
 def _group_findings(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]:
-    """Find groups that are in several splits."""
     splits_of: dict[str, set[str]] = defaultdict(set)
     for split, samples in splits.items():
         for sample in samples:
@@ -111,7 +110,7 @@ def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if missing:
         raise DataError(
             f"data.root: {file} has no column named {' or '.join(missing)}, only {quote_names(names) or 'none'}. "
-            "The header has to name the columns path, label and optionally split and group."
+            "The header must contain path and label, and optionally split and group."
         )
     columns = {name: normalized.index(name) for name in COLUMNS if name in normalized}
     for number, values in enumerate(rows, 2):

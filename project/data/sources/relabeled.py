@@ -82,4 +82,4 @@ class Relabeled(Source):
         self._source.prefetch(samples)
 
 
-regrouped = Relabeled  # former name, used in notebooks
+regrouped = Relabeled  # the name in notebooks

@@ -16,7 +16,7 @@ from project.errors import ConfigError, DataError, ProjectError
 from project.runtime.system import cores
 
 WINDOW_SIZE = 8 * 2**20  # bytes to read ahead at a time
-MAX_WINDOWS = max(8, cores())  # windows in memory: each thread may read from one of its own
+MAX_WINDOWS = max(8, cores())  # windows in memory: each thread may read from another one
 MAX_GAP = 2**16  # bytes, in addition to the size of the read, that a sequential read may skip
 PREFETCH_THREADS = 32
 RECENT_READS = 64  # reads to remember, so that interleaved reads of several threads still count as sequential
@@ -150,7 +150,7 @@ def fetch(url: str, begin: int, end: int) -> bytes:
     """Read the bytes ``begin`` to ``end`` (exclusive) of a file; fewer if it ends before.
 
     Raises:
-        DataError: The server ignores range requests. Errors of the store's client are raised as they are.
+        DataError: The server ignores range requests. Errors of the store's client propagate unchanged.
     """
     files, path = open_filesystem(url)
     content = bytes(files.cat_file(path, begin, end))

@@ -26,7 +26,7 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<u4"), ("digest",
 #: First bytes of compressed files.
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
-METADATA = re.compile(r"__[^/]*__($|/)")  # members in which webdataset stores metadata of the shard
+METADATA = re.compile(r"__[^/]*__($|/)")  # members with metadata of the shard, as webdataset writes them
 #: Key and extensions of a member, divided at the first dot of its file name, as webdataset does.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -63,8 +63,8 @@ class ShardContents:
     Attributes:
         rows: The images in order, of dtype :data:`ROW`.
         names: Member names of the images.
-        labels: Distinct labels, as they are written.
-        bad: Keys of the bad samples by what is wrong with them.
+        labels: Distinct labels, as text.
+        bad: Keys of bad samples, by the reason.
     """
 
     rows: np.ndarray
@@ -73,7 +73,7 @@ class ShardContents:
     bad: Mapping[str, list[str]]
 
     def to_bytes(self, mark: str) -> bytes:
-        """Serialize with a checksum and ``mark``, the state of the shard that was indexed."""
+        """Serialize with a checksum and ``mark``, which identifies the indexed state of the shard."""
         header = {"mark": mark, "names": self.names, "labels": self.labels, "bad": self.bad}
         body = json.dumps(header).encode() + b"\n" + self.rows.tobytes()
         return hashlib.sha256(body).digest() + body
@@ -204,12 +204,13 @@ class ShardIndexer:
                     if parts is None or METADATA.match(member.name) or not member.isreg() or member.issparse():
                         continue
                     suffix = parts[2].lower()
+                    opened: Any = tar.extractfile(member)  # never None for a regular member
                     content: Any = None
                     if suffix in self.image:
-                        digest = hashlib.file_digest(_open_member(tar, member), "sha256").digest()  # reads in blocks
+                        digest = hashlib.file_digest(opened, "sha256").digest()  # reads in blocks
                         content = ImageMember(member.name, member.offset_data, member.size, digest)
                     elif suffix == self.label:
-                        content = _open_member(tar, member).read()
+                        content = opened.read()
                     yield Member(member.name, parts[1], suffix, content)
                 end = tar.offset
         except tarfile.TarError as error:
@@ -217,19 +218,14 @@ class ShardIndexer:
             compression = next((name for magic, name in MAGIC.items() if beginning.startswith(magic)), None)
             if compression:
                 raise DataError(
-                    f"data.source: {url} is compressed ({compression}), so its images cannot be read at random. "
+                    f"data.source: {url} is compressed ({compression}), which prevents random access to its images. "
                     "Unpack it to a plain .tar: images are compressed already."
                 ) from error
             raise DataError(
                 f"data.source: {url} is damaged or truncated after {last}: {error}. Download it again."
             ) from error
-        # tarfile takes damage after the first member, and a file that is cut between two members, for the end.
+        # tarfile treats damage after the first member, and truncation between two members, as the end of the file.
         if fetch(url, end, end + tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(
                 f"data.source: {url} is damaged or truncated after {last}: it has no end marker. Download it again."
             )
-
-
-def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    """Open a regular member, for which ``extractfile`` never returns ``None``."""
-    return tar.extractfile(member)

@@ -33,7 +33,7 @@ class Torchvision(PublishedDataset):
     def _prepare(self) -> None:
         dataset = self._dataset
         opened = {"train": dataset} if isinstance(dataset, VisionDataset) else open_splits(dataset)
-        #: Data set and index of each image that is not a file of its own.
+        #: Data set and index of each image that is not a separate file.
         self._items: dict[str, tuple[VisionDataset, int]] = {}
         rows: dict[str, list[tuple[str, int | None]]] = {}
         for split, split_dataset in opened.items():
@@ -46,7 +46,7 @@ class Torchvision(PublishedDataset):
         del self._dataset  # the command line's factory cannot be pickled
 
     def content(self, sample: Sample) -> bytes:
-        """Bytes of the image file; an image without a file of its own is encoded as TIFF."""
+        """Bytes of the image file; an image that is not a separate file is encoded as TIFF."""
         if sample.name not in self._items:
             return read_bytes(sample.name)
         file = io.BytesIO()
@@ -55,5 +55,5 @@ class Torchvision(PublishedDataset):
         return file.getvalue()
 
     def stamp(self, sample: Sample) -> str | None:
-        """Size, modification time and inode of the file; ``None`` for an image without a file of its own."""
+        """Stamp of the image file; ``None`` for an image that is not a separate file."""
         return None if sample.name in self._items else stamp(sample.name)

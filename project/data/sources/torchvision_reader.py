@@ -32,14 +32,14 @@ def bound_class(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The class or function whose arguments :func:`functools.partial` has bound."""
     if not isinstance(factory, functools.partial):
         return factory
-    # jsonargparse binds the class as the last argument of a function of its own.
+    # jsonargparse binds the class as the last argument of an internal function.
     return next((part for part in factory.args[::-1] if isinstance(part, type)), factory.func)
 
 
 def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDataset]:
     """Open a data set in all its splits.
 
-    A class with an argument ``train`` has train and test; one with an argument ``split`` has those splits whose usual
+    A class with an argument ``train`` has train and test; one with an argument ``split`` has the splits whose standard
     names it accepts. If that argument has a value other than its default, only that split is opened, as train.
 
     Args:
@@ -93,7 +93,7 @@ def open_splits(factory: Callable[..., VisionDataset]) -> dict[str, VisionDatase
                     opened[split] = dataset
                     break
     if "train" not in opened:
-        raise DataError(f"data.source: {name} has no split with a usual name to train on. Select one with split.")
+        raise DataError(f"data.source: {name} has no train split with a standard name. Select one with split.")
     return opened
 
 
@@ -159,7 +159,7 @@ def labels_and_paths(dataset: VisionDataset, where: str) -> tuple[list[int | Non
     if getattr(dataset, "transforms", None) is not None:
         raise DataError(f"data.source: remove the transforms of {where}; use data.augment to augment images.")
     if list(getattr(dataset, "_target_types", ["category"])) != ["category"]:
-        raise DataError(f"data.source: the target_types of {where} have to be category for classification.")
+        raise DataError(f"data.source: the target_types of {where} must be category for classification.")
     labels, paths = _stored_labels(dataset), _stored_paths(dataset)
     for index in {0, len(dataset) - 1} if len(dataset) else ():
         try:

@@ -20,7 +20,7 @@ from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import environment_rank
 from project.runtime.system import cache_folder, cores
 
-STAMP_THREADS = 32  # a store takes its time to answer
+STAMP_THREADS = 32  # remote stores are slow to answer
 
 
 class Shards(Files):
@@ -30,14 +30,14 @@ class Shards(Files):
     once as a stream to build its index, which is cached in the user's cache folder until the shard changes. After that,
     images are read at random, and their SHA-256 is known without reading them.
 
-    An image takes about 200 bytes of memory plus the names of its shard and member, and half as much again while the
-    source is prepared. Nothing else grows with the data set.
+    An image takes about 200 bytes of memory plus the names of its shard and member, and 50 % more while the source is
+    prepared. Nothing else grows with the data set.
 
     The name of a sample is ``SHARD/MEMBER#NUMBER``, where NUMBER is its index among all images of the source.
 
     Args:
         train: Training shards: ``s3://bucket/train-{0000..0099}.tar``, ``shards/train-*.tar``, or a list of patterns.
-        val: Validation shards. Without them, images are held out of train, which reads train once more.
+        val: Validation shards. Without them, images are held out from train, which reads train once more.
         test: Test shards.
         image: Extensions of the image, separated by semicolons; the first that a sample has is used.
         label: Extension of the label file, which contains the number or the name of the class. A file whose extension
@@ -170,7 +170,7 @@ def _index_shards(indexer: ShardIndexer, urls: Sequence[str]) -> tuple[list[Shar
     missing = [url for url in urls if indices[url] is None]
     if missing:
         print_rank_zero(f"Shards: {len(missing)} of {len(urls)} are read once to build their index")
-    # Ranks that torchrun or a cluster has launched start at different shards, and load what others have indexed.
+    # Ranks launched by torchrun or a cluster start at different shards, and load the indices that others have built.
     rank, world_size = environment_rank()
     start = len(missing) * rank // world_size
     order = missing[start:] + missing[:start]
@@ -188,10 +188,10 @@ def _index_shards(indexer: ShardIndexer, urls: Sequence[str]) -> tuple[list[Shar
             findings[url] = Finding("refused", "bad shard", str(error), (url,))
             return EMPTY
 
-    with progress_counter("Shards") as show, ThreadPoolExecutor(cores()) as pool:
+    with progress_counter("Shards") as on_progress, ThreadPoolExecutor(cores()) as pool:
         for done, (url, contents) in enumerate(zip(order, pool.map(load_or_build, order), strict=True), 1):
             indices[url] = contents
-            show(done, len(order))
+            on_progress(done, len(order))
     if cache_errors:
         print_rank_zero(f"Shards: the index cannot be cached and is rebuilt in each run: {cache_errors[0]}")
     return [indices[url] or EMPTY for url in urls], [findings[url] for url in urls if url in findings]
@@ -228,7 +228,7 @@ def _label_findings(classes: Sequence[str]) -> Iterator[Finding]:
         text = f"Some of the labels {quote_names(numbers)} are the same number. Write each number in one way."
         yield Finding("problem", "mixed labels", text)
     if any(int(name) < 0 for name in numbers):
-        text = f"A negative label is a class here: {quote_names(numbers)}. Remove the samples if it means no label."
+        text = f"Negative labels are treated as classes: {quote_names(numbers)}. Remove samples that are unlabeled."
         yield Finding("problem", "negative label", text)
 
 

@@ -126,7 +126,7 @@ def test_missing_image_is_reported_when_it_is_read(tmp_path: Path) -> None:
     [
         ({"label": "knd"}, "no column 'knd'. Did you mean 'kind'"),
         ({"image": "pic"}, "no column 'pic'"),
-        ({"label": "weight"}, "labels have to be strings or integers"),
+        ({"label": "weight"}, "labels must be strings or integers"),
         ({"image": "number", "label": "kind"}, "'number' and 'kind' of train of .* are not images and labels"),
         ({}, "no column could be the label"),
     ],

@@ -246,7 +246,7 @@ def test_target_types_other_than_category_are_refused(
     kinds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = create("pets", tmp_path, monkeypatch)
-    with pytest.raises(DataError, match="have to be category"):
+    with pytest.raises(DataError, match="must be category"):
         prepared(functools.partial(OxfordIIITPet, root=str(root), target_types=kinds))
 
 

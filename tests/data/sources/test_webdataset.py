@@ -549,7 +549,7 @@ def test_images_of_a_batch_are_requested_concurrently(
     [
         (["0", "1", "two"], "Some labels are numbers ('0', '1'), others are names ('two')"),
         (["0", "1", "01"], "are the same number"),
-        (["0", "1", "-1"], "A negative label is a class here"),
+        (["0", "1", "-1"], "Negative labels are treated as classes"),
         (["0", "1", "9" * 5000], "Some labels are numbers"),
     ],
 )
