@@ -81,7 +81,9 @@ class Audit:
             raise DataError("--fix: no image is left to write to the manifest.")
         missing = [name for name, *_ in good if not Path(name).is_file()]
         if missing:
-            raise DataError(f"--fix: a manifest lists files, but the images of {self.source} are not files ({missing[0]}).")
+            raise DataError(
+                f"--fix: a manifest lists files, but the images of {self.source} are not files ({missing[0]})."
+            )
         has_splits = {split for _, _, split, _ in good} != {"train"}
         has_groups = any(group for *_, group in good)
         columns = ["path", "label", *(["split"] if has_splits else []), *(["group"] if has_groups else [])]
