@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.long  # each section imports the libraries in its own process
 def test_all_sections_run_at_small_scale_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--small", "--json", str(tmp_path / "gpu.json")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

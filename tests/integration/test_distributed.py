@@ -99,7 +99,7 @@ sys.exit(main(sys.argv[1:]))
 """
 PREDICT = [
     *("predict", "--ckpt_path", "runs/photos/version_0/checkpoints/last.ckpt", "--output", "out.csv"),
-    *("--data.predict", "album/train", "--data.batch_size", "4", *DDP),
+    *("--data.predict", "album/train", "--data.batch_size", "4", "--data.num_workers", "0", *DDP),
 ]
 
 

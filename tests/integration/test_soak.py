@@ -30,8 +30,9 @@ def check_usage(here: Path, photos: Path, weights: Path) -> CheckUsage:
     return check
 
 
-def test_200_epochs_on_stored_rows(check_usage: CheckUsage) -> None:
-    check_usage(200, 10, *STORED)
+@pytest.mark.parametrize("epochs", [60, pytest.param(200, marks=pytest.mark.long)])
+def test_epochs_on_stored_rows(epochs: int, check_usage: CheckUsage) -> None:
+    check_usage(epochs, 10, *STORED)
 
 
 def test_20_epochs_on_live_images(check_usage: CheckUsage) -> None:
