@@ -106,8 +106,9 @@ class PredictionWriter(pl.Callback):
         return any(part is not None for part in parts)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        while self._write(None):  # with the user's own loaders, other ranks may have more batches
-            pass
+        peers_have_rows = True
+        while peers_have_rows:  # with the user's own loaders, other ranks may have more batches
+            peers_have_rows = self._write(None)
         self._peers_waiting = False
         if self._open_files is not None:
             files, self._open_files = self._open_files, None

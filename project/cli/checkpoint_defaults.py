@@ -151,7 +151,7 @@ class CheckpointCLI(VerbCLI):
     def _set_defaults_from_checkpoint(self, verb: str, path: str) -> None:
         suggestion = did_you_mean(path, CHECKPOINT_ALIASES)
         if suggestion and not Path(path).expanduser().is_file():
-            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {suggestion}")
+            raise ConfigError(f"--ckpt_path: there is no file {path!r}. {suggestion}".strip())
         self._checkpoint = read_checkpoint(path)
         arguments = hyper_parameters(self._checkpoint, path, ImageClassifier, **CLASS_ARGUMENTS)
         defaults = {f"model.{key}": value for key, value in arguments.items()}

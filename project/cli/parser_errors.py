@@ -76,6 +76,8 @@ REPLACEMENTS = (
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal\[([^\]]*)\]", r"\1"),
     (r"NoneType", "null"),
+    (r"argument subcommand: invalid choice: ('.*?') \(choose from (.*)\)", r"unknown command \1. Use one of \2."),
+    (r"File does not exist: ('.*')", r"there is no file \1. Pass the path of a YAML file after -c."),
     (r"Does not validate against any of the Union subtypes", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r".*Multiple subclasses with name (\w+).*", r"several classes are called \1: give the whole path of one"),
@@ -182,7 +184,7 @@ def _unknown_key(match: re.Match[str], parser: ArgumentParser) -> ConfigError:
             f"unknown key {argument!r} in {match['class_key']} ({match['path']}). "
             f"{did_you_mean(argument, accepted)}It takes {', '.join(accepted)}."
         )
-    keys = option_names(parser)
+    keys = [name for name in option_names(parser) if not name.endswith(".help")]
     if flag := match["flag"]:
         return ConfigError(
             f"unknown flag {flag}. {did_you_mean(flag, [f'--{key}' for key in keys])}See --help for all."

@@ -142,7 +142,6 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "unknown key": (_config("model: {weigths: null}"), ("'model.weigths'", "'model.weights'")),
     "unknown section": (_config("modle: {weights: null}"), ("'modle'", "'model'")),
     "config that is not YAML": (_config("model: {: a"), ("line 1",)),
-    "missing config": (_flags("-c", "none.yaml"), ("none.yaml",)),
     "unknown flag": (_flags("--model.bakbone", "x"), ("--model.bakbone", "'--model.backbone'")),
     "abbreviated flag": (_flags("--trainer.max_epoch", "1"), ("'--trainer.max_epochs'",)),
     "unknown argument of the optimizer": (_flags("--model.optimizer.lrr", "1"), ("'lrr'", "ArticleSGD", "'lr'")),
@@ -196,6 +195,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
         ("EarlyStopping", "Did you mean 'val/loss'", "Available: lr-ArticleSGD/head, val/loss, "),
     ),
     "unknown strategy": (_flags("--trainer.strategy", "ppd"), ("ppd",)),
+    "missing config": (_flags("-c", "gone.yaml"), ("there is no file", "gone.yaml'. Pass the path of a YAML file")),
     "devices that are not a number": (_flags("--trainer.devices", "foo"), ("devices",)),
     "home folder of an unknown user": (
         _flags("--data.root", "~nobody_at_all/photos"),
@@ -413,3 +413,13 @@ def test_class_name_that_is_not_utf8_is_refused(
         (album / split / "red").rename(album / split / os.fsdecode(b"caf\xe9"))
     message = refused(fit("--data.root", str(album)))
     assert "is not valid UTF-8. Rename its folder" in message
+
+
+def test_unknown_command_is_refused_with_the_known_ones(refused: Callable[[int], str]) -> None:
+    message = refused(main(["export"]))
+    assert "unknown command 'export'. Use one of 'fit', 'validate'" in message and "subcommand" not in message
+
+
+def test_suggestions_name_no_help_flags(refused: Callable[[int], str]) -> None:
+    message = refused(main(["fit", "--model.trainabel", "layer4"]))
+    assert "'--model.trainable'" in message and ".help'" not in message
