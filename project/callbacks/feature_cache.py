@@ -152,7 +152,7 @@ class FeatureCache(pl.Callback):
         prefix = module.prefix_spec(device, str(trainer.precision))
         provided, engines = self.provider.provide(prefix, source, all_views, typical)
         _log(trainer, provided)
-        stored.computed_by = f"{provided.option}, {count} view(s) per training image"
+        stored.computed_by = f"{provided.option}, {count} view{'s' if count > 1 else ''} per training image"
         space = provided.option.space
         rows = open_rows(
             space, all_views.keys, provided.locations, row_memory_budget(device, trainer.num_devices), device
