@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -79,6 +79,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         channels_last: Use the channels_last memory format, which is faster on CPUs and tensor cores.
         compile: Compile the backbone with torch.compile.
         classes: Class names; by default those of the data or of the checkpoint.
+        head_init: Initial head: solved is the best linear head of the training images (L2-regularized logistic
+            regression, the penalty chosen by cross-validation), solved_1se the same with the strongest penalty within
+            one standard error of the best; random; auto is solved where features are stored and the head is linear.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -101,6 +104,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         channels_last: bool = True,
         compile: bool = False,
         classes: list[str] | None = None,
+        head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])

@@ -43,6 +43,31 @@ class Task(Protocol):
             smoothing: Label smoothing in [0, 1).
         """
 
+    def target_weights(
+        self, targets: torch.Tensor, num_classes: int, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        """Weight of each class in the loss of a target, ``(B, C)``: the loss is ``-sum(weight * log(probability))``.
+
+        Args:
+            targets: Targets of the data, not mixed.
+            num_classes: Number C of classes.
+            weights: Weight of each class ``(C,)``.
+            smoothing: Label smoothing in [0, 1).
+        """
+
+    def loss_and_gradient(
+        self, logits: torch.Tensor, target_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of K heads on each row ``(B, K)``, and their gradients with respect to the logits ``(B, K, C)``.
+
+        Args:
+            logits: ``(B, K, C)``, overwritten.
+            target_weights: From :meth:`target_weights`, ``(B, C)``.
+        """
+
+    def curvature(self, logits: torch.Tensor, target_weights: torch.Tensor) -> torch.Tensor:
+        """Second derivatives of the losses with respect to each logit ``(B, K, C)``."""
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``(..., C)`` to float32 probabilities of the same shape."""
 
@@ -71,6 +96,29 @@ class SingleLabel:
         """
         summed = functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="sum")
         return summed, len(targets) if weights is None or targets.dim() > 1 else weights[targets].sum()
+
+    def target_weights(
+        self, targets: torch.Tensor, num_classes: int, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        """The smoothed one-hot target, times the weights of the classes."""
+        hard = functional.one_hot(targets, num_classes).float() * (1 - smoothing)
+        if weights is None:
+            return hard + smoothing / num_classes
+        return hard * weights[targets][:, None] + smoothing / num_classes * weights
+
+    def loss_and_gradient(
+        self, logits: torch.Tensor, target_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy: the gradient is the probability minus the target."""
+        normalizer, total = logits.logsumexp(2), target_weights.sum(1, keepdim=True)
+        losses = total * normalizer - torch.bmm(logits, target_weights[..., None])[..., 0]
+        gradient = logits.sub_(normalizer[..., None]).exp_().mul_(total[..., None]).sub_(target_weights[:, None])
+        return losses, gradient
+
+    def curvature(self, logits: torch.Tensor, target_weights: torch.Tensor) -> torch.Tensor:
+        """The variance of each class: p (1 - p)."""
+        probabilities = logits.softmax(2)
+        return probabilities * (1 - probabilities) * target_weights.sum(1)[:, None, None]
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax, in float32."""

@@ -9,7 +9,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.exact_resume import ExactResume
+from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.progress_bar import FitProgressBar
+from project.callbacks.solved_head import SolvedHead
 from project.checkpoints.io import AtomicCheckpointIO
 
 
@@ -18,7 +20,8 @@ class Trainer(pl.Trainer):
 
     Args:
         args: Passed to Lightning's Trainer.
-        kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's.
+        kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's. With a
+            :class:`~project.callbacks.feature_cache.FeatureCache`, the head is solved before training.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,4 +39,6 @@ def _with_default_callbacks(
     callbacks = [user_callbacks] if isinstance(user_callbacks, pl.Callback) else [*(user_callbacks or [])]
     if shows_progress and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(FitProgressBar())
+    if any(isinstance(callback, FeatureCache) for callback in callbacks):
+        callbacks.append(SolvedHead())  # the last one, as it runs a validation when training starts
     return [ExactResume(), *callbacks]

@@ -13,6 +13,7 @@ from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
 from project.evaluation.summary import EvaluationSummary
+from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 
@@ -47,6 +48,7 @@ class BestCheckpoint(_EpochCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/accuracy", mode="max")
+        lightning_internals.save_before_training(self)  # a solved head may be the best
         self._previous: tuple[Path, torch.Tensor] | None = None  # best checkpoint before the resume, and its score
         self._is_rank_zero = True
         self.evaluation: EvaluationSummary | None = None
@@ -108,10 +110,11 @@ def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSu
     """Validation metrics, confusion matrix and calibration of the current epoch."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None
+    epoch = lightning_internals.epochs(trainer).ready - 1  # -1 before the first epoch
     if counts is None:
-        return EvaluationSummary(trainer.current_epoch, metrics)
+        return EvaluationSummary(epoch, metrics)
     confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
-    return EvaluationSummary(trainer.current_epoch, metrics, counts.images, confusion, counts.calibration.numpy())
+    return EvaluationSummary(epoch, metrics, counts.images, confusion, counts.calibration.numpy())
 
 
 class LastCheckpoint(_EpochCheckpoint):

@@ -22,7 +22,7 @@ from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
 from project.data.split_loader import SplitLoader
-from project.data.splits import HoldOut, empty_split_error, split
+from project.data.splits import HoldOut, assign_places, empty_split_error, split, stratified_folds
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
@@ -208,6 +208,18 @@ class ImageDataModule(pl.LightningDataModule):
         """Number of images of each class, in the order of the classes, by split."""
         counts = {name: Counter(sample.label for sample in samples) for name, samples in self.splits.items()}
         return {name: [count[label] for label in range(len(self.classes or ()))] for name, count in counts.items()}
+
+    def training_folds(self, count: int) -> torch.Tensor:
+        """Cross-validation fold of each training image, int64 ``(N,)``: stratified; clusters are not divided.
+
+        Near-duplicates and images of one group form a cluster.
+
+        Args:
+            count: Maximum number of folds; there are fewer if there are fewer clusters.
+        """
+        samples = self.splits["train"]
+        placed = assign_places(samples, self.image_infos(samples), self.hold_out.split_seed)
+        return torch.tensor(stratified_folds(placed, count))
 
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.

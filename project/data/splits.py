@@ -86,6 +86,31 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
     return [item for item in placed if not held[item[1].cluster]], [item for item in placed if held[item[1].cluster]]
 
 
+def stratified_folds(placed: Placed, count: int) -> list[int]:
+    """Divide samples into folds of about equal size and equal class frequencies. Clusters are not divided.
+
+    Args:
+        placed: Samples with their places.
+        count: Number of folds.
+
+    Returns:
+        Fold of each sample, from 0; there are fewer folds if there are fewer clusters.
+    """
+    clusters: dict[int, list[int]] = defaultdict(list)
+    for sample, place in placed:
+        clusters[place.cluster].append(sample.label)
+    positions = {place.cluster: place.position for _, place in placed}
+    of_class: dict[int, list[int]] = defaultdict(lambda: [0] * count)
+    sizes, fold_of = [0] * count, {}
+    for cluster, labels in sorted(clusters.items(), key=lambda item: (-len(item[1]), positions[item[0]])):
+        fold = min(range(count), key=lambda fold: (sum(of_class[label][fold] for label in labels), sizes[fold]))
+        fold_of[cluster] = fold
+        sizes[fold] += len(labels)
+        for label in labels:
+            of_class[label][fold] += 1
+    return [fold_of[place.cluster] for _, place in placed]
+
+
 @dataclass(frozen=True)
 class HoldOut:
     """Settings for splits that the data does not provide, so that they are held out from train; plain types only.

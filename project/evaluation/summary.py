@@ -20,7 +20,8 @@ class EvaluationSummary:
     """Validation results of the best epoch.
 
     Attributes:
-        epoch: Epoch, from 0; ``None`` if it belongs to an earlier fit, of which only the score is known.
+        epoch: Epoch, from 0; -1 before the first one; ``None`` if it belongs to an earlier fit, of which only the
+            score is known.
         metrics: Metrics by name, such as ``val/accuracy``.
         images: Number of validated images; 0 if unknown.
         confusion: Counts ``(C, C)``, or ``(C, 2)`` for many classes, see

@@ -166,13 +166,29 @@ class RowLoader:
         self._rows = rows
         self._views = views
         self._labels = labels
-        self.batch_size = max(batch_size, EVALUATION_BATCH_BYTES // rows.row_bytes) if evaluates else batch_size
+        #: Rows per batch where no gradient is computed.
+        self.evaluation_batch_size = max(batch_size, EVALUATION_BATCH_BYTES // rows.row_bytes)
+        self.batch_size = self.evaluation_batch_size if evaluates else batch_size
         self._order = order
         self._epoch = epoch
         self._skip_batches = skip_batches
 
     def __len__(self) -> int:
         return -(-len(self._order) // self.batch_size)
+
+    @property
+    def view_count(self) -> int:
+        """Number V of views per image."""
+        return len(self._views)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Label of each image, int64 ``(N,)``, in the order of the split."""
+        return self._labels.long()
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of all views of all images, by index ``(B,)``: index ``v * N + n`` is view v of image n."""
+        return self._rows[self._views.view(-1)[indices]]
 
     def __iter__(self) -> Iterator[RowBatch]:
         epoch = self._epoch()

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
+from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.limitations import pluralize
@@ -79,7 +80,7 @@ def _content(
         },
         evaluation=evaluation,
         epochs=trainer.current_epoch,
-        validations=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1),
+        validations=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1) + bool(_initial_head(trainer)),
         notes=_notes(module, data, best),
         base_model=module.backbone.origin.repository,
         has_validation=best is not None,
@@ -143,7 +144,7 @@ def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
 def _training_section(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str
 ) -> dict[str, str]:
-    hparams = module.hparams
+    hparams, initial = module.hparams, _initial_head(trainer)
     engine = "" if module.stored_features is None else module.stored_features.computed_by
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
@@ -151,6 +152,7 @@ def _training_section(
         "Trained parts": ", ".join([*module.cut.trainable, "head"]),
         "Trained parameters": f"{trainable:,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
+        "Initial head": f"solved by {initial}" if initial else "random",
         "Optimizer": code(format_class(hparams["optimizer"])),
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
         "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
@@ -162,6 +164,12 @@ def _training_section(
         "Precision": str(trainer.precision),
         "Random seed": str(run_seed()),
     }
+
+
+def _initial_head(trainer: pl.Trainer) -> str:
+    """How the head was solved; empty for a random head."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((item.description for item in callbacks if isinstance(item, SolvedHead)), "")
 
 
 def _environment_section(trainer: pl.Trainer) -> dict[str, str]:

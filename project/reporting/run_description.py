@@ -49,6 +49,7 @@ def hyperparameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, f
         "trainable": hparams["trainable"],
         "image_size": module.backbone.preprocessing.crop,
         "head": format_class(hparams["head"], module.head),
+        "head_init": hparams["head_init"],
         "optimizer": format_class(hparams["optimizer"], *trainer.optimizers[:1]),
         "lr": float(initial.get("lr", 0.0)),
         "weight_decay": float(initial.get("weight_decay", 0.0)),

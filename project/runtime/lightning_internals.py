@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.utilities import _reset_progress
 
 
 class Progress(NamedTuple):
@@ -71,6 +72,27 @@ def is_restoring(trainer: pl.Trainer) -> bool:
 def logging_step(trainer: pl.Trainer) -> int:
     """Step that Lightning assigns to an epoch's metrics. Relies on ``epoch_loop._batches_that_stepped``."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def validate_before_training(trainer: pl.Trainer) -> None:
+    """Run a whole validation before the first epoch, with all hooks and logs. Call it in ``on_train_start``.
+
+    Relies on ``fit_loop.epoch_loop.val_loop.run()``, as Lightning's sanity check does, and on the ``reset`` methods of
+    its progress.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.run()
+    _reset_progress(loop)
+    trainer.training = True
+
+
+def save_before_training(callback: ModelCheckpoint) -> None:
+    """Let a checkpoint callback save before the first step.
+
+    Relies on ``ModelCheckpoint._last_global_step_saved``, which is 0 at first: nothing to save.
+    """
+    callback._last_global_step_saved = -1
 
 
 def accumulates_gradients(trainer: pl.Trainer) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -107,6 +107,33 @@ def test_validation_batches_are_counted(trainer: Any) -> None:
         "on_validation_batch_start": [Progress(n + 1, n, n) for n in range(BATCHES)],
         "on_validation_end": [Progress(BATCHES, BATCHES, BATCHES)],
     }, f"{CHANGED}val_loop.batch_progress"
+
+
+def test_a_validation_before_training_runs_all_hooks_and_leaves_no_trace(trainer: Any) -> None:
+    before = Recorder(on_train_start=lightning_internals.validate_before_training)
+    counts = Recorder(
+        on_validation_end=lambda trainer: (trainer.state.stage.value, trainer.global_step, trainer.current_epoch),
+        on_train_batch_start=lambda trainer: trainer.state.stage.value,
+        on_train_end=lambda trainer: trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed,
+    )
+    run_fit(trainer, before, counts, max_epochs=1)
+    why = f"{CHANGED}val_loop.run() or _reset_progress()"
+    assert counts.results["on_validation_end"] == [("validate", 0, 0), ("validate", BATCHES, 0)], why
+    assert counts.results["on_train_batch_start"] == ["train"] * BATCHES, why
+    assert counts.results["on_train_end"] == [BATCHES], why
+
+
+def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path: Path) -> None:
+    for name, allowed in (("without", False), ("with", True)):
+        checkpoint = ModelCheckpoint(
+            tmp_path / name, monitor="val", filename="{step}", save_top_k=-1, save_on_train_epoch_end=False
+        )
+        if allowed:
+            lightning_internals.save_before_training(checkpoint)
+        before = Recorder(on_train_start=lightning_internals.validate_before_training)
+        run_fit(trainer, before, checkpoint, max_epochs=1, enable_checkpointing=True, logger=False)
+        saved = (tmp_path / name / "step=0.ckpt").exists()
+        assert saved is allowed, f"{CHANGED}ModelCheckpoint._last_global_step_saved"
 
 
 @pytest.mark.parametrize(("interval", "count"), [(1.0, 1), (0.5, 2), (1, 4)])

@@ -1,0 +1,235 @@
+"""A fit starts from the solved head: chosen within train, validated as epoch 0, and kept if no epoch is better."""
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from project import load
+from project.reporting.dashboard import Dashboard
+from tests.conftest import STORED, draw, scalars
+
+Fit = Callable[..., int]
+VERSION = Path("runs/photos/version_0")
+NO_TRAINING = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0"]
+
+
+def checkpoint(name: str = "best", version: Path = VERSION) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(version / f"checkpoints/{name}.ckpt", weights_only=True)
+    return state
+
+
+def head(name: str = "best", version: Path = VERSION) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in checkpoint(name, version)["state_dict"].items() if key.startswith("head.")}
+
+
+def test_the_solved_head_is_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*STORED, *NO_TRAINING, "--trainer.max_epochs", "2") == 0
+    output = capsys.readouterr().out
+    solved = re.search(
+        r"Head: solved in [\d.]+ s on 24 training images: .* L2 penalty ([\d.e+-]+), chosen by 5-fold", output
+    )
+    assert solved
+    rows = re.findall(r"^ *([\d.e+-]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) *(chosen)?", output, re.MULTILINE)
+    assert len(rows) >= 10
+    (chosen,) = (row for row in rows if row[5])
+    assert float(chosen[0]) == pytest.approx(float(solved[1]), rel=0.01)
+    assert float(chosen[3]) == min(float(row[3]) for row in rows)
+
+    accuracy = scalars(VERSION).Scalars("val/accuracy")
+    assert accuracy[0].step == 0
+    assert len(accuracy) == 3
+    assert f"Epoch 0, the solved head: val/accuracy {accuracy[0].value:.4f}" in output
+    assert "best epoch: 0, " in output
+    assert checkpoint()["best"]["epoch"] == -1
+    assert checkpoint()["global_step"] == 0
+    # The epochs with a learning rate of 0 have changed nothing.
+    assert all(torch.equal(value, head("last")[key]) for key, value in head().items())
+
+
+def test_the_checkpoint_of_epoch_0_predicts_as_it_was_validated(fit: Fit, photos: Path) -> None:
+    assert fit(*STORED, *NO_TRAINING) == 0
+    model = load(VERSION / "checkpoints/best.ckpt")
+    images = sorted((photos / "val").glob("*/*"))
+    predicted = model.predict(images)
+    accuracy = sum(name == path.parent.name for name, path in zip(predicted, images, strict=True)) / len(images)
+    assert accuracy == pytest.approx(scalars(VERSION).Scalars("val/accuracy")[0].value)
+
+
+def test_the_model_card_says_that_epoch_0_is_the_best(fit: Fit) -> None:
+    assert fit(*STORED, *NO_TRAINING) == 0
+    card = (VERSION / "model_card.md").read_text()
+    assert "Results of the best epoch (0 of 1)" in card
+    assert "- Initial head: solved by logistic regression" in card
+
+
+def test_an_epoch_that_is_better_replaces_it(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch is the first one with the highest accuracy."""
+    assert fit(*STORED, "--trainer.max_epochs", "4", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05") == 0
+    values = [event.value for event in scalars(VERSION).Scalars("val/accuracy")]
+    assert checkpoint()["best"]["epoch"] == values.index(max(values)) - 1
+
+
+def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*STORED, "--model.head_init", "random") == 0
+    assert "Head:" not in capsys.readouterr().out
+    assert len(scalars(VERSION).Scalars("val/accuracy")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--model.head", "project.models.heads.MLPHead"], "MLPHead is not linear"),
+        (["--features.cache", "off"], "no features are stored"),
+        (["--trainer.limit_train_batches", "2"], "leaves out training images"),
+    ],
+    ids=["not linear", "not stored", "not all images"],
+)
+def test_where_it_cannot_be_solved(fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
+    assert fit("--features.folder", "store", "--data.batch_size", "8", *flags) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Head:"))
+    assert line.startswith("Head: random, because ")
+    assert reason in line
+    assert fit("--features.folder", "store", "--data.batch_size", "8", *flags, "--model.head_init", "solved") == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.head_init" in message
+    assert reason in message
+
+
+def test_validation_images_choose_nothing(fit: Fit, photos: Path, here: Path) -> None:
+    """The head is the same for other validation images."""
+    assert fit(*STORED, *NO_TRAINING) == 0
+    others = here / "others/photos"
+    shutil.copytree(photos, others)
+    for path in sorted(others.glob("val/*/*")):
+        draw(path, (90, 90, 90), seed=int(path.stem))
+    assert fit(*STORED, *NO_TRAINING, "--data.root", str(others)) == 0
+    second = head(version=VERSION.with_name("version_1"))
+    assert all(torch.equal(value, second[key]) for key, value in head().items())
+
+
+def test_a_resumed_fit_keeps_its_head(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    assert fit(*flags, "--trainer.max_epochs", "3") == 0
+    assert fit(*flags, "--trainer.max_epochs", "1") == 0
+    capsys.readouterr()
+    second, third = (VERSION.with_name(f"version_{number}") for number in (1, 2))
+    resumed = ["--ckpt_path", str(second / "checkpoints/last.ckpt"), "--trainer.max_epochs", "3"]
+    assert fit(*flags, *resumed) == 0
+    assert "Head:" not in capsys.readouterr().out
+    assert all(torch.equal(value, head("last", third)[key]) for key, value in head("last").items())
+    assert checkpoint("best", third)["best"]["metrics"] == checkpoint("best")["best"]["metrics"]
+
+
+def test_the_checkpoint_of_epoch_0_can_be_resumed(fit: Fit) -> None:
+    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
+    assert fit(*flags) == 0
+    assert checkpoint()["best"]["epoch"] == -1
+    assert fit(*flags, "--ckpt_path", str(VERSION / "checkpoints/best.ckpt")) == 0
+    resumed = head("last", VERSION.with_name("version_1"))
+    assert all(torch.equal(value, resumed[key]) for key, value in head("last").items())
+
+
+def test_a_fit_that_is_interrupted_in_epoch_0_validates_it_when_resumed(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
+    assert fit(*flags) == 0
+
+    def interrupt(_: Dashboard, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dashboard, "on_validation_start", interrupt)
+        assert fit(*flags) == 143
+    second, third = (VERSION.with_name(f"version_{number}") for number in (1, 2))
+    assert not (second / "checkpoints/best.ckpt").exists()
+    capsys.readouterr()
+    assert fit(*flags, "--ckpt_path", str(second / "checkpoints/last.ckpt")) == 0
+    output = capsys.readouterr().out
+    assert "Epoch 0, the solved head: " in output
+    assert "Head:" not in output
+    for name in ("best", "last"):
+        assert all(torch.equal(value, head(name, third)[key]) for key, value in head(name).items())
+    assert checkpoint("best", third)["best"]["epoch"] == -1
+
+
+@pytest.mark.parametrize("flags", [["--data.balance", "sampler"], ["--data.balance", "loss"]], ids=["sampler", "loss"])
+def test_balancing_applies_to_the_solved_head(
+    fit: Fit, photos: Path, here: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler draws each class equally often, the loss weights each class equally: the same head."""
+    imbalanced = here / "few/photos"
+    shutil.copytree(photos, imbalanced)
+    for number in range(2, 8):
+        (imbalanced / f"train/red/{number}.png").unlink()
+    one = ["--data.root", str(imbalanced), *STORED, *NO_TRAINING]
+    assert fit(*one) == 0
+    assert fit(*one, *flags) == 0
+    plain, balanced = head()["head.bias"], head(version=VERSION.with_name("version_1"))["head.bias"]
+    red = 2
+    assert float(balanced[red] - balanced.mean()) > float(plain[red] - plain.mean())
+
+
+def test_all_views_count(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from project.callbacks import solved_head
+
+    seen: list[tuple[int, float]] = []
+    solve = solved_head.solve_head
+
+    def record(rows: Any, *args: Any, **kwargs: Any) -> Any:
+        features = rows.read(slice(None))
+        folds = rows.folds.view(3, -1)
+        assert torch.equal(folds[0], folds[1]) and torch.equal(folds[0], folds[2])  # an image's views share a fold
+        assert not torch.equal(features[:24], features[24:48])
+        seen.append((len(features), float(rows.targets(rows.labels).sum())))
+        return solve(rows, *args, **kwargs)
+
+    monkeypatch.setattr(solved_head, "solve_head", record)
+    assert fit(*STORED, "--data.augment", "standard", "--features.views", "3") == 0
+    assert seen == [(72, pytest.approx(24))]
+
+
+def test_trainable_stages_get_the_features_of_the_untrained_ones(fit: Fit) -> None:
+    """With layer4 trainable, the initial head is the one that is solved with layer4 frozen."""
+    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*STORED, *NO_TRAINING, "--model.trainable", "layer4") == 0
+    second = head(version=VERSION.with_name("version_1"))
+    for key, value in head().items():
+        torch.testing.assert_close(second[key], value, atol=1e-3, rtol=1e-2)
+
+
+def test_rows_that_exceed_the_memory_are_sampled(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(*STORED, *NO_TRAINING) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 4 * 12 * 4 * 512)
+    monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
+    assert fit(*STORED, *NO_TRAINING) == 0
+    assert "chosen by 5-fold cross-validation on 12 of them, as all exceed the memory" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")
+def test_python_users_get_it_with_the_feature_cache(photos: Path, weights: Path, here: Path) -> None:
+    from project.callbacks.feature_cache import FeatureCache
+    from project.classifier import ImageClassifier
+    from project.data.datamodule import ImageDataModule
+    from project.trainer import Trainer
+
+    model = ImageClassifier("resnet18", str(weights), image_size=32)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, callbacks=[FeatureCache(folder="store")], accelerator="cpu", **options)
+    data = ImageDataModule(str(photos), num_workers=0)
+    trainer.fit(model, datamodule=data)
+    assert isinstance(model.head, nn.Linear)
+    assert float(trainer.callback_metrics["train/accuracy"]) == 1.0

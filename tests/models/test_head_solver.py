@@ -1,0 +1,248 @@
+"""The solved head is that of scikit-learn on standardized features, with the penalty of the smallest held-out loss."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits, make_classification
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional
+
+from project.models import head_solver
+from project.models.head_bank import Coordinates, HeadBank, TrainingRows
+from project.models.head_solver import HeadSolution, solve_head, standard_error
+from project.task import SingleLabel
+
+FOLDS = 5
+TASK = SingleLabel()
+
+
+def training_rows(
+    features: np.ndarray,
+    labels: np.ndarray,
+    in_memory: bool = True,
+    weights: torch.Tensor | None = None,
+    smoothing: float = 0.0,
+) -> TrainingRows:
+    x, y, classes = torch.tensor(features, dtype=torch.float32), torch.tensor(labels), int(labels.max()) + 1
+
+    def targets(part: torch.Tensor) -> torch.Tensor:
+        return TASK.target_weights(part, classes, weights, smoothing)
+
+    return TrainingRows(lambda part: x[part], y, torch.arange(len(y)) % FOLDS, targets, in_memory)
+
+
+def data(rows: int, features: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    x, y = make_classification(
+        rows,
+        features,
+        n_informative=min(features, 12),
+        n_redundant=0,
+        n_classes=classes,
+        n_clusters_per_class=1,
+        flip_y=0.1,
+        random_state=seed,
+    )
+    scale = np.random.default_rng(seed).uniform(0.1, 10, features)
+    return x * scale + scale, y  # features of different means and scales
+
+
+def reference(x: np.ndarray, y: np.ndarray, penalty: float, bias: bool = True, **options: object) -> LogisticRegression:
+    model = LogisticRegression(C=1 / penalty, fit_intercept=bias, tol=1e-10, max_iter=20_000, **options)
+    return model.fit(StandardScaler(with_mean=bias).fit_transform(x), y)
+
+
+def probabilities(solution: HeadSolution, x: np.ndarray) -> np.ndarray:
+    return functional.linear(torch.tensor(x, dtype=torch.float32), solution.weight, solution.bias).softmax(1).numpy()
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("rows", "features", "classes"), [(600, 20, 4), (150, 300, 3)], ids=["tall", "wide"])
+def test_equals_scikit_learn(rows: int, features: int, classes: int, bias: bool, in_memory: bool) -> None:
+    x, y = data(rows, features, classes)
+    solution = solve_head(training_rows(x, y, in_memory), TASK, classes, FOLDS, bias)
+    model = reference(x, y, solution.chosen.penalty, bias)
+    expected = model.predict_proba(StandardScaler(with_mean=bias).fit_transform(x))
+    assert solution.converged
+    assert solution.gradient_norm < 1e-4
+    assert (solution.bias is not None) is bias
+    np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
+    assert log_loss(y, probabilities(solution, x)) == pytest.approx(log_loss(y, expected), rel=2e-3)
+
+
+def test_held_out_scores_equal_those_of_scikit_learn() -> None:
+    x, y = data(500, 20, 3)
+    solution = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    fold = np.arange(len(y)) % FOLDS
+    standardized = StandardScaler().fit_transform(x)
+    for score in solution.scores[4::3]:
+        for number in range(FOLDS):
+            train, held_out = fold != number, fold == number
+            model = LogisticRegression(C=1 / score.penalty, tol=1e-8, max_iter=10_000).fit(
+                standardized[train], y[train]
+            )
+            predicted = model.predict_proba(standardized[held_out])
+            assert float(score.losses[number]) == pytest.approx(log_loss(y[held_out], predicted), rel=0.01)
+            assert float(score.accuracies[number]) == pytest.approx(
+                (predicted.argmax(1) == y[held_out]).mean(), abs=0.011
+            )
+
+
+def test_the_penalty_has_the_smallest_held_out_loss() -> None:
+    x, y = load_digits(return_X_y=True)
+    solution = solve_head(training_rows(x, y), TASK, 10, FOLDS)
+    losses = [score.loss for score in solution.scores]
+    assert solution.chosen.loss == min(losses)
+    assert solution.chosen not in (solution.scores[0], solution.scores[-1])
+    penalties = [score.penalty for score in solution.scores]
+    assert penalties == sorted(penalties, reverse=True)
+    assert len(penalties) >= 10 and penalties[0] / penalties[9] == pytest.approx(1e5)
+
+
+def test_one_standard_error_takes_a_stronger_penalty() -> None:
+    x, y = data(80, 50, 3)
+    best = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    rule = solve_head(training_rows(x, y), TASK, 3, FOLDS, one_standard_error=True)
+    assert rule.chosen.penalty > best.chosen.penalty
+    assert rule.chosen.loss <= best.chosen.loss + standard_error(best.chosen.losses)
+
+
+@pytest.mark.parametrize("noise", [0.01, 1000], ids=["nearly separable", "labels of noise"])
+def test_penalties_are_added_while_the_best_one_is_at_the_end(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 2 if noise < 1 else 200))
+    y = (x[:, 0] + rng.normal(size=1000) * noise > 0).astype(int)
+    solution = solve_head(training_rows(x, y), TASK, 2, FOLDS)
+    assert len(solution.scores) > 10
+    outermost = solution.scores[-1 if noise < 1 else 0]
+    assert outermost.loss > solution.chosen.loss - head_solver.MIN_GAIN
+
+
+def test_no_penalties_are_added_where_all_losses_are_negligible() -> None:
+    y = np.arange(200) % 2
+    x = np.random.default_rng(0).normal(size=(200, 3)) + 100 * y[:, None]
+    assert len(solve_head(training_rows(x, y), TASK, 2, FOLDS).scores) <= 11
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.2, 3.0]])
+def test_class_weights_and_label_smoothing_are_those_of_the_training_loss(
+    smoothing: float, weights: list[float] | None
+) -> None:
+    x, y = data(300, 10, 3)
+    class_weights = None if weights is None else torch.tensor(weights)
+    solution = solve_head(training_rows(x, y, weights=class_weights, smoothing=smoothing), TASK, 3, FOLDS)
+    assert solution.bias is not None
+    features, labels = torch.tensor(x), torch.tensor(y)
+    std = features.std(0, correction=0)
+    weight = (solution.weight * std).double().requires_grad_()
+    bias = (solution.bias + solution.weight @ features.mean(0).float()).double().requires_grad_()
+    logits = functional.linear((features - features.mean(0)) / std, weight, bias)
+    loss, _ = TASK.loss(logits, labels, None if weights is None else class_weights.double(), smoothing)
+    (loss + solution.chosen.penalty / 2 * weight.square().sum()).backward()
+    assert weight.grad is not None and bias.grad is not None
+    assert float(weight.grad.abs().max()) / len(y) < 1e-5
+    assert float(bias.grad.abs().max()) / len(y) < 1e-5
+
+
+def test_ranks_sum_their_gradients() -> None:
+    """Two ranks with half of the rows each: one thread each, whose sums wait for each other."""
+    import threading
+
+    x, y = data(401, 12, 3)
+    barrier, slots = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
+
+    def total(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            slots[rank] = tensor
+            barrier.wait(60)
+            result = slots[0] + slots[1]
+            barrier.wait(60)
+            return result
+
+        return add
+
+    solutions: dict[int, HeadSolution] = {}
+
+    def run(rank: int) -> None:
+        whole = training_rows(x, y)
+        part = slice(0, 150) if rank == 0 else slice(150, 401)
+        features = torch.tensor(x, dtype=torch.float32)[part]
+        rows = TrainingRows(
+            lambda inner: features[inner], whole.labels[part], whole.folds[part], whole.targets, total=total(rank)
+        )
+        solutions[rank] = solve_head(rows, TASK, 3, FOLDS)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    alone = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    assert torch.equal(solutions[0].weight, solutions[1].weight)
+    assert solutions[0].chosen.penalty == alone.chosen.penalty
+    torch.testing.assert_close(solutions[0].weight, alone.weight, atol=1e-3, rtol=1e-2)
+
+
+def test_a_sample_chooses_the_penalty_and_all_rows_give_the_head() -> None:
+    x, y = data(800, 15, 3)
+    solution = solve_head(training_rows(x, y, in_memory=False), TASK, 3, FOLDS, sample=training_rows(x[::2], y[::2]))
+    sampled = solve_head(training_rows(x[::2], y[::2]), TASK, 3, FOLDS)
+    assert solution.chosen.penalty == sampled.chosen.penalty
+    expected = reference(x, y, solution.chosen.penalty).predict_proba(StandardScaler().fit_transform(x))
+    np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
+
+
+def test_constant_features_get_no_weight() -> None:
+    x, y = data(200, 6, 2)
+    x[:, 3] = 7.5
+    solution = solve_head(training_rows(x, y), TASK, 2, FOLDS)
+    assert float(solution.weight[:, 3].abs().max()) < 1e-6
+    assert solution.weight.isfinite().all()
+
+
+def test_a_class_that_a_fold_does_not_train_on() -> None:
+    x, y = data(100, 6, 2)
+    y[7] = 2
+    solution = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    assert solution.weight.isfinite().all()
+    assert all(score.losses.isfinite().all() for score in solution.scores)
+
+
+def test_it_is_deterministic() -> None:
+    x, y = data(300, 30, 4)
+    first, second = (solve_head(training_rows(x, y), TASK, 4, FOLDS) for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_a_solution_that_has_not_converged_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("project.models.head_bank.MAX_PASSES", 3)
+    x, y = data(300, 30, 4)
+    assert not solve_head(training_rows(x, y), TASK, 4, FOLDS).converged
+
+
+def test_parameters_invert_head() -> None:
+    x, y = data(300, 10, 3)
+    coordinates = Coordinates(training_rows(x, y), bias=True)
+    parameters = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(coordinates.parameters(*coordinates.head(parameters)), parameters, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_a_bank_are_independent() -> None:
+    x, y = data(300, 10, 3)
+    rows = training_rows(x, y)
+    coordinates = Coordinates(rows, bias=True)
+    together = HeadBank(rows, coordinates, torch.tensor([0, 3, -1]), TASK, 3)
+    solved = together.solve(together.zeros(), 1.0, 1e-7).parameters
+    for index, fold in enumerate([0, 3, -1]):
+        alone = HeadBank(rows, coordinates, torch.tensor([fold]), TASK, 3)
+        expected = alone.solve(alone.zeros(), 1.0, 1e-7).parameters
+        torch.testing.assert_close(solved[:, index], expected[:, 0], atol=2e-3, rtol=1e-2)
+    assert not any(
+        torch.allclose(solved[:, a], solved[:, b], atol=1e-3) for a, b in itertools.combinations(range(3), 2)
+    )
