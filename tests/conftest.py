@@ -25,9 +25,12 @@ from project.cli.main import main
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 #: Flags of a small and fast model.
 SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
-SMALL += ["--dashboard.figures", "false"]  # drawing them takes longer than the fit
+SMALL += ["--dashboard.figures", "false", "--model.head_init", "random"]  # both take longer than the epochs
 #: Flags that re-enable the dashboard's figures after SMALL.
 FIGURES = ["--dashboard.figures", "true"]
+
+#: Flag that solves the head again after SMALL.
+SOLVED = ["--model.head_init", "auto"]
 
 #: Flags of a fit with its own feature store and a fixed engine.
 STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]

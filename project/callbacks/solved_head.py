@@ -119,9 +119,8 @@ def _solve(
     def targets(labels: torch.Tensor) -> torch.Tensor:
         return module.task.target_weights(labels, classes, weights, smoothing) / views
 
-    def total(tensor: torch.Tensor) -> torch.Tensor:
-        if ranks.size > 1:
-            dist.all_reduce(tensor)
+    def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
         return tensor
 
     @torch.no_grad()
@@ -142,7 +141,7 @@ def _solve(
             folds[own].to(device),
             targets,
             in_memory,
-            total,
+            sum_over_ranks if ranks.size > 1 else None,
         )
 
     budget = row_memory_budget(device, trainer.num_devices) // COPIES

@@ -25,7 +25,7 @@ class TrainingRows:
         folds: Cross-validation fold of each row, int64 ``(N,)``, on the device.
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
         in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
-        total: Sums a tensor over the ranks.
+        sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
     """
 
     read: Callable[[slice], torch.Tensor]
@@ -33,7 +33,18 @@ class TrainingRows:
     folds: torch.Tensor
     targets: Callable[[torch.Tensor], torch.Tensor]
     in_memory: bool = True
-    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks."""
+        return tensor if self.sum_over_ranks is None else self.sum_over_ranks(tensor)
+
+    def agree(self, condition: torch.Tensor) -> torch.Tensor:
+        """Where a condition ``(K,)`` holds on all ranks. Rounding may differ between processors."""
+        if self.sum_over_ranks is None:
+            return condition
+        holds, ranks = self.sum_over_ranks(torch.stack([condition.double(), torch.ones_like(condition).double()]))
+        return holds == ranks
 
     def slices(self, size: int) -> Iterator[slice]:
         """Consecutive slices of the rows."""
@@ -105,41 +116,41 @@ class Coordinates:
         return self._with_constant(self._standardized(part) @ self._axes)
 
     def rows(self, part: slice) -> torch.Tensor:
-        """Rows of a slice, as they are stored: multiply them by lifted parameters."""
+        """Rows of a slice, as they are stored, for lifted parameters."""
         if self._matrix is not None:
             return self._matrix[part]
         return self._with_constant(self._standardized(part))
 
     def lift(self, parameters: torch.Tensor) -> torch.Tensor:
-        """Parameters for coordinates ``(R, M)`` to those for :meth:`rows`. It is cheaper to rotate them than rows."""
+        """Parameters for coordinates ``(M, R)`` to those for :meth:`rows`. It is cheaper to rotate them than rows."""
         if self._matrix is not None:
             return parameters
         axes, size = self._axes.to(parameters.dtype), self._axes.shape[1]
-        return torch.cat([axes @ parameters[:size], parameters[size:]])
+        return torch.cat([parameters[:, :size] @ axes.T, parameters[:, size:]], 1)
 
     def lower(self, gradient: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`lift`, for gradients."""
         if self._matrix is not None:
             return gradient
         axes, size = self._axes.to(gradient.dtype), self._axes.shape[1]
-        return torch.cat([axes.T @ gradient[:size], gradient[size:]])
+        return torch.cat([gradient[:, :size] @ axes, gradient[:, size:]], 1)
 
     def head(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight ``(C, D)`` and bias ``(C,)`` of a linear layer, float32, given parameters ``(R, C)``."""
+        """Weight ``(C, D)`` and bias ``(C,)`` of a linear layer, float32, given parameters ``(C, R)``."""
         exact = parameters.double()
-        weight = (self._axes.double() @ exact[: self._axes.shape[1]] / self._std.double()[:, None]).T
+        weight = exact[:, : self._axes.shape[1]] @ self._axes.double().T / self._std.double()
         if not self._bias:
             return weight.float(), None
-        return weight.float(), (exact[-1] - weight @ self._mean.double()).float()
+        return weight.float(), (exact[:, -1] - weight @ self._mean.double()).float()
 
     def parameters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Parameters ``(R, C)`` of a linear layer: the inverse of :meth:`head`, within the span of the rows."""
-        along = self._axes.T @ (weight * self._std).T
-        return along if bias is None else torch.cat([along, (bias + weight @ self._mean)[None]])
+        """Parameters ``(C, R)`` of a linear layer: the inverse of :meth:`head`, within the span of the rows."""
+        along = (weight * self._std) @ self._axes
+        return along if bias is None else torch.cat([along, (bias + weight @ self._mean)[:, None]], 1)
 
 
 class HeadBank:
-    """K linear heads of one set of rows. Their parameters are ``(R, K, C)``, see :class:`Coordinates`.
+    """K linear heads of one set of rows. Their parameters are ``(K, C, R)``, see :class:`Coordinates`.
 
     Args:
         rows: The training rows.
@@ -161,7 +172,7 @@ class HeadBank:
 
     def zeros(self) -> torch.Tensor:
         """Parameters of heads that predict all classes with equal probability."""
-        shape = (len(self._coordinates.penalized), len(self._held_out), self._classes)
+        shape = (len(self._held_out), self._classes, len(self._coordinates.penalized))
         return torch.zeros(shape, device=self._held_out.device)
 
     def solve(self, start: torch.Tensor, penalty: float, tolerance: float) -> Minimum:
@@ -171,17 +182,19 @@ class HeadBank:
         ``C = 1 / penalty``.
 
         Args:
-            start: Initial parameters ``(R, K, C)``.
+            start: Initial parameters ``(K, C, R)``.
             penalty: L2 penalty.
             tolerance: Relative tolerance of the objective.
         """
-        strength = self._strength(penalty)
+        strength, shape = self._strength(penalty), start.shape[1:]
 
         def objective(parameters: torch.Tensor, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._objective(parameters, heads, strength[:, heads])
+            value, gradient = self._objective(parameters.view(-1, *shape), heads, strength[heads])
+            return value, gradient.flatten(1)
 
-        inverse_hessian = 1 / (self._curvature(start) + strength).clamp_min(torch.finfo(start.dtype).eps)
-        return minimize(objective, start, inverse_hessian, tolerance, MAX_PASSES)
+        curvature = (self._curvature(start) + strength).clamp_min(torch.finfo(start.dtype).eps)
+        solution = minimize(objective, start.flatten(1), curvature.flatten(1), tolerance, MAX_PASSES, self._rows.agree)
+        return solution._replace(parameters=solution.parameters.view_as(start))
 
     def gradient_norm(self, parameters: torch.Tensor, penalty: float) -> float:
         """Largest component of the gradient of the mean loss with its penalty, computed in float64."""
@@ -191,10 +204,10 @@ class HeadBank:
 
     def held_out_scores(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss and accuracy of each head on the fold that it does not train on, float64 ``(K,)``."""
-        lifted = self._coordinates.lift(parameters.flatten(1))
+        lifted = self._coordinates.lift(parameters.flatten(0, 1))
         sums = torch.zeros(3, len(self._held_out), dtype=torch.float64, device=parameters.device)
-        for part in self._parts(lifted.shape[1]):
-            logits, targets = self._by_head(self._coordinates.rows(part) @ lifted), self._targets(part)
+        for part in self._parts(len(lifted)):
+            logits, targets = self._logits(self._coordinates.rows(part), lifted), self._targets(part)
             weight = targets.sum(1, keepdim=True)
             predicted = self._task.predict(logits.flatten(0, 1)).label.view(logits.shape[:2])
             correct = weight * (predicted == self._task.labels(self._rows.labels[part])[:, None])
@@ -207,38 +220,38 @@ class HeadBank:
     def _objective(
         self, parameters: torch.Tensor, heads: torch.Tensor, strength: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss with penalty of some heads ``(K,)``, and its gradient ``(R, K, C)``."""
-        lifted = self._coordinates.lift(parameters.flatten(1))
+        """Mean loss with penalty of some heads ``(K,)``, and its gradient ``(K, C, R)``."""
+        lifted = self._coordinates.lift(parameters.flatten(0, 1))
         loss = torch.zeros(len(heads), dtype=torch.float64, device=parameters.device)
         gradient = torch.zeros_like(lifted)
-        for part in self._parts(lifted.shape[1]):
-            values, targets = (
-                tensor.to(lifted.dtype) for tensor in (self._coordinates.rows(part), self._targets(part))
-            )
+        for part in self._parts(len(lifted)):
+            rows, targets = (tensor.to(lifted.dtype) for tensor in (self._coordinates.rows(part), self._targets(part)))
             trains = self._trains_on(part, self._held_out[heads])
-            losses, residuals = self._task.loss_and_gradient(self._by_head(values @ lifted), targets)
+            losses, residuals = self._task.loss_and_gradient(self._logits(rows, lifted), targets)
             loss += (losses * trains).sum(0, dtype=torch.float64)
-            gradient.addmm_(values.T, residuals.mul_(trains[..., None]).flatten(1))
+            gradient.addmm_(residuals.mul_(trains[..., None]).flatten(1).T, rows)
         total, weight = self._rows.total, self._weight[heads]
-        gradient = total(self._coordinates.lower(gradient)).view_as(parameters) / weight[:, None]
+        gradient = total(self._coordinates.lower(gradient)).view_as(parameters) / weight[:, None, None]
         penalized = strength * parameters
-        value = (total(loss) / weight).to(parameters.dtype) + (penalized * parameters).sum((0, 2)) / 2
+        value = (total(loss) / weight).to(parameters.dtype) + (penalized * parameters).sum((1, 2)) / 2
         return value, gradient + penalized
 
     def _curvature(self, parameters: torch.Tensor) -> torch.Tensor:
-        """Diagonal of the Hessian of each head's mean loss, ``(R, K, C)``."""
-        curvature = torch.zeros_like(parameters.flatten(1))
-        lifted = self._coordinates.lift(parameters.flatten(1))
-        for part in self._parts(curvature.shape[1]):
-            logits = self._by_head(self._coordinates.rows(part) @ lifted)
+        """Diagonal of the Hessian of each head's mean loss, ``(K, C, R)``."""
+        curvature = torch.zeros_like(parameters.flatten(0, 1))
+        lifted = self._coordinates.lift(parameters.flatten(0, 1))
+        for part in self._parts(len(lifted)):
+            logits = self._logits(self._coordinates.rows(part), lifted)
             second = self._task.curvature(logits, self._targets(part))
             second *= self._trains_on(part, self._held_out)[..., None]
-            curvature.addmm_(self._coordinates.along_axes(part).square().T, second.flatten(1))
-        return self._rows.total(curvature).view_as(parameters) / self._weight[:, None]
+            curvature.addmm_(second.flatten(1).T, self._coordinates.along_axes(part).square())
+        return self._rows.total(curvature).view_as(parameters) / self._weight[:, None, None]
 
     def _strength(self, penalty: float) -> torch.Tensor:
-        """Penalty of each parameter relative to the mean loss, ``(R, K, 1)``."""
-        return (self._coordinates.penalized[:, None] * penalty / self._weight)[..., None]
+        """Penalty of each parameter relative to the mean loss, ``(K, 1, R)``."""
+        # scikit-learn has one vector for two classes, whose softmax has two of half its length.
+        factor = penalty * (2 if self._classes == 2 else 1)
+        return (self._coordinates.penalized * factor / self._weight[:, None])[:, None]
 
     def _targets(self, part: slice) -> torch.Tensor:
         return self._rows.targets(self._rows.labels[part])
@@ -247,9 +260,9 @@ class HeadBank:
         """1 where a head trains on a row, else 0: ``(B, K)``."""
         return (self._rows.folds[part, None] != held_out).float()
 
-    def _by_head(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all heads ``(B, K * C)`` as ``(B, K, C)``."""
-        return logits.view(len(logits), -1, self._classes)
+    def _logits(self, rows: torch.Tensor, lifted: torch.Tensor) -> torch.Tensor:
+        """Logits of all heads ``(B, K, C)``."""
+        return (rows @ lifted.T).view(len(rows), -1, self._classes)
 
     def _parts(self, width: int) -> Iterator[slice]:
         return self._rows.slices(max(LOGITS // width, 64) if self._rows.in_memory else STREAMED_ROWS)

@@ -1,4 +1,8 @@
-"""L-BFGS for many convex problems at once (Liu and Nocedal, "On the limited memory BFGS method", 1989)."""
+"""L-BFGS for many convex problems at once (Liu and Nocedal, "On the limited memory BFGS method", 1989).
+
+The two-loop recursion runs on inner products, so that an iteration reads the stored steps twice, in two matrix products
+(Chen et al., "Large-scale L-BFGS using MapReduce", 2014).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-HISTORY = 10  # pairs of steps and gradient changes that approximate the inverse Hessian
+HISTORY = 8  # steps and gradient changes that approximate the inverse Hessian
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 PATIENCE = 10  # passes without a decrease that exceeds rounding errors
-#: Values of problems ``(K,)`` and their gradients ``(R, K, C)``, given their parameters and numbers.
+#: Values of K problems ``(K,)`` and their gradients ``(K, P)``, given their parameters ``(K, P)`` and numbers ``(K,)``.
 Objective = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -18,7 +22,7 @@ class Minimum(NamedTuple):
     """Result of :func:`minimize`.
 
     Attributes:
-        parameters: ``(R, K, C)``.
+        parameters: ``(K, P)``.
         passes: Number of evaluations of the objective.
         converged: Whether each problem has converged, bool ``(K,)``.
     """
@@ -29,7 +33,12 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    objective: Objective, start: torch.Tensor, inverse_curvature: torch.Tensor, tolerance: float, max_passes: int
+    objective: Objective,
+    start: torch.Tensor,
+    curvature: torch.Tensor,
+    tolerance: float,
+    max_passes: int,
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda condition: condition,
 ) -> Minimum:
     """Minimize K independent convex functions. Each pass evaluates all that have not converged.
 
@@ -38,69 +47,77 @@ def minimize(
 
     Args:
         objective: Evaluates problems.
-        start: Initial parameters ``(R, K, C)``.
-        inverse_curvature: Approximate diagonal of the inverse Hessians ``(R, K, C)``, the preconditioner.
+        start: Initial parameters ``(K, P)``.
+        curvature: Approximate diagonal of the Hessians ``(K, P)``, positive: the preconditioner.
         tolerance: Relative tolerance of the value.
         max_passes: Maximum number of evaluations.
+        agree: Where a condition ``(K,)`` holds on all ranks, so that all of them take the same steps.
     """
-    result = start.clone()
-    problems = torch.arange(start.shape[1], device=start.device)
-    converged = torch.zeros(len(problems), dtype=torch.bool, device=start.device)
-    x, diagonal = start, inverse_curvature
-    value, gradient = objective(x, problems)
+    count, size = start.shape
+    unit = curvature.rsqrt()  # in these units, the Hessian has about the same diagonal everywhere
+    rounding = 4 * torch.finfo(start.dtype).eps
+    result, problems = start.clone(), torch.arange(count, device=start.device)
+    converged = torch.zeros(count, dtype=torch.bool, device=start.device)
+    # Steps, changes of the gradient, and last the gradient.
+    vectors = start.new_zeros(count, 2 * HISTORY + 1, size)
+    x, (value, gradient) = start, objective(start, problems)
+    vectors[:, -1] = gradient * unit
     step, scale, stalled = torch.ones_like(value), torch.ones_like(value), torch.zeros_like(value)
-    pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for passes in range(1, max_passes + 1):
-        done = _dot(gradient, diagonal * gradient) * scale / 2 <= tolerance * value
-        done |= stalled >= PATIENCE
+        products = vectors @ vectors.mT
+        done = products[:, -1, -1] * scale / 2 <= tolerance * value
+        done = agree(done | (stalled >= PATIENCE))
         if done.any():
-            result[:, problems[done]] = x[:, done]
+            result[problems[done]] = x[done]
             converged[problems[done]] = True
             if done.all():
                 return Minimum(result, passes, converged)
-            keep = ~done
-            problems, value, step, scale, stalled = (item[keep] for item in (problems, value, step, scale, stalled))
-            x, gradient, diagonal = x[:, keep], gradient[:, keep], diagonal[:, keep]
-            pairs = [(s[:, keep], y[:, keep], inverse[keep]) for s, y, inverse in pairs]
-        direction = -_inverse_hessian_product(gradient, pairs, diagonal, scale)
-        slope = _dot(direction, gradient)
-        trial = x + step[:, None] * direction
+            problems, x, unit, value, step, scale, stalled, vectors, products = (
+                item[~done] for item in (problems, x, unit, value, step, scale, stalled, vectors, products)
+            )
+        newest = (passes - 2) % HISTORY
+        weights = _direction(products, scale, newest)
+        move = (weights[:, None] @ vectors)[:, 0] * step[:, None]
+        trial = x + move * unit
         new_value, new_gradient = objective(trial, problems)
-        rounding = 4 * torch.finfo(x.dtype).eps * value.abs()
-        accepted = new_value <= value + SUFFICIENT_DECREASE * step * slope + rounding
-        stalled = torch.where(new_value < value - rounding, 0, stalled + 1)
-        mask = accepted[:, None]
-        # A rejected step adds a pair of zeros, which changes nothing.
-        s, y = ((trial - x) * mask, (new_gradient - gradient) * mask)
-        product = _dot(s, y)
-        curved = product > 0
-        inverse = torch.where(curved, 1 / product.where(curved, torch.ones_like(product)), 0)
-        scale = torch.where(curved, product / _dot(y, diagonal * y).clamp_min(torch.finfo(x.dtype).tiny), scale)
-        pairs = [*pairs[-(HISTORY - 1) :], (s, y, inverse)]
-        x, gradient = torch.where(mask, trial, x), torch.where(mask, new_gradient, gradient)
-        value = torch.where(accepted, new_value, value)
+        slope = (weights * products[:, -1]).sum(1)
+        accepted = agree(new_value <= value + SUFFICIENT_DECREASE * step * slope + rounding * value.abs())
+        stalled = torch.where(new_value < value - rounding * value.abs(), 0, stalled + 1)
+        # A rejected step is stored as zeros, which have no effect.
+        oldest, mask = (newest + 1) % HISTORY, accepted[:, None]
+        change = torch.where(mask, new_gradient * unit - vectors[:, -1], 0)
+        vectors[:, oldest] = torch.where(mask, move, 0)
+        vectors[:, HISTORY + oldest] = change
+        vectors[:, -1] += change
+        along, squared = (vectors[:, oldest] * change).sum(1), change.square().sum(1)
+        scale = torch.where(along > 0, along / squared.clamp_min(torch.finfo(x.dtype).tiny), scale)
+        x, value = torch.where(mask, trial, x), torch.where(accepted, new_value, value)
         step = torch.where(accepted, torch.ones_like(step), step / 4)
-    result[:, problems] = x
+    result[problems] = x
     return Minimum(result, max_passes, converged)
 
 
-def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Inner product of each problem's vectors ``(R, K, C)``: ``(K,)``."""
-    return (left * right).sum((0, 2))
+def _direction(products: torch.Tensor, scale: torch.Tensor, newest: int) -> torch.Tensor:
+    """The two-loop recursion.
 
+    Args:
+        products: Inner products of the stored vectors ``(K, 2 H + 1, 2 H + 1)``.
+        scale: Initial inverse Hessian of each problem ``(K,)``.
+        newest: Index of the latest step.
 
-def _inverse_hessian_product(
-    gradient: torch.Tensor,
-    pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    diagonal: torch.Tensor,
-    scale: torch.Tensor,
-) -> torch.Tensor:
-    """The two-loop recursion: approximate inverse Hessian times gradient."""
-    product, factors = gradient.clone(), []
-    for s, y, inverse in reversed(pairs):
-        factors.append(inverse * _dot(s, product))
-        product -= factors[-1][:, None] * y
-    product *= diagonal * scale[:, None]
-    for (s, y, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        product += (factor - inverse * _dot(y, product))[:, None] * s
-    return product
+    Returns:
+        Weights of the vectors ``(K, 2 H + 1)`` whose sum is the negative inverse Hessian times the gradient.
+    """
+    weights, factors = torch.zeros_like(products[:, 0]), []
+    weights[:, -1] = -1
+    order = [(newest - age) % HISTORY for age in range(HISTORY)]
+    curved = products[:, :HISTORY, HISTORY:-1].diagonal(dim1=1, dim2=2)
+    inverse = torch.where(curved > 0, 1 / curved, 0)
+    for index in order:
+        factor = inverse[:, index] * (weights * products[:, index]).sum(1)
+        weights[:, HISTORY + index] -= factor
+        factors.append(factor)
+    weights *= scale[:, None]
+    for index, factor in zip(reversed(order), reversed(factors), strict=True):
+        weights[:, index] += factor - inverse[:, index] * (weights * products[:, HISTORY + index]).sum(1)
+    return weights

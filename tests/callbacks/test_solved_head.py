@@ -15,9 +15,10 @@ from torch import nn
 
 from project import load
 from project.reporting.dashboard import Dashboard
-from tests.conftest import STORED, draw, scalars
+from tests.conftest import SOLVED, STORED, draw, scalars
 
 Fit = Callable[..., int]
+DEFAULT = [*STORED, *SOLVED]
 VERSION = Path("runs/photos/version_0")
 NO_TRAINING = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0"]
 
@@ -32,7 +33,7 @@ def head(name: str = "best", version: Path = VERSION) -> dict[str, torch.Tensor]
 
 
 def test_the_solved_head_is_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(*STORED, *NO_TRAINING, "--trainer.max_epochs", "2") == 0
+    assert fit(*DEFAULT, *NO_TRAINING, "--trainer.max_epochs", "2") == 0
     output = capsys.readouterr().out
     solved = re.search(
         r"Head: solved in [\d.]+ s on 24 training images: .* L2 penalty ([\d.e+-]+), chosen by 5-fold", output
@@ -56,7 +57,7 @@ def test_the_solved_head_is_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_checkpoint_of_epoch_0_predicts_as_it_was_validated(fit: Fit, photos: Path) -> None:
-    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
     model = load(VERSION / "checkpoints/best.ckpt")
     images = sorted((photos / "val").glob("*/*"))
     predicted = model.predict(images)
@@ -65,7 +66,7 @@ def test_the_checkpoint_of_epoch_0_predicts_as_it_was_validated(fit: Fit, photos
 
 
 def test_the_model_card_says_that_epoch_0_is_the_best(fit: Fit) -> None:
-    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
     card = (VERSION / "model_card.md").read_text()
     assert "Results of the best epoch (0 of 1)" in card
     assert "- Initial head: solved by logistic regression" in card
@@ -73,13 +74,13 @@ def test_the_model_card_says_that_epoch_0_is_the_best(fit: Fit) -> None:
 
 def test_an_epoch_that_is_better_replaces_it(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best epoch is the first one with the highest accuracy."""
-    assert fit(*STORED, "--trainer.max_epochs", "4", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05") == 0
+    assert fit(*DEFAULT, "--trainer.max_epochs", "4", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05") == 0
     values = [event.value for event in scalars(VERSION).Scalars("val/accuracy")]
     assert checkpoint()["best"]["epoch"] == values.index(max(values)) - 1
 
 
 def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(*STORED, "--model.head_init", "random") == 0
+    assert fit(*DEFAULT, "--model.head_init", "random") == 0
     assert "Head:" not in capsys.readouterr().out
     assert len(scalars(VERSION).Scalars("val/accuracy")) == 1
 
@@ -94,7 +95,7 @@ def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[s
     ids=["not linear", "not stored", "not all images"],
 )
 def test_where_it_cannot_be_solved(fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
-    assert fit("--features.folder", "store", "--data.batch_size", "8", *flags) == 0
+    assert fit("--features.folder", "store", "--data.batch_size", "8", *SOLVED, *flags) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Head:"))
     assert line.startswith("Head: random, because ")
     assert reason in line
@@ -106,18 +107,18 @@ def test_where_it_cannot_be_solved(fit: Fit, capsys: pytest.CaptureFixture[str],
 
 def test_validation_images_choose_nothing(fit: Fit, photos: Path, here: Path) -> None:
     """The head is the same for other validation images."""
-    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
     others = here / "others/photos"
     shutil.copytree(photos, others)
     for path in sorted(others.glob("val/*/*")):
         draw(path, (90, 90, 90), seed=int(path.stem))
-    assert fit(*STORED, *NO_TRAINING, "--data.root", str(others)) == 0
+    assert fit(*DEFAULT, *NO_TRAINING, "--data.root", str(others)) == 0
     second = head(version=VERSION.with_name("version_1"))
     assert all(torch.equal(value, second[key]) for key, value in head().items())
 
 
 def test_a_resumed_fit_keeps_its_head(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    flags = [*DEFAULT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
     assert fit(*flags, "--trainer.max_epochs", "3") == 0
     assert fit(*flags, "--trainer.max_epochs", "1") == 0
     capsys.readouterr()
@@ -130,7 +131,7 @@ def test_a_resumed_fit_keeps_its_head(fit: Fit, capsys: pytest.CaptureFixture[st
 
 
 def test_the_checkpoint_of_epoch_0_can_be_resumed(fit: Fit) -> None:
-    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
+    flags = [*DEFAULT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
     assert fit(*flags) == 0
     assert checkpoint()["best"]["epoch"] == -1
     assert fit(*flags, "--ckpt_path", str(VERSION / "checkpoints/best.ckpt")) == 0
@@ -141,7 +142,7 @@ def test_the_checkpoint_of_epoch_0_can_be_resumed(fit: Fit) -> None:
 def test_a_fit_that_is_interrupted_in_epoch_0_validates_it_when_resumed(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
+    flags = [*DEFAULT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
     assert fit(*flags) == 0
 
     def interrupt(_: Dashboard, trainer: pl.Trainer, *args: Any) -> None:
@@ -172,7 +173,7 @@ def test_balancing_applies_to_the_solved_head(
     shutil.copytree(photos, imbalanced)
     for number in range(2, 8):
         (imbalanced / f"train/red/{number}.png").unlink()
-    one = ["--data.root", str(imbalanced), *STORED, *NO_TRAINING]
+    one = ["--data.root", str(imbalanced), *DEFAULT, *NO_TRAINING]
     assert fit(*one) == 0
     assert fit(*one, *flags) == 0
     plain, balanced = head()["head.bias"], head(version=VERSION.with_name("version_1"))["head.bias"]
@@ -195,14 +196,14 @@ def test_all_views_count(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypat
         return solve(rows, *args, **kwargs)
 
     monkeypatch.setattr(solved_head, "solve_head", record)
-    assert fit(*STORED, "--data.augment", "standard", "--features.views", "3") == 0
+    assert fit(*DEFAULT, "--data.augment", "standard", "--features.views", "3") == 0
     assert seen == [(72, pytest.approx(24))]
 
 
 def test_trainable_stages_get_the_features_of_the_untrained_ones(fit: Fit) -> None:
     """With layer4 trainable, the initial head is the one that is solved with layer4 frozen."""
-    assert fit(*STORED, *NO_TRAINING) == 0
-    assert fit(*STORED, *NO_TRAINING, "--model.trainable", "layer4") == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING, "--model.trainable", "layer4") == 0
     second = head(version=VERSION.with_name("version_1"))
     for key, value in head().items():
         torch.testing.assert_close(second[key], value, atol=1e-3, rtol=1e-2)
@@ -211,11 +212,11 @@ def test_trainable_stages_get_the_features_of_the_untrained_ones(fit: Fit) -> No
 def test_rows_that_exceed_the_memory_are_sampled(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
     capsys.readouterr()
     monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 4 * 12 * 4 * 512)
     monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
-    assert fit(*STORED, *NO_TRAINING) == 0
+    assert fit(*DEFAULT, *NO_TRAINING) == 0
     assert "chosen by 5-fold cross-validation on 12 of them, as all exceed the memory" in capsys.readouterr().out
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from project import ImageClassifier, load
+from project.cli.main import main
 from project.features import builder
-from tests.conftest import SMALL, row_counts
+from tests.conftest import SMALL, SOLVED, row_counts
 from tests.forked import run_ranks
 from tests.integration.subprocesses import TORCHRUN, free_port, run_all
 
@@ -59,6 +61,22 @@ def test_each_row_is_computed_once_and_both_processes_train(ddp: Ddp, album: Pat
     code, output = ddp(*flags)
     assert code == 0, output
     assert row_counts(output) == [(35, 0)]
+
+
+def test_two_processes_solve_the_head_of_one(ddp: Ddp, album: Path, weights: Path) -> None:
+    """They sum their gradients; the epochs with a learning rate of 0 keep the head."""
+    (album / "train/red/7.png").unlink()  # 23 images do not divide evenly
+    flags = [*SOLVED, "--model.label_smoothing", "0.2", "--data.root", "album", "--features.engine", "torch"]
+    flags += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0"]
+    code, output = ddp(*flags)
+    assert code == 0, output
+    assert output.count("Head: solved in") == output.count("Epoch 0, the solved head: ") == 1
+    alone = [*SMALL, "--model.weights", str(weights), "--trainer.max_epochs", "1", "--features.folder", "store"]
+    assert main(["fit", *alone, *flags, "--trainer.accelerator", "cpu"]) == 0
+    checkpoints = (Path(f"runs/album/version_{number}/checkpoints/best.ckpt") for number in range(2))
+    two, one = (torch.load(path, weights_only=True)["state_dict"] for path in checkpoints)
+    torch.testing.assert_close(two["head.weight"], one["head.weight"], atol=2e-3, rtol=0.02)
+    torch.testing.assert_close(two["head.bias"], one["head.bias"], atol=2e-3, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,5 @@ def test_epochs_on_stored_rows(epochs: int, check_usage: CheckUsage) -> None:
     check_usage(epochs, 10, *STORED)
 
 
-def test_20_epochs_on_live_images(check_usage: CheckUsage) -> None:
-    check_usage(20, 20, *LIVE)
+def test_12_epochs_on_live_images(check_usage: CheckUsage) -> None:
+    check_usage(12, 20, *LIVE)

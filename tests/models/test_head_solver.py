@@ -62,7 +62,9 @@ def probabilities(solution: HeadSolution, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize(("rows", "features", "classes"), [(600, 20, 4), (150, 300, 3)], ids=["tall", "wide"])
+@pytest.mark.parametrize(
+    ("rows", "features", "classes"), [(600, 20, 4), (150, 300, 3), (200, 9, 2)], ids=["tall", "wide", "binary"]
+)
 def test_equals_scikit_learn(rows: int, features: int, classes: int, bias: bool, in_memory: bool) -> None:
     x, y = data(rows, features, classes)
     solution = solve_head(training_rows(x, y, in_memory), TASK, classes, FOLDS, bias)
@@ -146,8 +148,8 @@ def test_class_weights_and_label_smoothing_are_those_of_the_training_loss(
     loss, _ = TASK.loss(logits, labels, None if weights is None else class_weights.double(), smoothing)
     (loss + solution.chosen.penalty / 2 * weight.square().sum()).backward()
     assert weight.grad is not None and bias.grad is not None
-    assert float(weight.grad.abs().max()) / len(y) < 1e-5
-    assert float(bias.grad.abs().max()) / len(y) < 1e-5
+    assert float(weight.grad.abs().max()) / len(y) < 5e-5
+    assert float(bias.grad.abs().max()) / len(y) < 5e-5
 
 
 def test_ranks_sum_their_gradients() -> None:
@@ -174,7 +176,11 @@ def test_ranks_sum_their_gradients() -> None:
         part = slice(0, 150) if rank == 0 else slice(150, 401)
         features = torch.tensor(x, dtype=torch.float32)[part]
         rows = TrainingRows(
-            lambda inner: features[inner], whole.labels[part], whole.folds[part], whole.targets, total=total(rank)
+            lambda inner: features[inner],
+            whole.labels[part],
+            whole.folds[part],
+            whole.targets,
+            sum_over_ranks=total(rank),
         )
         solutions[rank] = solve_head(rows, TASK, 3, FOLDS)
 
@@ -229,7 +235,7 @@ def test_a_solution_that_has_not_converged_says_so(monkeypatch: pytest.MonkeyPat
 def test_parameters_invert_head() -> None:
     x, y = data(300, 10, 3)
     coordinates = Coordinates(training_rows(x, y), bias=True)
-    parameters = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+    parameters = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(coordinates.parameters(*coordinates.head(parameters)), parameters, atol=1e-4, rtol=1e-4)
 
 
@@ -242,7 +248,5 @@ def test_heads_of_a_bank_are_independent() -> None:
     for index, fold in enumerate([0, 3, -1]):
         alone = HeadBank(rows, coordinates, torch.tensor([fold]), TASK, 3)
         expected = alone.solve(alone.zeros(), 1.0, 1e-7).parameters
-        torch.testing.assert_close(solved[:, index], expected[:, 0], atol=2e-3, rtol=1e-2)
-    assert not any(
-        torch.allclose(solved[:, a], solved[:, b], atol=1e-3) for a, b in itertools.combinations(range(3), 2)
-    )
+        torch.testing.assert_close(solved[index], expected[0], atol=2e-3, rtol=1e-2)
+    assert not any(torch.allclose(solved[a], solved[b], atol=1e-3) for a, b in itertools.combinations(range(3), 2))
