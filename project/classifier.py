@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -132,6 +132,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.backbone.compile_halves()
         self.task: Task = SingleLabel()
         self.head: nn.Module = nn.Identity()
+        #: Whether the head has its initial weights: neither trained nor loaded.
+        self.head_is_new = True
         #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
@@ -188,6 +190,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.loss_weights = torch.tensor(balanced_weights, device=self.device)
         if not self.classes:
             raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parameters, see :meth:`torch.nn.Module.load_state_dict`; the head is no longer new."""
+        self.head_is_new = False
+        return super().load_state_dict(state_dict, strict, assign)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Run the frozen prefix: images to rows at the cut, without a gradient graph.
@@ -340,6 +347,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             FrozenError: They have changed.
         """
         self._check_frozen("during training")
+        self.head_is_new = False
 
     def _check_frozen(self, when: str) -> None:
         loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)

@@ -60,7 +60,8 @@ class ExactResume(Callback):
             "validating": within_epoch and trainer.validating,
             # At the end of a validation, EarlyStopping has counted it already, and resuming repeats it.
             "counted": within_epoch and trainer.validating and validation.completed == validation.ready,
-            "watched": _monitored_values(trainer),
+            # Before the first epoch, schedulers have no metric to see.
+            "watched": _monitored_values(trainer) if progress.ready else {},
             "processes": ProcessGroup().gather(rank_state),
         }
         if within_epoch:

@@ -85,7 +85,7 @@ class FitProgressBar(ProgressBar):
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn != "fit":
             self._count_evaluated(trainer.num_val_batches, *args[3:])
-        elif not trainer.sanity_checking:
+        elif lightning_internals.epochs(trainer).ready:  # not before the first epoch
             self._validated += 1
             self._count_batches(trainer, lightning_internals.training_batches(trainer).ready)
 

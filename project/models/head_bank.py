@@ -26,6 +26,7 @@ class TrainingRows:
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
         in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
+        from_rank_zero: Replaces a tensor by that of rank zero, in place; ``None`` for a single process.
     """
 
     read: Callable[[slice], torch.Tensor]
@@ -34,6 +35,7 @@ class TrainingRows:
     targets: Callable[[torch.Tensor], torch.Tensor]
     in_memory: bool = True
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+    from_rank_zero: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks."""
@@ -44,11 +46,12 @@ class TrainingRows:
         if self.sum_over_ranks is None:
             return condition
         holds, ranks = self.sum_over_ranks(torch.stack([condition.double(), torch.ones_like(condition).double()]))
-        return holds == ranks
+        agreed: torch.Tensor = holds == ranks
+        return agreed
 
     def slices(self, size: int) -> Iterator[slice]:
-        """Consecutive slices of the rows."""
-        for begin in range(0, len(self.labels), size):
+        """Consecutive slices of the rows; a single empty one if this rank has no rows."""
+        for begin in range(0, max(len(self.labels), 1), size):
             yield slice(begin, min(begin + size, len(self.labels)))
 
 
@@ -73,7 +76,9 @@ class Coordinates:
         if self._matrix is not None and len(self._matrix) == count < len(mean):
             basis = torch.linalg.qr(self._matrix.T).Q  # the span of the rows contains the solution
             self._matrix = self._matrix @ basis
-        self._axes = torch.linalg.eigh(self._second_moment() / count).eigenvectors
+        self._axes = _eigenvectors(self._second_moment() / count)
+        if rows.from_rank_zero is not None:  # of equal eigenvalues, processors find different eigenvectors
+            self._axes = rows.from_rank_zero(self._axes.contiguous())
         if self._matrix is not None:
             self._matrix = self._with_constant(self._matrix @ self._axes)
         if basis is not None:
@@ -84,7 +89,7 @@ class Coordinates:
         sums: list[torch.Tensor] = []
         for part in self._rows.slices(STREAMED_ROWS):
             features = self._rows.read(part).double()
-            count = torch.full_like(features[0], len(features))
+            count = features.new_full(features.shape[1:], len(features))
             sums.append(torch.stack([count, features.sum(0), features.square().sum(0)]))
         count, first, second = self._rows.total(torch.stack(sums).sum(0))
         return int(count[0]), first / count, second / count
@@ -116,7 +121,7 @@ class Coordinates:
         return self._with_constant(self._standardized(part) @ self._axes)
 
     def rows(self, part: slice) -> torch.Tensor:
-        """Rows of a slice, as they are stored, for lifted parameters."""
+        """Rows of a slice: their products with lifted parameters are the logits."""
         if self._matrix is not None:
             return self._matrix[part]
         return self._with_constant(self._standardized(part))
@@ -147,6 +152,20 @@ class Coordinates:
         """Parameters ``(C, R)`` of a linear layer: the inverse of :meth:`head`, within the span of the rows."""
         along = (weight * self._std) @ self._axes
         return along if bias is None else torch.cat([along, (bias + weight @ self._mean)[:, None]], 1)
+
+
+def _eigenvectors(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of a symmetric matrix ``(R, R)``, as columns.
+
+    Single precision may fail where many eigenvalues are equal, as with features that are always 0.
+    """
+    vectors: torch.Tensor
+    try:
+        _, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # LinAlgError is one
+        ridge = 1e-9 * torch.arange(len(matrix), dtype=torch.float64, device=matrix.device)
+        _, vectors = torch.linalg.eigh(matrix.double() + ridge.diag())
+    return vectors.to(matrix.dtype)
 
 
 class HeadBank:

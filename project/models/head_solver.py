@@ -18,10 +18,11 @@ from project.task import Task
 #: The first penalties to compare, the strongest first: 1 / C of scikit-learn.
 PENALTIES = tuple(10 ** (4 - 5 * index / 9) for index in range(10))
 RATIO = PENALTIES[0] / PENALTIES[1]
-MAX_PENALTIES = 20  # the list grows while its first or last penalty is the best,
-MIN_GAIN = 1e-3  # and better than the next one by this loss
-MAX_GRADIENT = 1e-4  # of a converged head; scikit-learn's tolerance
-COARSE, FINE = 1e-5, 1e-8  # relative tolerances of the loss: for cross-validation, for the head
+#: More penalties follow while the outermost one has the smallest loss, by at least this difference.
+MIN_GAIN = 1e-3
+MAX_PENALTIES = 20
+#: Relative tolerances of the loss: in cross-validation, and of the final head.
+COARSE, FINE = 1e-5, 1e-8
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class PenaltyScore:
 
     @property
     def loss(self) -> float:
-        """Mean loss over the folds."""
-        return float(self.losses.mean())
+        """Mean loss over the folds; folds whose rows have no weight do not count."""
+        return float(self.losses.nanmean())
 
 
 class HeadSolution(NamedTuple):
@@ -64,7 +65,7 @@ class HeadSolution(NamedTuple):
         scores: Cross-validation of each penalty, the strongest first.
         chosen: The one whose penalty the head has.
         gradient_norm: Largest component of the gradient of the mean loss with its penalty, computed in float64.
-        converged: Whether the solver has converged for the head and in cross-validation.
+        converged: Whether the solver has converged for the head.
     """
 
     weight: torch.Tensor
@@ -113,17 +114,17 @@ def solve_head(
     solution = final.solve(start[None], chosen.penalty, FINE)
     weight, offset = coordinates.head(solution.parameters[0])
     norm = final.gradient_norm(solution.parameters, chosen.penalty)
-    converged = norm <= MAX_GRADIENT and bool(solution.converged.all()) and all(score.converged for score in scores)
-    return HeadSolution(weight, offset, scores, chosen, norm, converged)
+    return HeadSolution(weight, offset, scores, chosen, norm, bool(solution.converged.all()))
 
 
 def standard_error(scores: torch.Tensor) -> float:
     """Standard error of the mean of the folds' scores ``(F,)``."""
-    return float(scores.std() / math.sqrt(len(scores)))
+    valid = scores[~scores.isnan()]
+    return float(valid.std() / math.sqrt(len(valid)))
 
 
 def _path(bank: HeadBank) -> list[PenaltyScore]:
-    """Score all penalties, and further ones while the first or the last is clearly the best."""
+    """Score the penalties; see :data:`PENALTIES` and :data:`MIN_GAIN`."""
     scores: list[PenaltyScore] = []
     for penalty in PENALTIES:
         start = _extrapolate(scores[-2:]) if scores else bank.zeros()
@@ -136,5 +137,5 @@ def _path(bank: HeadBank) -> list[PenaltyScore]:
 
 
 def _extrapolate(scores: list[PenaltyScore]) -> torch.Tensor:
-    """Heads of the next penalty: along the line through the last two. This takes a third of the passes."""
+    """Initial heads for the next penalty, on the line through the last two. They save two thirds of the passes."""
     return 2 * scores[-1].heads - scores[0].heads

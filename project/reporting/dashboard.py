@@ -15,7 +15,7 @@ from project.errors import ConfigError
 from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
 from project.reporting.figure_logger import FigureLogger, uses_datamodule_for_validation
 from project.reporting.run_description import hyperparameters
-from project.runtime import logger_adapters
+from project.runtime import lightning_internals, logger_adapters
 from project.runtime.distributed import ProcessGroup
 from project.runtime.signals import Interrupted
 from project.runtime.system import peak_memory
@@ -172,7 +172,7 @@ class Dashboard(pl.Callback):
                 assert isinstance(pl_module, ImageClassifier)
                 parts = ProcessGroup().gather(collector.compute(pl_module.epoch_metrics("val").predictions))
                 self._best_predictions, self._drawn = (merge_predictions(parts), trainer.global_step), False
-                epochs = trainer.current_epoch + 1
+                epochs = lightning_internals.epochs(trainer).ready
                 if self._figure_logger is not None and self._figure_logger.has_budget(epochs):
                     self._figure_logger.log_predictions(*self._best_predictions, epochs)
                     self._drawn = True

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
-from project.callbacks.solved_head import SolvedHead
+from project.callbacks.solved_head import Choice, SolvedHead
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.limitations import pluralize
@@ -80,7 +80,8 @@ def _content(
         },
         evaluation=evaluation,
         epochs=trainer.current_epoch,
-        validations=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1) + bool(_initial_head(trainer)),
+        validations=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1)
+        + (_initial_head(trainer) is not None),
         notes=_notes(module, data, best),
         base_model=module.backbone.origin.repository,
         has_validation=best is not None,
@@ -152,7 +153,7 @@ def _training_section(
         "Trained parts": ", ".join([*module.cut.trainable, "head"]),
         "Trained parameters": f"{trainable:,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
-        "Initial head": f"solved by {initial}" if initial else "random",
+        "Initial head": f"solved by {initial}" if initial else "random, or of an earlier fit",
         "Optimizer": code(format_class(hparams["optimizer"])),
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
         "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
@@ -166,10 +167,10 @@ def _training_section(
     }
 
 
-def _initial_head(trainer: pl.Trainer) -> str:
-    """How the head was solved; empty for a random head."""
+def _initial_head(trainer: pl.Trainer) -> Choice | None:
+    """How the head was solved; ``None`` for a random head."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((item.description for item in callbacks if isinstance(item, SolvedHead)), "")
+    return next((item.choice for item in callbacks if isinstance(item, SolvedHead)), None)
 
 
 def _environment_section(trainer: pl.Trainer) -> dict[str, str]:

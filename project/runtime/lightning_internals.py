@@ -77,12 +77,16 @@ def logging_step(trainer: pl.Trainer) -> int:
 def validate_before_training(trainer: pl.Trainer) -> None:
     """Run a whole validation before the first epoch, with all hooks and logs. Call it in ``on_train_start``.
 
-    Relies on ``fit_loop.epoch_loop.val_loop.run()``, as Lightning's sanity check does, and on the ``reset`` methods of
-    its progress.
+    EarlyStopping does not see it: it counts epochs, and its metric may be one of training. Relies on
+    ``fit_loop.epoch_loop.val_loop.run()``, as Lightning's sanity check does, and on ``_reset_progress()``.
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop, callbacks = trainer.fit_loop.epoch_loop.val_loop, trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [item for item in callbacks if not isinstance(item, EarlyStopping)]  # type: ignore[attr-defined]
     trainer.validating = True
-    loop.run()
+    try:
+        loop.run()
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
     _reset_progress(loop)
     trainer.training = True
 

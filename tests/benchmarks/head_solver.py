@@ -98,7 +98,7 @@ def accuracy_and_loss(probabilities: np.ndarray, labels: np.ndarray) -> tuple[fl
 
 
 def ceiling() -> list[str]:
-    """Rate of the solver's matrix products over the whole solution, and of a large matrix product."""
+    """Rate of the products of rows and heads over the whole solution, and of a large matrix product."""
     from project.models import head_bank
     from project.models.head_bank import TrainingRows
     from project.models.head_solver import solve_head
@@ -110,13 +110,16 @@ def ceiling() -> list[str]:
     centers = torch.randn(classes, width, generator=generator) * torch.logspace(0, -1.5, width)
     x = centers[y] + 4 * torch.randn(count, width, generator=generator) * torch.logspace(0, -1.5, width)
     task, flop = SingleLabel(), [0]
-    objective = head_bank.HeadBank._objective
 
-    def count_flop(self: Any, parameters: torch.Tensor, *args: Any) -> Any:
-        flop[0] += 4 * count * parameters.numel()
-        return objective(self, parameters, *args)
+    def counted(function: Any, products: int) -> Any:
+        def call(self: Any, parameters: torch.Tensor, *args: Any) -> Any:
+            flop[0] += 2 * products * count * parameters.numel()
+            return function(self, parameters, *args)
 
-    head_bank.HeadBank._objective = count_flop  # type: ignore[method-assign]
+        return call
+
+    for name, products in (("_objective", 2), ("_curvature", 2), ("held_out_scores", 1)):
+        setattr(head_bank.HeadBank, name, counted(getattr(head_bank.HeadBank, name), products))
     rows = TrainingRows(
         x.__getitem__,
         y,

@@ -91,13 +91,14 @@ def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[s
         (["--model.head", "project.models.heads.MLPHead"], "MLPHead is not linear"),
         (["--features.cache", "off"], "no features are stored"),
         (["--trainer.limit_train_batches", "2"], "leaves out training images"),
+        (["--trainer.limit_train_batches", "1"], "leaves out training images"),
     ],
-    ids=["not linear", "not stored", "not all images"],
+    ids=["not linear", "not stored", "two batches", "one batch"],
 )
 def test_where_it_cannot_be_solved(fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
     assert fit("--features.folder", "store", "--data.batch_size", "8", *SOLVED, *flags) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Head:"))
-    assert line.startswith("Head: random, because ")
+    assert line.startswith("Head: not solved, because ")
     assert reason in line
     assert fit("--features.folder", "store", "--data.batch_size", "8", *flags, "--model.head_init", "solved") == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
@@ -130,8 +131,13 @@ def test_a_resumed_fit_keeps_its_head(fit: Fit, capsys: pytest.CaptureFixture[st
     assert checkpoint("best", third)["best"]["metrics"] == checkpoint("best")["best"]["metrics"]
 
 
-def test_the_checkpoint_of_epoch_0_can_be_resumed(fit: Fit) -> None:
-    flags = [*DEFAULT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "2"]
+PLATEAU = ["--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.scheduler.patience", "0"]
+
+
+@pytest.mark.parametrize("scheduler", [[], PLATEAU], ids=["no schedule", "plateau schedule"])
+def test_the_checkpoint_of_epoch_0_can_be_resumed(fit: Fit, scheduler: list[str]) -> None:
+    flags = [*DEFAULT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0001", "--trainer.max_epochs", "3"]
+    flags += scheduler
     assert fit(*flags) == 0
     assert checkpoint()["best"]["epoch"] == -1
     assert fit(*flags, "--ckpt_path", str(VERSION / "checkpoints/best.ckpt")) == 0
@@ -181,6 +187,49 @@ def test_balancing_applies_to_the_solved_head(
     assert float(balanced[red] - balanced.mean()) > float(plain[red] - plain.mean())
 
 
+def test_the_sampler_class_weights_and_label_smoothing_apply_together(
+    fit: Fit, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from project.callbacks import solved_head
+
+    imbalanced = here / "few/photos"
+    shutil.copytree(photos, imbalanced)
+    for number in range(2, 8):
+        (imbalanced / f"train/red/{number}.png").unlink()  # 8, 8 and 2 images
+    seen: list[torch.Tensor] = []
+    solve = solved_head.solve_head
+
+    def record(rows: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(rows.targets(torch.arange(3)))
+        return solve(rows, *args, **kwargs)
+
+    monkeypatch.setattr(solved_head, "solve_head", record)
+    flags = ["--data.balance", "sampler", "--model.class_weights", "[1, 2, 3]", "--model.label_smoothing", "0.3"]
+    assert fit("--data.root", str(imbalanced), *DEFAULT, *flags) == 0
+    smoothed = torch.eye(3) * torch.tensor([1.0, 2, 3])[:, None] * 0.7 + 0.1 * torch.tensor([1.0, 2, 3])
+    drawn = 18 / (3 * torch.tensor([8.0, 8, 2]))
+    torch.testing.assert_close(seen[0], smoothed * drawn[:, None])
+
+
+def test_early_stopping_does_not_see_epoch_0(fit: Fit) -> None:
+    """Its metric may be one of training, which epoch 0 does not have."""
+    Path("stop.yaml").write_text(
+        "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.EarlyStopping\n"
+        "    init_args: {monitor: train/loss, patience: 1}\n"
+    )
+    flags = [*DEFAULT, "-c", "stop.yaml", "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "2"]
+    assert fit(*flags) == 0
+
+
+def test_a_fit_without_validation_does_not_validate_epoch_0_when_resumed(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*DEFAULT, "--trainer.limit_val_batches", "0") == 0
+    last = ["--ckpt_path", str(VERSION / "checkpoints/last.ckpt")]
+    assert fit(*DEFAULT, "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1.0", *last) == 0
+    assert "Epoch 0" not in capsys.readouterr().out
+
+
 def test_all_views_count(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from project.callbacks import solved_head
 
@@ -214,10 +263,11 @@ def test_rows_that_exceed_the_memory_are_sampled(
 ) -> None:
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     capsys.readouterr()
-    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 4 * 12 * 4 * 512)
+    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1_000_000)
+    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 1_000_000 // (4 * 12 * 512))
     monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
     assert fit(*DEFAULT, *NO_TRAINING) == 0
-    assert "chosen by 5-fold cross-validation on 12 of them, as all exceed the memory" in capsys.readouterr().out
+    assert "chosen by 5-fold cross-validation on a sample of 12 images" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")
@@ -234,3 +284,9 @@ def test_python_users_get_it_with_the_feature_cache(photos: Path, weights: Path,
     trainer.fit(model, datamodule=data)
     assert isinstance(model.head, nn.Linear)
     assert float(trainer.callback_metrics["train/accuracy"]) == 1.0
+
+    trained = model.head.weight.clone()
+    model.head.weight.data.mul_(2)
+    again = Trainer(max_epochs=0, callbacks=[FeatureCache(folder="store")], accelerator="cpu", **options)
+    again.fit(model, datamodule=data)
+    assert torch.equal(model.head.weight, 2 * trained), "a trained head is kept"

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,51 @@ def test_constant_features_get_no_weight() -> None:
     solution = solve_head(training_rows(x, y), TASK, 2, FOLDS)
     assert float(solution.weight[:, 3].abs().max()) < 1e-6
     assert solution.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("rows", [60, 500])
+def test_features_that_are_always_0(rows: int, in_memory: bool) -> None:
+    """The second moment of such features has many equal eigenvalues."""
+    x, y = data(rows, 300, 2)
+    x[:, ::2] = 0
+    solution = solve_head(training_rows(x, y, in_memory), TASK, 2, FOLDS)
+    assert solution.converged
+    assert float(solution.weight[:, ::2].abs().max()) < 1e-6
+
+
+def test_eigenvectors_in_double_precision_where_single_precision_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+
+    def fail(matrix: torch.Tensor) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(matrix)
+
+    x, y = data(300, 10, 3)
+    expected = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    actual = solve_head(training_rows(x, y), TASK, 3, FOLDS)
+    torch.testing.assert_close(actual.weight, expected.weight, atol=1e-3, rtol=0.02)
+
+
+def test_a_rank_without_rows() -> None:
+    x, y = data(50, 4, 2)
+    whole = training_rows(x, y)
+    empty = TrainingRows(
+        lambda part: torch.zeros(0, 4), whole.labels[:0], whole.folds[:0], whole.targets, True, lambda tensor: tensor
+    )
+    assert [*empty.slices(10)] == [slice(0, 0)]
+
+
+def test_a_fold_without_weight_does_not_count() -> None:
+    x, y = data(100, 6, 2)
+    rows = training_rows(x, y, weights=torch.tensor([1.0, 0.0]))
+    folds = torch.tensor(y) * torch.arange(100).remainder(2) + torch.arange(100).remainder(2)
+    rows = replace(rows, folds=torch.where(torch.tensor(y) == 1, 2, folds.remainder(2)))
+    solution = solve_head(rows, TASK, 2, 3)
+    assert solution.chosen.losses[2].isnan()
+    assert np.isfinite(solution.chosen.loss)
 
 
 def test_a_class_that_a_fold_does_not_train_on() -> None:
