@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer
 from project import ImageClassifier
 from project.callbacks.exact_resume import ExactResume
 from project.callbacks.progress_bar import FitProgressBar
+from project.callbacks.solved_head import SolvedHead
 from project.checkpoints.io import AtomicCheckpointIO
 from project.data.datamodule import ImageDataModule
 from project.trainer import Trainer
@@ -47,7 +48,8 @@ def test_methods_have_the_signatures_of_lightning(verb: str) -> None:
 def test_trainer_adds_its_callbacks_to_the_users(options: dict[str, object]) -> None:
     user_callbacks = [Timer(), pl.Callback()]
     trainer = Trainer(**options, callbacks=user_callbacks)
-    assert [type(callback) for callback in trainer.callbacks] == [ExactResume, Timer, pl.Callback, FitProgressBar]  # type: ignore[attr-defined]
+    types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert types == [ExactResume, Timer, pl.Callback, FitProgressBar, SolvedHead]
     assert len(user_callbacks) == 2, "the caller's list is unchanged"
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
