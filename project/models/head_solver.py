@@ -33,22 +33,16 @@ class PenaltyScore:
         penalty: L2 penalty, 1 / C of scikit-learn.
         losses: Mean loss of each held-out fold, float64 ``(F,)``.
         accuracies: Accuracy of each held-out fold, float64 ``(F,)``.
-        heads: Parameters of the heads, one for each held-out fold.
-        converged: Whether all of them have converged.
+        mean_head: Mean parameters of the heads of all folds, float32 ``(C, R)``; see
+            :class:`~project.models.head_bank.Coordinates`.
+        converged: Whether the heads of all folds have converged.
     """
 
     penalty: float
     losses: torch.Tensor
     accuracies: torch.Tensor
-    heads: torch.Tensor
+    mean_head: torch.Tensor
     converged: bool
-
-    @classmethod
-    def of(cls, bank: HeadBank, start: torch.Tensor, penalty: float) -> PenaltyScore:
-        """Solve the heads of all folds, and score each on the fold that it does not train on."""
-        solution = bank.solve(start, penalty, COARSE)
-        losses, accuracies = bank.held_out_scores(solution.parameters)
-        return cls(penalty, losses, accuracies, solution.parameters, bool(solution.converged.all()))
 
     @property
     def loss(self) -> float:
@@ -105,7 +99,7 @@ def solve_head(
     if one_standard_error:
         limit = chosen.loss + standard_error(chosen.losses)
         chosen = next(score for score in scores if score.loss <= limit)
-    start = chosen.heads.mean(0)
+    start = chosen.mean_head
     if sample is not None:
         on_sample = coordinates.head(start)
         coordinates = Coordinates(rows, bias)
@@ -126,16 +120,24 @@ def standard_error(scores: torch.Tensor) -> float:
 def _path(bank: HeadBank) -> list[PenaltyScore]:
     """Score the penalties; see :data:`PENALTIES` and :data:`MIN_GAIN`."""
     scores: list[PenaltyScore] = []
-    for penalty in PENALTIES:
-        start = _extrapolate(scores[-2:]) if scores else bank.zeros()
-        scores.append(PenaltyScore.of(bank, start, penalty))
-    while len(scores) < MAX_PENALTIES and min(score.loss for score in scores[:-1]) - scores[-1].loss > MIN_GAIN:
-        scores.append(PenaltyScore.of(bank, _extrapolate(scores[-2:]), scores[-1].penalty / RATIO))
-    while len(scores) < MAX_PENALTIES and min(score.loss for score in scores[1:]) - scores[0].loss > MIN_GAIN:
-        scores.insert(0, PenaltyScore.of(bank, scores[0].heads, scores[0].penalty * RATIO))
+    first, before, last = (bank.zeros(),) * 3  # heads of all folds ``(F, C, R)``, of these penalties only
+
+    def score(start: torch.Tensor, penalty: float) -> tuple[torch.Tensor, PenaltyScore]:
+        solution = bank.solve(start, penalty, COARSE)
+        heads, converged = solution.parameters, bool(solution.converged.all())
+        return heads, PenaltyScore(penalty, *bank.held_out_scores(heads), heads.mean(0), converged)
+
+    def is_clearly_best(outermost: PenaltyScore) -> bool:
+        others = [other.loss for other in scores if other is not outermost]
+        return len(scores) < MAX_PENALTIES and min(others) - outermost.loss > MIN_GAIN
+
+    while len(scores) < len(PENALTIES) or is_clearly_best(scores[-1]):
+        # The line through the last two solutions leads close to the next one: a third of the passes remains.
+        start = 2 * last - before if len(scores) > 1 else last
+        heads, added = score(start, scores[-1].penalty / RATIO if scores else PENALTIES[0])
+        first, before, last = heads if not scores else first, last, heads
+        scores.append(added)
+    while is_clearly_best(scores[0]):
+        first, added = score(first, scores[0].penalty * RATIO)
+        scores.insert(0, added)
     return scores
-
-
-def _extrapolate(scores: list[PenaltyScore]) -> torch.Tensor:
-    """Initial heads for the next penalty, on the line through the last two. They save two thirds of the passes."""
-    return 2 * scores[-1].heads - scores[0].heads
