@@ -54,9 +54,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: The file is missing, damaged, contains code, or was not written by this project.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
+    file = require_file(path)
     try:
         with file.open("rb") as opened:
             if opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
@@ -79,6 +77,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
+
+
+def require_file(path: str | Path) -> Path:
+    """The file of a checkpoint.
+
+    Raises:
+        CheckpointError: It does not exist.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
+    return file
 
 
 def validate_schema(checkpoint: Any) -> None:

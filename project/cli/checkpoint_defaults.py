@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +15,24 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
-from project.checkpoints.reader import hyper_parameters, read_checkpoint
+from project.checkpoints.reader import hyper_parameters, read_checkpoint, require_file
 from project.checkpoints.restore import CLASS_ARGUMENTS
 from project.classifier import ImageClassifier
 from project.cli.parser_errors import explain, explain_instantiation
 from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError, damaged_checkpoint, did_you_mean
+from project.inference.many_tasks import task_names
 from project.models.schedules import LENGTH_ARGUMENT
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.jsonargparse_internals import class_change_resets_arguments
 from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
+
+#: Verbs that take several checkpoints, and the settings of the model that then apply to all of them.
+SEVERAL_CHECKPOINTS = ("predict",)
+COMMON_SETTINGS = ("weights", "channels_last", "compile")
 
 
 class CheckpointCLI(VerbCLI):
@@ -56,7 +62,15 @@ class CheckpointCLI(VerbCLI):
         """
         validate_order(args)
         verb = next((arg for arg in args if arg in self.subcommands()), None)
-        path, _ = split_checkpoint_flag(args)
+        paths, rest = split_checkpoint_flag(args)
+        if len(paths) > 1 and verb:
+            if verb not in SEVERAL_CHECKPOINTS:
+                raise ConfigError(
+                    f"--ckpt_path is given {len(paths)} times, but {verb} takes one checkpoint; "
+                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} takes several."
+                )
+            args = [*rest, "--ckpt_path", json.dumps(paths)]  # the parser would use the last one only
+        path = paths[0] if len(paths) == 1 else None
         if verb and path and path not in CHECKPOINT_ALIASES and self._checkpoint is None and "--help" not in args:
             # Before parsing, as a flag may change a single argument of the checkpoint's optimizer.
             self._set_defaults_from_checkpoint(verb, path)
@@ -81,6 +95,11 @@ class CheckpointCLI(VerbCLI):
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
+        if isinstance(path, list) and len(path) > 1:
+            self._require_several(verb, path)
+            return
+        if isinstance(path, list):
+            path = self.config[verb].ckpt_path = path[0] if path else ""
         if path == "":
             raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
         if path in CHECKPOINT_ALIASES:
@@ -103,6 +122,27 @@ class CheckpointCLI(VerbCLI):
                 raise ConfigError(
                     f"{path}: {done} {unit} are already complete; increase --trainer.max_{unit} ({limit}) to resume."
                 )
+
+    def _require_several(self, verb: str, paths: Sequence[str]) -> None:
+        """Check several checkpoints and the flags that are given with them."""
+        for path in paths:
+            if path in CHECKPOINT_ALIASES:
+                raise ConfigError(f"--ckpt_path {path}: of several checkpoints, each must be a file. Pass its path.")
+            require_file(path)
+        task_names(paths)  # refuses a repeated one
+        given = self.given_settings(verb)
+        refused = [f"--model.{key}" for key in given.get("model", {}) if key not in COMMON_SETTINGS]
+        refused += [f"--data.{key}" for key in ("root", "source") if given.get("data", {}).get(key) is not None]
+        if refused:
+            raise ConfigError(
+                f"{refused[0]} cannot be set for several checkpoints, because each has its own. Remove it."
+            )
+
+    def given_settings(self, verb: str) -> dict[str, Any]:
+        """The settings of a verb that flags and config files set, without defaults."""
+        given = self.parser.parse_args(config_files_first(self._args), defaults=False)
+        settings: dict[str, Any] = given[verb].as_dict()
+        return settings
 
     def _warn_if_split_differs(self, verb: str, path: str) -> None:
         assert self._checkpoint is not None
@@ -180,10 +220,10 @@ class CheckpointCLI(VerbCLI):
             raise damaged_checkpoint(f"{path} is damaged: its training state cannot be restored ({reason}).") from error
 
 
-def split_checkpoint_flag(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split ``--ckpt_path`` from a command line; returns its value and the remaining arguments."""
+def split_checkpoint_flag(args: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """Split ``--ckpt_path`` from a command line; returns its values and the remaining arguments."""
     flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flag.add_argument("--ckpt_path", nargs="?")
+    flag.add_argument("--ckpt_path", nargs="?", action="append", default=[])
     parsed, rest = flag.parse_known_args(args)
     return parsed.ckpt_path, rest
 

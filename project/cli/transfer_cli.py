@@ -28,9 +28,11 @@ from project.cli.short_help import group_help, requested_help, short_help
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
+from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
+from project.runtime.console import print_rank_zero
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
 from project.trainer import Trainer
@@ -115,6 +117,8 @@ class TransferCLI(CheckpointCLI):
         # ``check`` without ``--suspects`` needs no model.
         if verb == "check" and not config.suspects:
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
+        if isinstance(config.get("ckpt_path"), list):
+            self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
         accelerator = trainer["accelerator"]
         if accelerator in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
             raise ConfigError(f"trainer.accelerator: torch finds no {accelerator}. Use --trainer.accelerator cpu")
@@ -151,6 +155,13 @@ class TransferCLI(CheckpointCLI):
         if self.subcommand != "check" and data.source is not None:
             data.source.require()
         return data
+
+    def _make_tasks(self, cls: type[ImageClassifier], *args: Any, **kwargs: Any) -> ManyTasks:
+        """Load the classifiers of several checkpoints, with the settings that apply to all of them."""
+        verb = str(self.subcommand)
+        tasks = ManyTasks.load(self.config[verb].ckpt_path, **self.given_settings(verb).get("model", {}))
+        print_rank_zero(tasks.describe())
+        return tasks
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -197,16 +208,21 @@ class TransferCLI(CheckpointCLI):
                 prefix = self.model.prefix_spec(device, precision) if suspects else None
                 self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
 
-    def predict(self, ckpt_path: str | None = None, output: str = "predictions.csv") -> None:
+    def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
         """Predict images and write one row per image to a CSV file.
 
         Args:
-            ckpt_path: Checkpoint of the model.
-            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities.
+            ckpt_path: Checkpoint of the model. Repeat the flag for several tasks, which then share their backbones.
+            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities;
+                several checkpoints have these columns each, preceded by NAME/ of the run.
         """
         del output  # used by build_callbacks
         self.trainer.predict(
-            self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True
+            self.model,
+            datamodule=self.datamodule,
+            return_predictions=False,
+            ckpt_path=None if isinstance(ckpt_path, list) else ckpt_path,  # several are loaded already
+            weights_only=True,
         )
 
     @property
