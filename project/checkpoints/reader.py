@@ -45,11 +45,12 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     """Read a checkpoint's tensors, on the CPU, and plain types; no code in it is executed.
 
     Args:
         path: A ``.ckpt`` file of this project.
+        mmap: Map the tensors into memory instead of reading them, for a caller that needs only the rest.
 
     Raises:
         CheckpointError: The file is missing, damaged, contains code, or was not written by this project.
@@ -61,7 +62,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                 raise ValueError("no zip file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensor types that validate_schema refuses
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise almost anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise damaged_checkpoint(

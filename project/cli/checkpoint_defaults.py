@@ -14,14 +14,16 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from project.checkpoints.compatibility import validate_classes
 from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, require_file
 from project.checkpoints.restore import CLASS_ARGUMENTS
+from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.parser_errors import explain, explain_instantiation
 from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError, damaged_checkpoint, did_you_mean
+from project.errors import CheckpointError, ConfigError, ProjectError, damaged_checkpoint, did_you_mean
 from project.inference.many_tasks import task_names
 from project.models.schedules import LENGTH_ARGUMENT
 from project.runtime import lightning_internals
@@ -41,13 +43,18 @@ class CheckpointCLI(VerbCLI):
     Args:
         args: Command line, without the program's name.
         options: Arguments of LightningCLI.
+
+    Attributes:
+        data_classes: Class names of the data, as soon as it is instantiated.
     """
 
     trainer: Trainer
+    data_classes: Sequence[str] | None = None
 
     def __init__(self, args: Sequence[str], **options: Any) -> None:
         self._args = list(args)
         self._checkpoint: dict[str, Any] | None = None
+        self._resumes = True  # whether a fit with a checkpoint resumes its fit
         super().__init__(ImageClassifier, ImageDataModule, args=self._args, **options)
 
     def requested_verb(self) -> str | None:
@@ -91,7 +98,7 @@ class CheckpointCLI(VerbCLI):
 
         Raises:
             CheckpointError: The checkpoint is missing, damaged, unsafe, or not from this project.
-            ConfigError: No epochs or steps are left to train.
+            ConfigError: The path is empty, or there are several that cannot be used together.
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
@@ -113,14 +120,55 @@ class CheckpointCLI(VerbCLI):
         assert self._checkpoint is not None
         if verb in ("validate", "test"):
             self._warn_if_split_differs(verb, path)
-        trainer = self.config[verb].trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Let a fit with a checkpoint decide whether to resume it, once the data is known."""
+        if self.config.subcommand == "fit" and self._checkpoint is not None:
+            self.parser.add_instantiator(self._resume_or_start, ImageClassifier, subclasses=False, prepend=True)
+
+    def _resume_or_start(
+        self, model_class: type[ImageClassifier], *args: Any, applied_instantiation_links: Any, **kwargs: Any
+    ) -> ImageClassifier:
+        """Instantiate the model of a fit with a checkpoint, after the data.
+
+        If the data has more classes than the checkpoint, or if other stages are trainable, a new fit starts from the
+        checkpoint's weights.
+
+        Raises:
+            CheckpointError: The weights do not fit the model.
+            ConfigError: No epochs or steps are left to train.
+            DataError: The data has other classes.
+        """
+        assert self._checkpoint is not None
+        section, transfer = self.config.fit, self._checkpoint["transfer"]
+        before, classes = transfer["classes"], list(self.data_classes or transfer["classes"])
+        grown = bool(added_classes(before, classes)) and section.model.classes in (None, before)
+        if grown:
+            section.model.classes = kwargs["classes"] = classes
+        else:
+            validate_classes(classes, before)
+        model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
+        if not grown and list(model.cut.frozen) == transfer["frozen"]["stages"]:
+            self._require_remaining_work(section)
+            return model
+        try:
+            message = model.start_from(self._checkpoint, section.ckpt_path)
+        except ProjectError as error:
+            raise CheckpointError("{path}: {reason}", path=section.ckpt_path, reason=error) from error
+        print_rank_zero(f"Checkpoint: a new fit starts\n{message}")
+        self._resumes = False
+        return model
+
+    def _require_remaining_work(self, section: Namespace) -> None:
+        assert self._checkpoint is not None
         for unit, done, limit in (
-            ("epochs", completed_epochs(self._checkpoint), trainer.max_epochs),
-            ("steps", self._checkpoint["global_step"], trainer.max_steps),
+            ("epochs", completed_epochs(self._checkpoint), section.trainer.max_epochs),
+            ("steps", self._checkpoint["global_step"], section.trainer.max_steps),
         ):
-            if verb == "fit" and limit is not None and -1 < limit <= done:
+            if limit is not None and -1 < limit <= done:
                 raise ConfigError(
-                    f"{path}: {done} {unit} are already complete; increase --trainer.max_{unit} ({limit}) to resume."
+                    f"{section.ckpt_path}: {done} {unit} are already complete; "
+                    f"increase --trainer.max_{unit} ({limit}) to resume."
                 )
 
     def _require_several(self, verb: str, paths: Sequence[str]) -> None:
@@ -164,6 +212,8 @@ class CheckpointCLI(VerbCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError) as error:
             raise explain_instantiation(error) from error
+        if not self._resumes:  # the model has the checkpoint's weights
+            self.config_init[self.config.subcommand].ckpt_path = None
 
     def _resolve_alias(self, verb: str, alias: str) -> str | None:
         """Find the checkpoint of the latest run on this data; ``None`` if there is none yet and the verb is fit."""
