@@ -142,11 +142,11 @@ class CheckpointCLI(VerbCLI):
         assert self._checkpoint is not None
         section, transfer = self.config.fit, self._checkpoint["transfer"]
         before, classes = transfer["classes"], list(self.data_classes or transfer["classes"])
-        grown = bool(added_classes(before, classes)) and section.model.classes in (None, before)
+        grown = bool(added_classes(before, classes)) and section.model.classes in (None, before, classes)
         if grown:
             section.model.classes = kwargs["classes"] = classes
-        else:
-            validate_classes(classes, before)
+        elif section.model.classes:
+            validate_classes(classes, section.model.classes)
         model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
         if not grown and list(model.cut.frozen) == transfer["frozen"]["stages"]:
             self._require_remaining_work(section)

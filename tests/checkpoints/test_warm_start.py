@@ -128,7 +128,7 @@ def with_class_weights() -> str:
         ("", ["--model.head", "MLPHead"], ("tensor 'head.0.bias'", "another model.head")),
         ("", ["--model.head.bias", "false"], ("unexpected tensor 'head.bias'", "another model.head")),
         ("", ["--model.image_size", "48"], ("The preprocessing differs: resize",)),
-        ("", ["--model.classes", "[a, b, c, d]"], ("(amber, blue, green, red) are not the model's",)),
+        ("", ["--model.classes", "[a, b, c, d]"], ("(amber, blue, green, red) are not the model's (a, b, c, d)",)),
         ("weights", [], ("model.class_weights: 3 weights for 4 classes",)),
     ],
 )
