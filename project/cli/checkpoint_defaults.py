@@ -73,9 +73,11 @@ class CheckpointCLI(VerbCLI):
         if len(paths) > 1 and verb:
             if verb not in SEVERAL_CHECKPOINTS:
                 raise ConfigError(
-                    f"--ckpt_path is given {len(paths)} times, but {verb} takes one checkpoint; "
-                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} takes several."
+                    f"--ckpt_path is given {len(paths)} times, but {verb} does not take several checkpoints; "
+                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} does. Keep one."
                 )
+            if not all(paths):
+                raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
             args = [*rest, "--ckpt_path", json.dumps(paths)]  # the parser would use the last one only
         path = paths[0] if len(paths) == 1 else None
         if verb and path and path not in CHECKPOINT_ALIASES and self._checkpoint is None and "--help" not in args:

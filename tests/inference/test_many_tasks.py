@@ -165,7 +165,7 @@ def test_names_get_as_much_of_the_path_as_necessary() -> None:
         (["{colours}", "last"], "--ckpt_path last: of several checkpoints, each must be a file"),
         (["best", "{colours}"], "--ckpt_path best"),
         (["{colours}", "no.ckpt"], "There is no checkpoint no.ckpt"),
-        (["{colours}", ""], "There is no checkpoint"),
+        (["{colours}", ""], "--ckpt_path is empty"),
         (["{colours}", "{tone}", "--model.image_size", "48"], "--model.image_size cannot be set for several"),
         (["{colours}", "{tone}", "--model.trainable=head"], "--model.trainable cannot be set for several"),
         (["{colours}", "{tone}", "--data.root", "x"], "--data.root cannot be set for several"),
@@ -185,7 +185,7 @@ def test_only_predict_takes_several_checkpoints(
 ) -> None:
     paths = ["--ckpt_path", checkpoint(checkpoints, "colours"), f"--ckpt_path={checkpoint(checkpoints, 'tone')}"]
     message = refused(main([verb, *paths]))
-    assert f"--ckpt_path is given 2 times, but {verb} takes one checkpoint; only predict takes several" in message
+    assert f"--ckpt_path is given 2 times, but {verb} does not take several checkpoints; only predict does" in message
 
 
 def test_moved_weights_apply_to_all_checkpoints(
