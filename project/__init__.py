@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from project.classifier import ImageClassifier
     from project.data.datamodule import ImageDataModule
-    from project.inference.predictor import Classifier, load
+    from project.inference.predictor import Classifier, Classifiers, load
     from project.trainer import Trainer
 
-__all__ = ["Classifier", "ImageClassifier", "ImageDataModule", "Trainer", "load"]
+__all__ = ["Classifier", "Classifiers", "ImageClassifier", "ImageDataModule", "Trainer", "load"]
 
 _MODULES = {
     "Classifier": "project.inference.predictor",
+    "Classifiers": "project.inference.predictor",
     "ImageClassifier": "project.classifier",
     "ImageDataModule": "project.data.datamodule",
     "Trainer": "project.trainer",

@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from project.checkpoints.compatibility import validate_classes
 from project.checkpoints.restore import CheckpointMixin
 from project.checkpoints.resume_checks import copy_groups
 from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
-from project.errors import ConfigError, DataError, FrozenError
+from project.errors import ConfigError, FrozenError
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
@@ -132,7 +133,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.backbone.compile_halves()
         self.task: Task = SingleLabel()
         self.head: nn.Module = nn.Identity()
-        #: Whether the head has its initial weights: neither trained nor loaded.
+        #: Whether the head has its initial weights, at least for one class: neither trained nor loaded.
         self.head_is_new = True
         #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
@@ -176,13 +177,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
         classes = getattr(data, "classes", None)
-        if classes and self.classes and tuple(classes) != self.classes:
-            raise DataError(
-                f"The data's classes ({', '.join(classes)}) are not the model's ({', '.join(self.classes)})."
-                "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
-            )
         if classes and not self.classes:
             self._set_classes(classes)
+        validate_classes(classes or self.classes, self.classes)
         balanced_weights = getattr(data, "class_weights", None) if stage == "fit" else None
         if balanced_weights is not None:
             if self.hparams["class_weights"] is not None:

@@ -12,18 +12,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from project.classifier import ImageClassifier
 from project.errors import ConfigError, ProjectError
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 
 Rows = list[list[str]] | str | None
-COLUMNS = ("path", "predicted", "probability", "top2", "top2_probability", "top3", "top3_probability")
+#: Columns of a task, after the column ``path``.
+COLUMNS = ("predicted", "probability", "top2", "top2_probability", "top3", "top3_probability")
 
 
 class PredictionWriter(pl.Callback):
     r"""Writes a CSV row per image: its path and the three most probable classes with their probabilities.
+
+    A module with several tasks has ``names``, and ``classes`` of each task. The columns of a task are then
+    ``NAME/predicted``, ``NAME/probability`` and so on.
 
     Rows are written to a temporary file, which is renamed to the target at the end. In a distributed run, rank zero
     gathers and writes the rows batch by batch, so that no rank holds all of them and no shared file system is needed.
@@ -44,17 +47,18 @@ class PredictionWriter(pl.Callback):
         self._ranks = ProcessGroup()
         with self._ranks.propagate_errors():
             if self._ranks.rank == 0:
-                self._open()
+                self._open(pl_module)
         self._peers_waiting = True
 
-    def _open(self) -> None:
+    def _open(self, module: Any) -> None:
         with self._report_os_error():
             stack = contextlib.ExitStack()
             temporary = stack.enter_context(atomic_write(self._target))
             self._rows = csv.writer(
                 stack.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
             )
-            self._rows.writerow(COLUMNS)
+            prefixes = [f"{name}/" for name in getattr(module, "names", ())] or [""]
+            self._rows.writerow(["path", *(f"{prefix}{column}" for prefix in prefixes for column in COLUMNS)])
             self._open_files = stack
 
     @contextlib.contextmanager
@@ -67,21 +71,22 @@ class PredictionWriter(pl.Callback):
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: tuple[Sequence[str], torch.Tensor],
+        pl_module: Any,
+        outputs: tuple[Sequence[str], torch.Tensor | Sequence[torch.Tensor]],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert isinstance(pl_module, ImageClassifier)
         paths, probabilities = outputs
-        best = probabilities.topk(min(3, probabilities.shape[1]))
-        rows = []
-        for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
-            row: list[str] = [path]
-            for value, index in zip(values, indices, strict=True):
-                row += [pl_module.classes[index], f"{value:.6f}"]
-            rows.append(row + [""] * (len(COLUMNS) - len(row)))
+        tasks = (
+            [(pl_module.classes, probabilities)]
+            if isinstance(probabilities, torch.Tensor)
+            else zip(pl_module.classes, probabilities, strict=True)
+        )
+        rows = [[path] for path in paths]
+        for classes, values in tasks:
+            for row, cells in zip(rows, _most_probable(classes, values), strict=True):
+                row += cells
         self._write(rows)
 
     def _write(self, rows: Rows) -> bool:
@@ -133,3 +138,12 @@ class PredictionWriter(pl.Callback):
             files, self._open_files = self._open_files, None
             with contextlib.suppress(OSError):  # from flushing rows that are discarded anyway
                 files.__exit__(ConfigError, ConfigError("prediction is incomplete"), None)
+
+
+def _most_probable(classes: Sequence[str], probabilities: torch.Tensor) -> Iterator[list[str]]:
+    """Cells of each image: the three most probable classes with their probabilities ``(B, C)``."""
+    best = probabilities.topk(min(3, probabilities.shape[1]))
+    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        pairs = zip(values, indices, strict=True)
+        cells = [cell for value, index in pairs for cell in (classes[index], f"{value:.6f}")]
+        yield cells + [""] * (len(COLUMNS) - len(cells))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from project.errors import CheckpointError, damaged_checkpoint
+from project.errors import CheckpointError, DataError, damaged_checkpoint
 
 FORMAT = 1  # version of the checkpoint's "transfer" entry
 
@@ -56,6 +56,19 @@ def validate_identity(saved: Any, model: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"The classes differ: the checkpoint has {saved['classes']}, the model has {model['classes']}.\n"
             "Omit --model.classes to use the checkpoint's."
+        )
+
+
+def validate_classes(data: Sequence[str], model: Sequence[str]) -> None:
+    """Compare the classes of the data with those of a model.
+
+    Raises:
+        DataError: The names or their order differ.
+    """
+    if tuple(data) != tuple(model):
+        raise DataError(
+            f"The data's classes ({', '.join(data)}) are not the model's ({', '.join(model)})."
+            "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
         )
 
 

@@ -45,25 +45,24 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     """Read a checkpoint's tensors, on the CPU, and plain types; no code in it is executed.
 
     Args:
         path: A ``.ckpt`` file of this project.
+        mmap: Map the tensors into memory instead of reading them, for a caller that needs only the rest.
 
     Raises:
         CheckpointError: The file is missing, damaged, contains code, or was not written by this project.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
+    file = require_file(path)
     try:
         with file.open("rb") as opened:
             if opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
                 raise ValueError("no zip file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensor types that validate_schema refuses
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise almost anything
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise damaged_checkpoint(
@@ -79,6 +78,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
+
+
+def require_file(path: str | Path) -> Path:
+    """The file of a checkpoint.
+
+    Raises:
+        CheckpointError: It does not exist.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
+    return file
 
 
 def validate_schema(checkpoint: Any) -> None:

@@ -24,6 +24,7 @@ from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
 from project.checkpoints.resume_checks import copy_groups, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
+from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
 from project.models.backbone import Backbone
@@ -85,12 +86,14 @@ class CheckpointMixin(Module):
         cut: Separates its frozen stages from the trainable ones.
         head: Maps features to logits.
         frozen_sha256: SHA-256 of the frozen stages as they were loaded.
+        head_is_new: Whether the head has initial weights, at least for one class: neither trained nor loaded.
     """
 
     backbone: Backbone
     cut: Cut
     head: nn.Module
     frozen_sha256: str
+    head_is_new: bool
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -188,6 +191,37 @@ class CheckpointMixin(Module):
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
+
+    def start_from(self, checkpoint: Mapping[str, Any], name: str | Path) -> str:
+        """Load the weights of a checkpoint as the start of a new fit, which does not resume the checkpoint's fit.
+
+        The model may have more classes than the checkpoint, in any order, or more trainable stages. Weights of other
+        classes stay as initialized, and other stages stay pretrained.
+
+        Args:
+            checkpoint: From :func:`project.checkpoints.reader.read_checkpoint`.
+            name: Its name, for the log.
+
+        Returns:
+            What comes from the checkpoint and what is new, for the log.
+
+        Raises:
+            CheckpointError: The backbone or the preprocessing differs, the model lacks a class of the checkpoint, the
+                checkpoint has trained a stage that is now frozen, or its head is another one or cannot get more
+                classes.
+        """
+        saved, tensors, state = checkpoint["transfer"], checkpoint["state_dict"], self.state_dict()
+        before, new = saved["classes"], added_classes(saved["classes"], self.classes)
+        validate_identity(saved, {**self.identity(), "classes": before if new else list(self.classes)})
+        fresh = self._without_frozen(state)
+        if checkpoint["hyper_parameters"]["head"] == self.hparams["head"]:
+            require_extendable(type(self.head).__name__, fresh, tensors, len(before), len(self.classes))
+        frozen = [stage for stage in saved["frozen"]["stages"] if stage in self.cut.trainable]
+        self.load_state_dict({**state, **starting_tensors(fresh, tensors, frozen, before, self.classes)})
+        self.head_is_new = bool(new)
+        names = f"{len(new)} new ({', '.join(new)})" if new else "the same"
+        text = f"Classes: {names}; the head's weights of {len(before)} classes come from {name}"
+        return f"{text}\nStages: {', '.join(frozen)} now trained, from the pretrained weights" if frozen else text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen tensors, and add the model's identity with their SHA-256."""

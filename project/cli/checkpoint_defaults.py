@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,20 +14,27 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from project.checkpoints.compatibility import validate_classes
 from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
-from project.checkpoints.reader import hyper_parameters, read_checkpoint
+from project.checkpoints.reader import hyper_parameters, read_checkpoint, require_file
 from project.checkpoints.restore import CLASS_ARGUMENTS
+from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.parser_errors import explain, explain_instantiation
 from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError, damaged_checkpoint, did_you_mean
+from project.errors import CheckpointError, ConfigError, ProjectError, damaged_checkpoint, did_you_mean
+from project.inference.many_tasks import task_names
 from project.models.schedules import LENGTH_ARGUMENT
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.jsonargparse_internals import class_change_resets_arguments
 from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
+
+#: Verbs that take several checkpoints, and the settings of the model that then apply to all of them.
+SEVERAL_CHECKPOINTS = ("predict",)
+COMMON_SETTINGS = ("weights", "channels_last", "compile")
 
 
 class CheckpointCLI(VerbCLI):
@@ -35,13 +43,18 @@ class CheckpointCLI(VerbCLI):
     Args:
         args: Command line, without the program's name.
         options: Arguments of LightningCLI.
+
+    Attributes:
+        data_classes: Class names of the data, as soon as it is instantiated.
     """
 
     trainer: Trainer
+    data_classes: Sequence[str] | None = None
 
     def __init__(self, args: Sequence[str], **options: Any) -> None:
         self._args = list(args)
         self._checkpoint: dict[str, Any] | None = None
+        self._resumes = True  # whether a fit with a checkpoint resumes its fit
         super().__init__(ImageClassifier, ImageDataModule, args=self._args, **options)
 
     def requested_verb(self) -> str | None:
@@ -56,7 +69,17 @@ class CheckpointCLI(VerbCLI):
         """
         validate_order(args)
         verb = next((arg for arg in args if arg in self.subcommands()), None)
-        path, _ = split_checkpoint_flag(args)
+        paths, rest = split_checkpoint_flag(args)
+        if len(paths) > 1 and verb:
+            if verb not in SEVERAL_CHECKPOINTS:
+                raise ConfigError(
+                    f"--ckpt_path is given {len(paths)} times, but {verb} does not take several checkpoints; "
+                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} does. Keep one."
+                )
+            if not all(paths):
+                raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
+            args = [*rest, "--ckpt_path", json.dumps(paths)]  # the parser would use the last one only
+        path = paths[0] if len(paths) == 1 else None
         if verb and path and path not in CHECKPOINT_ALIASES and self._checkpoint is None and "--help" not in args:
             # Before parsing, as a flag may change a single argument of the checkpoint's optimizer.
             self._set_defaults_from_checkpoint(verb, path)
@@ -77,10 +100,15 @@ class CheckpointCLI(VerbCLI):
 
         Raises:
             CheckpointError: The checkpoint is missing, damaged, unsafe, or not from this project.
-            ConfigError: No epochs or steps are left to train.
+            ConfigError: The path is empty, or there are several that cannot be used together.
         """
         verb = self.config.subcommand
         path = self.config[verb].get("ckpt_path")
+        if isinstance(path, list) and len(path) > 1:
+            self._require_several(verb, path)
+            return
+        if isinstance(path, list):
+            path = self.config[verb].ckpt_path = path[0] if path else ""
         if path == "":
             raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
         if path in CHECKPOINT_ALIASES:
@@ -94,15 +122,77 @@ class CheckpointCLI(VerbCLI):
         assert self._checkpoint is not None
         if verb in ("validate", "test"):
             self._warn_if_split_differs(verb, path)
-        trainer = self.config[verb].trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Let a fit with a checkpoint decide whether to resume it, once the data is known."""
+        if self.config.subcommand == "fit" and self._checkpoint is not None:
+            self.parser.add_instantiator(self._resume_or_start, ImageClassifier, subclasses=False, prepend=True)
+
+    def _resume_or_start(
+        self, model_class: type[ImageClassifier], *args: Any, applied_instantiation_links: Any, **kwargs: Any
+    ) -> ImageClassifier:
+        """Instantiate the model of a fit with a checkpoint, after the data.
+
+        If the data has more classes than the checkpoint, or if other stages are trainable, a new fit starts from the
+        checkpoint's weights.
+
+        Raises:
+            CheckpointError: The weights do not fit the model.
+            ConfigError: No epochs or steps are left to train.
+            DataError: The data has other classes.
+        """
+        assert self._checkpoint is not None
+        section, transfer = self.config.fit, self._checkpoint["transfer"]
+        before, classes = transfer["classes"], list(self.data_classes or transfer["classes"])
+        grown = bool(added_classes(before, classes)) and section.model.classes in (None, before, classes)
+        if grown:
+            section.model.classes = kwargs["classes"] = classes
+        elif section.model.classes:
+            validate_classes(classes, section.model.classes)
+        model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
+        if not grown and list(model.cut.frozen) == transfer["frozen"]["stages"]:
+            self._require_remaining_work(section)
+            return model
+        try:
+            message = model.start_from(self._checkpoint, section.ckpt_path)
+        except ProjectError as error:
+            raise CheckpointError("{path}: {reason}", path=section.ckpt_path, reason=error) from error
+        print_rank_zero(f"Checkpoint: a new fit starts\n{message}")
+        self._resumes = False
+        return model
+
+    def _require_remaining_work(self, section: Namespace) -> None:
+        assert self._checkpoint is not None
         for unit, done, limit in (
-            ("epochs", completed_epochs(self._checkpoint), trainer.max_epochs),
-            ("steps", self._checkpoint["global_step"], trainer.max_steps),
+            ("epochs", completed_epochs(self._checkpoint), section.trainer.max_epochs),
+            ("steps", self._checkpoint["global_step"], section.trainer.max_steps),
         ):
-            if verb == "fit" and limit is not None and -1 < limit <= done:
+            if limit is not None and -1 < limit <= done:
                 raise ConfigError(
-                    f"{path}: {done} {unit} are already complete; increase --trainer.max_{unit} ({limit}) to resume."
+                    f"{section.ckpt_path}: {done} {unit} are already complete; "
+                    f"increase --trainer.max_{unit} ({limit}) to resume."
                 )
+
+    def _require_several(self, verb: str, paths: Sequence[str]) -> None:
+        """Check several checkpoints and the flags that are given with them."""
+        for path in paths:
+            if path in CHECKPOINT_ALIASES:
+                raise ConfigError(f"--ckpt_path {path}: of several checkpoints, each must be a file. Pass its path.")
+            require_file(path)
+        task_names(paths)  # refuses a repeated one
+        given = self.given_settings(verb)
+        refused = [f"--model.{key}" for key in given.get("model", {}) if key not in COMMON_SETTINGS]
+        refused += [f"--data.{key}" for key in ("root", "source") if given.get("data", {}).get(key) is not None]
+        if refused:
+            raise ConfigError(
+                f"{refused[0]} cannot be set for several checkpoints, because each has its own. Remove it."
+            )
+
+    def given_settings(self, verb: str) -> dict[str, Any]:
+        """The settings of a verb that flags and config files set, without defaults."""
+        given = self.parser.parse_args(config_files_first(self._args), defaults=False)
+        settings: dict[str, Any] = given[verb].as_dict()
+        return settings
 
     def _warn_if_split_differs(self, verb: str, path: str) -> None:
         assert self._checkpoint is not None
@@ -124,6 +214,8 @@ class CheckpointCLI(VerbCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError) as error:
             raise explain_instantiation(error) from error
+        if not self._resumes:  # the model has the checkpoint's weights
+            self.config_init[self.config.subcommand].ckpt_path = None
 
     def _resolve_alias(self, verb: str, alias: str) -> str | None:
         """Find the checkpoint of the latest run on this data; ``None`` if there is none yet and the verb is fit."""
@@ -180,10 +272,10 @@ class CheckpointCLI(VerbCLI):
             raise damaged_checkpoint(f"{path} is damaged: its training state cannot be restored ({reason}).") from error
 
 
-def split_checkpoint_flag(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split ``--ckpt_path`` from a command line; returns its value and the remaining arguments."""
+def split_checkpoint_flag(args: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """Split ``--ckpt_path`` from a command line; returns its values and the remaining arguments."""
     flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flag.add_argument("--ckpt_path", nargs="?")
+    flag.add_argument("--ckpt_path", nargs="?", action="append", default=[])
     parsed, rest = flag.parse_known_args(args)
     return parsed.ckpt_path, rest
 

@@ -21,16 +21,21 @@ from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
+from project.checkpoints.reader import read_checkpoint
+from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
-from project.cli.run_folders import RUNS_FOLDER, reserve_version
+from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
 from project.cli.short_help import group_help, requested_help, short_help
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError
+from project.errors import ConfigError, ProjectError
 from project.inference import demo
+from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
+from project.runtime.console import print_rank_zero
+from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
 from project.trainer import Trainer
@@ -109,12 +114,15 @@ class TransferCLI(CheckpointCLI):
         Raises:
             ConfigError: A required flag is missing, or flags contradict each other.
         """
+        super().before_instantiate_classes()
         verb, config = self.subcommand, self.config[self.subcommand]
         data, model, trainer = config.data, config.model, config.trainer
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
         # ``check`` without ``--suspects`` needs no model.
         if verb == "check" and not config.suspects:
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
+        if isinstance(config.get("ckpt_path"), list):
+            self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
         accelerator = trainer["accelerator"]
         if accelerator in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
             raise ConfigError(f"trainer.accelerator: torch finds no {accelerator}. Use --trainer.accelerator cpu")
@@ -150,7 +158,15 @@ class TransferCLI(CheckpointCLI):
         data = cls(*args, **kwargs)
         if self.subcommand != "check" and data.source is not None:
             data.source.require()
+            self.data_classes = data.classes
         return data
+
+    def _make_tasks(self, cls: type[ImageClassifier], *args: Any, **kwargs: Any) -> ManyTasks:
+        """Load the classifiers of several checkpoints, with the settings that apply to all of them."""
+        verb = str(self.subcommand)
+        tasks = ManyTasks.load(self.config[verb].ckpt_path, **self.given_settings(verb).get("model", {}))
+        print_rank_zero(tasks.describe())
+        return tasks
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -197,16 +213,21 @@ class TransferCLI(CheckpointCLI):
                 prefix = self.model.prefix_spec(device, precision) if suspects else None
                 self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
 
-    def predict(self, ckpt_path: str | None = None, output: str = "predictions.csv") -> None:
+    def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
         """Predict images and write one row per image to a CSV file.
 
         Args:
-            ckpt_path: Checkpoint of the model.
-            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities.
+            ckpt_path: Checkpoint of the model. Repeat the flag for several tasks, which then share their backbones.
+            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities;
+                several checkpoints have these columns each, preceded by NAME/ of the run.
         """
         del output  # used by build_callbacks
         self.trainer.predict(
-            self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True
+            self.model,
+            datamodule=self.datamodule,
+            return_predictions=False,
+            ckpt_path=None if isinstance(ckpt_path, list) else ckpt_path,  # several are loaded already
+            weights_only=True,
         )
 
     @property
@@ -230,6 +251,18 @@ class TransferCLI(CheckpointCLI):
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), self.config[verb]))
         return Trainer(**{**options, "callbacks": callbacks})
 
+    def _report_new_classes(self, folder: Path) -> None:
+        """Print which classes the data has in addition to those of the latest run in a folder, if there is one."""
+        try:
+            path = newest_checkpoint(folder, "last") if is_first_process() else None
+            before = read_checkpoint(path, mmap=True)["transfer"]["classes"] if path else ()
+        except (OSError, ProjectError):  # only a note depends on that checkpoint
+            return
+        new = added_classes(before, self.data_classes or ())
+        if path and new:
+            noun = "class" if len(new) == 1 else "classes"
+            print_rank_zero(f"Data: {len(new)} new {noun} since {path.parents[1]} ({', '.join(new)})")
+
     def _run_folder(self, section: Namespace) -> dict[str, Any]:
         """Create the run folder of a fit; returns the trainer options for it."""
         trainer = section.trainer
@@ -240,6 +273,8 @@ class TransferCLI(CheckpointCLI):
                 raise ConfigError("--name applies only to the default logger; use --trainer.logger.name NAME.")
             return {}
         runs, name = Path(trainer.default_root_dir or RUNS_FOLDER), section.name or self.datamodule.name
+        if not section.ckpt_path:
+            self._report_new_classes(runs / name)
         number = reserve_version(runs / name)
         options: dict[str, Any] = {}
         if number is not None:

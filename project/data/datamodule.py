@@ -106,6 +106,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.balance = balance
         self.pin_memory = pin_memory and torch.accelerator.is_available()
         self.preprocessing: Preprocessing | None = None
+        #: Preprocessings of other backbones that predict the same images.
+        self.further_preprocessings: Sequence[Preprocessing] = ()
         #: The loaders of train, val and test. Every run uses the same objects.
         self.loaders = {
             name: SplitLoader(functools.partial(self._image_loader, name), self.current_epoch)
@@ -305,8 +307,12 @@ class ImageDataModule(pl.LightningDataModule):
         return samples
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of images, uint8 ``(B, 3, H, W)``, and their paths."""
-        dataset = NamedImageDataset(self.predict_samples, Files(), self.evaluation_transform())
+        """Batches of images, uint8 ``(B, 3, H, W)``, and their paths.
+
+        With :attr:`further_preprocessings`, the images are a list of such tensors, one per preprocessing.
+        """
+        transforms = [self.evaluation_transform(), *map(evaluation, self.further_preprocessings)]
+        dataset = NamedImageDataset(self.predict_samples, Files(), *transforms)
         return self._loader(dataset, EpochSampler(self._order(len(dataset))))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

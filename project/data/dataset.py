@@ -52,16 +52,18 @@ class ImageDataset(Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, number: int) -> Any:
-        return ImageBatch(self._image(number), self._sample(number).label, not isinstance(number, Padding))
+        return ImageBatch(
+            self._image(number, self._transform), self._sample(number).label, not isinstance(number, Padding)
+        )
 
     def _sample(self, number: int) -> Sample:
         return self.samples[number % len(self)]
 
-    def _image(self, number: int) -> torch.Tensor:
+    def _image(self, number: int, transform: Transform) -> torch.Tensor:
         epoch, index = divmod(number, len(self))
-        image = self._source.read(self.samples[index], self._transform.min_size)
+        image = self._source.read(self.samples[index], transform.min_size)
         with SeededRandom(derive_seed(self._seed, max(epoch, 0), index)):
-            return self._transform(image)
+            return transform(image)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
         """The items of a batch. In a worker process, an error is returned as the item: see :class:`ImageLoader`."""
@@ -75,10 +77,23 @@ class ImageDataset(Dataset[Any]):
 
 
 class NamedImageDataset(ImageDataset):
-    """Items are an image, uint8 ``(3, H, W)``, and its name; the name of padding is empty."""
+    """Items are an image, uint8 ``(3, H, W)``, and its name; the name of padding is empty.
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, str]:
-        return self._image(number), "" if isinstance(number, Padding) else self._sample(number).name
+    Args:
+        samples: N samples.
+        source: The source that reads them.
+        transforms: With more than one, an item has a tuple of images, one per transform.
+    """
+
+    def __init__(self, samples: Sequence[Sample], source: Source, *transforms: Transform) -> None:
+        super().__init__(samples, source, transforms[0])
+        self._transforms = transforms
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], str]:
+        # Each transform reads the image, because a JPEG is decoded at a size that depends on the transform.
+        first, *others = (self._image(number, transform) for transform in self._transforms)
+        name = "" if isinstance(number, Padding) else self._sample(number).name
+        return (first, *others) if others else first, name
 
 
 class ImageLoader(DataLoader[Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,9 +14,9 @@ from torchvision.transforms.v2 import functional as image_functions
 
 from project.classifier import ImageClassifier
 from project.data.image_arrays import ImageLike, to_image
-from project.data.transforms import evaluation
+from project.data.transforms import Transform, evaluation
 from project.errors import DataError, WeightsError
-from project.models.backbone import load_backbone
+from project.inference.many_tasks import ManyTasks
 from project.models.grad_cam import heat_maps
 
 Images = Sequence[ImageLike] | np.ndarray | torch.Tensor
@@ -43,7 +42,7 @@ class Classifier:
         self.model = model.eval()
         self.classes_ = list(model.classes)
         self.batch_size = batch_size
-        self._transform = evaluation(model.backbone.preprocessing)
+        self._transforms = [evaluation(model.backbone.preprocessing)]
 
     def predict(self, images: Images) -> list[str]:
         """Predicted class name of each image."""
@@ -102,13 +101,65 @@ class Classifier:
         return [self.classes_.index(name) for name in classes]
 
     def _batches(self, images: Images) -> Iterator[torch.Tensor]:
-        single = isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read")
-        if single or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3)):
-            raise TypeError("Expected several images: a list, an array (B, H, W, C) or a tensor (B, C, H, W).")
-        items = iter(images)
-        with torch.inference_mode():
-            while batch := [self._transform(to_image(image)) for image in islice(items, self.batch_size)]:
-                yield torch.stack(batch).to(self.model.device)
+        return (batch for (batch,) in _batches(images, self._transforms, self.batch_size, self.model.device))
+
+
+class Classifiers(Sequence[Classifier]):
+    """The classifiers of several checkpoints. Those with a common backbone compute its features once per image.
+
+    It is a sequence of :class:`Classifier`: ``weeds, moths = load([...])``. An item alone runs its backbone itself.
+
+    Args:
+        tasks: The trained modules; they are set to ``eval()``.
+        batch_size: Images per forward pass.
+
+    Attributes:
+        names: Name of each task, unique, derived from the path of its checkpoint.
+    """
+
+    def __init__(self, tasks: ManyTasks, batch_size: int = 32) -> None:
+        self.names = tasks.names
+        self.batch_size = batch_size
+        self._tasks = tasks.eval()
+        self._classifiers = [Classifier(model, batch_size) for model in tasks.classifiers]
+        self._transforms = [evaluation(preprocessing) for preprocessing in tasks.preprocessings]
+
+    @overload
+    def __getitem__(self, index: int) -> Classifier: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Classifier]: ...
+    def __getitem__(self, index: int | slice) -> Classifier | list[Classifier]:
+        return self._classifiers[index]
+
+    def __len__(self) -> int:
+        return len(self._classifiers)
+
+    def predict(self, images: Images) -> dict[str, list[str]]:
+        """Predicted class names of the images, by the name of the task."""
+        probabilities = self.predict_proba(images)
+        return {name: item.names(probabilities[name]) for name, item in zip(self.names, self, strict=True)}
+
+    def predict_proba(self, images: Images) -> dict[str, np.ndarray]:
+        """Probabilities ``(N, C)``, float32, by the name of the task; rows sum to 1."""
+        parts = [[np.empty((0, len(classes)), np.float32)] for classes in self._tasks.classes]
+        device = self._classifiers[0].model.device if self._classifiers else torch.device("cpu")
+        for batch in _batches(images, self._transforms, self.batch_size, device):
+            for part, probabilities in zip(parts, self._tasks(batch), strict=True):
+                part.append(probabilities.cpu().numpy())
+        return {name: np.concatenate(part) for name, part in zip(self.names, parts, strict=True)}
+
+
+def _batches(
+    images: Images, transforms: Sequence[Transform], batch_size: int, device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """Batches of the images, in each transform."""
+    single = isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read")
+    if single or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3)):
+        raise TypeError("Expected several images: a list, an array (B, H, W, C) or a tensor (B, C, H, W).")
+    items = iter(images)
+    with torch.inference_mode():
+        while batch := [to_image(image) for image in islice(items, batch_size)]:
+            yield [torch.stack([transform(image) for image in batch]).to(device) for transform in transforms]
 
 
 @overload
@@ -116,35 +167,30 @@ def load(  # type: ignore[overload-overlap]  # a str is a Sequence of str too
     path: str | Path, weights: str | None = None, device: str | torch.device = "cpu"
 ) -> Classifier: ...
 @overload
-def load(
-    path: Sequence[str | Path], weights: str | None = None, device: str | torch.device = "cpu"
-) -> list[Classifier]: ...
+def load(path: Sequence[str | Path], weights: str | None = None, device: str | torch.device = "cpu") -> Classifiers: ...
 def load(
     path: str | Path | Sequence[str | Path], weights: str | None = None, device: str | torch.device = "cpu"
-) -> Classifier | list[Classifier]:
+) -> Classifier | Classifiers:
     """Load a trained classifier from its checkpoint, and its backbone from the original weights.
 
     Args:
-        path: A checkpoint; or several, whose classifiers then share common backbones. Moving one of these to another
-            device moves the shared backbone.
+        path: A checkpoint; or several, whose classifiers then share common backbones: see :class:`Classifiers`. Moving
+            one of these to another device moves the shared backbone.
         weights: New location of the backbone's weights, if they have moved; the content has to be the same.
         device: Device for inference, such as ``"cuda"``.
 
     Returns:
-        The classifier on that device; a list of classifiers for several paths.
+        The classifier on that device; a sequence of classifiers for several paths.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged, unsafe, or does not match its backbone.
+        CheckpointError: The checkpoint is given twice, missing, damaged, unsafe, or does not match its backbone.
         WeightsError: The backbone's weights are not available on this machine.
     """
-    paths = [path] if isinstance(path, (str, Path)) else [*path]
-    several = not isinstance(path, (str, Path))
-    backbones = functools.cache(load_backbone) if several else None
     changes: dict[str, Any] = {"compile": False} if weights is None else {"compile": False, "weights": weights}
     try:
-        models = [ImageClassifier.load_from_checkpoint(item, backbones=backbones, **changes) for item in paths]
+        if isinstance(path, (str, Path)):
+            return Classifier(ImageClassifier.load_from_checkpoint(path, **changes).to(device))
+        return Classifiers(ManyTasks.load([*path], **changes).to(device))
     except WeightsError as error:
         hint = "Pass their new location: load(path, weights=...)."
         raise WeightsError("{reason} {hint}", path=path, reason=error, hint=hint) from error
-    classifiers = [Classifier(model.to(device)) for model in models]
-    return classifiers if several else classifiers[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from inspect import cleandoc
 from typing import Any, NamedTuple
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
 #: Source of a verb's flags and help: a function, or a class and the name of its method.
 Verb = Callable[..., Any] | tuple[type, str]
@@ -53,6 +53,21 @@ class VerbCLI(LightningCLI, ABC):
     def verb_parser(self, verb: str) -> LightningArgumentParser:
         """The parser of a verb."""
         return self._subcommand_parsers[verb]
+
+    def instantiate_model(self, model_class: type, links: Any, *args: Any, **kwargs: Any) -> Any:
+        """Instantiate the model as Lightning does, with the hyperparameters of the configuration in plain types.
+
+        For an instantiator that changes arguments; it has to change the configuration too. Relies on
+        ``_InstantiatorFn``, which reads the configuration when it is first called.
+
+        Args:
+            model_class: Class of the model.
+            links: The instantiator's argument ``applied_instantiation_links``, which jsonargparse passes by that name.
+            args: Arguments of the model.
+            kwargs: Arguments of the model.
+        """
+        instantiate = _InstantiatorFn(cli=self, key="model")
+        return instantiate(model_class, *args, applied_instantiation_links=links, **kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}

@@ -90,7 +90,9 @@ def command_lines(processes: int, weights: Path) -> Iterator[list[str]]:
     for name, (batch, flags) in FITS.items():
         size = ["--data.batch_size", str(batch // processes), "--trainer.default_root_dir", f"{processes}/runs"]
         yield [name, *fit, *size, "--name", name, *flags.split()]
-    checkpoint = ["--ckpt_path", str(checkpoint_path(processes, "last batch of three images"))]
+    checkpoint, second = (
+        ["--ckpt_path", str(checkpoint_path(processes, name))] for name in ("last batch of three images", "live")
+    )
     for name in EVALUATIONS:
         verb, *flags = name.split()
         data = ["--data.root", "photos", *flags, "--data.batch_size", str(4 // processes)]
@@ -98,6 +100,9 @@ def command_lines(processes: int, weights: Path) -> Iterator[list[str]]:
     for folder in PREDICTED:
         output = ["--output", f"{processes}/{folder}.csv", "--data.batch_size", "2"]
         yield [folder, "predict", *small, *checkpoint, "--data.predict", folder, *output]
+    options = small[small.index("--trainer.accelerator") :]  # those of the model come from the checkpoints
+    output = ["--output", f"{processes}/two tasks.csv", "--data.batch_size", "2", "--data.num_workers", "0"]
+    yield ["two tasks", "predict", *checkpoint, *second, *options, "--data.predict", "odd", *output]
 
 
 def checkpoint_path(processes: int, name: str) -> Path:
@@ -148,10 +153,10 @@ def read_predictions(path: Path) -> tuple[list[list[str]], list[float]]:
     return [[row[0], row[1], *row[3::2]] for row in rows], [float(value) for row in rows[1:] for value in row[2::2]]
 
 
-@pytest.mark.parametrize("folder", PREDICTED)
-def test_each_image_is_predicted_once_in_input_order(folder: str, results: Path) -> None:
+@pytest.mark.parametrize(("name", "folder"), [*zip(PREDICTED, PREDICTED, strict=True), ("two tasks", "odd")])
+def test_each_image_is_predicted_once_in_input_order(name: str, folder: str, results: Path) -> None:
     (rows, probabilities), (rows_of_two, probabilities_of_two) = (
-        read_predictions(results / str(n) / f"{folder}.csv") for n in (1, 2)
+        read_predictions(results / str(n) / f"{name}.csv") for n in (1, 2)
     )
     assert [row[0] for row in rows[1:]] == [f"{folder}/{number}.png" for number in range(PREDICTED[folder])]
     assert rows_of_two == rows and probabilities_of_two == pytest.approx(probabilities, abs=1e-5)

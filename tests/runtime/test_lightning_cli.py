@@ -94,3 +94,30 @@ def test_each_verb_has_its_own_parser_with_known_options() -> None:
         f"{CHANGED}LightningCLI._subcommand_parsers or ArgumentParser._actions"
     )
     assert "help" not in option_names(parser)
+
+
+class ChangedModel(BoringModel):
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.width = width
+
+
+class ChangingCLI(GreetingCLI):
+    """Changes an argument of the model in an instantiator."""
+
+    def __init__(self, *args: str) -> None:
+        self.calls = []
+        VerbCLI.__init__(self, ChangedModel, seed_everything_default=False, args=[*args])
+
+    def before_instantiate_classes(self) -> None:
+        self.parser.add_instantiator(self.change, ChangedModel, subclasses=False, prepend=True)
+
+    def change(self, model_class: type, *args: Any, applied_instantiation_links: Any, **kwargs: Any) -> Any:
+        self.config[self.subcommand].model.width = kwargs["width"] = 5
+        return self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
+
+
+def test_instantiator_changes_the_arguments_and_the_hyperparameters_of_the_model() -> None:
+    cli = ChangingCLI("greet", "--name", "you", "--model.width", "3")
+    assert (cli.model.width, dict(cli.model.hparams).get("width")) == (5, 5), f"{CHANGED}_InstantiatorFn"
