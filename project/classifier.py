@@ -124,8 +124,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.cut = loaded.cut_at(trainable)
         if features == "stages" and self.cut.frozen and self.cut.trainable:
             raise ConfigError(
-                "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs of "
-                "earlier ones.\nUse --model.trainable head or all, or --model.features last."
+                "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
+                "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
             )
         if loaded is backbone:
             self.backbone = loaded.specialized(self.cut)

@@ -17,7 +17,7 @@ from project.errors import ModelError
 from project.models import weights as weight_files
 from project.models.cut import Cut
 from project.models.fingerprint import fingerprint
-from project.models.readout import FeatureKind, feature_dim, readout_of, run_stages
+from project.models.readout import FeatureKind, Readout, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         self.stages = Stages(stages)
         self.output_dim = self.feature_dim = output_dim
         self.features: FeatureKind = "last"
-        self.readout = run_stages
+        self.readout: Readout = run_stages
         self.preprocessing = preprocessing
         self.origin = origin or Origin(None, "unknown")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)

@@ -69,7 +69,7 @@ def test_mean_of_patch_tokens_without_a_class_token() -> None:
     backbone.set_features("mean")
     tokens = backbone.stages["body"].forward_features(backbone.normalize(noise(backbone)))
     torch.testing.assert_close(backbone(noise(backbone)), tokens.mean(1))
-    with pytest.raises(ModelError, match="'cls'. It provides last, mean:"):
+    with pytest.raises(ModelError, match=r"'cls'\. It provides last, mean:"):
         backbone.set_features("cls")
 
 
@@ -89,7 +89,7 @@ def test_features_that_a_network_does_not_provide(name: str, kind: str, availabl
 
 
 def test_stages_need_all_stages_on_one_side_of_the_cut() -> None:
-    with pytest.raises(ConfigError, match="--model.trainable head or all"):
+    with pytest.raises(ConfigError, match=r"--model\.trainable head or all"):
         ImageClassifier("resnet18", None, "layer4", 32, features="stages")
     whole = ImageClassifier("resnet18", None, "all", 32, features="stages", classes=["a", "b"])
     whole(noise(whole.backbone)).sum().backward()
