@@ -25,6 +25,7 @@ from project.models.backbone import Backbone, load_backbone
 from project.models.heads import LinearHead
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
+from project.models.readout import FeatureKind
 from project.models.schedules import Interval
 from project.runtime import lightning_internals
 from project.runtime.distributed import world_size
@@ -83,6 +84,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         head_init: Initial head: solved is the best linear head of the training images (L2-regularized logistic
             regression, the penalty chosen by cross-validation), solved_1se the same with the strongest penalty within
             one standard error of the best; random; auto is solved where features are stored and the head is linear.
+        features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
+            averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
+            tokens; cls+mean; last4, the class tokens of the last four blocks.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -106,6 +110,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         compile: bool = False,
         classes: list[str] | None = None,
         head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
+        features: FeatureKind = "last",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -118,12 +123,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
+        if features == "stages" and self.cut.frozen and self.cut.trainable:
+            raise ConfigError(
+                "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
+                "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
+            )
         if loaded is backbone:
             self.backbone = loaded.specialized(self.cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         else:
             self.backbone = loaded
             self.backbone.freeze(self.cut)
+        self.backbone.set_features(features)
         #: SHA-256 of the frozen stages as loaded.
         self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format

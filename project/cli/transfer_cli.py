@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
@@ -27,6 +28,7 @@ from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
 from project.cli.short_help import group_help, requested_help, short_help
+from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.inference import demo
@@ -38,6 +40,9 @@ from project.runtime.console import print_rank_zero
 from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
+from project.studies.search_space import SearchSpace
+from project.studies.sweep import sweep
+from project.studies.trials import write_winner
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
@@ -145,7 +150,7 @@ class TransferCLI(CheckpointCLI):
             raise ConfigError(
                 f"--name: {name!r} is not a single folder name. To change the parent: --trainer.default_root_dir"
             )
-        if verb not in ("fit", "check") and not config.ckpt_path:
+        if verb not in ("fit", "check", "sweep") and not config.ckpt_path:
             raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
         if verb == "predict":
             if data["predict"] is None:
@@ -177,15 +182,18 @@ class TransferCLI(CheckpointCLI):
             "predict": set(),
             "check": {"data", "prefix", "provider"},
             "demo": {"model", "data", "device", "precision", "provider"},
+            "sweep": {"model", "data", "device", "precision", "provider", "folder"},
         }
 
     def verbs(self) -> dict[str, Verb]:
         """Function or method of each verb, which defines its flags."""
         lightning: dict[str, Verb] = {verb: (Trainer, verb) for verb in ("fit", "validate", "test")}
-        return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo}
+        return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo, "sweep": sweep}
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
-        """Add ``--suspects``, which takes no value."""
+        """Add ``--suspects``, which takes no value, and the default heads of a sweep in a form that can be saved."""
+        if verb == "sweep":
+            parser.set_defaults({"space.head": [ClassSpec.of(head).as_dict() for head in SearchSpace().head]})
         if verb == "check":
             parser.add_argument("--suspects", action="store_true", help="List images that look like another class.")
 
@@ -208,10 +216,32 @@ class TransferCLI(CheckpointCLI):
                 demo.demo(
                     self.model, data=self.datamodule, device=device, precision=precision, provider=provider, **flags
                 )
+            elif verb == "sweep":
+                self._sweep(device, precision, flags)
             elif self.trainer.global_rank == 0:  # a single rank checks the data
                 suspects = self._section.suspects
                 prefix = self.model.prefix_spec(device, precision) if suspects else None
                 self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
+
+    def _sweep(self, device: torch.device, precision: str, flags: dict[str, Any]) -> None:
+        """Run a sweep, then the fit of its winner."""
+        runs = Path(self._section.trainer.default_root_dir or RUNS_FOLDER) / (
+            self._section.name or self.datamodule.name
+        )
+
+        def folder(belongs: Callable[[Path], bool]) -> Path:
+            known: Path | None = next(filter(belongs, runs.glob("version_*")), None)
+            return known or runs / f"version_{reserve_version(runs)}"
+
+        # As class_path and init_args, which a checkpoint can store; jsonargparse instantiates them as closures.
+        flags["space"].head = [head.as_dict() for head in self.config["sweep"].space.head]
+        provider = self._section.features.provider
+        target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
+        config = yaml.safe_load(self.verb_parser("sweep").dump(self.config["sweep"], skip_none=False))
+        path = write_winner(target, {key: value for key, value in config.items() if key not in flags}, trial)
+        print_rank_zero(f"Sweep: {target / 'sweep.csv'}; fit -c {path}")
+        fit = TransferCLI(["fit", "-c", str(path)], self._signals, f"{PROGRAM} fit -c {path}")
+        self.exit_code = fit.exit_code
 
     def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
         """Predict images and write one row per image to a CSV file.

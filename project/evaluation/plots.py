@@ -9,7 +9,7 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +218,37 @@ def gallery(images: Sequence[np.ndarray], captions: Sequence[str], title: str, c
                 if label.get_window_extent(canvas.get_renderer()).width <= side + gap / 2:
                     break
     figure.text(gap / width, 1 - 8 / height, title, fontsize=10, va="top")
+    return figure
+
+
+def sweep(trials: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the accuracy of a sweep's trials against their learning rate; solved heads are horizontal lines.
+
+    Args:
+        trials: Each with ``head``, ``features``, ``lr`` (a number, or ``solved``) and ``accuracy``.
+    """
+    figure, axes = _blank(7.5, 4.5)
+    trained = [trial for trial in trials if trial["lr"] != "solved"]
+    heads = [*dict.fromkeys(trial["head"] for trial in trained)]
+    kinds = [*dict.fromkeys(trial["features"] for trial in trials)]
+    colors = dict(zip(kinds, itertools.cycle(("#0f7ab8", "#d98a00", "#2f8f4e", "#8a4fa3")), strict=False))
+    markers = dict(zip(heads, itertools.cycle("os^Dvx"), strict=False))
+    for head, kind in itertools.product(heads, kinds):
+        chosen = [trial for trial in trained if (trial["head"], trial["features"]) == (head, kind)]
+        if chosen:
+            points = [[trial[name] for trial in chosen] for name in ("lr", "accuracy")]
+            label = f"{shorten(head, 30)}, {kind}"
+            axes.scatter(points[0], points[1], s=26, marker=markers[head], color=colors[kind], alpha=0.6, label=label)
+    for trial in trials:
+        if trial["lr"] == "solved":
+            color, label = colors[trial["features"]], f"solved, {trial['features']}"
+            axes.axhline(trial["accuracy"], color=color, linewidth=1, linestyle="--", label=label)
+    if trained:
+        axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="accuracy on held-out training images")
+    axes.set_title(f"{len(trials)} candidates", fontsize=10, loc="left")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -78,6 +78,7 @@ class EngineFactory:
             "backbone": backbone.name,
             "stages": list(cut.frozen),
             "sha256": backbone.fingerprint(cut),
+            **({} if backbone.features == "last" else {"features": backbone.features}),
             "preprocessing": backbone.preprocessing.as_dict(),
             "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),
         }

@@ -13,6 +13,7 @@ from torch import nn
 
 from project.models.backbone import Backbone
 from project.models.cut import Cut
+from project.models.readout import Readout, run_stages
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,23 @@ class PrefixSpec:
     precision: str
 
 
+class StageChain(nn.Sequential):
+    """Runs stages with a readout.
+
+    Args:
+        readout: Maps the stages and their input to the output.
+        stages: The stages.
+    """
+
+    def __init__(self, readout: Readout, *stages: nn.Module) -> None:
+        super().__init__(*stages)
+        self._readout = readout
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Run the stages."""
+        return self._readout([*self], inputs)
+
+
 class FrozenPrefix(nn.Module):
     """Inference copy of the frozen stages, normalization included: uint8 images ``(B, 3, H, W)`` to rows at the cut.
 
@@ -54,7 +72,11 @@ class FrozenPrefix(nn.Module):
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         super().__init__()
-        self.stages = nn.Sequential(*(copy.deepcopy(backbone.stages[name]) for name in cut.frozen)).cpu().float()
+        self.stages = StageChain(
+            backbone.readout if not cut.trainable else run_stages,
+            *(copy.deepcopy(backbone.stages[name]) for name in cut.frozen),
+        )
+        self.stages.cpu().float()
         self.register_buffer("scale", 1 / (255 * backbone.std.detach().float().cpu()))
         self.register_buffer("shift", -backbone.mean.detach().float().cpu() / backbone.std.detach().float().cpu())
         self.scale: torch.Tensor

@@ -114,7 +114,7 @@ class ManyTasks(pl.LightningModule):
 def _prefix_key(classifier: ImageClassifier) -> Hashable:
     """Equal for classifiers whose prefixes map an image to bit-identical rows."""
     backbone, options = classifier.backbone, classifier.hparams
-    identity = backbone.name, backbone.sha256, classifier.cut, backbone.preprocessing
+    identity = backbone.name, backbone.sha256, classifier.cut, backbone.features, backbone.preprocessing
     return *identity, options["channels_last"], options["compile"]
 
 

@@ -17,6 +17,7 @@ from project.errors import ModelError
 from project.models import weights as weight_files
 from project.models.cut import Cut
 from project.models.fingerprint import fingerprint
+from project.models.readout import FeatureKind, Readout, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
@@ -66,7 +67,7 @@ class Backbone(nn.Module):
     Args:
         name: Name of the architecture.
         stages: The stages in order; together they map normalized images to features ``(B, D)``.
-        feature_dim: Width D of the features.
+        output_dim: Width of the last stage's output.
         preprocessing: Preprocessing that the weights require. The backbone normalizes; the data pipeline does the rest.
         origin: Origin of the weights; required to restore the backbone from a checkpoint.
         sha256: Fingerprint of all stages, if known.
@@ -74,13 +75,16 @@ class Backbone(nn.Module):
     Attributes:
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
+        features: Which outputs are the features, see :meth:`set_features`.
+        readout: Runs all stages and reads the features.
+        feature_dim: Width D of the features.
     """
 
     def __init__(
         self,
         name: str,
         stages: Mapping[str, nn.Module],
-        feature_dim: int,
+        output_dim: int,
         preprocessing: Preprocessing,
         origin: Origin | None = None,
         sha256: str | None = None,
@@ -88,7 +92,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.stages = Stages(stages)
-        self.feature_dim = feature_dim
+        self.output_dim = self.feature_dim = output_dim
+        self.features: FeatureKind = "last"
+        self.readout: Readout = run_stages
         self.preprocessing = preprocessing
         self.origin = origin or Origin(None, "unknown")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
@@ -110,13 +116,28 @@ class Backbone(nn.Module):
             stage.requires_grad_(name in cut.trainable)
         self.train(self.training)
 
+    def set_features(self, features: FeatureKind) -> None:
+        """Set which outputs are the features.
+
+        Args:
+            features: See :func:`project.models.readout.readout_of`.
+
+        Raises:
+            ModelError: The network does not provide them.
+        """
+        if features != self.features:
+            self.features, self.readout = features, readout_of(features, self.stages, self.name)
+            stages, training = [*self.stages.values()], self.training
+            self.feature_dim = feature_dim(self.eval().readout, stages, self.mean, self.preprocessing.crop)
+            self.train(training)
+
     def specialized(self, cut: Cut) -> Backbone:
         """Create a backbone that shares the frozen stages and copies the trainable ones.
 
         Several classifiers can share one frozen network. Moving one of them to a device moves the shared stages.
         """
         stages = {name: copy.deepcopy(stage) if name in cut.trainable else stage for name, stage in self.stages.items()}
-        backbone = Backbone(self.name, stages, self.feature_dim, self.preprocessing, self.origin, self.sha256)
+        backbone = Backbone(self.name, stages, self.output_dim, self.preprocessing, self.origin, self.sha256)
         backbone.freeze(cut)
         return backbone
 
@@ -164,9 +185,8 @@ class Backbone(nn.Module):
         return self._run(rows, names)
 
     def _run(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        for name in names:
-            rows = self.stages[name](rows)
-        return rows
+        run = self.readout if len(names) == len(self.stages) else run_stages
+        return run([self.stages[name] for name in names], rows)
 
 
 def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:
@@ -188,7 +208,7 @@ def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: 
     origin = replace(origin, image_size=image_size)
     with torch.random.fork_rng(devices=[]), SkipRandomInit() if state is not None else nullcontext():
         torch.manual_seed(RANDOM_SEED)
-        model, feature_dim = arch.build(state)
+        model, output_dim = arch.build(state)
     preprocessing = arch.preprocessing(weights)
     fixed_size = arch.fixed_size(model)
     if fixed_size:
@@ -196,7 +216,7 @@ def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: 
             raise ModelError(f"model.image_size: {name} supports only images of {fixed_size} px, not {image_size}.")
         preprocessing = preprocessing.with_image_size(fixed_size)
     preprocessing = preprocessing.with_image_size(image_size)
-    backbone = Backbone(name, split_into_stages(model), feature_dim, preprocessing, origin)
+    backbone = Backbone(name, split_into_stages(model), output_dim, preprocessing, origin)
     if image_size is not None:
         _validate_image_size(backbone, image_size)
     return backbone

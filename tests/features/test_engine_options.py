@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from project.errors import ConfigError
 from project.features.engine_options import EngineFactory
@@ -91,3 +92,15 @@ def test_without_onnxruntime_other_engines_are_offered(engines: EngineFactory, m
     assert "onnxruntime skipped, needs onnxscript: pip install 'frozen-backbone[onnx]'" in engines.skipped
     with pytest.raises(ConfigError, match=r"needs onnxscript: pip install 'frozen-backbone\[onnx\]'"):
         engines.options("onnxruntime", None)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_engines_compute_the_features_of_all_stages(prefix: PrefixSpec, tmp_path: Path, name: str) -> None:
+    of_last = EngineFactory(tmp_path, prefix, "a task", lambda: IMAGES).options("torch", "fp32")[0].space.path
+    prefix.backbone.set_features("stages")
+    engines = EngineFactory(tmp_path, prefix, "a task", lambda: IMAGES)
+    rows = build(engines, name, "fp32")(IMAGES)
+    assert rows.shape == (len(IMAGES), 1024)
+    with torch.no_grad():
+        assert relative_error(rows, prefix.backbone(IMAGES)) < 1e-4
+    assert engines.options("torch", "fp32")[0].space.path != of_last

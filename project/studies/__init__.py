@@ -1,0 +1,1 @@
+"""Studies: many trainings of one task, compared."""

