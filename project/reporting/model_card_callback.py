@@ -116,14 +116,15 @@ def _data_section(module: ImageClassifier, data: ImageDataModule) -> dict[str, s
 def _split_method(data: ImageDataModule) -> str:
     settings, source = data.hold_out, data.source
     assert source is not None
+    limit = f"; {settings.per_class} training images of each class are used" if settings.per_class else ""
     if settings.fold is not None:
         method = f"cross-validation, fold {settings.fold}, seed {settings.split_seed}"
     elif source.splits.get("val"):
-        return f"predefined (train, val{', test' if source.splits.get('test') else ''})"
+        return f"predefined (train, val{', test' if source.splits.get('test') else ''}){limit}"
     else:
         method = f"held out from train: val {settings.val_fraction:g}, test {settings.test_fraction:g}"
         method += f", seed {settings.split_seed}"
-    return f"{method}; near-duplicates and images of the same group stay in one split"
+    return f"{method}; near-duplicates and images of the same group stay in one split{limit}"
 
 
 def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
