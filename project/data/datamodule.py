@@ -232,14 +232,18 @@ class ImageDataModule(pl.LightningDataModule):
     def training_folds(self, count: int) -> torch.Tensor:
         """Cross-validation fold of each training image, int64 ``(N,)``: stratified; clusters are not divided.
 
-        Near-duplicates and images of one group form a cluster.
+        Near-duplicates and images of one group form a cluster. A class whose images are all in one fold would have no
+        images to train on if that fold is held out, so it is never held out: the fold of its images is -1.
 
         Args:
             count: Maximum number of folds; there are fewer if there are fewer clusters.
         """
         samples = self.splits["train"]
         placed = assign_places(samples, self.image_infos(samples), self.hold_out.split_seed)
-        return torch.tensor(stratified_folds(placed, count))
+        folds = torch.tensor(stratified_folds(placed, count))
+        labels = torch.tensor([sample.label for sample in samples])
+        label_of_pairs = torch.unique(torch.stack([labels, folds]), dim=1)[0]  # pairs of class and fold
+        return folds.masked_fill((label_of_pairs.bincount() == 1)[labels], -1)
 
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.

@@ -207,7 +207,8 @@ def test_folds_partition_the_data(imbalanced: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"mixup": -1.0}, {"mixup": 1e-300}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}, {"per_class": 0}]
+    "arguments",
+    [{"mixup": -1.0}, {"mixup": 1e-300}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}, {"per_class": 0}],
 )
 def test_arguments_out_of_range_are_rejected(photos: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\."):
