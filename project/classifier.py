@@ -83,7 +83,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: Class names; by default those of the data or of the checkpoint.
         head_init: Initial head: solved is the best linear head of the training images (L2-regularized logistic
             regression, the penalty chosen by cross-validation), solved_1se the same with the strongest penalty within
-            one standard error of the best; random; auto is solved where features are stored and the head is linear.
+            one standard error of the best; random; auto is solved where features are stored and the head is linear. A
+            head with a method fit, such as PrototypeHead, computes itself in its place.
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
@@ -196,6 +197,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             if self.hparams["class_weights"] is not None:
                 raise ConfigError("data.balance=loss and model.class_weights exclude each other. Remove one of them.")
             self.loss_weights = torch.tensor(balanced_weights, device=self.device)
+        if stage == "fit" and self.classes and not self.parameter_groups():
+            lightning_internals.skip_ddp(self.trainer)
         if not self.classes:
             raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
 
@@ -315,7 +318,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self._log_epoch("test")
 
     def configure_optimizers(self) -> Any:
-        """Create the optimizer of all trainable parameters, and the scheduler."""
+        """Create the optimizer of all trainable parameters, and the scheduler; none if there are no parameters."""
+        if not self.parameter_groups():
+            return []
         optimizer, scheduler = self.make_optimizer(self.parameter_groups())
         if scheduler is None:
             return optimizer

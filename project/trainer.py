@@ -12,6 +12,7 @@ from project.callbacks.exact_resume import ExactResume
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
 from project.checkpoints.io import AtomicCheckpointIO
+from project.runtime import lightning_internals
 
 
 class Trainer(pl.Trainer):
@@ -20,13 +21,15 @@ class Trainer(pl.Trainer):
     Args:
         args: Passed to Lightning's Trainer.
         kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's. With a
-            :class:`~project.callbacks.feature_cache.FeatureCache`, the head is solved before training.
+            :class:`~project.callbacks.feature_cache.FeatureCache`, the head is solved before training. With
+            ``max_epochs=0``, the initial head is validated and saved.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         shows_progress = kwargs.get("enable_progress_bar") is not False and not kwargs.get("barebones")
         kwargs["callbacks"] = _with_default_callbacks(kwargs.get("callbacks"), shows_progress)
         super().__init__(*args, **kwargs)
+        lightning_internals.start_without_epochs(self)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user passed one
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 

@@ -125,6 +125,12 @@ class LastCheckpoint(_EpochCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="last")
+        lightning_internals.save_before_training(self)  # there may be no epochs
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if not lightning_internals.epochs(trainer).ready:  # neither an epoch nor, perhaps, a validation
+            self.on_train_epoch_end(trainer, pl_module)
 
     @property
     def path(self) -> Path:

@@ -1,8 +1,10 @@
-"""The solved head: training starts from the best linear head of the stored features."""
+"""The solved head: training starts from the best head that can be computed from the stored features."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -14,10 +16,12 @@ from torch import nn
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
+from project.features.feature_reader import FeatureReader
 from project.features.provider import row_memory_budget
 from project.features.row_loader import RowLoader
 from project.models.head_bank import TrainingRows
 from project.models.head_solver import HeadSolution, solve_head, standard_error
+from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -36,7 +40,7 @@ class Choice(NamedTuple):
 
     Attributes:
         penalty: L2 penalty.
-        folds: Number of cross-validation folds.
+        folds: Number of cross-validation folds; 0 if nothing could be held out, so that the penalty is fixed.
         sample: Number of images that were used; 0 for all training images.
     """
 
@@ -45,6 +49,11 @@ class Choice(NamedTuple):
     sample: int
 
     def __str__(self) -> str:
+        if not self.folds:
+            return (
+                f"logistic regression with L2 penalty {self.penalty:.3g}, fixed, because no class has two images to "
+                "cross-validate with (near-duplicates and images of one group count as one)"
+            )
         sample = f" on a sample of {self.sample:,} images" if self.sample else ""
         return (
             f"logistic regression with L2 penalty {self.penalty:.3g}, chosen by {self.folds}-fold "
@@ -53,77 +62,125 @@ class Choice(NamedTuple):
 
 
 class SolvedHead(pl.Callback):
-    """Before a fit, sets the head to the best linear head of the stored training rows, and validates it as epoch 0.
+    """Before a fit, computes the head from the stored training rows, and validates it as epoch 0.
 
-    See :func:`~project.models.head_solver.solve_head`, and ``head_init`` of
-    :class:`~project.classifier.ImageClassifier`. Validation images are not used: the penalty is chosen by
-    cross-validation within the training images. A resumed fit keeps the head of its checkpoint.
+    A linear head is solved, see :func:`~project.models.head_solver.solve_head`, and ``head_init`` of
+    :class:`~project.classifier.ImageClassifier`. A :class:`~project.models.heads.FittedHead` computes itself.
+    Validation images are not used: the penalty is chosen by cross-validation within the training images. A resumed fit
+    keeps the head of its checkpoint.
+
+    If there is nothing to train, because the head has no parameters, the fit has no epochs.
     """
 
     def __init__(self) -> None:
-        #: How the head was solved; ``None`` for a random head.
-        self.choice: Choice | None = None
-        self._unvalidated = False  # whether the solved head has not been validated yet
+        #: How the head was computed; ``None`` for a random head.
+        self.method: str | None = None
+        self._unvalidated = False  # whether epoch 0 has not been validated yet
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is not None:
-            return
-        self.choice, self._unvalidated = None, False
-        if not isinstance(pl_module, ImageClassifier) or pl_module.hparams["head_init"] == "random":
+        if not isinstance(pl_module, ImageClassifier):
             return
         data: Any = getattr(trainer, "datamodule", None)
-        start, reason = time.perf_counter(), _obstacle(trainer, pl_module, data)
-        if reason is None:
-            folds = _folds(data)
-            if int(folds.max()) == 0:
-                reason = "all training images are near-duplicates or of one group"
-        if reason is not None:
-            if pl_module.hparams["head_init"] != "auto" and not getattr(trainer, "fast_dev_run", False):
-                raise ConfigError(
-                    f"model.head_init: the head cannot be solved, because {reason}. Use --model.head_init auto."
+        if not any(parameter.requires_grad for parameter in pl_module.head.parameters()):
+            _refuse_settings_of_training(pl_module, data)
+            if trainer.max_epochs:
+                lightning_internals.run_no_epochs(trainer)
+                print_rank_zero(
+                    f"Epochs: none, because {type(pl_module.head).__name__} has no parameters to train; "
+                    "trainer.max_epochs, model.optimizer and model.scheduler have no effect"
                 )
+        if trainer.ckpt_path is None:
+            self.method, self._unvalidated = None, False
+            if pl_module.hparams["head_init"] != "random":
+                self._compute(trainer, pl_module, data)
+
+    def _compute(self, trainer: pl.Trainer, module: ImageClassifier, data: Any) -> None:
+        start, reason = time.perf_counter(), _obstacle(trainer, module, data)
+        if reason is not None:
+            _refuse(trainer, module, reason)
             print_rank_zero(f"Head: not solved, because {reason}")
             return
-        solution, sample = _solve(trainer, pl_module, data, folds)
-        with torch.no_grad():
-            for parameter, value in ((pl_module.head.weight, solution.weight), (pl_module.head.bias, solution.bias)):
-                if value is not None:
-                    assert isinstance(parameter, torch.Tensor)
-                    parameter.copy_(value)
-                    _from_rank_zero(parameter.data)
-        self.choice = Choice(solution.chosen.penalty, int(folds.max()) + 1, sample)
+        with _feature_reader(trainer, module, data) as reader:
+            if isinstance(module.head, FittedHead):
+                _fit(module.head, reader)
+                rows = f"{len(reader):,} rows of {len(data.splits['train']):,} training images"
+                self.method = f"{type(module.head).__name__} computed from {rows}"
+                print_rank_zero(f"Head: computed in {time.perf_counter() - start:.1f} s from {rows}")
+            else:
+                solution, choice = _solve(trainer, module, data, reader)
+                self.method = f"solved by {choice}"
+                seconds, count = time.perf_counter() - start, len(data.splits["train"])
+                print_rank_zero(f"Head: solved in {seconds:.1f} s on {count:,} training images: {choice}")
+                _report(trainer, solution)
         self._unvalidated = True
-        seconds = time.perf_counter() - start
-        print_rank_zero(f"Head: solved in {seconds:.1f} s on {len(folds):,} training images: {self.choice}")
-        _report(trainer, solution)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._unvalidated and trainer.enable_validation and not lightning_internals.epochs(trainer).ready:
+        is_only_validation = trainer.max_epochs == 0
+        before_training = not lightning_internals.epochs(trainer).ready
+        if (self._unvalidated or is_only_validation) and trainer.enable_validation and before_training:
             lightning_internals.validate_before_training(trainer)
             names = ("val/accuracy", "val/loss")
             values = [f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in names]
-            print_rank_zero(f"Epoch 0, the solved head: {', '.join(values)}")
+            print_rank_zero(f"Epoch 0, {self._described(pl_module)}: {', '.join(values)}")
         self._unvalidated = False
+
+    def _described(self, module: pl.LightningModule) -> str:
+        if self.method is None:
+            return "the initial head"
+        head = getattr(module, "head", None)
+        return f"the computed {type(head).__name__}" if isinstance(head, FittedHead) else "the solved head"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._unvalidated = False  # before best.ckpt is saved
 
     def state_dict(self) -> dict[str, Any]:
-        """How the head was solved, and whether epoch 0 is still to be validated."""
-        return {"choice": None if self.choice is None else [*self.choice], "unvalidated": self._unvalidated}
+        """How the head was computed, and whether epoch 0 is still to be validated."""
+        return {"method": self.method, "unvalidated": self._unvalidated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the description, and validate epoch 0 if the fit was interrupted in that validation."""
-        choice = state_dict["choice"]
-        self.choice = None if choice is None else Choice(float(choice[0]), int(choice[1]), int(choice[2]))
+        method = state_dict.get("method")
+        self.method = None if method is None else str(method)
         self._unvalidated = bool(state_dict["unvalidated"])
 
 
+def _refuse_settings_of_training(module: ImageClassifier, data: Any) -> None:
+    """Refuse the settings that cannot take effect where nothing is trained."""
+    given = {
+        "model.head_init random": module.hparams["head_init"] == "random",
+        "data.balance": getattr(data, "balance", "none") != "none",
+        "model.class_weights": module.hparams["class_weights"] is not None,
+        "model.label_smoothing": bool(module.hparams["label_smoothing"]),
+    }
+    if module.cut.trainable:
+        raise ConfigError(
+            f"model.trainable {module.hparams['trainable']} changes the features, and {type(module.head).__name__} is "
+            "computed from them before training. Use --model.trainable head, or another model.head."
+        )
+    refused = [name for name, is_given in given.items() if is_given]
+    if refused:
+        raise ConfigError(
+            f"{refused[0]} has no effect on {type(module.head).__name__}, which is computed from the training images "
+            "and not trained. Remove it, or use another model.head."
+        )
+
+
+def _refuse(trainer: pl.Trainer, module: ImageClassifier, reason: str) -> None:
+    """Raise if the head has to be computed, but cannot be."""
+    if not any(parameter.requires_grad for parameter in module.head.parameters()) and module.head_is_new:
+        raise ConfigError(f"model.head: {type(module.head).__name__} is computed from stored features, but {reason}.")
+    if module.hparams["head_init"] != "auto" and not getattr(trainer, "fast_dev_run", False):
+        raise ConfigError(f"model.head_init: the head cannot be solved, because {reason}. Use --model.head_init auto.")
+
+
 def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> str | None:
-    """Why the head cannot be solved; ``None`` if it can."""
-    if not isinstance(module.head, nn.Linear):
+    """Why the head cannot be computed; ``None`` if it can."""
+    fits_itself = isinstance(module.head, FittedHead)
+    if not isinstance(module.head, nn.Linear) and not fits_itself:
         return f"{type(module.head).__name__} is not linear"
+    if fits_itself and module.hparams["head_init"] == "solved_1se":
+        return f"{type(module.head).__name__} has no penalty for solved_1se"
     if not module.head_is_new and module.hparams["head_init"] == "auto":
         return "it is trained already"
     if not isinstance(data, ImageDataModule) or data.loaders["train"].rows is None:
@@ -131,6 +188,8 @@ def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> str | 
     limit = trainer.limit_train_batches
     if trainer.overfit_batches or isinstance(limit, int) or limit < 1:  # type: ignore[attr-defined]
         return "trainer.limit_train_batches or overfit_batches leaves out training images"
+    if fits_itself:
+        return None
     budget, _ = _budget(trainer)
     values = len(module.classes) * module.backbone.feature_dim
     if FOLDS * (2 * HISTORY + 3) * values * 4 > budget:
@@ -169,16 +228,35 @@ def _from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _solve(
-    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, folds: torch.Tensor
-) -> tuple[HeadSolution, int]:
-    """Solve the head; returns it and the number of images that have chosen its penalty, 0 for all."""
-    loader, ranks = data.loaders["train"].rows, ProcessGroup()
+@contextmanager
+def _feature_reader(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> Iterator[FeatureReader]:
+    loader, was_training = data.loaders["train"].rows, module.training
     assert isinstance(loader, RowLoader)
-    model_device = trainer.strategy.root_device
-    device = torch.device("cpu") if model_device.type == "mps" else model_device  # MPS has no float64
+    module.eval()
+    try:
+        yield FeatureReader(loader, module.refine, trainer.strategy.root_device, module.backbone.mean.dtype)
+    finally:
+        module.train(was_training)
+
+
+def _fit(head: nn.Module, reader: FeatureReader) -> None:
+    """Let a head compute itself. Each rank reads all rows; processors may round differently."""
+    assert isinstance(head, FittedHead)
+    with ProcessGroup().propagate_errors():
+        head.fit(reader)
+    for tensor in head.state_dict().values():
+        _from_rank_zero(tensor)
+
+
+def _solve(
+    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, reader: FeatureReader
+) -> tuple[HeadSolution, Choice]:
+    """Solve the head and set its parameters."""
+    loader, ranks, folds = data.loaders["train"].rows, ProcessGroup(), _folds(data)
+    assert isinstance(loader, RowLoader)
     count, views, width = len(folds), loader.view_count, module.backbone.feature_dim
     classes, smoothing, weights = len(module.classes), module.hparams["label_smoothing"], module.loss_weights
+    device = reader.device
     weights = None if weights is None else weights.to(device)
     frequency = torch.ones(classes, device=device)  # how often an epoch draws an image of a class
     if data.balance == "sampler":
@@ -189,13 +267,6 @@ def _solve(
         target_weights = module.task.target_weights(labels, classes, weights, smoothing)
         return target_weights * (frequency[labels] / views)[:, None]
 
-    @torch.no_grad()
-    def features(indices: torch.Tensor) -> torch.Tensor:
-        """Features of rows, by index: the trainable stages, if there are any, run in small batches."""
-        batches = (loader.read(part).to(model_device) for part in torch.split(indices, loader.evaluation_batch_size))
-        parts = [module.refine(rows.to(module.backbone.mean.dtype)).float().to(device) for rows in batches]
-        return torch.cat(parts)
-
     def training_rows(images: torch.Tensor, in_memory: bool) -> TrainingRows:
         share = ranks.rank_slice(len(images) * views)
         numbers = torch.arange(share.start, share.stop)
@@ -203,9 +274,9 @@ def _solve(
         indices, kept = own + numbers // len(images) * count, None
         if in_memory:
             with ranks.propagate_errors():
-                kept = features(indices)
+                kept = reader.read(indices)
         return TrainingRows(
-            (lambda part: features(indices[part])) if kept is None else kept.__getitem__,
+            (lambda part: reader.read(indices[part])) if kept is None else kept.__getitem__,
             loader.labels[own].to(device),
             folds[own].to(device),
             targets,
@@ -220,21 +291,24 @@ def _solve(
     sample = None
     if count > most:
         sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
-    was_training = module.training
-    module.eval()
-    try:
-        solution = solve_head(
-            training_rows(everything, count <= max(fitting, MIN_SAMPLE)),
-            module.task,
-            classes,
-            int(folds.max()) + 1,
-            module.head.bias is not None,
-            module.hparams["head_init"] == "solved_1se",
-            None if sample is None else training_rows(sample, True),
-        )
-    finally:
-        module.train(was_training)
-    return solution, 0 if sample is None else len(sample)
+    fold_count = int(folds.max()) + 1
+    solution = solve_head(
+        training_rows(everything, count <= max(fitting, MIN_SAMPLE)),
+        module.task,
+        classes,
+        fold_count,
+        module.head.bias is not None,
+        module.hparams["head_init"] == "solved_1se",
+        None if sample is None else training_rows(sample, True),
+    )
+    for parameter, value in ((module.head.weight, solution.weight), (module.head.bias, solution.bias)):
+        if value is not None:
+            assert isinstance(parameter, torch.Tensor)
+            parameter.data.copy_(value)
+            _from_rank_zero(parameter.data)
+    return solution, Choice(
+        solution.chosen.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else len(sample)
+    )
 
 
 def _report(trainer: pl.Trainer, solution: HeadSolution) -> None:
@@ -244,6 +318,8 @@ def _report(trainer: pl.Trainer, solution: HeadSolution) -> None:
         print_rank_zero(f"Head: the solver has not converged; the largest gradient is {solution.gradient_norm:.1e}")
     if unfinished:
         print_rank_zero(f"Head: cross-validation has not converged for the penalties {', '.join(unfinished)}")
+    if not solution.scores:
+        return
     names = ("penalty", "accuracy", "standard error", "loss", "standard error")
     table = Table(box=None)
     for name in names:

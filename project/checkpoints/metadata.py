@@ -15,6 +15,7 @@ SPLIT_SETTINGS: dict[str, tuple[type, ...]] = {
     "test_fraction": (float, int),
     "fold": (str, type(None)),
     "split_seed": (int,),
+    "per_class": (int, type(None)),
 }
 
 

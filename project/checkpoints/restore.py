@@ -29,6 +29,7 @@ from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
 from project.models.backbone import Backbone
 from project.models.cut import Cut
+from project.models.heads import ResizableHead
 from project.models.schedules import Interval, interval_of, with_length
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
@@ -241,12 +242,15 @@ class CheckpointMixin(Module):
         """
         validate_schema(checkpoint)
         validate_identity(checkpoint["transfer"], self.identity())
+        if isinstance(self.head, ResizableHead):
+            tensors = checkpoint["state_dict"].items()
+            self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})
         state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
         trainer = attached_trainer(self)
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
-        if trainer is not None and trainer.state.fn == "fit":
+        if trainer is not None and trainer.state.fn == "fit" and self.parameter_groups():
             groups = copy_groups(self.parameter_groups())
             name_parameter_groups(checkpoint, groups)
             length = checkpoint["transfer"].get("schedule", {}).get("length")

@@ -27,6 +27,7 @@ from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
+from project.cli.series import Series, repetition_command
 from project.cli.short_help import group_help, requested_help, short_help
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
@@ -36,10 +37,11 @@ from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
+from project.reporting.series_table import SeriesRow, print_series
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
-from project.runtime.signals import SignalHandler
+from project.runtime.signals import Interrupted, SignalHandler
 from project.studies.search_space import SearchSpace
 from project.studies.sweep import sweep
 from project.studies.trials import write_winner
@@ -61,13 +63,18 @@ class TransferCLI(CheckpointCLI):
         args: Command line, without the program's name and ``--allow_imports``.
         signals: Signal handler of the process.
         resume_command: Command that resumes the fit, without its checkpoint; printed for the user.
+        is_repetition: Whether this is a fit of a series.
 
     Attributes:
         exit_code: Exit code of the verb.
     """
 
-    def __init__(self, args: Sequence[str], signals: SignalHandler, resume_command: str) -> None:
+    def __init__(
+        self, args: Sequence[str], signals: SignalHandler, resume_command: str, is_repetition: bool = False
+    ) -> None:
         self._signals = signals
+        self._is_repetition = is_repetition
+        self._series: Series | None = None
         self._resume_command = resume_command
         self.exit_code = 0
         super().__init__(
@@ -112,6 +119,21 @@ class TransferCLI(CheckpointCLI):
             "--name", type=str | None, help="Name of the run's folder under runs/; the name of the data by default."
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+
+    def apply_checkpoint(self) -> None:
+        """Use the checkpoint's settings as defaults; a series of fits accepts no checkpoint.
+
+        Raises:
+            ConfigError: The flags of a series are out of range, or contradict others.
+        """
+        if self.config.subcommand == "fit":
+            self._series = Series.of(self.config.fit)
+        super().apply_checkpoint()
+
+    def instantiate_classes(self) -> None:
+        """Instantiate the data, the model and the trainer; a series does so for each of its fits."""
+        if self._series is None:
+            super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
         """Reject invalid configurations before any weights are read.
@@ -191,14 +213,22 @@ class TransferCLI(CheckpointCLI):
         return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo, "sweep": sweep}
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
-        """Add ``--suspects``, which takes no value, and the default heads of a sweep in a form that can be saved."""
+        """Add flags that no signature has: those of a series, ``--suspects``, and a sweep's heads in a form to save."""
         if verb == "sweep":
             parser.set_defaults({"space.head": [ClassSpec.of(head).as_dict() for head in SearchSpace().head]})
+        if verb == "fit":
+            parser.add_argument(
+                "--folds", type=int | None, help="Fit once for each of so many cross-validation folds, and compare."
+            )
+            parser.add_argument("--seeds", type=int, default=1, help="Fit with so many seeds, and compare.")
         if verb == "check":
             parser.add_argument("--suspects", action="store_true", help="List images that look like another class.")
 
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
         """Run a verb and print its result. ``check`` sets the exit code to 1 if it finds problems."""
+        if self._series is not None:
+            self._run_series(self._series)
+            return
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
         provider = self._section.features.provider
         device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
@@ -222,6 +252,24 @@ class TransferCLI(CheckpointCLI):
                 suspects = self._section.suspects
                 prefix = self.model.prefix_spec(device, precision) if suspects else None
                 self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
+
+    def _run_series(self, series: Series) -> None:
+        """Run the fits of a series, and print a table of those that have completed, also if one is stopped."""
+        rows: list[SeriesRow] = []
+        try:
+            for repetition in series.repetitions(self._args):
+                fold = f"fold {repetition.fold}, " if repetition.fold else ""
+                print_rank_zero(f"\nFit {repetition.number} of {len(series)}: {fold}seed {repetition.seed}")
+                command = repetition_command(self._resume_command, self._args, repetition.args)
+                self._signals.deferred = False
+                cli = TransferCLI(repetition.args, self._signals, command, is_repetition=True)
+                figures, folder = cli._report.figures(cli.trainer, cli.model), cli.trainer.log_dir
+                run = Path(folder) if folder else None
+                rows.append(SeriesRow(repetition.fold or "", repetition.seed, figures, run))
+                if self._signals.received:
+                    raise Interrupted(self._signals.received, f"Stopped after fit {len(rows)} of {len(series)}.")
+        finally:
+            print_series(rows, len(series))
 
     def _sweep(self, device: torch.device, precision: str, flags: dict[str, Any]) -> None:
         """Run a sweep, then the fit of its winner."""
@@ -278,8 +326,16 @@ class TransferCLI(CheckpointCLI):
         self._report = RunSummary(section.dashboard)
         callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self._report)
         if verb == "fit" and not section.trainer.fast_dev_run:
-            callbacks.append(SaveConfigCallback(self.verb_parser(verb), self.config[verb]))
-        return Trainer(**{**options, "callbacks": callbacks})
+            config = self.config[verb].clone()
+            for flag in ("folds", "seeds"):  # of a series, which other verbs do not have
+                config.pop(flag)
+            callbacks.append(SaveConfigCallback(self.verb_parser(verb), config))
+        trainer = Trainer(**{**options, "callbacks": callbacks})
+        if self._is_repetition and trainer.world_size > 1:
+            raise ConfigError(
+                f"--folds and --seeds run on one device, not on {trainer.world_size}. Add --trainer.devices 1"
+            )
+        return trainer
 
     def _report_new_classes(self, folder: Path) -> None:
         """Print which classes the data has in addition to those of the latest run in a folder, if there is one."""

@@ -22,7 +22,7 @@ from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
 from project.data.split_loader import SplitLoader
-from project.data.splits import HoldOut, assign_places, empty_split_error, split, stratified_folds
+from project.data.splits import HoldOut, assign_places, empty_split_error, limit_classes, split, stratified_folds
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
@@ -31,6 +31,8 @@ from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.seeding import derive_seed, run_seed
 from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores
+
+MAX_NAMES = 5  # classes to name in a message
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -54,7 +56,9 @@ class ImageDataModule(pl.LightningDataModule):
         test_fraction: Fraction of each class to hold out for the test if the data has no test split.
         fold: Cross-validation fold, such as 2/5: validate on the second of five folds, train on the others. The train
             and val splits of the data are merged first.
-        split_seed: Seed of the held-out split and of the folds.
+        split_seed: Seed of the held-out split, of the folds and of the images that per_class keeps.
+        per_class: Number of training images to use of each class, chosen at random once val and test are held out;
+            all by default.
         augment: Random transforms of training images: none, flip, standard (random crop, flip, color), trivial or rand
             (random crop, flip, and TrivialAugment or RandAugment); or a list of torchvision.transforms.v2 classes, each
             with class_path and init_args.
@@ -78,6 +82,7 @@ class ImageDataModule(pl.LightningDataModule):
         test_fraction: float = 0.0,
         fold: str | None = None,
         split_seed: int = 0,
+        per_class: int | None = None,
         augment: Augment | list[dict[str, Any] | nn.Module] = "none",
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -114,7 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
             for name in ("train", "val", "test")
         }
         #: Split settings. Checkpoints store them, so that a resumed fit holds out the same images.
-        self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed)
+        self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed, per_class)
         self._mix_alphas = mixup, cutmix
         self._skips_bad_images = on_bad_image == "skip"
 
@@ -141,6 +146,8 @@ class ImageDataModule(pl.LightningDataModule):
         splits = split(self.source.splits, self.image_infos, self.hold_out)
         if self._skips_bad_images:
             splits = {name: self._skip_unreadable(samples, name) for name, samples in splits.items()}
+        if self.hold_out.per_class is not None:
+            splits["train"] = self._limit_classes(splits["train"], self.hold_out.per_class)
         trained = {sample.label for sample in splits["train"]}
         for label, name in enumerate(self.source.classes):
             if label not in trained:
@@ -173,6 +180,19 @@ class ImageDataModule(pl.LightningDataModule):
                 f"Data: skipping {len(bad)} of {len(samples)} images of {where} that cannot be read: {quote_names(bad)}"
             )
         return [sample for sample, info in zip(samples, infos, strict=True) if not info.error]
+
+    def _limit_classes(self, samples: list[Sample], count: int) -> list[Sample]:
+        assert self.source is not None
+        kept = limit_classes(samples, self.image_infos(samples), count, self.hold_out.split_seed)
+        print_rank_zero(
+            f"Data: {len(kept):,} of {len(samples):,} training images are used, {count} of each class (data.per_class)"
+        )
+        sizes = Counter(sample.label for sample in kept)
+        few = [f"{name} ({sizes[label]})" for label, name in enumerate(self.source.classes) if sizes[label] < count]
+        if few:
+            more = f" and {len(few) - MAX_NAMES} more" if len(few) > MAX_NAMES else ""
+            print_rank_zero(f"Data: fewer training images than data.per_class: {', '.join(few[:MAX_NAMES])}{more}")
+        return kept
 
     def prepare_data(self) -> None:
         """Prepare and split the data in one process, so that the other ranks find it in the caches."""
@@ -214,14 +234,18 @@ class ImageDataModule(pl.LightningDataModule):
     def training_folds(self, count: int) -> torch.Tensor:
         """Cross-validation fold of each training image, int64 ``(N,)``: stratified; clusters are not divided.
 
-        Near-duplicates and images of one group form a cluster.
+        Near-duplicates and images of one group form a cluster. A class whose images are all in one fold would have no
+        images to train on if that fold is held out, so it is never held out: the fold of its images is -1.
 
         Args:
             count: Maximum number of folds; there are fewer if there are fewer clusters.
         """
         samples = self.splits["train"]
         placed = assign_places(samples, self.image_infos(samples), self.hold_out.split_seed)
-        return torch.tensor(stratified_folds(placed, count))
+        folds = torch.tensor(stratified_folds(placed, count))
+        labels = torch.tensor([sample.label for sample in samples])
+        label_of_pairs = torch.unique(torch.stack([labels, folds]), dim=1)[0]  # pairs of class and fold
+        return folds.masked_fill((label_of_pairs.bincount() == 1)[labels], -1)
 
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -111,15 +111,48 @@ def stratified_folds(placed: Placed, count: int) -> list[int]:
     return [fold_of[place.cluster] for _, place in placed]
 
 
+def limit_classes(samples: Sequence[Sample], infos: Sequence[ImageInfo], count: int, seed: int) -> list[Sample]:
+    """Keep a fixed, random subset of each class: the images with the smallest hashes.
+
+    An added image therefore replaces at most one of its class. Images of different clusters come first, so that
+    near-duplicates and images of one group are chosen together only where a class has too few clusters.
+
+    Args:
+        samples: N samples.
+        infos: Properties of each.
+        count: Number of images to keep in each class; a class with fewer images keeps all.
+        seed: Seed of the hash.
+
+    Returns:
+        The samples that are kept, in their original order.
+    """
+    clusters = [place.cluster for _, place in assign_places(samples, infos, seed)]
+    # Not the hash of assign_places: the smallest of those are held out for val.
+    hashes = [
+        hashlib.sha256(b"per class %d %b" % (seed, info.digest or os.fsencode(sample.name))).digest()
+        for sample, info in zip(samples, infos, strict=True)
+    ]
+    earlier: Counter[tuple[int, int]] = Counter()  # images of a class and cluster with smaller hashes
+    ranks: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for index in sorted(range(len(samples)), key=lambda index: (hashes[index], samples[index].name)):
+        label = samples[index].label
+        ranks[label].append((earlier[label, clusters[index]], index))
+        earlier[label, clusters[index]] += 1
+    by_rank = (sorted(items, key=lambda item: item[0]) for items in ranks.values())  # stable: then by hash
+    kept = {index for items in by_rank for _, index in items[:count]}
+    return [sample for index, sample in enumerate(samples) if index in kept]
+
+
 @dataclass(frozen=True)
 class HoldOut:
-    """Settings for splits that the data does not provide, so that they are held out from train; plain types only.
+    """Settings of the splits: what is held out from train, and what of train is used; plain types only.
 
     Attributes:
         val_fraction: Fraction of all images for validation.
         test_fraction: Fraction of all images for the test.
         fold: Cross-validation fold: ``2/5`` is the second of five. Train and val are merged first.
         split_seed: Seed of the splits.
+        per_class: Number of training images to use of each class, see :func:`limit_classes`; ``None`` for all.
 
     Raises:
         ConfigError: A value is out of range.
@@ -129,12 +162,15 @@ class HoldOut:
     test_fraction: float = 0.0
     fold: str | None = None
     split_seed: int = 0
+    per_class: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.val_fraction, self.test_fraction) < 0 or self.val_fraction + self.test_fraction >= 1:
             raise ConfigError("data.val_fraction and data.test_fraction must be at least 0, and their sum less than 1.")
         if self.fold is not None:
             parse_fold(self.fold)
+        if self.per_class is not None and self.per_class < 1:
+            raise ConfigError(f"data.per_class must be at least 1, got {self.per_class}.")
 
 
 def split(

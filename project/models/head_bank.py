@@ -11,6 +11,8 @@ from project.models.lbfgs import Minimum, minimize
 from project.task import Task
 
 MAX_PASSES = 300
+NO_FOLD = -2
+FEW_ROWS = 30  # with so many rows, half of a feature's variance is replaced by the mean of all; with 300, 1 %
 LOGITS = 2**20  # logits to compute at once, so that they fit in a CPU's cache
 STREAMED_ROWS = 4096  # rows to read at once
 
@@ -22,7 +24,7 @@ class TrainingRows:
     Attributes:
         read: Returns the features of a slice, float32 ``(B, D)``, on the device.
         labels: int64 ``(N,)``, on the device.
-        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device.
+        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; -1 for rows that are never held out.
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
         in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
@@ -58,6 +60,8 @@ class TrainingRows:
 class Coordinates:
     """Standardized features along their principal axes, with a constant appended for the bias.
 
+    The standard deviations of few rows are shrunk towards their mean, see :data:`FEW_ROWS`.
+
     Along these axes, a diagonal approximates the Hessian of a head well.
 
     Args:
@@ -68,7 +72,9 @@ class Coordinates:
     def __init__(self, rows: TrainingRows, bias: bool) -> None:
         self._rows, self._bias = rows, bias
         count, mean, second = self._moments()
-        std = (second - mean**2).clamp_min(0).sqrt()
+        variance = (second - mean**2).clamp_min(0)
+        # In few rows, many features are nearly constant; scaled to a deviation of 1, these would dominate the head.
+        std = variance.lerp(variance.mean(), 1 / (1 + (count / FEW_ROWS) ** 2)).sqrt()
         self._std = std.masked_fill(std <= 1e-6 * second.sqrt(), 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
         self._matrix = self._standardized(slice(None)) if rows.in_memory else None
@@ -174,7 +180,7 @@ class HeadBank:
     Args:
         rows: The training rows.
         coordinates: Their coordinates.
-        held_out: The fold that each head does not train on ``(K,)``; -1 for none.
+        held_out: The fold that each head does not train on ``(K,)``; :data:`NO_FOLD` for none.
         task: Gives the loss.
         classes: Number C of classes.
     """

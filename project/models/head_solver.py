@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from project.models.head_bank import Coordinates, HeadBank, TrainingRows
+from project.models.head_bank import NO_FOLD, Coordinates, HeadBank, TrainingRows
 from project.task import Task
 
 #: The first penalties to compare, the strongest first: 1 / C of scikit-learn.
@@ -21,6 +21,8 @@ RATIO = PENALTIES[0] / PENALTIES[1]
 #: More penalties follow while the outermost one has the smallest loss, by at least this difference.
 MIN_GAIN = 1e-3
 MAX_PENALTIES = 20
+#: The penalty where nothing can be held out: scikit-learn's default.
+FIXED_PENALTY = 1.0
 #: Relative tolerances of the loss: in cross-validation, and of the final head.
 COARSE, FINE = 1e-5, 1e-8
 
@@ -56,7 +58,7 @@ class HeadSolution(NamedTuple):
     Attributes:
         weight: ``(C, D)``, float32.
         bias: ``(C,)``, float32; ``None`` without a bias.
-        scores: Cross-validation of each penalty, the strongest first.
+        scores: Cross-validation of each penalty, the strongest first; empty for a fixed penalty.
         chosen: The one whose penalty the head has.
         gradient_norm: Largest component of the gradient of the mean loss with its penalty, computed in float64.
         converged: Whether the solver has converged for the head.
@@ -85,7 +87,7 @@ def solve_head(
         rows: The training rows.
         task: Gives the loss, which must be convex in the logits.
         classes: Number C of classes.
-        folds: Number of cross-validation folds, at least 2.
+        folds: Number of cross-validation folds; with less than 2, the penalty is :data:`FIXED_PENALTY`.
         bias: Whether the head has a bias.
         one_standard_error: Choose the strongest penalty whose loss is within one standard error of the smallest loss
             (Hastie et al., "The Elements of Statistical Learning", 2009, section 7.10), not that of the smallest loss.
@@ -93,10 +95,11 @@ def solve_head(
     """
     compared = rows if sample is None else sample
     coordinates = Coordinates(compared, bias)
-    bank = HeadBank(compared, coordinates, torch.arange(folds, device=compared.labels.device), task, classes)
-    scores = _path(bank)
-    chosen = min(scores, key=lambda score: score.loss)
-    if one_standard_error:
+    bank = HeadBank(compared, coordinates, torch.arange(max(folds, 1), device=compared.labels.device), task, classes)
+    scores = _path(bank) if folds > 1 else []
+    unknown = PenaltyScore(FIXED_PENALTY, torch.empty(0), torch.empty(0), bank.zeros()[0], True)
+    chosen = min(scores, key=lambda score: score.loss, default=unknown)
+    if one_standard_error and scores:
         limit = chosen.loss + standard_error(chosen.losses)
         chosen = next(score for score in scores if score.loss <= limit)
     start = chosen.mean_head
@@ -104,7 +107,7 @@ def solve_head(
         on_sample = coordinates.head(start)
         coordinates = Coordinates(rows, bias)
         start = coordinates.parameters(*on_sample)
-    final = HeadBank(rows, coordinates, torch.tensor([-1], device=rows.labels.device), task, classes)
+    final = HeadBank(rows, coordinates, torch.tensor([NO_FOLD], device=rows.labels.device), task, classes)
     solution = final.solve(start[None], chosen.penalty, FINE)
     weight, offset = coordinates.head(solution.parameters[0])
     norm = final.gradient_norm(solution.parameters, chosen.penalty)

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
-from project.callbacks.solved_head import Choice, SolvedHead
+from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.limitations import pluralize
@@ -116,14 +116,15 @@ def _data_section(module: ImageClassifier, data: ImageDataModule) -> dict[str, s
 def _split_method(data: ImageDataModule) -> str:
     settings, source = data.hold_out, data.source
     assert source is not None
+    limit = f"; {settings.per_class} training images of each class are used" if settings.per_class else ""
     if settings.fold is not None:
         method = f"cross-validation, fold {settings.fold}, seed {settings.split_seed}"
     elif source.splits.get("val"):
-        return f"predefined (train, val{', test' if source.splits.get('test') else ''})"
+        return f"predefined (train, val{', test' if source.splits.get('test') else ''}){limit}"
     else:
         method = f"held out from train: val {settings.val_fraction:g}, test {settings.test_fraction:g}"
         method += f", seed {settings.split_seed}"
-    return f"{method}; near-duplicates and images of the same group stay in one split"
+    return f"{method}; near-duplicates and images of the same group stay in one split{limit}"
 
 
 def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
@@ -153,8 +154,8 @@ def _training_section(
         "Trained parts": ", ".join([*module.cut.trainable, "head"]),
         "Trained parameters": f"{trainable:,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
-        "Initial head": f"solved by {initial}" if initial else "random, or of an earlier fit",
-        "Optimizer": code(format_class(hparams["optimizer"])),
+        "Initial head": initial or "random, or of an earlier fit",
+        "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
         "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
         "Duration": f"{duration}, {pluralize(trainer.global_step, 'step')}",
@@ -167,10 +168,10 @@ def _training_section(
     }
 
 
-def _initial_head(trainer: pl.Trainer) -> Choice | None:
-    """How the head was solved; ``None`` for a random head."""
+def _initial_head(trainer: pl.Trainer) -> str | None:
+    """How the head was computed; ``None`` for a random head."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((item.choice for item in callbacks if isinstance(item, SolvedHead)), None)
+    return next((item.method for item in callbacks if isinstance(item, SolvedHead)), None)
 
 
 def _environment_section(trainer: pl.Trainer) -> dict[str, str]:

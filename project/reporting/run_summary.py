@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,13 +15,39 @@ from torch import nn
 
 from project.callbacks import early_stopping_resume
 from project.callbacks.model_checkpoint import BestCheckpoint
+from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
+from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
 
 MAX_CLASSES = 25  # with more, per-class recall is not printed
+
+
+class FitFigures(NamedTuple):
+    """Validation accuracies of a fit.
+
+    Attributes:
+        initial: That of epoch 0; ``None`` if the fit did not validate its initial head.
+        last: That of the last epoch; ``None`` without an epoch.
+        best: The highest one.
+        epochs: Number of completed epochs.
+        validated: Number of validated epochs, epoch 0 included.
+        train_images: Number of training images.
+        val_images: Number of validation images.
+        is_stopped_early: Whether EarlyStopping has chosen the last epoch.
+    """
+
+    initial: float | None
+    last: float | None
+    best: float | None
+    epochs: int
+    validated: int
+    train_images: int
+    val_images: int
+    is_stopped_early: bool
 
 
 class RunSummary(pl.Callback):
@@ -33,16 +61,41 @@ class RunSummary(pl.Callback):
         self._dashboard = dashboard
         self._start = time.perf_counter()
         self._seconds = 0.0
+        self._accuracies: dict[int, float] = {}  # by epoch, from 1; 0 before the first one
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
+        self._accuracies = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and accuracy is not None:
+            self._accuracies[lightning_internals.epochs(trainer).ready] = float(accuracy)
+
+    def figures(self, trainer: pl.Trainer, model: ImageClassifier) -> FitFigures:
+        """Validation accuracies of a fit that has ended. Epochs before a resume are counted, but not known."""
+        data: Any = getattr(trainer, "datamodule", None)
+        counts, epochs = model.epoch_metrics("val").counts, trainer.current_epoch
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        has_initial = any(isinstance(item, SolvedHead) and item.method for item in callbacks) or 0 in self._accuracies
+        return FitFigures(
+            self._accuracies.get(0),
+            self._accuracies.get(epochs) if epochs else None,
+            max(self._accuracies.values(), default=None),
+            epochs,
+            epochs // (trainer.check_val_every_n_epoch or 1) + has_initial,
+            len(getattr(data, "splits", {}).get("train", ())),
+            0 if counts is None else counts.images,
+            early_stopping_resume.stop_reason(trainer) is not None,
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, ImageClassifier):
             return
         trainable = ", ".join([*pl_module.cut.trainable, "head"])
         count = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        print_rank_zero(f"Trainable: {trainable} ({count:,} parameters), {len(pl_module.classes)} classes")
+        trained = f"{trainable} ({count:,} parameters)" if count else "nothing"
+        print_rank_zero(f"Trainable: {trained}, {len(pl_module.classes)} classes")
         print_rank_zero(_stage_table(pl_module))
         frozen = f"{_frozen_stages(pl_module)}, SHA-256 {pl_module.frozen_sha256}"
         print_rank_zero(f"Frozen: {frozen}")
@@ -69,12 +122,13 @@ class RunSummary(pl.Callback):
         if isinstance(best, ModelCheckpoint) and Path(best.best_model_path).is_file():
             path = _relative(Path(best.best_model_path))
             rows |= _best_epoch(best)
+            rows |= _selection(self.figures(trainer, model))
             rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
             load_command = f'To load it: from project import load; load("{path}").predict(["a.jpg"])'
         if card is not None and card.is_file():
             rows["model card"] = str(_relative(card))
-        speed = f"{self._dashboard.images_per_second:,.0f} training images/s"
-        rows["time"] = f"{self._seconds:.1f} s, {speed}"
+        rate = self._dashboard.images_per_second
+        rows["time"] = f"{self._seconds:.1f} s{f', {rate:,.0f} training images/s' if rate else ''}"
         rows["frozen"] = f"{_frozen_stages(model)}{', unchanged' if model.cut.frozen else ''}"
         rows["SHA-256"] = f"{model.frozen_sha256} before and after"
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -134,6 +188,22 @@ def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
         names = [name for name in ("val/f1", "val/ece", "val/loss") if name in evaluation.metrics]
         metrics = [f"{name} {evaluation.metrics[name]:.4f}" for name in names]
         rows["best epoch"] = ", ".join([str(evaluation.epoch + 1), *metrics])
+    return rows
+
+
+def _selection(figures: FitFigures) -> Mapping[str, str]:
+    """What the validation images have chosen, and the figures that they have not."""
+    if not figures.val_images:
+        return {}
+    images = f"these {figures.val_images:,} images"
+    if figures.validated < 2:
+        return {"chosen by": f"none of {images}: it is the only validation"}
+    rows = {"chosen by": f"{images}, from {figures.validated} validated epochs, so it is optimistic"}
+    if figures.initial is not None:
+        rows["epoch 0"] = f"val/accuracy {figures.initial:.4f}, not chosen by {images}"
+    if figures.last is not None:
+        chosen = "chosen by EarlyStopping" if figures.is_stopped_early else f"not chosen by {images}"
+        rows["last epoch"] = f"{figures.epochs}, val/accuracy {figures.last:.4f}, {chosen}"
     return rows
 
 

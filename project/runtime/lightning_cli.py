@@ -94,7 +94,8 @@ class VerbCLI(LightningCLI, ABC):
         self.apply_checkpoint()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        section = self.config_init[subcommand]
+        # A subclass may not instantiate the classes.
+        section = getattr(self, "config_init", self.config)[subcommand]
         self.run_verb(subcommand, {name: section[name] for name in self._function_flags[subcommand]})
 
 

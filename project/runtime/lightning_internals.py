@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _reset_progress
+from lightning.pytorch.strategies import DDPStrategy
 
 
 class Progress(NamedTuple):
@@ -97,6 +99,36 @@ def save_before_training(callback: ModelCheckpoint) -> None:
     Relies on ``ModelCheckpoint._last_global_step_saved``, which is 0 at first: nothing to save.
     """
     callback._last_global_step_saved = -1
+
+
+class _FitLoopWithEpochZero(_FitLoop):
+    @property
+    def skip(self) -> bool:
+        if self.max_epochs == 0:
+            return self.max_batches == 0 or self.trainer.limit_train_batches == 0
+        return super().skip
+
+
+def start_without_epochs(trainer: pl.Trainer) -> None:
+    """Let a fit of 0 epochs call ``on_train_start`` and ``on_train_end``; Lightning returns before them.
+
+    Relies on ``fit_loop.run()``, which asks ``skip`` before these hooks and ``done`` before each epoch.
+    """
+    trainer.fit_loop.__class__ = _FitLoopWithEpochZero
+
+
+def run_no_epochs(trainer: pl.Trainer) -> None:
+    """Set ``max_epochs`` to 0. Relies on ``fit_loop.max_epochs``."""
+    trainer.fit_loop.max_epochs = 0
+
+
+def skip_ddp(trainer: pl.Trainer) -> None:
+    """Do not wrap the module in DistributedDataParallel, which refuses one without trainable parameters.
+
+    Call it in ``setup()``. Relies on ``DDPStrategy.configure_ddp()``, and on its running a module that is not wrapped.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
 
 
 def accumulates_gradients(trainer: pl.Trainer) -> bool:

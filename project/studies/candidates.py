@@ -28,7 +28,7 @@ class LabelledRows:
     Attributes:
         features: Features of each kind, float32 ``(N, D)``, on the device.
         labels: int64 ``(N,)``, on the device.
-        folds: Cross-validation fold of each image, int64 ``(N,)``.
+        folds: Cross-validation fold of each image, int64 ``(N,)``; -1 for images that are never held out.
         num_classes: Number C of classes.
         class_weights: Weight of each class in the loss ``(C,)``, or ``None``.
         sampling_weights: Weight of each image in a balanced sampler ``(N,)``, or ``None``.

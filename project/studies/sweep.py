@@ -160,8 +160,8 @@ def _read(
         sampling = (1 / counts)[labels]
         importance = importance * (len(samples) / (len(counts) * counts)).to(device)
     folds = data.training_folds(FOLDS)
-    if int(folds.max()) == 0:
-        raise ConfigError("sweep cannot hold out images: all training images are near-duplicates or of one group.")
+    if int(folds.max()) < 1:
+        raise ConfigError("sweep cannot hold out training images: each class has a single image, near-duplicates, or images of one group.")
     rows = LabelledRows(features, labels.to(device), folds, len(counts), class_weights, sampling, importance)
     return rows, [*features]
 
@@ -260,4 +260,4 @@ def _train(
 
 
 def _fold_sizes(rows: LabelledRows, held_out: int) -> torch.Tensor:
-    return torch.bincount(rows.folds)[:held_out]
+    return torch.bincount(rows.folds[rows.folds >= 0])[:held_out]  # -1: never held out

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from project import load
+from project.cli.main import main
 from project.reporting.dashboard import Dashboard
 from tests.conftest import SOLVED, STORED, draw, scalars
 
@@ -290,3 +291,101 @@ def test_python_users_get_it_with_the_feature_cache(photos: Path, weights: Path,
     again = Trainer(max_epochs=0, callbacks=[FeatureCache(folder="store")], accelerator="cpu", **options)
     again.fit(model, datamodule=data)
     assert torch.equal(model.head.weight, 2 * trained), "a trained head is kept"
+
+
+PROTOTYPES = ["--model.head", "project.models.heads.PrototypeHead"]
+NEIGHBORS = ["--model.head", "project.models.heads.KNNHead"]
+
+
+@pytest.mark.parametrize("kind", [PROTOTYPES, NEIGHBORS], ids=["prototypes", "neighbors"])
+def test_a_head_that_is_not_trained(
+    fit: Fit, photos: Path, kind: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is validated and saved without an epoch; its checkpoints load, predict, validate and resume."""
+    assert fit(*DEFAULT, *kind, "--trainer.max_epochs", "5") == 0
+    output, name = capsys.readouterr().out, kind[1].rpartition(".")[2]
+    assert f"Epochs: none, because {name} has no parameters to train" in output
+    assert "from 24 rows of 24 training images" in output
+    accuracy = scalars(VERSION).Scalars("val/accuracy")
+    assert len(accuracy) == 1
+    assert f"Epoch 0, the computed {name}: val/accuracy {accuracy[0].value:.4f}" in output
+    assert f"best val/accuracy: {accuracy[0].value:.4f}" in output
+    assert f"- Initial head: {name} computed from 24 rows" in (VERSION / "model_card.md").read_text()
+    assert all(torch.equal(value, head("last")[key]) for key, value in head().items())
+
+    paths = sorted((photos / "val").glob("*/*"))
+    predicted = load(VERSION / "checkpoints/best.ckpt").predict(paths)
+    correct = sum(name == path.parent.name for name, path in zip(predicted, paths, strict=True))
+    assert correct / len(paths) == pytest.approx(accuracy[0].value)
+
+    best, last = (str(VERSION / f"checkpoints/{name}.ckpt") for name in ("best", "last"))
+    assert main(["validate", "--ckpt_path", best, "--data.root", str(photos), "--data.num_workers", "0"]) == 0
+    assert f"val/accuracy: {accuracy[0].value:.4f}" in capsys.readouterr().out
+    assert fit(*DEFAULT, "--ckpt_path", last, "--trainer.max_epochs", "5") == 0
+    assert f"Epoch 0, the computed {name}: val/accuracy {accuracy[0].value:.4f}" in capsys.readouterr().out
+    resumed = VERSION.with_name("version_1")
+    for file in ("best", "last"):
+        assert all(torch.equal(value, head(file, resumed)[key]) for key, value in head().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--features.cache", "off"], "no features are stored"),
+        (["--trainer.limit_train_batches", "1"], "leaves out training images"),
+        (["--model.head_init", "random"], "model.head_init random has no effect on PrototypeHead"),
+        (["--data.balance", "sampler"], "data.balance has no effect"),
+        (["--model.label_smoothing", "0.1"], "model.label_smoothing has no effect"),
+        (["--model.class_weights", "[1, 2, 3]"], "model.class_weights has no effect"),
+        (["--model.trainable", "layer4"], "model.trainable layer4"),
+        (["--model.head_init", "solved_1se"], "PrototypeHead has no penalty for solved_1se"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_a_head_that_is_not_trained_refuses(
+    fit: Fit, refused: Callable[[int], str], flags: list[str], reason: str
+) -> None:
+    assert reason in refused(fit("--features.folder", "store", *SOLVED, *PROTOTYPES, *flags))
+
+
+def test_a_cosine_head_starts_from_the_class_means_and_is_trained(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*DEFAULT, "--model.head", "project.models.heads.CosineHead") == 0
+    assert "Epoch 0, the computed CosineHead: " in capsys.readouterr().out
+    assert len(scalars(VERSION).Scalars("val/accuracy")) == 2
+    assert not torch.equal(head("last")["head.weight"], head()["head.weight"]) or checkpoint()["best"]["epoch"] == 0
+
+
+def test_all_views_count_for_a_head_that_is_not_trained(fit: Fit) -> None:
+    assert fit(*DEFAULT, *NEIGHBORS, "--data.augment", "standard", "--features.views", "3") == 0
+    assert head()["head.rows"].shape == (72, 512)
+
+
+@pytest.mark.parametrize("flags", [SOLVED, ["--model.head_init", "random"]], ids=["solved", "random"])
+def test_a_fit_of_no_epochs_validates_and_saves_the_head(
+    fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert fit(*STORED, *flags, "--trainer.max_epochs", "0") == 0
+    output = capsys.readouterr().out
+    (accuracy,) = scalars(VERSION).Scalars("val/accuracy")
+    described = "the solved head" if flags == SOLVED else "the initial head"
+    assert f"Epoch 0, {described}: val/accuracy {accuracy.value:.4f}" in output
+    assert f"best val/accuracy: {accuracy.value:.4f}" in output
+    assert all(torch.equal(value, head("last")[key]) for key, value in head().items())
+    assert load(VERSION / "checkpoints/last.ckpt").classes_ == ["blue", "green", "red"]
+
+
+def test_a_fit_of_no_epochs_without_validation_saves_the_head(fit: Fit) -> None:
+    assert fit(*DEFAULT, "--trainer.max_epochs", "0", "--trainer.limit_val_batches", "0") == 0
+    assert head("last")["head.weight"].shape == (3, 512)
+
+
+def test_one_image_of_each_class_is_solved_with_a_fixed_penalty(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*DEFAULT, "--data.per_class", "1") == 0
+    output = capsys.readouterr().out
+    assert "on 3 training images: logistic regression with L2 penalty 1, fixed, because no class has two" in output
+    assert "Epoch 0, the solved head: " in output
+
+
+def test_two_images_of_each_class_are_cross_validated(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*DEFAULT, "--data.per_class", "2") == 0
+    assert re.search(r"on 6 training images: .* chosen by [2-5]-fold cross-validation", capsys.readouterr().out)

@@ -181,6 +181,20 @@ def test_unreadable_images_are_skipped_in_all_splits_and_listed(
         list(stopping)
 
 
+def test_training_images_are_limited_once_the_others_are_held_out(
+    imbalanced: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (imbalanced / "train/many/bad.png").write_bytes(b"no")
+    options: dict[str, Any] = {"root": str(imbalanced), "num_workers": 0, "on_bad_image": "skip"}
+    data, whole = ImageDataModule(per_class=5, **options), ImageDataModule(**options)
+    assert data.class_counts == {"train": [3, 5], "val": [3, 30], "test": [0, 0]}
+    assert data.splits["val"] == whole.splits["val"]
+    assert set(data.splits["train"]) < set(whole.splits["train"])
+    out = capsys.readouterr().out
+    assert "Data: 8 of 33 training images are used, 5 of each class (data.per_class)\n" in out
+    assert "Data: fewer training images than data.per_class: few (3)\n" in out
+
+
 def test_folds_partition_the_data(imbalanced: Path) -> None:
     validated = [
         {
@@ -193,7 +207,8 @@ def test_folds_partition_the_data(imbalanced: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"mixup": -1.0}, {"mixup": 1e-300}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}]
+    "arguments",
+    [{"mixup": -1.0}, {"mixup": 1e-300}, {"cutmix": -0.1}, {"fold": "7/5"}, {"val_fraction": 1.0}, {"per_class": 0}],
 )
 def test_arguments_out_of_range_are_rejected(photos: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\."):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from project.data.image_index import ImageInfo
 from project.data.sources.base import Sample
-from project.data.splits import HoldOut, assign_places, hold_out, parse_fold, split
+from project.data.splits import HoldOut, assign_places, hold_out, limit_classes, parse_fold, split
 from project.errors import ConfigError
 
 labelled = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(
@@ -95,6 +95,39 @@ def test_duplicates_and_near_duplicates_are_not_divided() -> None:
 def test_existing_splits_are_kept_without_reading_images() -> None:
     given_splits = {name: [Sample(f"{name}{i}", 0) for i in range(10)] for name in ("train", "val", "test")}
     assert split(given_splits, lambda _: pytest.fail("images are read"), HoldOut(0.4, 0.5)) == given_splits
+
+
+@given(labelled, st.integers(1, 30), st.integers(0, 5), st.randoms())
+def test_each_class_is_limited_independently_of_the_order(
+    samples: list[Sample], count: int, seed: int, random: object
+) -> None:
+    kept = limit_classes(samples, distinct_infos(samples), count, seed)
+    assert kept == [sample for sample in samples if sample in kept], "the order is kept"
+    available = Counter(sample.label for sample in samples)
+    assert Counter(sample.label for sample in kept) == {label: min(count, n) for label, n in available.items()}
+    shuffled = list(samples)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert set(limit_classes(shuffled, distinct_infos(shuffled), count, seed)) == set(kept)
+
+
+def test_an_added_image_replaces_at_most_one_of_its_class() -> None:
+    samples = [Sample(f"{i}.jpg", i % 3) for i in range(90)]
+    before = set(limit_classes(samples, distinct_infos(samples), 5, 0))
+    for number in range(50):
+        added = [Sample(f"new{number}.jpg", 1), *samples]
+        lost = before - set(limit_classes(added, distinct_infos(added), 5, 0))
+        assert len(lost) <= 1 and all(sample.label == 1 for sample in lost)
+    assert before != set(limit_classes(samples, distinct_infos(samples), 5, 1)), "it depends on the seed"
+
+
+def test_a_limited_class_has_near_duplicates_only_if_it_has_too_few_others() -> None:
+    """Six images: three copies of one image, and three of one group."""
+    samples = [Sample(f"{i}.jpg", 0, "" if i < 3 else "group") for i in range(6)]
+    infos = [ImageInfo(max(i, 2).to_bytes(32)) for i in range(6)]
+    for seed in range(10):
+        numbers = [samples.index(sample) for sample in limit_classes(samples, infos, 2, seed)]
+        assert [number < 3 for number in numbers] == [True, False]
+    assert len(limit_classes(samples, infos, 5, 0)) == 5
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.2, 0.0), (0.2, 0.2), (0.1, 0.4)])

@@ -110,17 +110,18 @@ def test_split_settings_are_restored_from_the_checkpoint_unless_overridden(
     fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data.root", str(photos / "train"), "--data.fold", "2/3", "--data.split_seed", "5"]
+    flags += ["--data.per_class", "3"]
     assert fit(*flags, "--name", "fold") == 0
     checkpoints = Path("runs/fold/version_0/checkpoints")
     best = max(event.value for event in scalars(checkpoints.parent).Scalars("val/accuracy"))
     saved = torch.load(checkpoints / "last.ckpt", weights_only=True)["transfer"]["split"]
-    assert saved == {"val_fraction": 0.2, "test_fraction": 0.0, "fold": "2/3", "split_seed": 5}
+    assert saved == {"val_fraction": 0.2, "test_fraction": 0.0, "fold": "2/3", "split_seed": 5, "per_class": 3}
     capsys.readouterr()
     resume = ["fit", "--ckpt_path", str(checkpoints / "last.ckpt"), "--data.root", str(photos / "train")]
     resume += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
     assert main(resume) == 0
     config = yaml.safe_load(next(Path("runs/train").glob("version_*/config.yaml")).read_text())["data"]
-    assert (config["fold"], config["split_seed"]) == ("2/3", 5)
+    assert (config["fold"], config["split_seed"], config["per_class"]) == ("2/3", 5, 3)
     assert main([*resume, "--data.fold", "1/3", "--trainer.max_epochs", "3", "--name", "other"]) == 0
     config = yaml.safe_load(Path("runs/other/version_0/config.yaml").read_text())["data"]
     assert config["fold"] == "1/3", "a flag overrides the checkpoint"
@@ -131,7 +132,7 @@ def test_checkpoint_with_invalid_split_settings_is_rejected(
     run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "checkpoints" / "last.ckpt"
-    for invalid in ({"fold": 5}, {"other": 1}, [1], {"val_fraction": "0.2"}):
+    for invalid in ({"fold": 5}, {"per_class": "5"}, {"other": 1}, [1], {"val_fraction": "0.2"}):
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["transfer"]["split"] = invalid
         torch.save(checkpoint, "odd.ckpt")

@@ -79,6 +79,16 @@ def test_two_processes_solve_the_head_of_one(ddp: Ddp, album: Path, weights: Pat
     torch.testing.assert_close(two["head.bias"], one["head.bias"], atol=2e-3, rtol=0.02)
 
 
+def test_two_processes_compute_a_head_that_is_not_trained(ddp: Ddp, album: Path) -> None:
+    """DistributedDataParallel refuses a model without trainable parameters."""
+    flags = [*SOLVED, "--data.root", "album", "--features.engine", "torch"]
+    code, output = ddp(*flags, "--model.head", "project.models.heads.KNNHead")
+    assert code == 0, output
+    assert output.count("Head: computed in") == output.count("Epoch 0, the computed KNNHead: ") == 1
+    rows = torch.load("runs/album/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]["head.rows"]
+    assert rows.shape == (24, 512)
+
+
 @pytest.mark.parametrize(
     ("engine", "image"),
     [("torch", "val/red/3"), ("auto", "train/blue/0")],  # the last, and the first

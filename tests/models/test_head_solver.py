@@ -10,10 +10,9 @@ import torch
 from sklearn.datasets import load_digits, make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
-from project.models import head_solver
+from project.models import head_bank, head_solver
 from project.models.head_bank import Coordinates, HeadBank, TrainingRows
 from project.models.head_solver import HeadSolution, solve_head, standard_error
 from project.task import SingleLabel
@@ -52,9 +51,15 @@ def data(rows: int, features: int, classes: int, seed: int = 0) -> tuple[np.ndar
     return x * scale + scale, y  # features of different means and scales
 
 
+def standardized(x: np.ndarray, centered: bool = True) -> np.ndarray:
+    """Features with the variances of :data:`~project.models.head_bank.FEW_ROWS`."""
+    share = 1 / (1 + (len(x) / head_bank.FEW_ROWS) ** 2)
+    return (x - x.mean(0) * centered) / np.sqrt((1 - share) * x.var(0) + share * x.var(0).mean())
+
+
 def reference(x: np.ndarray, y: np.ndarray, penalty: float, bias: bool = True, **options: object) -> LogisticRegression:
     model = LogisticRegression(C=1 / penalty, fit_intercept=bias, tol=1e-10, max_iter=20_000, **options)
-    return model.fit(StandardScaler(with_mean=bias).fit_transform(x), y)
+    return model.fit(standardized(x, bias), y)
 
 
 def probabilities(solution: HeadSolution, x: np.ndarray) -> np.ndarray:
@@ -70,7 +75,7 @@ def test_equals_scikit_learn(rows: int, features: int, classes: int, bias: bool,
     x, y = data(rows, features, classes)
     solution = solve_head(training_rows(x, y, in_memory), TASK, classes, FOLDS, bias)
     model = reference(x, y, solution.chosen.penalty, bias)
-    expected = model.predict_proba(StandardScaler(with_mean=bias).fit_transform(x))
+    expected = model.predict_proba(standardized(x, bias))
     assert solution.converged
     assert solution.gradient_norm < 1e-4
     assert (solution.bias is not None) is bias
@@ -82,14 +87,12 @@ def test_held_out_scores_equal_those_of_scikit_learn() -> None:
     x, y = data(500, 20, 3)
     solution = solve_head(training_rows(x, y), TASK, 3, FOLDS)
     fold = np.arange(len(y)) % FOLDS
-    standardized = StandardScaler().fit_transform(x)
+    scaled = standardized(x)
     for score in solution.scores[4::3]:
         for number in range(FOLDS):
             train, held_out = fold != number, fold == number
-            model = LogisticRegression(C=1 / score.penalty, tol=1e-8, max_iter=10_000).fit(
-                standardized[train], y[train]
-            )
-            predicted = model.predict_proba(standardized[held_out])
+            model = LogisticRegression(C=1 / score.penalty, tol=1e-8, max_iter=10_000).fit(scaled[train], y[train])
+            predicted = model.predict_proba(scaled[held_out])
             assert float(score.losses[number]) == pytest.approx(log_loss(y[held_out], predicted), rel=0.01)
             assert float(score.accuracies[number]) == pytest.approx(
                 (predicted.argmax(1) == y[held_out]).mean(), abs=0.011
@@ -142,7 +145,7 @@ def test_class_weights_and_label_smoothing_are_those_of_the_training_loss(
     solution = solve_head(training_rows(x, y, weights=class_weights, smoothing=smoothing), TASK, 3, FOLDS)
     assert solution.bias is not None
     features, labels = torch.tensor(x), torch.tensor(y)
-    std = features.std(0, correction=0)
+    std = torch.from_numpy((x - x.mean(0)).std(0) / standardized(x).std(0))
     weight = (solution.weight * std).double().requires_grad_()
     bias = (solution.bias + solution.weight @ features.mean(0).float()).double().requires_grad_()
     logits = functional.linear((features - features.mean(0)) / std, weight, bias)
@@ -201,7 +204,7 @@ def test_a_sample_chooses_the_penalty_and_all_rows_give_the_head() -> None:
     solution = solve_head(training_rows(x, y, in_memory=False), TASK, 3, FOLDS, sample=training_rows(x[::2], y[::2]))
     sampled = solve_head(training_rows(x[::2], y[::2]), TASK, 3, FOLDS)
     assert solution.chosen.penalty == sampled.chosen.penalty
-    expected = reference(x, y, solution.chosen.penalty).predict_proba(StandardScaler().fit_transform(x))
+    expected = reference(x, y, solution.chosen.penalty).predict_proba(standardized(x))
     np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
 
 
@@ -264,6 +267,37 @@ def test_a_class_that_a_fold_does_not_train_on() -> None:
     solution = solve_head(training_rows(x, y), TASK, 3, FOLDS)
     assert solution.weight.isfinite().all()
     assert all(score.losses.isfinite().all() for score in solution.scores)
+
+
+def test_without_folds_the_penalty_is_fixed() -> None:
+    x, y = data(40, 300, 3)
+    rows = replace(training_rows(x, y), folds=torch.full((40,), -1))
+    solution = solve_head(rows, TASK, 3, 0)
+    assert solution.scores == []
+    assert solution.converged
+    expected = reference(x, y, head_solver.FIXED_PENALTY).predict_proba(standardized(x))
+    np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
+
+
+def test_rows_that_are_never_held_out_train_all_heads() -> None:
+    """The only row of a class would be wrong with every penalty in the fold that does not train on it."""
+    x, y = data(101, 6, 2)
+    y[100] = 2
+    rows = training_rows(x, y)
+    never = torch.where(rows.labels == 2, -1, rows.folds)
+    held_out, trained = (solve_head(replace(rows, folds=folds), TASK, 3, FOLDS) for folds in (rows.folds, never))
+    assert trained.chosen.losses[0] < held_out.chosen.losses[0] - 0.1
+    torch.testing.assert_close(trained.chosen.losses[1:], held_out.chosen.losses[1:], atol=0.05, rtol=0.1)
+
+
+def test_few_rows_are_not_scaled_by_their_own_deviations() -> None:
+    """Of features that are mostly 0, those that are not in a few rows would otherwise dominate."""
+    rng = np.random.default_rng(0)
+    y = np.arange(210) % 2
+    x = (rng.random((210, 400)) < 0.05) * 0.1 * rng.random((210, 400))
+    x[:, :5] = 2 * y[:, None] + rng.normal(size=(210, 5))
+    solution = solve_head(training_rows(x[:10], y[:10]), TASK, 2, FOLDS)
+    assert (probabilities(solution, x[10:]).argmax(1) == y[10:]).mean() > 0.9
 
 
 def test_it_is_deterministic() -> None:

@@ -73,6 +73,15 @@ def trainer(tmp_path: Path) -> Any:
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*isinstance.treespec.*")
 
 
+class Parameterless(TinyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return []
+
+
 def run_fit(trainer: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
     fit_trainer: pl.Trainer = trainer(*callbacks, num_sanity_val_steps=0, **options)
     fit_trainer.fit(TinyModel(), datamodule=TinyData(), ckpt_path=ckpt_path, weights_only=True)
@@ -375,3 +384,43 @@ def test_search_finds_private_names(source: str) -> None:
     if source.startswith("class"):
         exec(source, scope)
     assert uses(ast.parse(source), SimpleNamespace(**scope))
+
+
+def test_a_fit_without_epochs_has_the_hooks_of_training(trainer: Any) -> None:
+    hooks: dict[str, Any] = {
+        name: lambda _: None for name in ("on_train_start", "on_train_epoch_start", "on_train_end")
+    }
+    for setting in ({"max_epochs": 0}, {"max_epochs": 2}):
+        recorder = Recorder(on_fit_start=lambda fit: fit.max_epochs and lightning_internals.run_no_epochs(fit), **hooks)
+        fit_trainer = trainer(recorder, num_sanity_val_steps=0, **setting)
+        lightning_internals.start_without_epochs(fit_trainer)
+        fit_trainer.fit(TinyModel(), datamodule=TinyData())
+        counts = {name: len(results) for name, results in recorder.results.items()}
+        expected = {"on_fit_start": 1, "on_train_start": 1, "on_train_epoch_start": 0, "on_train_end": 1}
+        assert counts == expected, CHANGED + "fit_loop.run(), skip, done or max_epochs"
+
+
+def test_other_fits_are_not_changed(trainer: Any) -> None:
+    recorder = Recorder(on_train_epoch_start=lambda _: None)
+    fit_trainer = trainer(recorder, num_sanity_val_steps=0)
+    lightning_internals.start_without_epochs(fit_trainer)
+    fit_trainer.fit(TinyModel(), datamodule=TinyData())
+    assert len(recorder.results["on_train_epoch_start"]) == 2, CHANGED + "fit_loop.skip"
+
+
+def test_a_module_without_trainable_parameters_is_not_wrapped(trainer: Any) -> None:
+    wrapped: list[bool] = []
+
+    class Unwrapped(Parameterless):
+        def setup(self, stage: str) -> None:
+            lightning_internals.skip_ddp(self.trainer)
+
+        def on_fit_start(self) -> None:
+            wrapped.append(self.trainer.strategy.model is not self)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.layer(batch[0]).mean(), sync_dist=True)
+
+    fit_trainer = trainer(strategy="ddp", max_epochs=0, num_sanity_val_steps=0)
+    fit_trainer.fit(Unwrapped(), datamodule=TinyData())
+    assert wrapped == [False], CHANGED + "DDPStrategy.configure_ddp()"
