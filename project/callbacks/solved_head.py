@@ -24,7 +24,7 @@ from project.models.head_solver import HeadSolution, solve_head, standard_error
 from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
-from project.runtime.console import print_rank_zero
+from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import ProcessGroup
 from project.runtime.logger_adapters import log_text
 
@@ -292,15 +292,17 @@ def _solve(
     if count > most:
         sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
     fold_count = int(folds.max()) + 1
-    solution = solve_head(
-        training_rows(everything, count <= max(fitting, MIN_SAMPLE)),
-        module.task,
-        classes,
-        fold_count,
-        module.head.bias is not None,
-        module.hparams["head_init"] == "solved_1se",
-        None if sample is None else training_rows(sample, True),
-    )
+    with progress_counter("Head", ranks.rank == 0) as on_progress:
+        solution = solve_head(
+            training_rows(everything, count <= max(fitting, MIN_SAMPLE)),
+            module.task,
+            classes,
+            fold_count,
+            module.head.bias is not None,
+            module.hparams["head_init"] == "solved_1se",
+            None if sample is None else training_rows(sample, True),
+            on_progress,
+        )
     for parameter, value in ((module.head.weight, solution.weight), (module.head.bias, solution.bias)):
         if value is not None:
             assert isinstance(parameter, torch.Tensor)

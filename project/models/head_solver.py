@@ -7,6 +7,7 @@ the previous ones (Friedman et al., "Regularization paths for generalized linear
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ def solve_head(
     bias: bool = True,
     one_standard_error: bool = False,
     sample: TrainingRows | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadSolution:
     """Find the best linear head of the training rows.
 
@@ -92,11 +94,12 @@ def solve_head(
         one_standard_error: Choose the strongest penalty whose loss is within one standard error of the smallest loss
             (Hastie et al., "The Elements of Statistical Learning", 2009, section 7.10), not that of the smallest loss.
         sample: A sample of the rows that fits in memory, to choose the penalty with; by default all rows.
+        on_progress: Called with the number of solved problems and the expected total: penalties and the final head.
     """
     compared = rows if sample is None else sample
     coordinates = Coordinates(compared, bias)
     bank = HeadBank(compared, coordinates, torch.arange(max(folds, 1), device=compared.labels.device), task, classes)
-    scores = _path(bank) if folds > 1 else []
+    scores = _path(bank, on_progress) if folds > 1 else []
     unknown = PenaltyScore(FIXED_PENALTY, torch.empty(0), torch.empty(0), bank.zeros()[0], True)
     chosen = min(scores, key=lambda score: score.loss, default=unknown)
     if one_standard_error and scores:
@@ -120,7 +123,7 @@ def standard_error(scores: torch.Tensor) -> float:
     return float(valid.std() / math.sqrt(len(valid)))
 
 
-def _path(bank: HeadBank) -> list[PenaltyScore]:
+def _path(bank: HeadBank, on_progress: Callable[[int, int], None]) -> list[PenaltyScore]:
     """Score the penalties; see :data:`PENALTIES` and :data:`MIN_GAIN`."""
     scores: list[PenaltyScore] = []
     first, before, last = (bank.zeros(),) * 3  # heads of all folds ``(F, C, R)``, of these penalties only
@@ -128,6 +131,8 @@ def _path(bank: HeadBank) -> list[PenaltyScore]:
     def score(start: torch.Tensor, penalty: float) -> tuple[torch.Tensor, PenaltyScore]:
         solution = bank.solve(start, penalty, COARSE)
         heads, converged = solution.parameters, bool(solution.converged.all())
+        done = len(scores) + 1
+        on_progress(done, max(done, len(PENALTIES)) + 1)
         return heads, PenaltyScore(penalty, *bank.held_out_scores(heads), heads.mean(0), converged)
 
     def is_clearly_best(outermost: PenaltyScore) -> bool:

@@ -161,7 +161,9 @@ def _read(
         importance = importance * (len(samples) / (len(counts) * counts)).to(device)
     folds = data.training_folds(FOLDS)
     if int(folds.max()) < 1:
-        raise ConfigError("sweep cannot hold out training images: each class has a single image, near-duplicates, or images of one group.")
+        raise ConfigError(
+            "sweep cannot hold out training images: each class has a single image, near-duplicates, or images of one group."
+        )
     rows = LabelledRows(features, labels.to(device), folds, len(counts), class_weights, sampling, importance)
     return rows, [*features]
 

@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 from project import load
+from project.callbacks import solved_head
 from project.cli.main import main
+from project.models.head_solver import HeadSolution
 from project.reporting.dashboard import Dashboard
-from tests.conftest import SOLVED, STORED, draw, scalars
+from tests import forked
+from tests.conftest import SMALL, SOLVED, STORED, draw, scalars
 
 Fit = Callable[..., int]
 DEFAULT = [*STORED, *SOLVED]
@@ -172,6 +175,33 @@ def test_a_fit_that_is_interrupted_in_epoch_0_validates_it_when_resumed(
 
 
 @pytest.mark.parametrize("flags", [["--data.balance", "sampler"], ["--data.balance", "loss"]], ids=["sampler", "loss"])
+def kill_in_the_solver() -> None:
+    """Kill the process with SIGKILL once half of the penalties are solved."""
+    solve = solved_head.solve_head
+
+    def killed(*arguments: Any) -> HeadSolution:
+        def on_progress(done: int, total: int) -> None:
+            if done == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return solve(*arguments[:-1], on_progress)
+
+    solved_head.solve_head = killed  # type: ignore[assignment]
+
+
+def test_a_fit_killed_in_the_solver_repeats_with_equal_bits(here: Path, photos: Path, weights: Path) -> None:
+    flags = ["fit", *SMALL, *SOLVED, *STORED, "--model.weights", str(weights), "--data.root", str(photos)]
+    flags += ["--trainer.max_epochs", "1", "--ckpt_path", "last"]
+    assert forked.start(here, flags, prepare=kill_in_the_solver).wait(120) == -signal.SIGKILL
+    assert not list(here.glob("runs/photos/*/checkpoints/*"))
+    assert main(flags) == 0
+    after_kill = head("last", here / "runs/photos/version_1")
+    shutil.move("runs", "killed")
+    assert main(flags) == 0
+    whole = head("last")
+    assert all(torch.equal(whole[name], after_kill[name]) for name in whole)
+
+
 def test_balancing_applies_to_the_solved_head(
     fit: Fit, photos: Path, here: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
