@@ -162,7 +162,8 @@ def _read(
     folds = data.training_folds(FOLDS)
     if int(folds.max()) < 1:
         raise ConfigError(
-            "sweep cannot hold out training images: each class has a single image, near-duplicates, or images of one group."
+            "sweep cannot hold out training images: those of each class are one image, near-duplicates or one group. "
+            "Add images."
         )
     rows = LabelledRows(features, labels.to(device), folds, len(counts), class_weights, sampling, importance)
     return rows, [*features]
