@@ -49,6 +49,8 @@ from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
+#: Images per step of a sweep; larger than that of a fit, as the optimizer of many heads takes as long as the products.
+SWEEP_BATCH_SIZE = 128
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
@@ -215,7 +217,8 @@ class TransferCLI(CheckpointCLI):
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
         """Add flags that no signature has: those of a series, ``--suspects``, and a sweep's heads in a form to save."""
         if verb == "sweep":
-            parser.set_defaults({"space.head": [ClassSpec.of(head).as_dict() for head in SearchSpace().head]})
+            heads = [ClassSpec.of(head).as_dict() for head in SearchSpace().head]
+            parser.set_defaults({"space.head": heads, "data.batch_size": SWEEP_BATCH_SIZE})
         if verb == "fit":
             parser.add_argument(
                 "--folds", type=int | None, help="Fit once for each of so many cross-validation folds, and compare."

@@ -36,7 +36,7 @@ class SearchSpace:
     """
 
     head: list[HeadCallable] = field(
-        default_factory=lambda: [LinearHead, CosineHead, functools.partial(MLPHead, hidden=128)]
+        default_factory=lambda: [LinearHead, CosineHead, functools.partial(MLPHead, hidden=64)]
     )
     features: list[FeatureKind] = field(default_factory=lambda: ["last", "stages"])
     lr: list[float] = field(default_factory=lambda: [0.0003, 0.001, 0.003, 0.01])

@@ -26,7 +26,7 @@ from project.runtime.distributed import world_size
 from project.runtime.seeding import run_seed
 from project.studies.candidates import LabelledRows, Recipe, solve_candidate, train_population
 from project.studies.search_space import SAMPLERS, HeadSettings, SamplerName, SearchSpace
-from project.studies.trials import WINNER, Trial, best_epoch, report, write
+from project.studies.trials import WINNER, Rule, Trial, best_epoch, choose, report, write
 
 FOLDS = 5
 SMALL = 1000  # training images; with fewer, every fold is held out in turn, as a single one has too few images
@@ -45,6 +45,7 @@ def sweep(
     sampler: SamplerName = "grid",
     epochs: int = 20,
     folds: int | None = None,
+    rule: Rule = "simplest",
 ) -> tuple[Path, Trial]:
     """Train many heads on stored features, choose the best on held-out training images, and train it with ``fit``.
 
@@ -65,9 +66,11 @@ def sweep(
         epochs: Maximum number of epochs of a head.
         folds: How many of five folds of the training images are held out in turn, from 1 to 5; by default 5, but 1
             for more than 1,000 images.
+        rule: highest fits the head with the highest accuracy; simplest fits the solved head instead if its accuracy is
+            within one standard error of the highest.
 
     Returns:
-        The folder with the results, and the best trial.
+        The folder with the results, and the trial to fit.
 
     Raises:
         ConfigError: A setting is out of range or not supported.
@@ -95,9 +98,10 @@ def sweep(
         drawn.tell([trial.accuracy for trial in trained])
         trials += trained
     trials.sort(key=lambda trial: (-trial.accuracy, trial.loss))
-    report(trials, time.perf_counter() - start)
+    chosen = choose(trials, rule)
+    report(trials, chosen, time.perf_counter() - start)
     write(target, trials)
-    return target, trials[0]
+    return target, chosen
 
 
 def _validate(model: ImageClassifier, data: ImageDataModule, count: int, epochs: int, folds: int | None) -> None:

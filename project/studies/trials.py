@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from project.studies.search_space import HeadSettings
 
 LISTED = 10  # trials in the printed table
 WINNER = "winner.yaml"
+Rule = Literal["simplest", "highest"]
 SCORES = ("accuracy", "low", "high", "loss")
 
 
@@ -91,22 +93,43 @@ def best_epoch(settings: HeadSettings, scores: torch.Tensor, sizes: torch.Tensor
     return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), int(sizes.sum()))
 
 
-def report(trials: Sequence[Trial], seconds: float) -> None:
-    """Print the best trials."""
+def choose(trials: Sequence[Trial], rule: Rule) -> Trial:
+    """The trial to fit.
+
+    Args:
+        trials: All trials, that with the highest accuracy first.
+        rule: ``highest``: the first one; ``simplest``: the solved head with the smallest loss, if its accuracy is within
+            one standard error of the highest, else the first one.
+    """
+    best = trials[0]
+    limit = best.accuracy - math.sqrt(best.accuracy * (1 - best.accuracy) / best.images)
+    solved = [trial for trial in trials if trial.settings.lr is None and trial.accuracy >= limit]
+    return min(solved, key=lambda trial: trial.loss) if rule == "simplest" and solved else best
+
+
+def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
+    """Print the best trials, and which one was chosen and why."""
     table = Table(box=None)
     names = [*trials[0].row()]
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name in ("head", "features") else "right")
-    for trial in trials[:LISTED]:
+    listed = [*trials[:LISTED], *([] if chosen in trials[:LISTED] else [chosen])]
+    for trial in listed:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.row().values()))
     print_rank_zero(table)
     best = trials[0]
     close = sum(trial.accuracy >= best.interval[0] for trial in trials) - 1
     print_rank_zero(
-        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} "
-        "others are within the 95 % interval of the best"
+        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} others "
+        "are within the 95 % interval of the best"
     )
-    print_rank_zero("Sweep: the best was chosen by this accuracy, so it is optimistic; the fit measures it on val")
+    reason = "it has the highest accuracy"
+    if chosen is not best:
+        reason = "its accuracy is within one standard error of the highest (--rule highest takes the first of the list)"
+    settings = chosen.settings
+    head = "the solved head" if settings.lr is None else f"{settings.head.name} with learning rate {settings.lr:g}"
+    print_rank_zero(f"Sweep: chosen is {head} on {settings.features} features, because {reason}")
+    print_rank_zero("Sweep: accuracies that choose are optimistic; the fit measures the head on the validation images")
 
 
 def write(folder: Path, trials: Sequence[Trial]) -> None:

@@ -21,6 +21,7 @@ from project.models.heads import LinearHead
 from project.studies import sweep as sweep_module
 from project.studies.candidates import LabelledRows, Recipe, solve_candidate, train_population
 from project.studies.search_space import HeadSettings
+from project.studies.trials import Rule, Trial, choose
 from project.task import SingleLabel
 from tests import forked
 from tests.conftest import SMALL, STORED
@@ -28,7 +29,7 @@ from tests.conftest import SMALL, STORED
 LINEAR = ClassSpec.of(LinearHead)
 #: Flags of a small sweep: four heads of two populations.
 TINY = [*SMALL, *STORED, "--count", "4", "--epochs", "2", "--folds", "2", "--data.batch_size", "8"]
-TINY += ["--space.head", "[project.models.heads.LinearHead]", "--space.lr", "[0.001, 0.1]"]
+TINY += ["--space.head", "[project.models.heads.LinearHead]", "--space.lr", "[0.001, 0.1]", "--rule", "highest"]
 
 
 @pytest.fixture
@@ -111,6 +112,23 @@ def test_killed_sweep_continues_with_equal_bits(tiny: list[str], capsys: pytest.
         for folder in (Path("whole"), Path("runs"))
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "accuracies", "chosen"),
+    [
+        ("simplest", (0.90, 0.88), 1),  # a standard error of 3 points
+        ("simplest", (0.90, 0.80), 0),
+        ("highest", (0.90, 0.88), 0),
+    ],
+)
+def test_rules_of_the_choice(rule: Rule, accuracies: tuple[float, float], chosen: int) -> None:
+    rates = (0.1, None)
+    trials = [
+        Trial(HeadSettings(LINEAR, "last", lr, None, 0.0), 0, accuracy, 0.3, 100)
+        for lr, accuracy in zip(rates, accuracies, strict=True)
+    ]
+    assert choose(trials, rule) is trials[chosen]
 
 
 def test_sweep_with_other_settings_starts_anew(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
