@@ -98,8 +98,8 @@ def choose(trials: Sequence[Trial], rule: Rule) -> Trial:
 
     Args:
         trials: All trials, that with the highest accuracy first.
-        rule: ``highest``: the first one; ``simplest``: the solved head with the smallest loss, if its accuracy is within
-            one standard error of the highest, else the first one.
+        rule: ``highest``: the first one; ``simplest``: the solved head with the smallest loss, if its accuracy is
+            within one standard error of the highest, else the first one.
     """
     best = trials[0]
     limit = best.accuracy - math.sqrt(best.accuracy * (1 - best.accuracy) / best.images)
@@ -120,8 +120,8 @@ def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
     best = trials[0]
     close = sum(trial.accuracy >= best.interval[0] for trial in trials) - 1
     print_rank_zero(
-        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} others "
-        "are within the 95 % interval of the best"
+        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} "
+        "others are within the 95 % interval of the best"
     )
     reason = "it has the highest accuracy"
     if chosen is not best:
