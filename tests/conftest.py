@@ -23,8 +23,11 @@ from project.classifier import ImageClassifier
 from project.cli.main import main
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+#: A ResNet with the stages of ResNet18 and a thirtieth of its parameters, which are hashed and written in each fit.
+BACKBONE = "timm/test_resnet"
+FEATURES = 96  # its width
 #: Flags of a small and fast model.
-SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
+SMALL = ["--model.backbone", BACKBONE, "--model.image_size", "32", "--data.num_workers", "0"]
 SMALL += ["--dashboard.figures", "false", "--model.head_init", "random"]  # both take longer than the epochs
 #: Flags that re-enable the dashboard's figures after SMALL.
 FIGURES = ["--dashboard.figures", "true"]
@@ -96,6 +99,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights file of ``BACKBONE``."""
+    import timm
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "test_resnet.pth"
+    torch.save(timm.create_model(BACKBONE.removeprefix("timm/")).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet18_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ResNet18 weights file."""
     from torchvision.models import resnet18
 

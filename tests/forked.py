@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import timm  # noqa: F401 - imported once here instead of in each child process
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 

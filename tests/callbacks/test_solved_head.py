@@ -15,7 +15,7 @@ from torch import nn
 
 from project import load
 from project.reporting.dashboard import Dashboard
-from tests.conftest import SOLVED, STORED, draw, scalars
+from tests.conftest import BACKBONE, FEATURES, SOLVED, STORED, draw, scalars
 
 Fit = Callable[..., int]
 DEFAULT = [*STORED, *SOLVED]
@@ -264,7 +264,7 @@ def test_rows_that_exceed_the_memory_are_sampled(
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     capsys.readouterr()
     monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1_000_000)
-    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 1_000_000 // (4 * 12 * 512))
+    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 1_000_000 // (4 * 12 * FEATURES))
     monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     assert "chosen by 5-fold cross-validation on a sample of 12 images" in capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_python_users_get_it_with_the_feature_cache(photos: Path, weights: Path,
     from project.data.datamodule import ImageDataModule
     from project.trainer import Trainer
 
-    model = ImageClassifier("resnet18", str(weights), image_size=32)
+    model = ImageClassifier(BACKBONE, str(weights), image_size=32)
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, callbacks=[FeatureCache(folder="store")], accelerator="cpu", **options)
     data = ImageDataModule(str(photos), num_workers=0)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from torchvision.models import resnet18
 
 from project import ImageClassifier
 from project.data.sources.folder import Folder
@@ -90,7 +90,7 @@ def test_changed_image_recomputes_one_row(rows: Counts, album: Path) -> None:
 def test_changed_computation_recomputes_all_rows(rows: Counts) -> None:
     assert rows() == (0, 36)
     torch.manual_seed(2)
-    torch.save(resnet18(weights=None).state_dict(), "other.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), "other.pth")
     changes = [
         ["--model.image_size", "40"],
         ["--model.trainable", "layer4"],

@@ -10,6 +10,7 @@ import torch
 
 from project.cli.main import main
 from project.errors import ConfigError
+from tests.conftest import BACKBONE
 
 Fit = Callable[..., int]
 #: Takes an empty folder and the photos; returns flags of a fit that fails.
@@ -137,7 +138,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "truncated weights file": (_truncated_weights, ("net.pth", "damaged")),
     "weights file with a wrong hash": (_wrong_hash, ("net-0123abcd.pth", "SHA-256", "Delete it")),
     "weights file with code": (_weights_with_code, ("net.pth", "contains code")),
-    "weights of another network": (_weights_of_another_network, ("resnet18", "conv1.weight")),
+    "weights of another network": (_weights_of_another_network, (BACKBONE, "conv1.weight")),
     "unknown stage": (_flags("--model.trainable", "layer5"), ("'layer5'", "'layer4'", "head or all")),
     "unknown key": (_config("model: {weigths: null}"), ("'model.weigths'", "'model.weights'")),
     "unknown section": (_config("modle: {weights: null}"), ("'modle'", "'model'")),
