@@ -9,6 +9,8 @@ from pathlib import Path
 
 # For child processes: on small tensors, a second thread only spins and slows others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Child processes, the fork server included, import this repository and not another one that is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])
 
 from typing import Any
 
