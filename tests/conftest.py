@@ -104,9 +104,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights file of ``BACKBONE``."""
     import timm
 
-    torch.manual_seed(1)
+    torch.manual_seed(2)
+    network = timm.create_model(BACKBONE.removeprefix("timm/"), zero_init_last=False)
+    for norm in (network.layer4[-1].bn2, network.layer4[-1].downsample[2]):
+        norm.weight.data.mul_(5)  # with features of this size, a head separates the colours after three steps
     path = tmp_path_factory.mktemp("weights") / "test_resnet.pth"
-    torch.save(timm.create_model(BACKBONE.removeprefix("timm/")).state_dict(), path)
+    torch.save(network.state_dict(), path)
     return path
 
 
