@@ -46,6 +46,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1
 
 
+#: The files that take longest. A worker runs whole files, and one that starts such a file last works alone at the end.
+FIRST = ("test_exact_resume.py", "test_notebooks.py", "test_ranks.py", "test_distributed.py", "test_resumed_fits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Cache folder of all tests and their child processes, instead of the user's."""
