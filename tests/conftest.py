@@ -9,6 +9,8 @@ from pathlib import Path
 
 # For child processes: on small tensors, a second thread only spins and slows others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Child processes, the fork server included, import this repository and not another one that is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])
 
 from typing import Any
 
@@ -23,8 +25,11 @@ from project.classifier import ImageClassifier
 from project.cli.main import main
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+#: A ResNet with the stages of ResNet18 and a thirtieth of its parameters, which are hashed and written in each fit.
+BACKBONE = "timm/test_resnet"
+FEATURES = 96  # its width
 #: Flags of a small and fast model.
-SMALL = ["--model.backbone", "resnet18", "--model.image_size", "32", "--data.num_workers", "0"]
+SMALL = ["--model.backbone", BACKBONE, "--model.image_size", "32", "--data.num_workers", "0"]
 SMALL += ["--dashboard.figures", "false", "--model.head_init", "random"]  # both take longer than the epochs
 #: Flags that re-enable the dashboard's figures after SMALL.
 FIGURES = ["--dashboard.figures", "true"]
@@ -39,6 +44,15 @@ STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores, because many tests wait for processes."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+#: The files that take longest. A worker runs whole files, and one that starts such a file last works alone at the end.
+FIRST = ("test_exact_resume.py", "test_notebooks.py", "test_ranks.py", "test_distributed.py", "test_resumed_fits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,6 +110,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights file of ``BACKBONE``."""
+    import timm
+
+    torch.manual_seed(2)
+    network = timm.create_model(BACKBONE.removeprefix("timm/"), zero_init_last=False)
+    for norm in (network.layer4[-1].bn2, network.layer4[-1].downsample[2]):
+        norm.weight.data.mul_(5)  # with features of this size, a head separates the colours after three steps
+    path = tmp_path_factory.mktemp("weights") / "test_resnet.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet18_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ResNet18 weights file."""
     from torchvision.models import resnet18
 

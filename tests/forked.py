@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import timm  # noqa: F401 - imported once here instead of in each child process
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -64,6 +65,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     log: str = "log.txt",
     prepare: Callable[[], None] | None = None,
+    script: str = "",
 ) -> Run:
     """Start a command line.
 
@@ -75,10 +77,11 @@ def start(
         environment: Additional environment variables.
         log: File in the folder that receives the output.
         prepare: Function of a module, called in the process first.
+        script: File in the folder that Lightning starts as the other ranks, with the same arguments.
     """
     (folder / log).write_text("")
     variables = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **(environment or {})}
-    arguments_of_child = (str(folder), str(folder / log), variables, list(arguments), at, prepare)
+    arguments_of_child = (str(folder), str(folder / log), variables, list(arguments), at, prepare, script)
     process = CONTEXT.Process(target=_child, args=arguments_of_child)
     process.start()
     return Run(process, folder / log)
@@ -128,10 +131,13 @@ def _child(
     arguments: list[str],
     at: dict[str, Any] | None,
     prepare: Callable[[], None] | None,
+    script: str,
 ) -> None:
     os.chdir(folder)
+    sys.argv = [script, *arguments]
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning sets it when it is imported
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", 0))
+    rank_zero_only.rank = int(rank)  # Lightning sets it when it is imported
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

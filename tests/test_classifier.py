@@ -11,17 +11,18 @@ from project.evaluation.epoch_metrics import EpochMetrics
 from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, MLPHead
 from project.task import SingleLabel
+from tests.conftest import BACKBONE, FEATURES
 
 
 def build(weights: Path, **options: object) -> ImageClassifier:
-    return ImageClassifier("resnet18", str(weights), image_size=32, **options)  # type: ignore[arg-type]
+    return ImageClassifier(BACKBONE, str(weights), image_size=32, **options)  # type: ignore[arg-type]
 
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 
 
 def test_encode_then_classify_equals_forward(weights: Path) -> None:
-    for trainable, shape in (("head", (4, 512)), ("layer4", (4, 256, 2, 2)), ("all", (4, 3, 32, 32))):
+    for trainable, shape in (("head", (4, FEATURES)), ("layer4", (4, 192, 2, 2)), ("all", (4, 3, 32, 32))):
         model = build(weights, trainable=trainable, classes=["a", "b"]).eval()
         rows = model.encode(IMAGES)
         assert rows.shape == shape
@@ -106,12 +107,12 @@ def test_optimizer_that_cannot_be_saved_is_rejected(weights: Path) -> None:
 
 
 def test_injected_backbone_is_shared_and_can_be_restored_from_hyper_parameters(weights: Path) -> None:
-    backbone = load_backbone("resnet18", str(weights), 32)
+    backbone = load_backbone(BACKBONE, str(weights), 32)
     first, second = (ImageClassifier(backbone, trainable="layer4", classes=["a", "b"]) for _ in range(2))
     assert first.backbone.stages["layer3"] is second.backbone.stages["layer3"]
     assert first.backbone.stages["layer4"] is not second.backbone.stages["layer4"]
     arguments = {name: first.hparams[name] for name in ("backbone", "weights", "image_size")}
-    assert arguments == {"backbone": "resnet18", "weights": str(weights), "image_size": 32}
+    assert arguments == {"backbone": BACKBONE, "weights": str(weights), "image_size": 32}
     assert first.identity() == ImageClassifier(**arguments, trainable="layer4", classes=["a", "b"]).identity()
 
 

@@ -16,7 +16,7 @@ from project.cli.main import main
 from project.data.sources.base import Sample
 from project.data.sources.folder import Folder
 from project.features.row_loader import RowBatch
-from tests.conftest import STORED, row_counts, scalars
+from tests.conftest import BACKBONE, FEATURES, STORED, row_counts, scalars
 
 Fit = Callable[..., int]
 Counts = Callable[..., tuple[int, int]]
@@ -122,7 +122,7 @@ def test_rows_that_exceed_the_budget_are_not_stored(
 ) -> None:
     assert fit("--features.folder", "store", "--features.budget", "1e-5") == 0
     out = capsys.readouterr().out
-    assert LIVE in out and "36 rows of 512" in out and "features.budget" in out
+    assert LIVE in out and f"36 rows of {FEATURES}" in out and "features.budget" in out
     assert batches == {"images"} and not list(Path().glob("store/*/*.safetensors"))
 
 
@@ -262,7 +262,7 @@ IGNORE_LIGHTNING_WARNINGS = pytest.mark.filterwarnings(
 
 @IGNORE_LIGHTNING_WARNINGS
 def test_same_trainer_can_fit_validate_and_fit_again(photos: Path, weights: Path, here: Path) -> None:
-    model, data = ImageClassifier("resnet18", str(weights), image_size=32), ImageDataModule(str(photos), num_workers=0)
+    model, data = ImageClassifier(BACKBONE, str(weights), image_size=32), ImageDataModule(str(photos), num_workers=0)
     trainer = silent_trainer()
     trainer.fit(model, datamodule=data)
     trainer.validate(model, datamodule=data, verbose=False)
@@ -278,6 +278,6 @@ def test_source_with_another_decoder_has_its_own_rows(photos: Path, weights: Pat
             return super().decode(content, sample).convert("L").convert("RGB")
 
     for source in (Folder(str(photos)), Grey(str(photos))):
-        model = ImageClassifier("resnet18", str(weights), image_size=32)
+        model = ImageClassifier(BACKBONE, str(weights), image_size=32)
         silent_trainer().fit(model, datamodule=ImageDataModule(source=source, num_workers=0))
     assert len(list(Path("store").rglob("*.safetensors"))) == 2

@@ -12,6 +12,7 @@ from project.data.samplers import EpochOrder, EpochSampler
 from project.data.split_loader import SplitLoader
 from project.errors import ConfigError
 from tests.callbacks.test_feature_cache import IGNORE_LIGHTNING_WARNINGS, silent_trainer
+from tests.conftest import BACKBONE
 
 
 class CountingFactory:
@@ -75,7 +76,7 @@ def test_each_split_keeps_one_loader(photos: Path) -> None:
 
 @IGNORE_LIGHTNING_WARNINGS
 def test_custom_loaders_do_not_use_stored_rows(photos: Path, weights: Path, here: Path) -> None:
-    model, data = ImageClassifier("resnet18", str(weights), image_size=32), ImageDataModule(str(photos), num_workers=0)
+    model, data = ImageClassifier(BACKBONE, str(weights), image_size=32), ImageDataModule(str(photos), num_workers=0)
     trainer: Trainer = silent_trainer()
     trainer.fit(model, datamodule=data)
     custom = DataLoader([(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 4, batch_size=2)

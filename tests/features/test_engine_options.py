@@ -13,12 +13,13 @@ from project.features.engine_options import EngineFactory
 from project.features.engines import Engine
 from project.features.frozen_prefix import PrefixSpec
 from project.models.backbone import load_backbone
+from tests.conftest import BACKBONE, FEATURES
 from tests.features.test_engines import CPU, IMAGES, relative_error
 
 
 @pytest.fixture
 def prefix(weights: Path) -> PrefixSpec:
-    backbone = load_backbone("resnet18", str(weights), 32)
+    backbone = load_backbone(BACKBONE, str(weights), 32)
     return PrefixSpec(backbone, backbone.cut, backbone, "channels_last", CPU, "32-true")
 
 
@@ -39,7 +40,7 @@ def test_compiled_engine_agrees_with_exact_engine_for_any_batch_size(engines: En
     compiled = build(engines, "compile", "fp32")
     for count in (8, 5, 1):
         rows = compiled(IMAGES[:count])
-        assert rows.shape == (count, 512)
+        assert rows.shape == (count, FEATURES)
         assert relative_error(rows, exact[:count]) < 1e-4
 
 
@@ -47,7 +48,7 @@ def test_building_an_engine_leaves_the_backbone_unchanged(
     engines: EngineFactory, prefix: PrefixSpec, weights: Path
 ) -> None:
     backbone = prefix.backbone
-    pretrained_sha256 = load_backbone("resnet18", str(weights), 32).sha256
+    pretrained_sha256 = load_backbone(BACKBONE, str(weights), 32).sha256
     strides = [parameter.stride() for parameter in backbone.parameters()]
     for name, precision in [("torch", "fp32"), ("torch", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]:
         build(engines, name, precision)(IMAGES)

@@ -175,11 +175,11 @@ def test_measurement_restores_thread_count_and_batch_size() -> None:
     assert torch.get_num_threads() == threads and engine.batch_size == 4
 
 
-def test_cost_counts_flops_and_row_shape(weights: Path) -> None:
-    backbone = load_backbone("resnet18", str(weights), 224)
+def test_cost_counts_flops_and_row_shape(resnet18_weights: Path) -> None:
+    backbone = load_backbone("resnet18", str(resnet18_weights), 224)
     image = cost(backbone, backbone.cut, CPU)
     assert image.flops == pytest.approx(2 * 1.814e9, rel=0.01)  # torchvision documents 1.81 GFLOPS
     assert image.shape == (512,)
-    partial = load_backbone("resnet18", str(weights), 32)
+    partial = load_backbone("resnet18", str(resnet18_weights), 32)
     image = cost(partial, partial.cut_at("layer4"), CPU)
     assert image.shape == (256, 2, 2)

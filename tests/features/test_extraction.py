@@ -7,23 +7,22 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from torchvision.models import resnet18
 
 from project import ImageClassifier
 from project.data.sources.folder import Folder
 from project.data.transforms import training
 from project.errors import DataError
 from project.features import extraction
+from project.features.engines import ExactEngine
 from project.features.extraction import compute_rows
 from project.features.store import Space
 from project.features.views import View, digest_images, image_views, load_image
@@ -31,37 +30,28 @@ from project.preprocessing import Preprocessing
 from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
 from tests.conftest import SMALL, STORED, draw, scalars
+from tests.forked import start
 
 Fit = Callable[..., int]
 Counts = Callable[..., tuple[int, int]]
 PREPROCESSING = Preprocessing(36, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
-#: A fit that writes one shard per batch of 8, prints "written", and then sleeps.
-SLOW_FIT = """
-import sys, time
-from project.cli.main import main
-from project.features import extraction
-from project.features.store import Space
-from project.features.engines import ExactEngine
 
-def write(self, keys, rows):
-    original_write(self, keys, rows)
-    print("written", flush=True)
-    time.sleep(60)
+def kill_after_the_first_shard() -> None:
+    """Write one shard per batch of 8 images, and kill this process after the first one."""
 
-original_write, Space.write, extraction.FLUSH_SECONDS, ExactEngine.batch_size = Space.write, write, 0.0, 8
-main(sys.argv[1:])
-"""
+    def write(self: Space, *arguments: Any) -> None:
+        original_write(self, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    original_write, Space.write = Space.write, write  # type: ignore[method-assign, assignment]
+    extraction.FLUSH_SECONDS, ExactEngine.batch_size = 0.0, 8
 
 
-def test_killed_extraction_resumes_from_stored_rows(rows: Counts, photos: Path, weights: Path) -> None:
+def test_killed_extraction_resumes_from_stored_rows(rows: Counts, photos: Path, weights: Path, here: Path) -> None:
     flags = [*SMALL, *STORED, "--model.weights", str(weights), "--data.root", str(photos)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SLOW_FIT, "fit", *flags]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert any("written" in line for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
+    killed = start(here, ["fit", *flags], prepare=kill_after_the_first_shard)
+    assert killed.wait() == -signal.SIGKILL, killed.output
     assert rows() == (8, 28)
     assert rows() == (36, 0)
 
@@ -90,7 +80,7 @@ def test_changed_image_recomputes_one_row(rows: Counts, album: Path) -> None:
 def test_changed_computation_recomputes_all_rows(rows: Counts) -> None:
     assert rows() == (0, 36)
     torch.manual_seed(2)
-    torch.save(resnet18(weights=None).state_dict(), "other.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), "other.pth")
     changes = [
         ["--model.image_size", "40"],
         ["--model.trainable", "layer4"],

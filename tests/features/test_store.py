@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from project.errors import StoreError
 from project.features.row_loader import Rows, open_rows
 from project.features.store import Space, as_keys, evict_shards, row_key
-from tests.conftest import STORED, draw
+from tests.conftest import FEATURES, STORED, draw
 
 CPU = torch.device("cpu")
 UNLIMITED = 2**40
@@ -190,17 +190,17 @@ def test_least_recently_used_shards_are_evicted(tmp_path: Path) -> None:
 
 
 def test_fit_keeps_the_store_within_its_budget(rows: Callable[..., tuple[int, int]], here: Path) -> None:
-    budget = ["--features.budget", f"{2.5 * 36 * 512 * 4 / 1e9:.9f}"]
+    budget = ["--features.budget", f"{2.5 * 36 * FEATURES * 4 / 1e9:.9f}"]
     for size in ("32", "40", "48", "40"):
         rows("--model.image_size", size, *budget)
         size_on_disk = sum(path.stat().st_size for path in Path("store").rglob("*.safetensors"))
-        assert size_on_disk <= 2.5 * 36 * 512 * 4
+        assert size_on_disk <= 2.5 * 36 * FEATURES * 4
     assert rows(*budget) == (0, 36), "evicted when rows at 48 px were stored"
     assert rows("--model.image_size", "40", *budget) == (36, 0)
 
 
 def test_unused_rows_in_the_current_space_are_evicted(rows: Callable[..., tuple[int, int]], album: Path) -> None:
-    most = int(1.5 * 36 * 512 * 4)
+    most = int(1.5 * 36 * FEATURES * 4)
     for number in range(3):
         for at, path in enumerate(sorted(album.rglob("*.png"))):
             draw(path, (9, 9, 9), 1000 * number + at)
@@ -209,7 +209,7 @@ def test_unused_rows_in_the_current_space_are_evicted(rows: Callable[..., tuple[
 
 
 def test_nothing_is_evicted_within_the_budget(rows: Callable[..., tuple[int, int]], album: Path) -> None:
-    budget = ["--data.root", "album", "--features.budget", f"{2.8 * 36 * 512 * 4 / 1e9:.9f}"]
+    budget = ["--data.root", "album", "--features.budget", f"{2.8 * 36 * FEATURES * 4 / 1e9:.9f}"]
     assert rows("--model.image_size", "40", *budget) == (0, 36)
     assert rows(*budget) == (0, 36)
     draw(album / "train/red/new.png", (200, 0, 0), 99)

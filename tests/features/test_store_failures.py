@@ -146,7 +146,7 @@ def test_full_disk_is_reported_and_loses_no_row(kind: str, tmp_path: Path, mount
 
 def test_fit_on_a_full_disk_names_the_folder(fit: Fit, here: Path, mount: Mount, refused: Callable[[int], str]) -> None:
     (here / "store").mkdir()
-    mount("-t", "tmpfs", "-o", "size=60k", "none", str(here / "store"))
+    mount("-t", "tmpfs", "-o", "size=12k", "none", str(here / "store"))
     error = refused(fit(*STORED))
     assert "store/" in error and "No space left" in error and "--features.folder" in error
     assert not temporary_files(here / "store")

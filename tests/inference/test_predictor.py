@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from project import load
 from project.errors import CheckpointError, DataError, WeightsError
+from tests.conftest import FEATURES
 
 
 def test_paths_pil_images_and_tensors_give_equal_predictions(trained: Path, photos: Path) -> None:
@@ -31,7 +32,7 @@ def test_outputs_have_the_documented_shapes(trained: Path, photos: Path) -> None
     assert classifier.classes_ == ["blue", "green", "red"]
     assert probabilities.shape == (12, 3) and probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
-    assert classifier.features(paths).shape == (12, 512)
+    assert classifier.features(paths).shape == (12, FEATURES)
     assert classifier.predict(paths) == [path.parent.name for path in paths]
 
 
@@ -47,7 +48,7 @@ def test_empty_input_gives_empty_output(trained: Path) -> None:
     classifier = load(trained / "checkpoints/best.ckpt")
     assert classifier.predict([]) == []
     assert classifier.predict_proba([]).shape == (0, 3)
-    assert classifier.features([]).shape == (0, 512)
+    assert classifier.features([]).shape == (0, FEATURES)
 
 
 def test_weights_with_relative_path_load_from_any_working_directory(

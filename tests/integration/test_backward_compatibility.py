@@ -35,7 +35,7 @@ METRICS = ("val/loss", "val/accuracy", "val/f1", "val/ece", "train/loss")
 
 
 @pytest.fixture
-def earlier(here: Path, weights: Path) -> Path:
+def earlier(here: Path, resnet18_weights: Path) -> Path:
     """A working directory with images, and with the runs ``runs/NAME`` and the store of the earlier version."""
     for index, (name, colour) in enumerate(COLOURS.items()):
         for split, count in (("train", 8), ("val", 4)):
@@ -69,17 +69,17 @@ def check_resumed(run: Path, expected: dict[str, Any]) -> None:
         assert digest.hexdigest() == expected["sha256"], "the trained tensors are bit-identical"
 
 
-def test_checkpoint_loads(earlier: Path, weights: Path) -> None:
-    classifier = load(earlier / "runs/head/version_0/checkpoints/best.ckpt", weights=str(weights))
+def test_checkpoint_loads(earlier: Path, resnet18_weights: Path) -> None:
+    classifier = load(earlier / "runs/head/version_0/checkpoints/best.ckpt", weights=str(resnet18_weights))
     assert classifier.classes_ == ["blue", "green", "red"]
     files = sorted((earlier / "photos/val").rglob("*.ppm"))
     assert classifier.predict([read_image(file) for file in files]) == [file.parent.name for file in files]
 
 
 def test_checkpoint_validates_to_the_same_metrics(
-    earlier: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    earlier: Path, resnet18_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--ckpt_path", "runs/head/version_0/checkpoints/best.ckpt", "--model.weights", str(weights)]
+    flags = ["--ckpt_path", "runs/head/version_0/checkpoints/best.ckpt", "--model.weights", str(resnet18_weights)]
     flags += ["--data.root", "photos", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     assert main(["validate", *flags]) == 0
     out = capsys.readouterr().out
@@ -87,16 +87,16 @@ def test_checkpoint_validates_to_the_same_metrics(
         assert f"{name}: {EXPECTED['head']['best'][name]:.4f}" in out, name
 
 
-def test_config_trains_to_the_same_metrics(earlier: Path, weights: Path) -> None:
+def test_config_trains_to_the_same_metrics(earlier: Path, resnet18_weights: Path) -> None:
     config = "runs/head/version_0/config.yaml"
     random_head = ["--model.head_init", "random"]  # the only initial head then
-    assert main(["fit", "-c", config, "--model.weights", str(weights), "--name", "again", *random_head]) == 0
+    assert main(["fit", "-c", config, "--model.weights", str(resnet18_weights), "--name", "again", *random_head]) == 0
     for name, values in metrics(earlier / "runs/again/version_0").items():
         assert values == pytest.approx(EXPECTED["head"]["epochs"][name], abs=1e-5), name
 
 
-def test_fit_on_stored_rows_resumes_bit_identically(earlier: Path, weights: Path) -> None:
-    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(weights)]
+def test_fit_on_stored_rows_resumes_bit_identically(earlier: Path, resnet18_weights: Path) -> None:
+    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(resnet18_weights)]
     assert main(["fit", *flags, "--ckpt_path", "last", "--trainer.max_epochs", "5"]) == 0
     run = earlier / "runs/head/version_1"
     check_resumed(run, EXPECTED["head"])
@@ -106,8 +106,8 @@ def test_fit_on_stored_rows_resumes_bit_identically(earlier: Path, weights: Path
     )
 
 
-def test_fit_interrupted_within_an_epoch_resumes_bit_identically(earlier: Path, weights: Path) -> None:
-    flags = ["-c", "runs/live/version_0/config.yaml", "--model.weights", str(weights)]
+def test_fit_interrupted_within_an_epoch_resumes_bit_identically(earlier: Path, resnet18_weights: Path) -> None:
+    flags = ["-c", "runs/live/version_0/config.yaml", "--model.weights", str(resnet18_weights)]
     assert main(["fit", *flags, "--ckpt_path", "last"]) == 0
     run = earlier / "runs/live/version_1"
     check_resumed(run, EXPECTED["live"])
@@ -120,30 +120,30 @@ def earlier_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("earlier_decoding")
-def test_stored_rows_are_reused(earlier: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stored_rows_are_reused(earlier: Path, resnet18_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (space,) = (FIXTURES / "store").iterdir()
     versions = json.loads((space / "space.json").read_text())["versions"]
     installed = {name: version(name) for name in versions}
     if installed != versions:
         pytest.skip(f"the rows are keyed by {versions}, and {installed} are installed")
-    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(weights), "--name", "again"]
+    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(resnet18_weights), "--name", "again"]
     assert main(["fit", *flags]) == 0
     assert row_counts(capsys.readouterr().out) == [(36, 0)]
 
 
 def test_rows_of_another_decoder_are_computed_again(
-    earlier: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    earlier: Path, resnet18_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(weights), "--name", "again"]
+    flags = ["-c", "runs/head/version_0/config.yaml", "--model.weights", str(resnet18_weights), "--name", "again"]
     assert main(["fit", *flags]) == 0
     assert row_counts(capsys.readouterr().out) == [(0, 36)]
 
 
 @pytest.mark.usefixtures("earlier_decoding")
-def test_keys_of_rows_are_unchanged(earlier: Path, weights: Path) -> None:
+def test_keys_of_rows_are_unchanged(earlier: Path, resnet18_weights: Path) -> None:
     (space,) = (FIXTURES / "store").iterdir()
     (shard,) = space.glob("*.safetensors")
-    backbone = load_backbone("resnet18", str(weights), 32)
+    backbone = load_backbone("resnet18", str(resnet18_weights), 32)
     description = json.loads((space / "space.json").read_text())
     prefix = PrefixSpec(backbone, backbone.cut, backbone, "channels_last", torch.device("cpu"), "32-true")
     engines = EngineFactory(earlier / "store", prefix, "", list)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from project.cli.main import main
 from project.data.image_index import FILE
+from tests.conftest import BACKBONE
 from tests.data.corpus import UNREADABLE, UNUSUAL, encoded, picture
 
 
@@ -165,7 +166,7 @@ def test_user_errors_exit_2(flags: list[str], message: str, clean: Path, capsys:
 def test_suspects_are_reported_with_the_class_they_look_like(here: Path, photos: Path, weights: Path) -> None:
     shutil.copytree(photos / "train", here / "mixed")
     shutil.move(here / "mixed/red/3.png", here / "mixed/blue/wrong.png")
-    flags = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
+    flags = ["--model.backbone", BACKBONE, "--model.weights", str(weights), "--model.image_size", "32"]
     code, report = check("--data.root", "mixed", "--suspects", "--top", "3", *flags, "--model.trainable", "layer4")
     assert code == 0, "suspects are not problems"
     first = report["suspects"][0]
@@ -312,7 +313,7 @@ def test_check_works_while_the_index_is_locked(
 def test_report_is_written_before_suspects_fail_on_invalid_data(
     clean: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["check", "--data.root", "photos", "--suspects", "--model.backbone", "resnet18"]
+    flags = ["check", "--data.root", "photos", "--suspects", "--model.backbone", BACKBONE]
     flags += ["--model.weights", str(weights)]
     assert main([*flags, "--top", "-3"]) == 2
     assert "--top must be at least 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import COLOURS, scalars
+from tests.conftest import BACKBONE, COLOURS, scalars
 
 Query = Callable[..., Any]
 RUN = "version_0"
@@ -136,7 +136,7 @@ def test_hparams_have_the_result_metrics(query: Query, trained: Path) -> None:
     columns = [{"metric": info["name"]} for info in experiment["metricInfos"]]
     body = {"startIndex": 0, "sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"], "colParams": columns}
     (group,) = query("hparams", "session_groups", body=body)["sessionGroups"]
-    assert group["hparams"]["backbone"] == "resnet18" and group["hparams"]["lr"] == 0.01
+    assert group["hparams"]["backbone"] == BACKBONE and group["hparams"]["lr"] == 0.01
     assert group["hparams"]["optimizer"] == "AdamW(lr=0.01)"
     values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
     assert set(values) == metrics, "every metric has a value"
@@ -167,5 +167,5 @@ def test_texts_describe_config_data_and_frozen_stages(query: Query) -> None:
     for tag in query("text", "tags")[RUN]:
         texts[tag.removesuffix("/text_summary")] = query("text", "text", run=RUN, tag=tag)[-1]["text"]
     assert {"config", "data", "features", "frozen"} <= set(texts)
-    assert "backbone: resnet18" in texts["config"] and "<code" in texts["config"]
+    assert f"backbone: {BACKBONE}" in texts["config"] and "<code" in texts["config"]
     assert "<td>blue</td>" in texts["data"].replace(' align="left"', "") and "48 images" in texts["data"]

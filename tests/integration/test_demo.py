@@ -93,7 +93,8 @@ def test_result_equals_the_prediction_of_load(kind: str, trained: Path, files: d
     best = classifier.predict([file])[0]
     assert f"<h2>{best}, {expected.max():.1%}</h2>" in result.html
     assert result.html.count("<img") == 2 + demo.NEAREST
-    assert f"Evidence for {best}" in result.html
+    evidence = "Evidence for" if classifier.heat_map([file]).any() else "No region supports"
+    assert f"{evidence} {best} (Grad-CAM)" in result.html
 
 
 def test_corrupt_image_is_reported_without_its_path(trained: Path, files: dict[str, Path]) -> None:

@@ -91,7 +91,7 @@ MODEL: dict[str, tuple[Edit, tuple[str, ...]]] = {
         put("transfer/preprocessing/crop", 64),
         ("crop is 64 in the checkpoint and 32 in the model",),
     ),
-    "another mean": (put("transfer/preprocessing/mean", [0.5, 0.5, 0.5]), ("mean is [0.5, 0.5, 0.5]",)),
+    "another mean": (put("transfer/preprocessing/mean", [0.4, 0.4, 0.4]), ("mean is [0.4, 0.4, 0.4]",)),
     "preprocessing that is a list": (put("transfer/preprocessing", []), ("transfer.preprocessing", "list")),
     "another format": (put("transfer/format", 2), ("this version",)),
     "format that is text": (put("transfer/format", "1"), ("format", "str")),

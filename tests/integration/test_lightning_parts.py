@@ -60,7 +60,7 @@ TRAINER_FLAGS: dict[str, tuple[Sequence[str], str]] = {
     "reload_dataloaders_every_n_epochs": (["1"], ""),
     "inference_mode": (["false"], ""),
     "use_distributed_sampler": (["false"], ""),
-    "sync_batchnorm": (["true"], ""),
+    "sync_batchnorm": (["true", "--model.backbone", "resnet18", "--model.weights", "null"], ""),  # not with timm
     "enable_model_summary": (["true"], ""),
     "enable_checkpointing": (["false"], ""),
     "enable_autolog_hparams": (["false"], ""),

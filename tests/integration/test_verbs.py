@@ -14,14 +14,14 @@ from project import ImageClassifier, load
 from project.cli.main import main
 from project.cli.transfer_cli import reserve_version
 from project.models.backbone import load_backbone
-from tests.conftest import draw, scalars
+from tests.conftest import BACKBONE, FEATURES, draw, scalars
 
 Fit = Callable[..., int]
 
 
 def test_run_folder_has_config_checkpoints_and_events(trained: Path) -> None:
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["backbone"] == "resnet18"
+    assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["backbone"] == BACKBONE
     assert list(trained.glob("events.out.tfevents.*"))
     assert [path.name for path in trained.parents[2].iterdir()] == ["runs"], "nothing is written outside runs/"
 
@@ -34,7 +34,7 @@ def test_dashboard_has_loss_metrics_learning_rate_throughput_and_parameter_count
         *(f"val/recall_of/{name}" for name in ("blue", "green", "red")),
     }
     assert expected <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("parameters/trainable")] == [512 * 3 + 3]
+    assert [event.value for event in events.Scalars("parameters/trainable")] == [FEATURES * 3 + 3]
     assert len(events.Scalars("val/accuracy")) == 3
     assert events.Scalars("lr-AdamW/head")[0].value == pytest.approx(0.01)
     assert "SHA-256" in str(events.Tensors("frozen/text_summary")[0].tensor_proto.string_val)
@@ -45,7 +45,7 @@ def test_fit_learns_to_classify_colours(trained: Path) -> None:
 
 
 def test_frozen_backbone_is_bit_identical_after_fit(trained: Path, weights: Path) -> None:
-    pretrained = load_backbone("resnet18", str(weights))
+    pretrained = load_backbone(BACKBONE, str(weights))
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["transfer"]["frozen"] == {
         "stages": ["stem", "layer1", "layer2", "layer3", "layer4"],
@@ -74,7 +74,7 @@ def test_change_of_frozen_stages_during_training_is_an_error(
 
     monkeypatch.setattr(ImageClassifier, "on_train_epoch_start", modify)
     assert fit() == 2
-    assert "frozen stages of resnet18 changed during training" in capsys.readouterr().err
+    assert f"frozen stages of {BACKBONE} changed during training" in capsys.readouterr().err
 
 
 def test_change_of_frozen_stages_before_training_is_an_error(
@@ -305,7 +305,7 @@ def test_resume_without_flags_uses_the_hyper_parameters_of_the_checkpoint(run: P
     data = ["--data.root", str(photos), "--data.num_workers", "0", "--trainer.max_epochs", "4"]
     assert main(["fit", "--ckpt_path", last, *data]) == 0
     config = yaml.safe_load(Path("runs/photos/version_1/config.yaml").read_text())
-    assert config["model"]["backbone"] == "resnet18"
+    assert config["model"]["backbone"] == BACKBONE
     assert config["model"]["optimizer"]["init_args"]["lr"] == 0.01
 
 
@@ -369,7 +369,7 @@ def test_every_config_runs(config: Path, fit: Fit, photos: Path, weights: Path) 
         flags += ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--features.cache", "off"]
         assert main(["fit", "-c", str(config), *flags]) == 0
     else:  # with a small network that needs no download
-        model = ["--model.backbone", "resnet18", "--model.weights", str(weights)]
+        model = ["--model.backbone", BACKBONE, "--model.weights", str(weights)]
         assert fit("-c", str(config), *model, "--data.root", str(photos), *flags) == 0
 
 

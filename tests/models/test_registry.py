@@ -5,11 +5,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from project.errors import ModelError, WeightsError
 from project.models.backbone import load_backbone
 from project.models.registry import architecture
+from tests.models.fast_init import FastInit
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.weights is null")
 
@@ -21,23 +21,6 @@ LARGER = re.compile(
     r"convnext_(base|large|small)|densenet(161|169|201)|efficientnet_(b[2-7]|v2_[ml])|regnet_[xy]_(\d\dgf|8gf|128gf|3_2gf)"
     r"|resnet(101|152)|resnext101.*|swin(_v2)?_[bs]|vgg(13|16|19)(_bn)?|vit_[hl]_.*|wide_resnet101_2"
 )
-
-
-class FastInit(TorchFunctionMode):
-    """Fills weights with repeated noise: drawing random numbers takes most of the time of building a network."""
-
-    #: Within two standard deviations: trunc_normal_ draws values outside again.
-    NOISE = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).clamp(-1.9, 1.9)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"):
-            weights, *others = args or [kwargs["tensor"]]
-            scale = weights[0].numel() ** -0.5 if weights.dim() > 1 else 0.1
-            if func is torch.Tensor.normal_ and len(others) == 2:
-                scale = min(scale, others[1])
-            weights.data.view(-1).copy_((self.NOISE * scale).repeat(-(-weights.numel() // 2**16))[: weights.numel()])
-            return weights
-        return func(*args, **(kwargs or {}))
 
 
 def random_images(batch, size):

@@ -9,6 +9,7 @@ from torch import nn
 
 from project.models.registry import architecture
 from project.models.stages import FAMILIES, split_into_stages
+from tests.models.fast_init import FastInit
 
 RESNET = ["stem", "layer1", "layer2", "layer3", "layer4"]
 BLOCKS = ["stem", "block1", "block2", "block3", "block4"]
@@ -57,10 +58,23 @@ SINGLE_STAGE = (
 
 
 def whole_network(name):
-    if name.startswith("timm/"):
-        return timm.create_model(name.removeprefix("timm/")).eval()
-    options = {"init_weights": False, "transform_input": True} if name == "googlenet" else {}
-    return torchvision.models.get_model(name, weights=None, **options).eval()
+    with FastInit():
+        if name.startswith("timm/"):
+            return timm.create_model(name.removeprefix("timm/")).eval()
+        options = {"init_weights": False, "transform_input": True} if name == "googlenet" else {}
+        return torchvision.models.get_model(name, weights=None, **options).eval()
+
+
+def backbone_of(network, name):
+    """A network without classifier that has the weights of a whole one, and the number of its features."""
+    with FastInit():
+        return architecture(name).build(dict(network.state_dict()))
+
+
+def without_weights(name):
+    """A network whose weights do not matter. torchvision's RegNet computes its widths on the default device."""
+    with FastInit() if name.startswith("regnet") else torch.device("meta"):
+        return architecture(name).build(None)[0]
 
 
 def with_random_statistics(network):
@@ -89,16 +103,16 @@ def images_for(name):
 
 
 def test_every_family_is_covered():
-    families = {type(architecture(name).build(None)[0]) for name in NAMES}
+    families = {type(without_weights(name)) for name in NAMES}
     assert {f"{family.__module__.split('.')[0]}.{family.__name__}" for family in families} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stages_in_sequence_are_bit_identical_to_the_network(name):
+def test_stages_in_sequence_are_bit_identical_to_the_network_and_halve_the_resolution(name):
     torch.manual_seed(0)
     original, images = with_random_statistics(whole_network(name)), images_for(name)
     features = classifier_input(original, images)
-    model, width = architecture(name).build(dict(original.state_dict()))
+    model, width = backbone_of(original, name)
     with torch.no_grad():
         whole = model.eval()(images)
     stages = split_into_stages(model)
@@ -115,13 +129,26 @@ def test_stages_in_sequence_are_bit_identical_to_the_network(name):
     assert torch.equal(rows, whole)
     assert torch.equal(rows, features)
     assert not torch.equal(rows[0], rows[1])
+    assert_each_stage_halves_the_resolution(stages.values(), channels_last=name.startswith("swin"))
+
+
+def assert_each_stage_halves_the_resolution(stages, channels_last):
+    """Except from the stem to the first stage: ResNet and timm's ConvNeXt keep it there."""
+    sizes, rows = [], torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        for stage in list(stages)[:-1]:
+            rows = stage(rows)
+            sizes.append(rows.shape[1 if channels_last else 2])
+    assert len(sizes) >= 3
+    assert {after / before for before, after in pairwise(sizes[1:])} == {0.5}
+    assert sizes[0] / sizes[1] in (1, 2)
 
 
 @pytest.mark.parametrize("name", SINGLE_STAGE)
 def test_network_of_another_family_is_a_single_stage(name):
     torch.manual_seed(0)
     original, images = whole_network(name), images_for(name)
-    model, width = architecture(name).build(dict(original.state_dict()))
+    model, width = backbone_of(original, name)
     stages = split_into_stages(model.eval())
     assert list(stages) == ["body"]
     with torch.no_grad():
@@ -129,21 +156,6 @@ def test_network_of_another_family_is_a_single_stage(name):
     assert features.shape == (2, width)
     if name != "squeezenet1_1":  # its classifier is a convolution before pooling
         assert torch.equal(features, classifier_input(original, images))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_stage_halves_the_resolution(name):
-    """Except from the stem to the first stage: ResNet and timm's ConvNeXt keep it there."""
-    model, _ = architecture(name).build(None)
-    sizes, rows = [], torch.randn(1, 3, 128, 128)
-    channels_last = name.startswith("swin")
-    with torch.no_grad():
-        for stage in list(split_into_stages(model.eval()).values())[:-1]:
-            rows = stage(rows)
-            sizes.append(rows.shape[1 if channels_last else 2])
-    assert len(sizes) >= 3
-    assert {after / before for before, after in pairwise(sizes[1:])} == {0.5}
-    assert sizes[0] / sizes[1] in (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +171,12 @@ def test_each_stage_halves_the_resolution(name):
     ],
 )
 def test_stage_starts_with_the_submodule_of_the_same_name(name, stage, submodule):
-    model, _ = architecture(name).build(None)
+    model = without_weights(name)
     first = next(model.get_submodule(submodule).parameters())
     assert next(split_into_stages(model)[stage].parameters()) is first
 
 
 def test_vgg_fc_stage_has_the_two_hidden_linear_layers():
-    model, _ = architecture("vgg11").build(None)
+    model = without_weights("vgg11")
     layers = [module for module in split_into_stages(model)["fc"].modules() if isinstance(module, nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in layers] == [(25088, 4096), (4096, 4096)]

@@ -17,9 +17,10 @@ def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("notebooks")
     config = str(NOTEBOOKS[0].parents[1] / "configs" / "quickstart.yaml")
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "2"]
+    short += ["--features.cache", "off", "--model.head_init", "random", "--dashboard.figures", "false"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["fit", "-c", config, *short, "--model.image_size", "48", "--data.num_workers", "0"]) == 0
+        assert main(["fit", "-c", config, *short, "--model.image_size", "32", "--data.num_workers", "0"]) == 0
     return folder
 
 

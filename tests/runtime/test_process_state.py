@@ -14,6 +14,7 @@ import pytest
 
 from project.cli.main import main
 from project.runtime.process_state import process_state
+from tests.conftest import BACKBONE
 
 LOGGER = "lightning.pytorch.utilities.rank_zero"
 
@@ -78,7 +79,7 @@ def test_main_restores_the_process_state(
     small = ["--model.weights", str(weights), "--data.root", str(photos), "--data.num_workers", "0"]
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
     commands = {
-        "fit": ["fit", "--model.backbone", "resnet18", *small, "--model.image_size", "32", "--trainer.max_epochs", "1"],
+        "fit": ["fit", "--model.backbone", BACKBONE, *small, "--model.image_size", "32", "--trainer.max_epochs", "1"],
         "predict": ["predict", *checkpoint, *small, "--data.predict", str(photos / "test")],
         "check": ["check", "--data.root", str(photos)],
         "user error": ["fit", "--no_such_flag", "1"],

@@ -11,7 +11,7 @@ from PIL import Image
 from project.cli.main import main
 from project.data.sources.huggingface import HuggingFace
 from project.errors import DataError
-from tests.conftest import draw
+from tests.conftest import BACKBONE, draw
 
 
 def prepared(*arguments: Any, **options: Any) -> HuggingFace:
@@ -186,6 +186,6 @@ def test_missing_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPa
 def test_fit_on_a_hugging_face_data_set(here: Path, weights: Path) -> None:
     with_class_labels(table(here / "a", 12, kind=[0, 1] * 6)).save_to_disk("insects")
     flags = ["--data.source", "project.data.published.HuggingFace", "--data.source.path", "insects"]
-    small = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
+    small = ["--model.backbone", BACKBONE, "--model.weights", str(weights), "--model.image_size", "32"]
     assert main(["fit", *flags, *small, "--trainer.max_epochs", "1", "--data.num_workers", "0"]) == 0
     assert (here / "runs" / "insects" / "version_0" / "checkpoints" / "best.ckpt").exists()

@@ -21,7 +21,7 @@ from project.data.datamodule import ImageDataModule
 from project.data.sources.digits import Digits
 from project.data.sources.torchvision import Torchvision
 from project.errors import DataError
-from tests.conftest import draw
+from tests.conftest import BACKBONE, draw
 from tests.data.sources import published_sets
 
 Refused = Callable[[int], str]
@@ -290,7 +290,7 @@ def test_shipped_config_fits_its_data_set(
     settings = yaml.safe_load(config.read_text())
     monkeypatch.setenv("HOME", str(here))
     create(name, here / "data", monkeypatch)
-    small = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
+    small = ["--model.backbone", BACKBONE, "--model.weights", str(weights), "--model.image_size", "32"]
     cheap = ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     assert main(["fit", "-c", str(config), *small, *cheap]) == 0
     kind = settings["data"]["source"]["class_path"].rpartition(".")[2].lower()
@@ -306,7 +306,7 @@ def test_shipped_config_fits_its_data_set(
 def test_fit_from_flags_without_a_config(here: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create("cifar10", here / "sets", monkeypatch)
     flags = ["--data.source", "torchvision.datasets.CIFAR10", "--data.source.root", "sets", "--data.num_workers", "2"]
-    small = ["--model.backbone", "resnet18", "--model.weights", str(weights), "--model.image_size", "32"]
+    small = ["--model.backbone", BACKBONE, "--model.weights", str(weights), "--model.image_size", "32"]
     assert main(["fit", *flags, *small, "--trainer.max_epochs", "1", "--features.cache", "off"]) == 0
     assert (here / "runs" / "cifar10" / "version_0" / "checkpoints" / "best.ckpt").exists()
 
