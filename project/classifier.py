@@ -176,29 +176,41 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             DataError: The classes of the data differ from those of the model.
             ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
-        precision = str(self.trainer.precision)
+        refuse_unsupported(getattr(self.trainer, "callbacks", []))
+        self.backbone.freeze(self.cut)  # unfreeze() may have been called
+        self.use_data(getattr(self.trainer, "datamodule", None), str(self.trainer.precision), stage == "fit")
+        if stage == "fit" and self.classes and not self.parameter_groups():
+            lightning_internals.skip_ddp(self.trainer)
+
+    def use_data(self, data: Any, precision: str, trains: bool) -> None:
+        """Set the classes and their loss weights from the data, and the preprocessing of the data from the weights.
+
+        Args:
+            data: A data module, or ``None``.
+            precision: Precision in Lightning's notation, such as 32-true.
+            trains: Whether the model will be trained, so that the data's class weights apply.
+
+        Raises:
+            DataError: The classes of the data differ from those of the model.
+            ConfigError: The classes are unknown, or the precision would change the frozen weights.
+        """
         if precision.endswith("-true") and precision != "32-true" and self.cut.frozen:
             raise ConfigError(
                 f"trainer.precision {precision} would round the frozen weights. Use {precision.split('-')[0]}-mixed."
                 if precision != "64-true"
                 else "trainer.precision 64-true would convert the frozen weights. Use 32-true."
             )
-        refuse_unsupported(getattr(self.trainer, "callbacks", []))
-        self.backbone.freeze(self.cut)  # unfreeze() may have been called
-        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "preprocessing"):
             data.preprocessing = self.backbone.preprocessing
         classes = getattr(data, "classes", None)
         if classes and not self.classes:
             self._set_classes(classes)
         validate_classes(classes or self.classes, self.classes)
-        balanced_weights = getattr(data, "class_weights", None) if stage == "fit" else None
+        balanced_weights = getattr(data, "class_weights", None) if trains else None
         if balanced_weights is not None:
             if self.hparams["class_weights"] is not None:
                 raise ConfigError("data.balance=loss and model.class_weights exclude each other. Remove one of them.")
             self.loss_weights = torch.tensor(balanced_weights, device=self.device)
-        if stage == "fit" and self.classes and not self.parameter_groups():
-            lightning_internals.skip_ddp(self.trainer)
         if not self.classes:
             raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
 

@@ -52,6 +52,12 @@ def validate_identity(saved: Any, model: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"The preprocessing differs: {'; '.join(differences)}.\nOmit --model.image_size to use the checkpoint's."
         )
+    features = saved.get("features", "last")  # earlier versions had no others
+    if features != model["features"]:
+        raise CheckpointError(
+            f"model.features differs: it is {features} in the checkpoint and {model['features']} in the model.\n"
+            "Omit --model.features to use the checkpoint's."
+        )
     if saved["classes"] != model["classes"]:
         raise CheckpointError(
             f"The classes differ: the checkpoint has {saved['classes']}, the model has {model['classes']}.\n"

@@ -179,6 +179,7 @@ class CheckpointMixin(Module):
             "format": FORMAT,
             "classes": list(self.classes),
             "preprocessing": self.backbone.preprocessing.as_dict(),
+            "features": self.backbone.features,
             "backbone": {
                 "name": self.backbone.name,
                 "weights": self.backbone.origin.weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_vers
 from project.cli.series import Series, repetition_command
 from project.cli.short_help import group_help, requested_help, short_help
 from project.config.class_path import ClassSpec
+from project.config.import_allowlist import split_allow_imports
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.inference import demo
@@ -39,7 +41,7 @@ from project.reporting.model_card_callback import ModelCardCallback, card_path
 from project.reporting.run_summary import RunSummary, print_evaluation
 from project.reporting.series_table import SeriesRow, print_series
 from project.runtime.console import print_rank_zero
-from project.runtime.distributed import is_first_process
+from project.runtime.distributed import is_externally_launched, is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import Interrupted, SignalHandler
 from project.studies.search_space import SearchSpace
@@ -51,6 +53,8 @@ PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
 #: Images per step of a sweep; larger than that of a fit, as the optimizer of many heads takes as long as the products.
 SWEEP_BATCH_SIZE = 128
+#: Arguments of the model that a sweep sets.
+SWEPT = ("head", "head_init", "features", "optimizer", "scheduler", "label_smoothing")
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
@@ -276,9 +280,10 @@ class TransferCLI(CheckpointCLI):
 
     def _sweep(self, device: torch.device, precision: str, flags: dict[str, Any]) -> None:
         """Run a sweep, then the fit of its winner."""
-        runs = Path(self._section.trainer.default_root_dir or RUNS_FOLDER) / (
-            self._section.name or self.datamodule.name
-        )
+        self._validate_sweep()
+        self._signals.message = "Run the same command again to continue the sweep."
+        trainer = self._section.trainer
+        runs = Path(trainer.default_root_dir or RUNS_FOLDER) / (self._section.name or self.datamodule.name)
 
         def folder(belongs: Callable[[Path], bool]) -> Path:
             known: Path | None = next(filter(belongs, runs.glob("version_*")), None)
@@ -290,9 +295,37 @@ class TransferCLI(CheckpointCLI):
         target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
         config = yaml.safe_load(self.verb_parser("sweep").dump(self.config["sweep"], skip_none=False))
         path = write_winner(target, {key: value for key, value in config.items() if key not in flags}, trial)
-        print_rank_zero(f"Sweep: {target / 'sweep.csv'}; fit -c {path}")
-        fit = TransferCLI(["fit", "-c", str(path)], self._signals, f"{PROGRAM} fit -c {path}")
-        self.exit_code = fit.exit_code
+        allowed = [] if is_externally_launched() else split_allow_imports(shlex.split(self._resume_command))[0]
+        imports = [argument for package in allowed for argument in ("--allow_imports", package)]
+        command = shlex.join([*PROGRAM.split(), "fit", "-c", str(path), *imports])
+        print_rank_zero(f"Sweep: all candidates are in {target / 'sweep.csv'}; to repeat this fit: {command}")
+        self.exit_code = TransferCLI(["fit", "-c", str(path)], self._signals, command).exit_code
+
+    def _validate_sweep(self) -> None:
+        """Refuse what a sweep cannot do, and print which settings do not apply to it."""
+        section, trainer = self._section, self._section.trainer
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                f"sweep runs on one device, not on {self.trainer.world_size}. Add --trainer.devices 1; the fit of its "
+                "winner can use several (fit -c winner.yaml --trainer.devices N)."
+            )
+        refused = {
+            "features.cache off": self.config["sweep"].features.cache in ("off", False),
+            "trainer.fast_dev_run": bool(trainer.fast_dev_run),
+            "trainer.overfit_batches": bool(trainer.overfit_batches),
+            "trainer.limit_train_batches": trainer.limit_train_batches not in (None, 1.0),
+            "trainer.gradient_clip_val": trainer.gradient_clip_val is not None,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+            "--name with a logger of your own": bool(section.name and trainer.logger),
+        }
+        found = [name for name, is_given in refused.items() if is_given]
+        if found:
+            raise ConfigError(f"sweep does not support {found[0]}, which its candidates would not have. Remove it.")
+        given = self.given_settings("sweep")
+        replaced = [f"model.{name}" for name in SWEPT if name in given.get("model", {})]
+        replaced += ["trainer.max_epochs"] if "max_epochs" in given.get("trainer", {}) else []
+        if replaced:
+            print_rank_zero(f"Sweep: the search space replaces {', '.join(replaced)}")
 
     def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
         """Predict images and write one row per image to a CSV file.

@@ -12,6 +12,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from project.errors import ModelError
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults of AdamW
 
 
@@ -21,10 +23,13 @@ class HeadPopulation:
     Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`.
 
     Args:
-        heads: K heads with equal shapes. They are copied.
+        heads: K heads with equal shapes. They are copied. Parameters without a gradient stay as they are.
         learning_rates: Learning rate of each head, ``(K,)``.
         weight_decays: Weight decay of each head, ``(K,)``.
         device: Device of the heads.
+
+    Raises:
+        ModelError: The heads have no parameters to train.
     """
 
     def __init__(
@@ -36,10 +41,13 @@ class HeadPopulation:
     ) -> None:
         self._module = copy.deepcopy(heads[0]).to(device)
         parameters, buffers = stack_module_state([head.to(device) for head in heads])
-        self._parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        self._buffers = buffers
-        self._means = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        self._squares = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        trained = {name for name, parameter in heads[0].named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise ModelError(f"{type(heads[0]).__name__} has no parameters to train.")
+        self._parameters = {name: parameters[name].detach().requires_grad_() for name in parameters if name in trained}
+        self._constants = {name: value.detach() for name, value in parameters.items() if name not in trained} | buffers
+        self._means = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
+        self._squares = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
         self._rates = torch.tensor(learning_rates, device=device)
         self._decays = torch.tensor(weight_decays, device=device)
         self._steps = 0
@@ -53,13 +61,13 @@ class HeadPopulation:
         """
         self._module.train(training)
 
-        def run(parameters: Any, buffers: Any) -> torch.Tensor:
-            logits: torch.Tensor = functional_call(self._module, (parameters, buffers), (features,))
+        def run(tensors: Any) -> torch.Tensor:
+            logits: torch.Tensor = functional_call(self._module, tensors, (features,))
             return logits
 
         with _OneProduct():
             batched = vmap(run, out_dims=1, randomness="different")
-            logits: torch.Tensor = batched(self._parameters, self._buffers)
+            logits: torch.Tensor = batched({**self._parameters, **self._constants})
             return logits
 
     def step(self, features: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -70,11 +78,13 @@ class HeadPopulation:
             loss: Maps logits ``(B, K, C)`` to the sum of the heads' losses.
         """
         total = loss(self.logits(features, training=True))
-        gradients = torch.autograd.grad(total, [*self._parameters.values()])
+        gradients = torch.autograd.grad(total, [*self._parameters.values()], allow_unused=True)
         self._steps += 1
         corrections = [1 - beta**self._steps for beta in BETAS]
         with torch.no_grad():
             for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+                if gradient is None:  # the head does not use it
+                    continue
                 shape = (-1, *[1] * (parameter.dim() - 1))
                 rates, decays = self._rates.view(shape), self._decays.view(shape)
                 mean = self._means[name].lerp_(gradient, 1 - BETAS[0])
@@ -91,7 +101,7 @@ class _OneProduct(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and not kwargs:
+        if func is functional.linear and not kwargs and args[0].dim() == 2:
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 

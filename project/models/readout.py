@@ -30,18 +30,17 @@ def pool_stages(stages: Sequence[nn.Module], inputs: torch.Tensor) -> torch.Tens
     pooled = []
     for stage in stages:
         inputs = stage(inputs)
-        pooled.append(_global_average(inputs))
+        pooled.append(_global_average(inputs, getattr(stage, "channels_last", False)))
     return torch.cat(pooled, 1)
 
 
-def _global_average(outputs: torch.Tensor) -> torch.Tensor:
+def _global_average(outputs: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """Average outputs ``(B, ...)`` to ``(B, K)``."""
     if outputs.dim() == 2:
         return outputs
     if outputs.dim() == 3:  # tokens
         return outputs.mean(1)
-    channels_first = outputs.shape[2] == outputs.shape[3]  # images are square, so their maps are square too
-    return outputs.mean((2, 3) if channels_first else (1, 2))
+    return outputs.mean((1, 2) if channels_last else (2, 3))
 
 
 def read_tokens(kind: FeatureKind, stages: Sequence[nn.Module], inputs: torch.Tensor) -> torch.Tensor:

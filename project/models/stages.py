@@ -16,6 +16,19 @@ from torch import nn
 StartsStage = Callable[[str, nn.Module, nn.Module | None], bool]
 
 
+class Stage(nn.Sequential):
+    """A part of a network.
+
+    Args:
+        modules: Modules to run in sequence, by name.
+        channels_last: Whether its maps are ``(B, H, W, K)`` instead of ``(B, K, H, W)``.
+    """
+
+    def __init__(self, modules: OrderedDict[str, nn.Module], channels_last: bool = False) -> None:
+        super().__init__(modules)
+        self.channels_last = channels_last
+
+
 def _at(*prefixes: str) -> StartsStage:
     return lambda path, child, previous: path.startswith(prefixes)
 
@@ -38,12 +51,14 @@ class Family:
         expanded: Containers whose children are treated as children of the network.
         functional: Modules for operations that ``forward`` applies in functional form, by the name of the next child.
         names: Name of the i-th stage, from 0.
+        channels_last: Whether the stages output maps ``(B, H, W, K)`` instead of ``(B, K, H, W)``.
     """
 
     starts_stage: StartsStage
     expanded: tuple[str, ...] = ()
     functional: Mapping[str, tuple[Callable[[], nn.Module], ...]] = field(default_factory=dict)
     names: Callable[[int], str] = lambda index: f"stage{index}" if index else "stem"
+    channels_last: bool = False
 
     def children(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The network as a chain of named modules."""
@@ -88,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "torchvision.EfficientNet": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
     "torchvision.ConvNeXt": Family(_at(*FOUR_STAGES), ("features",)),
     "torchvision.RegNet": Family(_at("trunk_output.block"), ("trunk_output",), {"fc": (nn.Flatten,)}, _block),
-    "torchvision.SwinTransformer": Family(_at(*FOUR_STAGES), ("features",)),
+    "torchvision.SwinTransformer": Family(_at(*FOUR_STAGES), ("features",), channels_last=True),
     "timm.ResNet": Family(_at("layer"), names=_layer),
     "timm.VGG": Family(_after_pooling, ("features",), names=_vgg_block),
     "timm.DenseNet": Family(_at("features.denseblock"), ("features",), names=_block),
@@ -118,4 +133,4 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
             groups.append(OrderedDict())
         groups[-1][path.replace(".", "_")] = child
         previous = child
-    return OrderedDict((family.names(index), nn.Sequential(group)) for index, group in enumerate(groups))
+    return OrderedDict((family.names(index), Stage(group, family.channels_last)) for index, group in enumerate(groups))

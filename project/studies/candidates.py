@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from project.config.class_path import ClassSpec
 from project.data.samplers import EpochOrder
+from project.errors import ConfigError, ModelError
 from project.models.head_bank import TrainingRows
 from project.models.head_population import HeadPopulation
 from project.models.head_solver import solve_head
@@ -61,9 +62,7 @@ class Recipe:
     seed: int
 
 
-def train_population(
-    settings: Sequence[HeadSettings], rows: LabelledRows, fold: int, recipe: Recipe, on_step: Callable[[], None]
-) -> torch.Tensor:
+def train_population(settings: Sequence[HeadSettings], rows: LabelledRows, fold: int, recipe: Recipe) -> torch.Tensor:
     """Train candidates of one head class and kind of features, and score them after each epoch on a held-out fold.
 
     Args:
@@ -71,7 +70,9 @@ def train_population(
         rows: The training images.
         fold: The fold to hold out.
         recipe: Settings of all candidates.
-        on_step: Called after each step.
+
+    Raises:
+        ConfigError: The head cannot be trained in a batch with others.
 
     Returns:
         Accuracy and mean loss on the held-out fold after each epoch, float64 ``(K, E, 2)``.
@@ -80,9 +81,17 @@ def train_population(
     train, held_out = (torch.nonzero(mask)[:, 0] for mask in (rows.folds != fold, rows.folds == fold))
     key = (recipe.seed, "sweep", first.head.class_path, first.features, fold)
     reseed(features.device, *key, "initial heads")
-    heads = [_make(first.head, features.shape[1], rows.num_classes) for _ in settings]
+    heads = [make_head(first.head, features.shape[1], rows.num_classes) for _ in settings]
     rates, decays = ([float(getattr(one, name) or 0) for one in settings] for name in ("lr", "weight_decay"))
-    population = HeadPopulation(heads, rates, decays, features.device)
+    try:
+        population = HeadPopulation(heads, rates, decays, features.device)
+        population.logits(features[train[:2]])
+    except (ModelError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"space.head: {first.head.name} cannot be trained in a batch with others ({reason}).\n"
+            "Remove it from --space.head."
+        ) from error
     weights = rows.sampling_weights
     order = EpochOrder(
         len(train), True, recipe.seed, None if weights is None else weights[train], batch_size=recipe.batch_size
@@ -104,7 +113,6 @@ def train_population(
         for indices in torch.split(train[order(epoch).indices], recipe.batch_size):
             labels = rows.labels[indices]
             population.step(features[indices], lambda logits, labels=labels: loss(logits, labels))  # type: ignore[misc]
-            on_step()
         for indices in torch.split(held_out, EVALUATED_ROWS):
             with torch.no_grad():
                 logits = population.logits(features[indices]).float()
@@ -112,7 +120,12 @@ def train_population(
     return scores / rows.importance[rows.labels[held_out]].sum().double().cpu()
 
 
-def _make(head: ClassSpec, width: int, classes: int) -> nn.Module:
+def make_head(head: ClassSpec, width: int, classes: int) -> nn.Module:
+    """Construct a head.
+
+    Raises:
+        ConfigError: The class is not allowed, or does not accept the arguments.
+    """
     made: nn.Module = head.construct("space.head", nn.Module, width, classes)
     return made
 
@@ -127,10 +140,12 @@ def _weighted_sums(logits: torch.Tensor, labels: torch.Tensor, importance: torch
         task: Gives the loss and the predictions.
     """
     weights = importance[labels]
+    finite = logits.isfinite().all(2)
     predicted = task.predict(logits.flatten(0, 1)).label.view(logits.shape[:2])
-    correct = weights[:, None] * (predicted == labels[:, None])
+    correct = weights[:, None] * (finite & (predicted == labels[:, None]))
     targets = task.target_weights(labels, logits.shape[2], None, 0.0) * weights[:, None]
     losses, _ = task.loss_and_gradient(logits, targets)
+    losses = torch.where(finite, losses, torch.inf)  # a head that has diverged
     return torch.stack([correct.sum(0, dtype=torch.float64), losses.sum(0, dtype=torch.float64)], 1).cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
@@ -50,12 +51,15 @@ class SearchSpace:
             ConfigError: A list is empty, or a value is out of range.
         """
         for entry in fields(self):
-            if not getattr(self, entry.name):
+            values = getattr(self, entry.name)
+            if not values:
                 raise ConfigError(f"space.{entry.name} is empty. Give at least one value, or omit it.")
-        if min(self.lr) <= 0:
-            raise ConfigError(f"space.lr must be more than 0, not {min(self.lr)}.")
-        if min(self.weight_decay) < 0:
-            raise ConfigError(f"space.weight_decay must be at least 0, not {min(self.weight_decay)}.")
+            if any(value in values[:index] for index, value in enumerate(values)):
+                raise ConfigError(f"space.{entry.name} has a value twice. Give each value once.")
+        if not all(0 < value < math.inf for value in self.lr):
+            raise ConfigError(f"space.lr must be more than 0 and finite, not {self.lr}.")
+        if not all(0 <= value < math.inf for value in self.weight_decay):
+            raise ConfigError(f"space.weight_decay must be at least 0 and finite, not {self.weight_decay}.")
         if not all(0 <= value < 1 for value in self.label_smoothing):
             raise ConfigError(f"space.label_smoothing must be in [0, 1), not {self.label_smoothing}.")
 
@@ -111,14 +115,16 @@ class GridSampler:
 
 
 def _balanced(space: SearchSpace, count: int, seed: int) -> list[HeadSettings]:
-    generator = torch.Generator().manual_seed(seed)
+    """Combinations in which each head, kind of features and optimizer setting occurs about equally often."""
     optimizers = [*itertools.product(space.lr, space.weight_decay, space.label_smoothing)]
-    groups = []
-    for head, features in itertools.product(space.head, space.features):
-        order = torch.randperm(len(optimizers), generator=generator).tolist()
-        groups.append([_settings(head, features, *optimizers[index]) for index in order])
-    turns = itertools.chain.from_iterable(zip(*groups, strict=True))
-    return list(itertools.islice(turns, count))
+    order = torch.randperm(len(optimizers), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [*itertools.product(space.head, space.features)]
+    settings = []
+    for turn in range(len(optimizers)):
+        for number, (head, features) in enumerate(groups):  # each group begins at another part of the order
+            index = order[(turn + number * len(order) // len(groups)) % len(order)]
+            settings.append(_settings(head, features, *optimizers[index]))
+    return settings[:count]
 
 
 def _settings(head: HeadCallable, features: FeatureKind, lr: float, decay: float, smoothing: float) -> HeadSettings:

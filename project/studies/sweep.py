@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,9 +23,8 @@ from project.models.heads import LinearHead
 from project.models.readout import FeatureKind
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero, progress_counter
-from project.runtime.distributed import world_size
 from project.runtime.seeding import run_seed
-from project.studies.candidates import LabelledRows, Recipe, solve_candidate, train_population
+from project.studies.candidates import LabelledRows, Recipe, make_head, solve_candidate, train_population
 from project.studies.search_space import SAMPLERS, HeadSettings, SamplerName, SearchSpace
 from project.studies.trials import WINNER, Rule, Trial, best_epoch, choose, report, write
 
@@ -77,6 +77,7 @@ def sweep(
     """
     space.validate()
     _validate(model, data, count, epochs, folds)
+    model.use_data(data, precision, trains=True)
     rows, kinds = _read(model, data, device, precision, provider, space)
     space.features = kinds
     held_out = folds or (FOLDS if len(rows.labels) <= SMALL else 1)
@@ -110,10 +111,6 @@ def _validate(model: ImageClassifier, data: ImageDataModule, count: int, epochs:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
     if folds is not None and not 1 <= folds <= FOLDS:
         raise ConfigError(f"--folds must be from 1 to {FOLDS}, not {folds}.")
-    if world_size() > 1:
-        raise ConfigError(
-            "sweep runs in one process. Start it without torchrun; the fit of its winner can use several."
-        )
     if model.cut.trainable:
         raise ConfigError("sweep trains heads on features of the frozen backbone. Use --model.trainable head.")
     if data.mixes or data.augment != "none":
@@ -134,7 +131,7 @@ def _read(
     assert data.source is not None  # the command line requires data
     samples, missing = data.splits["train"], []
     features: dict[FeatureKind, torch.Tensor] = {}
-    budget = row_memory_budget(device)
+    budget, width = row_memory_budget(device), 0
     model.to(device)
     for kind in dict.fromkeys(space.features):
         try:
@@ -142,11 +139,14 @@ def _read(
         except ModelError as error:
             missing.append(str(error))
             continue
-        if len(samples) * model.backbone.feature_dim * 4 > budget:
+        width += model.backbone.feature_dim
+        if len(samples) * width * 4 > budget:
             raise ConfigError(
-                f"sweep holds the features in memory: {len(samples):,} rows of {model.backbone.feature_dim:,} exceed "
-                f"{budget / 1e9:.1f} GB. Use --space.features [last], or --data.per_class."
+                f"sweep holds the features in memory: {len(samples):,} rows of {width:,} exceed {budget / 1e9:.1f} GB. "
+                "Use --space.features [last], or --data.per_class."
             )
+        for head in space.head:  # a wrong argument ends the sweep before features are computed
+            make_head(ClassSpec.of(head), model.backbone.feature_dim, len(model.classes))
         prefix = model.prefix_spec(device, precision)
         features[kind] = provider.encode_samples(prefix, data.source, samples).to(device)
     if not features:
@@ -155,8 +155,7 @@ def _read(
         print_rank_zero(f"Sweep: {missing[0].partition(':')[2].strip()}")
     counts = torch.tensor(data.class_counts["train"], dtype=torch.float32)
     labels = torch.tensor([sample.label for sample in samples])
-    given = data.class_weights or model.hparams["class_weights"]
-    class_weights = None if given is None else torch.tensor(given, device=device)
+    class_weights = None if model.loss_weights is None else model.loss_weights.to(device)
     importance, sampling = torch.ones(len(counts), device=device), None
     if class_weights is not None:
         importance = class_weights
@@ -203,9 +202,12 @@ def _state(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text())
-    except ValueError:  # another program's file
-        return {}
-    return content if isinstance(content, dict) else {}
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and isinstance(content.get("scores"), dict):
+        return content
+    print_rank_zero(f"Sweep: {file} is damaged and ignored")
+    return {}
 
 
 class _Results:
@@ -223,19 +225,24 @@ class _Results:
         if self._scores:
             print_rank_zero(f"Sweep: continues {file.parent}, where {len(self._scores)} populations are trained")
 
-    def get(self, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Scores under a key; computed and saved if they are missing."""
-        if key not in self._scores:
-            self._scores[key] = compute().tolist()
-            with atomic_write(self._file) as temporary:
-                temporary.write_text(json.dumps({"identity": self._identity, "scores": self._scores}))
-        return torch.tensor(self._scores[key], dtype=torch.float64)
+    def get(self, key: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Scores of a shape under a key; computed and saved if they are missing or damaged."""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            scores = torch.tensor(self._scores[key], dtype=torch.float64)
+            if scores.shape == shape:
+                return scores
+        scores = compute()
+        self._scores[key] = scores.tolist()
+        with atomic_write(self._file) as temporary:
+            temporary.write_text(json.dumps({"identity": self._identity, "scores": self._scores}))
+        return scores
 
 
 def _solved(kind: FeatureKind, rows: LabelledRows, model: ImageClassifier, held_out: int, results: _Results) -> Trial:
     head = ClassSpec.of(LinearHead)
     settings = HeadSettings(head, kind, None, None, 0.0)
-    scores = results.get(f"solved {kind}", lambda: solve_candidate(settings, rows, model.task))
+    shape = (int(rows.folds.max()) + 1, 2)
+    scores = results.get(f"solved {kind}", shape, lambda: solve_candidate(settings, rows, model.task))
     return best_epoch(settings, scores[:held_out, None], _fold_sizes(rows, held_out))
 
 
@@ -257,8 +264,8 @@ def _train(
                 key = json.dumps(
                     [head, kind, fold, [(one.lr, one.weight_decay, one.label_smoothing) for one in members]]
                 )
-                compute = functools.partial(train_population, members, rows, fold, recipe, lambda: None)
-                scores.append(results.get(key, compute))
+                compute = functools.partial(train_population, members, rows, fold, recipe)
+                scores.append(results.get(key, (len(members), recipe.epochs, 2), compute))
                 done += 1
                 on_progress(done, total)
             for index, one in enumerate(members):

@@ -87,7 +87,7 @@ def best_epoch(settings: HeadSettings, scores: torch.Tensor, sizes: torch.Tensor
         scores: Accuracy and loss of each fold after each epoch ``(F, E, 2)``.
         sizes: Number of images of each fold ``(F,)``.
     """
-    accuracy, loss = scores.nanmean(0).unbind(1)
+    accuracy, loss = scores.nanmean(0).unbind(1)  # NaN: a fold whose images have no weight in the loss
     best = max(range(len(accuracy)), key=lambda epoch: (float(accuracy[epoch]), -float(loss[epoch])))
     epochs = 0 if settings.lr is None else best + 1
     return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), int(sizes.sum()))
@@ -123,6 +123,9 @@ def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
         f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} "
         "others are within the 95 % interval of the best"
     )
+    diverged = sum(math.isinf(trial.loss) for trial in trials)
+    if diverged:
+        print_rank_zero(f"Sweep: {diverged} candidates have diverged; their learning rate is too high")
     reason = "it has the highest accuracy"
     if chosen is not best:
         reason = "its accuracy is within one standard error of the highest (--rule highest takes the first of the list)"
@@ -163,8 +166,7 @@ def write_winner(folder: Path, config: dict[str, Any], trial: Trial) -> Path:
         Path of the file.
     """
     config["model"] = {**config["model"], **trial.model_settings()}
-    if trial.epochs:
-        config["trainer"] = {**config["trainer"], "max_epochs": trial.epochs}
+    config["trainer"] = {**config["trainer"], "max_epochs": trial.epochs}  # 0 for a solved head
     with atomic_write(folder / WINNER) as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))
     return folder / WINNER

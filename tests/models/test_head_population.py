@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from project.errors import ModelError
 from project.models.head_population import HeadPopulation
 from project.models.heads import CosineHead, LinearHead, MLPHead
 
@@ -59,3 +60,37 @@ def test_dropout_is_active_only_in_training_and_differs_between_heads() -> None:
     assert torch.equal(evaluated[:, 0], evaluated[:, 1])
     trained = population.logits(features, training=True)
     assert not torch.equal(trained[:, 0], trained[:, 1])
+
+
+class PartlyFrozen(nn.Module):
+    """A head with a frozen and an unused parameter, and a layer of three-dimensional inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.ones(12), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(1))
+        self.grouped = nn.Linear(6, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.grouped((features * self.frozen).view(len(features), 2, 6)).flatten(1)
+
+
+def test_only_used_parameters_with_a_gradient_are_trained() -> None:
+    torch.manual_seed(0)
+    head = PartlyFrozen()
+    population = HeadPopulation([head, copy.deepcopy(head)], [0.1, 0.2], [0.1, 0.1], CPU)
+    optimizer = torch.optim.AdamW(head.parameters(), 0.1, weight_decay=0.1)
+    features, labels = torch.randn(8, 12), torch.randint(0, 4, (8,))
+    for _ in range(3):
+        population.step(
+            features, lambda logits: functional.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(2)) * 2
+        )
+        optimizer.zero_grad()
+        functional.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(population.logits(features)[:, 0], head(features), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_without_parameters_are_refused() -> None:
+    with pytest.raises(ModelError, match="Identity has no parameters to train"):
+        HeadPopulation([nn.Identity()], [0.1], [0.0], CPU)

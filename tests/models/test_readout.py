@@ -41,6 +41,16 @@ def test_stages_are_the_spatial_means_of_each_stage(name: str) -> None:
     assert relative_error(FrozenPrefix(backbone, backbone.cut)(noise(backbone)), features) < 1e-4
 
 
+@torch.no_grad()
+def test_layout_of_maps_whose_width_is_their_side() -> None:
+    """At 384 px, the first stages of Swin output 96 x 96 positions of 96 channels."""
+    backbone = load_backbone("swin_t", None, 384).eval()
+    stem = backbone.stages["stem"](backbone.normalize(noise(backbone)))
+    assert stem.shape == (2, 96, 96, 96)
+    backbone.set_features("stages")
+    torch.testing.assert_close(backbone(noise(backbone))[:, :96], stem.mean((1, 2)))
+
+
 @pytest.mark.parametrize(
     ("name", "own"),
     [

@@ -23,6 +23,9 @@ def test_large_grid_is_sampled_with_equally_many_of_each_head_and_features() -> 
     settings = GridSampler(SearchSpace(), 60, 0).ask()
     assert len({str(one) for one in settings}) == 60
     assert set(Counter((one.head.class_path, one.features) for one in settings).values()) == {10}
+    for name in ("lr", "weight_decay", "label_smoothing"):
+        counts = Counter(getattr(one, name) for one in settings).values()
+        assert max(counts) - min(counts) <= 6, name
     assert GridSampler(SearchSpace(), 60, 0).ask() == settings
     assert GridSampler(SearchSpace(), 60, 1).ask() != settings
 
@@ -48,6 +51,7 @@ def test_missing_optuna_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"lr": []}, "space.lr is empty"),
         ({"lr": [0.0]}, "space.lr must be more than 0"),
+        ({"lr": [0.1, 0.1]}, "space.lr has a value twice"),
         ({"weight_decay": [-1.0]}, "space.weight_decay must be at least 0"),
         ({"label_smoothing": [1.0]}, r"space.label_smoothing must be in \[0, 1\)"),
     ],

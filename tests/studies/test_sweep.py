@@ -159,6 +159,18 @@ def test_backbone_without_stages_is_reported(
         (["--data.augment", "flip"], "Remove data.augment"),
         (["--space.features", "[cls]"], "does not provide 'cls'"),
         (["--space.lr", "[]"], "space.lr is empty"),
+        (["--space.lr", "[.nan]"], "space.lr must be more than 0 and finite"),
+        (["--space.weight_decay", "[.inf]"], "space.weight_decay must be at least 0 and finite"),
+        (["--space.label_smoothing", "[0, 0.0]"], "has a value twice"),
+        (["--space.head", "[{class_path: project.models.heads.MLPHead, init_args: {hidden: -3}}]"], "space.head"),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "2"], "--trainer.devices 1"),
+        (["--features.cache", "off"], "features.cache off"),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val"),
+        (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run"),
+        (["--data.balance", "loss", "--model.class_weights", "[1, 1, 1]"], "exclude each other"),
+        (["--model.class_weights", "[1, 1]"], "2 weights for 3 classes"),
+        (["--model.classes", "[a, b]"], "are not the model's"),
+        (["--trainer.precision", "bf16-true"], "would round the frozen weights"),
         (["--sampler", "random"], "sampler"),
         (["--ckpt_path", "best.ckpt"], "ckpt_path"),
     ],
@@ -168,6 +180,27 @@ def test_impossible_settings_are_refused(
 ) -> None:
     assert message in refused(main([*tiny, *flags]))
     assert not Path("runs").exists()
+
+
+def test_heads_that_cannot_be_trained_together_are_refused(tiny: list[str], refused: Callable[[int], str]) -> None:
+    assert main([*tiny, "--space.head", "[project.models.heads.PrototypeHead]"]) == 2
+    assert "PrototypeHead has no parameters to train" in refused(2)
+
+
+def test_settings_that_the_space_replaces_are_reported(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model.head", "project.models.heads.MLPHead", "--trainer.max_epochs", "7", "--epochs", "1"]
+    assert main([*tiny, *flags, "--rule", "simplest", "--space.features", "[last]"]) == 0
+    output = capsys.readouterr().out
+    assert "Sweep: the search space replaces model.head, model.head_init, trainer.max_epochs" in output
+    assert "chosen is the solved head on last features" in output
+    assert "Epoch 0, the solved head" in output and "Epoch 1" not in output, "exactly the candidate is fitted"
+
+
+def test_damaged_state_is_reported_and_replaced(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("runs/photos/version_0")).mkdir(parents=True)
+    Path("runs/photos/version_0/sweep.json").write_text('{"identity": ')
+    assert main([*tiny, "--space.features", "[last]", "--folds", "1", "--epochs", "1"]) == 0
+    assert "version_0/sweep.json is damaged and ignored" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -181,14 +214,14 @@ def rows() -> LabelledRows:
 def test_scores_are_those_of_the_held_out_fold(rows: LabelledRows) -> None:
     settings = [HeadSettings(LINEAR, "last", lr, 0.0, smoothing) for lr, smoothing in [(0.1, 0.0), (0.1, 0.2)]]
     recipe = Recipe(SingleLabel(), 16, 30, 0)
-    both = train_population(settings, rows, 1, recipe, lambda: None)
+    both = train_population(settings, rows, 1, recipe)
     assert both.shape == (2, 30, 2)
     assert not torch.equal(both[0], both[1])
     assert both[0, -1, 0] > both[0, 0, 0]
     wrong = rows.labels.clone()
     wrong[rows.folds == 1] = (wrong[rows.folds == 1] + 1) % 3  # they must not affect the training
     changed = LabelledRows(rows.features, wrong, rows.folds, 3, None, None, rows.importance)
-    other = train_population(settings, changed, 1, recipe, lambda: None)
+    other = train_population(settings, changed, 1, recipe)
     assert float(other[0, -1, 0]) < 0.3 < 0.7 < float(both[0, -1, 0])
 
 
@@ -198,3 +231,10 @@ def test_class_importance_weights_the_scores(rows: LabelledRows) -> None:
     assert plain.shape == (4, 2)
     only_one = LabelledRows(rows.features, rows.labels, rows.folds, 3, None, None, torch.tensor([1.0, 0.0, 0.0]))
     assert torch.equal(solve_candidate(settings, only_one, SingleLabel())[:, 0], torch.ones(4, dtype=torch.float64))
+
+
+def test_diverged_heads_are_last(rows: LabelledRows) -> None:
+    settings = [HeadSettings(LINEAR, "last", lr, 0.0, 0.0) for lr in (0.1, 1e38)]
+    scores = train_population(settings, rows, 0, Recipe(SingleLabel(), 16, 3, 0))
+    assert scores[1, -1].tolist() == [0.0, float("inf")]
+    assert scores[0, -1].isfinite().all()
