@@ -242,7 +242,7 @@ class TransferCLI(CheckpointCLI):
         with self.restore_errors():
             if verb == "fit":
                 self.trainer.fit(**inputs, weights_only=True)  # checkpoints are never unpickled
-                self._report.show(self.trainer, self.model, card_path(self.trainer))
+                self.summary.show(self.trainer, self.model, card_path(self.trainer))
             elif verb in ("validate", "test"):
                 getattr(self.trainer, verb)(**inputs, verbose=False, weights_only=True)
                 if flags["verbose"]:  # with fewer digits than Lightning's table, and confidence intervals
@@ -270,7 +270,7 @@ class TransferCLI(CheckpointCLI):
                 command = repetition_command(self._resume_command, self._args, repetition.args)
                 self._signals.deferred = False
                 cli = TransferCLI(repetition.args, self._signals, command, is_repetition=True)
-                figures, folder = cli._report.figures(cli.trainer, cli.model), cli.trainer.log_dir
+                figures, folder = cli.summary.figures(cli.trainer, cli.model), cli.trainer.log_dir
                 run = Path(folder) if folder else None
                 rows.append(SeriesRow(repetition.fold or "", repetition.seed, figures, run))
                 if self._signals.received:
@@ -359,8 +359,8 @@ class TransferCLI(CheckpointCLI):
             options |= self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
-        self._report = RunSummary(section.dashboard)
-        callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self._report)
+        self.summary = RunSummary(section.dashboard)
+        callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self.summary)
         if verb == "fit" and not section.trainer.fast_dev_run:
             config = self.config[verb].clone()
             for flag in ("folds", "seeds"):  # of a series, which other verbs do not have

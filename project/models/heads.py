@@ -204,7 +204,8 @@ class KNNHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # bf16 could not tell near neighbors apart
             similarities, labels = self._neighbors(functional.normalize(features.float(), dim=1))
             count = similarities.shape[1]
-            shares = (similarities / self.temperature).softmax(1)
+            weights = ((similarities - similarities.amax(1, keepdim=True)) / self.temperature).exp()  # no overflow
+            shares = weights / weights.sum(1, keepdim=True)
             votes = count * shares.new_zeros(len(features), self.num_classes).scatter_add(1, labels, shares)
             return ((votes + 1 / self.num_classes) / (count + 1)).log()
 

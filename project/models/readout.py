@@ -67,7 +67,8 @@ def _blocks(body: Any, images: torch.Tensor, count: int) -> list[Tokens]:
         options = {"return_prefix_tokens": body.num_prefix_tokens > 0, "output_fmt": "NLC", "intermediates_only": True}
         outputs = body.forward_intermediates(images, indices=count, norm=True, **options)
         return [(out[1], out[0]) if isinstance(out, tuple) else (out[:, :0], out) for out in outputs]
-    tokens = torch.cat([body.class_token.expand(len(images), -1, -1), body._process_input(images)], 1)
+    patches = body.conv_proj(images).flatten(2).transpose(1, 2)
+    tokens = torch.cat([body.class_token.expand(len(images), -1, -1), patches], 1)
     tokens = body.encoder.dropout(tokens + body.encoder.pos_embedding)
     outputs = []
     for layer in body.encoder.layers:

@@ -389,7 +389,7 @@ def test_a_cosine_head_starts_from_the_class_means_and_is_trained(fit: Fit, caps
 
 def test_all_views_count_for_a_head_that_is_not_trained(fit: Fit) -> None:
     assert fit(*DEFAULT, *NEIGHBORS, "--data.augment", "standard", "--features.views", "3") == 0
-    assert head()["head.rows"].shape == (72, 512)
+    assert head()["head.rows"].shape == (72, FEATURES)
 
 
 @pytest.mark.parametrize("flags", [SOLVED, ["--model.head_init", "random"]], ids=["solved", "random"])
@@ -408,7 +408,7 @@ def test_a_fit_of_no_epochs_validates_and_saves_the_head(
 
 def test_a_fit_of_no_epochs_without_validation_saves_the_head(fit: Fit) -> None:
     assert fit(*DEFAULT, "--trainer.max_epochs", "0", "--trainer.limit_val_batches", "0") == 0
-    assert head("last")["head.weight"].shape == (3, 512)
+    assert head("last")["head.weight"].shape == (3, FEATURES)
 
 
 def test_one_image_of_each_class_is_solved_with_a_fixed_penalty(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from project.cli.main import main
 from project.errors import CheckpointError
 from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, LinearHead, MLPHead
-from tests.conftest import SOLVED, STORED, draw, row_counts
+from tests.conftest import BACKBONE, FEATURES, SOLVED, STORED, draw, row_counts
 
 Fit = Callable[..., int]
 FLAGS = ["--data.num_workers", "0", "--dashboard.figures", "false", "--trainer.max_epochs", "1"]
@@ -170,7 +170,7 @@ def test_checkpoint_of_a_head_starts_a_fit_of_more_stages(
     assert "Stages: layer4 now trained, from the pretrained weights" in out
     probe, partial = read(last(0)), read(last(1))
     assert partial["epoch"] == 0
-    for name, parameter in load_backbone("resnet18", str(weights)).stages["layer4"].named_parameters():
+    for name, parameter in load_backbone(BACKBONE, str(weights)).stages["layer4"].named_parameters():
         assert torch.equal(partial["state_dict"][f"backbone.stages.layer4.{name}"], parameter), name
     for name, tensor in probe["state_dict"].items():
         assert torch.equal(partial["state_dict"][name], tensor), name
@@ -194,7 +194,7 @@ def saved(model: ImageClassifier) -> dict[str, Any]:
 
 @pytest.mark.parametrize("head", [LinearHead, MLPHead, CosineHead])
 def test_logits_of_the_old_classes_are_those_of_the_checkpoint(head: type[nn.Module], weights: Path) -> None:
-    backbone, features = load_backbone("resnet18", str(weights), 32), torch.rand(5, 512)
+    backbone, features = load_backbone(BACKBONE, str(weights), 32), torch.rand(5, FEATURES)
     old = ImageClassifier(backbone, head=head, classes=["b", "c"]).eval()
     new = ImageClassifier(backbone, head=head, classes=["c", "a", "b"]).eval()
     fresh = {name: value.clone() for name, value in new.head.state_dict().items()}
@@ -214,7 +214,7 @@ def test_logits_of_the_old_classes_are_those_of_the_checkpoint(head: type[nn.Mod
 
 
 def test_head_without_a_row_per_class_and_missing_classes_are_refused(weights: Path) -> None:
-    backbone = load_backbone("resnet18", str(weights), 32)
+    backbone = load_backbone(BACKBONE, str(weights), 32)
     old = ImageClassifier(backbone, head=Transposed, classes=["b", "c"])
     new = ImageClassifier(backbone, head=Transposed, classes=["b", "c", "d"])
     with pytest.raises(CheckpointError, match=r"Transposed cannot get more classes: its tensor 'head.columns' changes"):

@@ -101,7 +101,8 @@ def test_engines_compute_the_features_of_all_stages(prefix: PrefixSpec, tmp_path
     prefix.backbone.set_features("stages")
     engines = EngineFactory(tmp_path, prefix, "a task", lambda: IMAGES)
     rows = build(engines, name, "fp32")(IMAGES)
-    assert rows.shape == (len(IMAGES), 1024)
+    assert rows.shape == (len(IMAGES), prefix.backbone.feature_dim)
+    assert prefix.backbone.feature_dim > FEATURES
     with torch.no_grad():
         assert relative_error(rows, prefix.backbone(IMAGES)) < 1e-4
     assert engines.options("torch", "fp32")[0].space.path != of_last

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from project import ImageClassifier, load
 from project.cli.main import main
 from project.features import builder
-from tests.conftest import SMALL, SOLVED, row_counts
+from tests.conftest import FEATURES, SMALL, SOLVED, row_counts
 from tests.forked import run_ranks, start
 from tests.integration.subprocesses import TORCHRUN, free_port, run_all
 
@@ -87,7 +87,7 @@ def test_two_processes_compute_a_head_that_is_not_trained(ddp: Ddp, album: Path)
     assert code == 0, output
     assert output.count("Head: computed in") == output.count("Epoch 0, the computed KNNHead: ") == 1
     rows = torch.load("runs/album/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]["head.rows"]
-    assert rows.shape == (24, 512)
+    assert rows.shape == (24, FEATURES)
 
 
 @pytest.mark.parametrize(
