@@ -37,12 +37,14 @@ THUMBNAIL_SIZE = 240  # pixels of the longer side
 STYLE = """
 .gradio-container {max-width: 1000px !important; margin: auto}
 footer {display: none !important}
-.figures {display: flex; gap: 12px; flex-wrap: wrap; margin: 4px 0 16px}
+.gradio-container .prose h1 {font-size: 20px}
+.figures {display: grid; gap: 12px; margin: 4px 0 16px}
+.figures.large {grid-template-columns: repeat(2, minmax(0, 360px))}
+.figures.small {grid-template-columns: repeat(6, minmax(0, 150px)); font-size: 85%}
 .figures figure {margin: 0; text-align: center; overflow-wrap: anywhere}
 .figures img {width: 100%; object-fit: contain; border-radius: 4px}
-.figures.large figure {flex: 1 1 260px; max-width: 360px}
-.figures.small figure {flex: 1 1 120px; max-width: 150px; font-size: 85%}
-.figures.small img {height: 130px}
+.figures.small img {aspect-ratio: 1}
+@media (max-width: 480px) {.figures.small {grid-template-columns: repeat(3, minmax(0, 1fr))}}
 """
 
 
@@ -173,7 +175,7 @@ def demo(
     model.load_state_dict(checkpoint["state_dict"])
     classifier, gallery = Classifier(model), None
     explicit_data = data if data is not None and data.source is not None else None
-    about = f"{len(model.classes)} classes, backbone {model.backbone.name}, checkpoint {ckpt_path}"
+    title, note = f"{_run_name(ckpt_path)}: {model.backbone.name}, {len(model.classes)} classes", ""
     try:
         gallery = Gallery(classifier, explicit_data or data_of(ckpt_path), "train", device, precision, provider)
     except ProjectError as error:
@@ -181,17 +183,23 @@ def demo(
             raise
         note = f"Training images are not available: {error} (pass --data.root PATH to show images)"
         print_rank_zero(f"Demo: {note}")
-        about += f"\n{note}"
-    serve(classifier, gallery, about, port, open)
+    serve(classifier, gallery, title, note, port, open)
 
 
-def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int, show: bool) -> None:
+def _run_name(ckpt_path: str) -> str:
+    """``NAME/version_N`` of a checkpoint in a run's folder, as in TensorBoard; else the name of the file."""
+    path = Path(ckpt_path).expanduser().resolve()
+    return "/".join(path.parts[-4:-2]) if path.parent.name == "checkpoints" else path.stem
+
+
+def serve(classifier: Classifier, gallery: Gallery | None, title: str, note: str, port: int, show: bool) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
         classifier: The classifier.
         gallery: The training images, if available.
-        about: Description at the top of the page, one paragraph per line.
+        title: Title of the page.
+        note: Text below the title; may be empty.
         port: Port on the loopback interface; 0 for any free port.
         show: Open the page in a browser.
     """
@@ -202,7 +210,7 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         variables["GRADIO_TEMP_DIR"] = folder  # uploads are deleted with the page
         with process_state(environment=variables), contextlib.ExitStack() as opened:
-            page = _page(classifier, gallery, about)
+            page = _page(classifier, gallery, title, note)
             opened.callback(page.close, verbose=False)
             _, url, _ = page.launch(
                 server_name=HOST,
@@ -222,11 +230,11 @@ def serve(classifier: Classifier, gallery: Gallery | None, about: str, port: int
                 time.sleep(0.5)
 
 
-def _page(classifier: Classifier, gallery: Gallery | None, about: str) -> Any:
+def _page(classifier: Classifier, gallery: Gallery | None, title: str, note: str) -> Any:
     import gradio as gr
 
-    with gr.Blocks(title="Image classifier", analytics_enabled=False) as page:
-        gr.HTML("".join(f"<p>{html.escape(line)}</p>" for line in about.split("\n")))
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.HTML(_heading(title, 1) + (f"<p>{html.escape(note)}</p>" if note else ""))
         with gr.Row():
             # Not gr.Image, which converts images: predictions are for the file itself.
             file = gr.File(label="Image file", height=150)

@@ -110,6 +110,14 @@ def test_without_a_gallery_no_neighbours_are_shown(trained: Path, files: dict[st
     assert demo.classify_file(load(trained / "checkpoints/best.ckpt"), None, None) == (None, "")
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("runs/birds/version_2/checkpoints/best.ckpt", "birds/version_2"), ("models/birds.ckpt", "birds")],
+)
+def test_title_names_the_run_without_its_path(path: str, name: str, here: Path) -> None:
+    assert demo._run_name(path) == demo._run_name(str(here / path)) == name
+
+
 def test_missing_heat_map_is_reported(trained: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ModelError("No heat map.")
@@ -224,6 +232,7 @@ def test_dropped_image_shows_its_result_in_a_browser(page: str, browser: Any, fi
     tab.goto(page)
     drop(tab, files["red"])
     tab.wait_for_selector("h2:has-text('red, ')")
+    assert tab.title() == tab.locator("h1").inner_text() == "photos/version_0: resnet18, 3 classes"
     assert tab.get_by_text("Nearest training images").is_visible()
     assert tab.locator("figure img").count() == 2 + demo.NEAREST
     assert tab.locator("figcaption").nth(1).inner_text() == "Evidence for red (Grad-CAM)"
