@@ -211,7 +211,7 @@ def test_balancing_applies_to_the_solved_head(
     for number in range(2, 8):
         (imbalanced / f"train/red/{number}.png").unlink()
     one = ["--data.root", str(imbalanced), *DEFAULT, *NO_TRAINING]
-    # The small network separates the classes so well that their shares do not move the bias.
+    # With the features of the small network, the bias alone does not show it.
     one += ["--model.backbone", "resnet18", "--model.weights", str(resnet18_weights)]
     assert fit(*one) == 0
     assert fit(*one, *flags) == 0
