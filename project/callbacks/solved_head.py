@@ -83,6 +83,11 @@ class SolvedHead(pl.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not any(parameter.requires_grad for parameter in pl_module.head.parameters()):
             _refuse_settings_of_training(pl_module, data)
+            if trainer.ckpt_path is not None:
+                raise ConfigError(
+                    f"--ckpt_path: {type(pl_module.head).__name__} is computed and not trained, so there is nothing to "
+                    "resume. Start a new fit without --ckpt_path; stored features are reused."
+                )
             if trainer.max_epochs:
                 lightning_internals.run_no_epochs(trainer)
                 print_rank_zero(
@@ -283,6 +288,7 @@ def _solve(
             in_memory,
             _sum_over_ranks if ranks.size > 1 else None,
             _from_rank_zero if ranks.size > 1 else None,
+            views,
         )
 
     fitting = _budget(trainer)[1] // (views * width)  # images whose features fit in memory

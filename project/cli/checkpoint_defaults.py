@@ -120,7 +120,7 @@ class CheckpointCLI(VerbCLI):
             self.parse_arguments(self.parser, self._args)
         self.config[verb].ckpt_path = str(path)
         assert self._checkpoint is not None
-        if verb in ("validate", "test"):
+        if verb in ("fit", "validate", "test"):
             self._warn_if_split_differs(verb, path)
 
     def before_instantiate_classes(self) -> None:
@@ -197,7 +197,8 @@ class CheckpointCLI(VerbCLI):
     def _warn_if_split_differs(self, verb: str, path: str) -> None:
         assert self._checkpoint is not None
         trained, data = split_settings(self._checkpoint, path), self.config[verb].data
-        changed = [f"data.{key} was {value}" for key, value in trained.items() if data.get(key) != value]
+        moving = {key: value for key, value in trained.items() if key != "per_class"}  # only leaves out images
+        changed = [f"data.{key} was {value}" for key, value in moving.items() if data.get(key) != value]
         if changed:
             print_rank_zero(
                 f"Warning: the checkpoint was trained with different split settings ({', '.join(changed)}); "

@@ -112,5 +112,6 @@ def _without_series_flags(args: Sequence[str]) -> list[str]:
     flags.add_argument("--folds")
     flags.add_argument("--seeds")
     given, rest = flags.parse_known_args(args)
-    from_file = given.folds is None and given.seeds is None
-    return [*rest, "--folds", "null", "--seeds", "1"] if from_file else rest
+    from_file = [] if given.folds is not None else ["--folds", "null"]
+    from_file += [] if given.seeds is not None else ["--seeds", "1"]
+    return [*rest, *from_file]

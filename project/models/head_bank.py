@@ -12,7 +12,8 @@ from project.task import Task
 
 MAX_PASSES = 300
 NO_FOLD = -2
-FEW_ROWS = 30  # with so many rows, half of a feature's variance is replaced by the mean of all; with 300, 1 %
+#: With so many images, half of a feature's variance is replaced by the geometric mean of all; with 300 images, 1 %.
+FEW_IMAGES = 30
 LOGITS = 2**20  # logits to compute at once, so that they fit in a CPU's cache
 STREAMED_ROWS = 4096  # rows to read at once
 
@@ -29,6 +30,7 @@ class TrainingRows:
         in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
         from_rank_zero: Replaces a tensor by that of rank zero, in place; ``None`` for a single process.
+        views: Number of rows per image.
     """
 
     read: Callable[[slice], torch.Tensor]
@@ -38,6 +40,7 @@ class TrainingRows:
     in_memory: bool = True
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
     from_rank_zero: Callable[[torch.Tensor], torch.Tensor] | None = None
+    views: int = 1
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks."""
@@ -60,7 +63,7 @@ class TrainingRows:
 class Coordinates:
     """Standardized features along their principal axes, with a constant appended for the bias.
 
-    The standard deviations of few rows are shrunk towards their mean, see :data:`FEW_ROWS`.
+    The variances of few images are shrunk towards their geometric mean, see :data:`FEW_IMAGES`.
 
     Along these axes, a diagonal approximates the Hessian of a head well.
 
@@ -74,7 +77,9 @@ class Coordinates:
         count, mean, second = self._moments()
         variance = (second - mean**2).clamp_min(0)
         # In few rows, many features are nearly constant; scaled to a deviation of 1, these would dominate the head.
-        std = variance.lerp(variance.mean(), 1 / (1 + (count / FEW_ROWS) ** 2)).sqrt()
+        center = variance[variance > 0].log().mean().exp().nan_to_num()  # not that of a few large features
+        images = count / rows.views
+        std = variance.lerp(center, 1 / (1 + (images / FEW_IMAGES) ** 2)).sqrt()
         self._std = std.masked_fill(std <= 1e-6 * second.sqrt(), 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
         self._matrix = self._standardized(slice(None)) if rows.in_memory else None

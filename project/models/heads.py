@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -89,6 +90,8 @@ class CosineHead(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 10.0) -> None:
         super().__init__()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be more than 0, not {scale}")
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.scale = nn.Parameter(torch.tensor(scale))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)

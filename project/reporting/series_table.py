@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,9 +59,9 @@ def print_series(rows: Sequence[SeriesRow], total: int) -> None:
         cells = [_accuracy(values[index]) for values in columns.values()]
         images = f"{row.figures.train_images:,} / {row.figures.val_images:,}"
         table.add_row(row.fold, str(row.seed), images, *cells, row.run.name if row.run else "")
-    for name, statistic in (("mean", mean), ("sd", lambda values: stdev(values) if len(values) > 1 else 0.0)):
+    for name, statistic in (("mean", mean), ("sd", lambda values: stdev(values) if len(values) > 1 else math.nan)):
         known = ([value for value in values if value is not None] for values in columns.values())
-        table.add_row("", "", name, *(f"{statistic(values):.4f}" for values in known), "")
+        table.add_row("", "", name, *(f"{statistic(values):.4f}".replace("nan", "") for values in known), "")
     done = f"{len(rows)} of {total} fits" if len(rows) < total else f"{total} fits"
     folder = f" in {rows[0].run.parent}" if rows[0].run else ""
     print_rank_zero(f"val/accuracy of {done}{folder}:")

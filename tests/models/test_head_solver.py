@@ -52,9 +52,10 @@ def data(rows: int, features: int, classes: int, seed: int = 0) -> tuple[np.ndar
 
 
 def standardized(x: np.ndarray, centered: bool = True) -> np.ndarray:
-    """Features with the variances of :data:`~project.models.head_bank.FEW_ROWS`."""
-    share = 1 / (1 + (len(x) / head_bank.FEW_ROWS) ** 2)
-    return (x - x.mean(0) * centered) / np.sqrt((1 - share) * x.var(0) + share * x.var(0).mean())
+    """Features with the variances of :data:`~project.models.head_bank.FEW_IMAGES`."""
+    share = 1 / (1 + (len(x) / head_bank.FEW_IMAGES) ** 2)
+    center = np.exp(np.log(x.var(0)).mean())
+    return (x - x.mean(0) * centered) / np.sqrt((1 - share) * x.var(0) + share * center)
 
 
 def reference(x: np.ndarray, y: np.ndarray, penalty: float, bias: bool = True, **options: object) -> LogisticRegression:
@@ -330,3 +331,17 @@ def test_heads_of_a_bank_are_independent() -> None:
         expected = alone.solve(alone.zeros(), 1.0, 1e-7).parameters
         torch.testing.assert_close(solved[index], expected[0], atol=2e-3, rtol=1e-2)
     assert not any(torch.allclose(solved[a], solved[b], atol=1e-3) for a, b in itertools.combinations(range(3), 2))
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_feature_of_a_large_scale_does_not_dominate_the_head_of_few_images(views: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(3).repeat(305)
+    x = torch.randn(len(y), 200, generator=generator) + torch.randn(3, 200, generator=generator)[y] / 4
+    x[:, 0] *= 1000
+    few, labels = x[:15].repeat(views, 1), y[:15].repeat(views)
+    folds = (torch.arange(15) // 3).repeat(views)
+    rows = TrainingRows(few.__getitem__, labels, folds, lambda t: TASK.target_weights(t, 3, None, 0.0), views=views)
+    solution = solve_head(rows, TASK, 3, FOLDS)
+    predicted = functional.linear(x[15:], solution.weight, solution.bias).argmax(1)
+    assert float((predicted == y[15:]).float().mean()) > 0.65
