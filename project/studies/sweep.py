@@ -29,7 +29,8 @@ from project.studies.search_space import SAMPLERS, HeadSettings, SamplerName, Se
 from project.studies.trials import WINNER, Rule, Trial, best_epoch, choose, report, write
 
 FOLDS = 5
-SMALL = 1000  # training images; with fewer, every fold is held out in turn, as a single one has too few images
+SMALL = 1000  # training images; with fewer, a single fold has too few
+HELD_OUT_IF_SMALL = 3  # folds; all five would take longer than three fits
 STATE = "sweep.json"
 
 
@@ -64,7 +65,7 @@ def sweep(
         sampler: grid combines all values, or a balanced sample of the combinations; optuna samples with its
             tree-structured Parzen estimator (install optuna).
         epochs: Maximum number of epochs of a head.
-        folds: How many of five folds of the training images are held out in turn, from 1 to 5; by default 5, but 1
+        folds: How many of five folds of the training images are held out in turn, from 1 to 5; by default 3, but 1
             for more than 1,000 images.
         rule: highest fits the head with the highest accuracy; simplest fits the solved head instead if its accuracy is
             within one standard error of the highest.
@@ -80,7 +81,7 @@ def sweep(
     model.use_data(data, precision, trains=True)
     rows, kinds = _read(model, data, device, precision, provider, space)
     space.features = kinds
-    held_out = folds or (FOLDS if len(rows.labels) <= SMALL else 1)
+    held_out = folds or (HELD_OUT_IF_SMALL if len(rows.labels) <= SMALL else 1)
     held_out = min(held_out, int(rows.folds.max()) + 1)
     recipe = Recipe(model.task, data.batch_size, epochs, run_seed())
     identity = _identity(model, data, rows, space, [count, sampler, held_out], recipe)
