@@ -22,7 +22,7 @@ from project.cli.main import main
 from project.errors import ModelError
 from project.inference import demo
 from project.inference.gallery import Gallery, data_of
-from tests.conftest import draw
+from tests.conftest import BACKBONE, draw
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -232,7 +232,7 @@ def test_dropped_image_shows_its_result_in_a_browser(page: str, browser: Any, fi
     tab.goto(page)
     drop(tab, files["red"])
     tab.wait_for_selector("h2:has-text('red, ')")
-    assert tab.title() == tab.locator("h1").inner_text() == "photos/version_0: resnet18, 3 classes"
+    assert tab.title() == tab.locator("h1").inner_text() == f"photos/version_0: {BACKBONE}, 3 classes"
     assert tab.get_by_text("Nearest training images").is_visible()
     assert tab.locator("figure img").count() == 2 + demo.NEAREST
     assert tab.locator("figcaption").nth(1).inner_text() == "Evidence for red (Grad-CAM)"
