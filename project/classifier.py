@@ -17,6 +17,7 @@ from project.checkpoints.resume_checks import copy_groups
 from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, FrozenError
+from project.evaluation.epoch_logging import log_epoch
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
@@ -272,33 +273,13 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         return cast(EpochMetrics, self.get_submodule(f"{stage}_metrics"))
 
     def _log_epoch(self, stage: str) -> None:
-        # Log the loss once per epoch: on stored rows, log() in every step takes a fifth of the epoch.
-        # The values are already reduced over ranks. log(sync_dist=True) would reduce lazily, on first access, and the
-        # progress bar reads them on rank zero only, which would deadlock.
         values = self.epoch_metrics(stage).compute(self.device)
         if stage == "train" and not values["train/loss"].isfinite():
             raise ConfigError(
                 f"Training diverged in epoch {self.current_epoch + 1}: the loss is NaN or inf.\n"
                 "Lower the learning rate (model.optimizer.lr). Checkpoints of earlier epochs are intact."
             )
-        per_class = {name: values.pop(name) for name in list(values) if "_of/" in name}
-        main = [name for name in values if name.endswith(("/loss", "/accuracy"))]
-        self.log_dict({name: values.pop(name) for name in main}, prog_bar=True)
-        self.log_dict(values)
-        if self.trainer.state.fn != "fit":
-            self.log_dict(per_class)
-        elif per_class:
-            self._log_per_class(per_class)
-
-    def _log_per_class(self, values: dict[str, torch.Tensor]) -> None:
-        """Log per-class scores directly: for 100 classes, log() takes twice as long as an epoch on stored rows."""
-        for metrics in (self.trainer.callback_metrics, self.trainer.logged_metrics):
-            metrics.update(values)
-        if not self.trainer.sanity_checking:
-            step = lightning_internals.logging_step(self.trainer)  # same step as Lightning's own logging
-            numbers = {**{name: float(value) for name, value in values.items()}, "epoch": self.current_epoch}
-            for logger in self.loggers:
-                logger.log_metrics(numbers, step)
+        log_epoch(self, values)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``."""

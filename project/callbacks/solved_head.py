@@ -20,7 +20,7 @@ from project.features.feature_reader import FeatureReader
 from project.features.provider import row_memory_budget
 from project.features.row_loader import RowLoader
 from project.models.head_bank import TrainingRows
-from project.models.head_solver import HeadSolution, solve_head, standard_error
+from project.models.head_solver import FOLDS, HeadSolution, solve_head, standard_error
 from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
@@ -28,7 +28,6 @@ from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import ProcessGroup
 from project.runtime.logger_adapters import log_text
 
-FOLDS = 5
 COPIES = 4  # of the features that the solver holds in memory at once
 #: Images x classes x features that cross-validation takes at most: with more, a sample of the images chooses.
 MAX_WORK = {"cpu": 2**31, "cuda": 2**36}
@@ -263,14 +262,11 @@ def _solve(
     classes, smoothing, weights = len(module.classes), module.hparams["label_smoothing"], module.loss_weights
     device = reader.device
     weights = None if weights is None else weights.to(device)
-    frequency = torch.ones(classes, device=device)  # how often an epoch draws an image of a class
-    if data.balance == "sampler":
-        counts = torch.tensor(data.class_counts["train"], dtype=torch.float32, device=device)
-        frequency = count / (classes * counts)
+    draws = data.class_balance.draws.to(device)
 
     def targets(labels: torch.Tensor) -> torch.Tensor:
         target_weights = module.task.target_weights(labels, classes, weights, smoothing)
-        return target_weights * (frequency[labels] / views)[:, None]
+        return target_weights * (draws[labels] / views)[:, None]
 
     def training_rows(images: torch.Tensor, in_memory: bool) -> TrainingRows:
         share = ranks.rank_slice(len(images) * views)

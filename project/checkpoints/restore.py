@@ -95,6 +95,8 @@ class CheckpointMixin(Module):
     head: nn.Module
     frozen_sha256: str
     head_is_new: bool
+    #: Checkpoint whose weights a new fit starts from; ``None`` for none.
+    start: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -209,12 +211,17 @@ class CheckpointMixin(Module):
 
         Raises:
             CheckpointError: The backbone or the preprocessing differs, the model lacks a class of the checkpoint, the
-                checkpoint has trained a stage that is now frozen, or its head is another one or cannot get more
-                classes.
+                checkpoint has trained a stage that is now frozen, or its head is another one, is not trained, or
+                cannot get more classes.
         """
         saved, tensors, state = checkpoint["transfer"], checkpoint["state_dict"], self.state_dict()
         before, new = saved["classes"], added_classes(saved["classes"], self.classes)
         validate_identity(saved, {**self.identity(), "classes": before if new else list(self.classes)})
+        if not any(parameter.requires_grad for parameter in self.head.parameters()):
+            raise CheckpointError(
+                f"{type(self.head).__name__} is computed and not trained, so a fit cannot start from it. "
+                "Start a new fit without --ckpt_path; stored features are reused."
+            )
         fresh = self._without_frozen(state)
         if checkpoint["hyper_parameters"]["head"] == self.hparams["head"]:
             require_extendable(type(self.head).__name__, fresh, tensors, len(before), len(self.classes))
@@ -222,7 +229,8 @@ class CheckpointMixin(Module):
         self.load_state_dict({**state, **starting_tensors(fresh, tensors, frozen, before, self.classes)})
         self.head_is_new = bool(new)
         names = f"{len(new)} new ({', '.join(new)})" if new else "the same"
-        text = f"Classes: {names}; the head's weights of {len(before)} classes come from {name}"
+        self.start = str(name)
+        text = f"Classes: {names}; the head starts with the weights of {len(before)} classes from {name}"
         return f"{text}\nStages: {', '.join(frozen)} now trained, from the pretrained weights" if frozen else text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

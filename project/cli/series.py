@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from jsonargparse import Namespace
 
 from project.errors import ConfigError
+from project.reporting.run_summary import FitFigures
+from project.reporting.series_table import SeriesRow, print_series
+from project.runtime.console import print_rank_zero
+from project.runtime.signals import Interrupted, SignalHandler
 
 
 class Repetition(NamedTuple):
@@ -78,6 +83,41 @@ class Series:
     def __len__(self) -> int:
         return self.seeds * (self.folds or 1)
 
+    def run(
+        self,
+        args: Sequence[str],
+        command: str,
+        signals: SignalHandler,
+        fit: Callable[[list[str], str], tuple[FitFigures, Path | None]],
+    ) -> None:
+        """Run the fits, and print a table of those that are complete, also if one is stopped.
+
+        Args:
+            args: Command line of the series.
+            command: Command that the user has typed, for messages.
+            signals: Signal handler of the process.
+            fit: Runs a fit, given its command line and the command for messages; returns its accuracies and run folder.
+
+        Raises:
+            Interrupted: A signal has stopped the series.
+        """
+        rows: list[SeriesRow] = []
+        try:
+            for repetition in self.repetitions(args):
+                title = f"fit {repetition.number} of {len(self)}"
+                fold = f"fold {repetition.fold}, " if repetition.fold else ""
+                print_rank_zero(f"\n{title.capitalize()}: {fold}seed {repetition.seed}")
+                signals.deferred = False
+                try:
+                    figures, run = fit(repetition.args, repetition_command(command, args, repetition.args))
+                except Interrupted as error:
+                    raise Interrupted(error.number, f"Series: stopped in {title}. {error.message}") from None
+                rows.append(SeriesRow(repetition.fold or "", repetition.seed, figures, run))
+                if signals.received:
+                    raise Interrupted(signals.received, f"Series: stopped after {title}.")
+        finally:
+            print_series(rows, len(self))
+
     def repetitions(self, args: Sequence[str]) -> Iterator[Repetition]:
         """The fits of the series, seed by seed.
 
@@ -107,11 +147,10 @@ def repetition_command(command: str, series_args: Sequence[str], args: Sequence[
 
 
 def _without_series_flags(args: Sequence[str]) -> list[str]:
-    """Remove ``--folds`` and ``--seeds``, and override those of a config file."""
+    """Remove ``--folds`` and ``--seeds``, and override those that a config file may have."""
     flags = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--folds")
     flags.add_argument("--seeds")
-    given, rest = flags.parse_known_args(args)
-    from_file = [] if given.folds is not None else ["--folds", "null"]
-    from_file += [] if given.seeds is not None else ["--seeds", "1"]
-    return [*rest, *from_file]
+    _, rest = flags.parse_known_args(args)
+    has_file = any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
+    return [*rest, "--folds", "null", "--seeds", "1"] if has_file else rest

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,47 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import project
-from project.audit.label_issues import require_scikit_learn
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
-from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
-from project.callbacks.prediction_writer import PredictionWriter
 from project.checkpoints.reader import read_checkpoint
 from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
+from project.cli.config_checks import validate_config
 from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
-from project.cli.series import Series, repetition_command
+from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
-from project.config.class_path import ClassSpec
-from project.config.import_allowlist import split_allow_imports
+from project.cli.sweep_command import (
+    find_or_reserve,
+    fit_command,
+    print_replaced,
+    sweep_defaults,
+    validate_devices,
+    validate_sweep,
+)
+from project.cli.verb_callbacks import build_callbacks
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ProjectError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
-from project.reporting.model_card_callback import ModelCardCallback, card_path
-from project.reporting.run_summary import RunSummary, print_evaluation
-from project.reporting.series_table import SeriesRow, print_series
+from project.reporting.model_card_callback import card_path
+from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
 from project.runtime.console import print_rank_zero
-from project.runtime.distributed import is_externally_launched, is_first_process
+from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
-from project.runtime.signals import Interrupted, SignalHandler
-from project.studies.search_space import SearchSpace
+from project.runtime.signals import SignalHandler
 from project.studies.sweep import sweep
 from project.studies.trials import write_winner
 from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
-#: Images per step of a sweep; larger than that of a fit, as the optimizer of many heads takes as long as the products.
-SWEEP_BATCH_SIZE = 128
-#: Arguments of the model that a sweep sets.
-SWEPT = ("head", "head_init", "features", "optimizer", "scheduler", "label_smoothing")
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
@@ -148,43 +146,20 @@ class TransferCLI(CheckpointCLI):
             ConfigError: A required flag is missing, or flags contradict each other.
         """
         super().before_instantiate_classes()
-        verb, config = self.subcommand, self.config[self.subcommand]
-        data, model, trainer = config.data, config.model, config.trainer
+        verb, config = str(self.subcommand), self.config[self.subcommand]
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
         # ``check`` without ``--suspects`` needs no model.
         if verb == "check" and not config.suspects:
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
         if isinstance(config.get("ckpt_path"), list):
             self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
-        accelerator = trainer["accelerator"]
-        if accelerator in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
-            raise ConfigError(f"trainer.accelerator: torch finds no {accelerator}. Use --trainer.accelerator cpu")
-        if trainer["barebones"]:
-            raise ConfigError(
-                "trainer.barebones is not supported: it disables logs and checkpoints. To measure speed: "
-                "--trainer.logger false --trainer.enable_checkpointing false"
-            )
-        if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
-            raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
+        validate_config(verb, config)
+        if verb == "sweep":
+            validate_sweep(config)
         if verb == "check":
-            model["trainable"] = "head"  # suspects are found with features of the whole backbone
-            if config.suspects:
-                require_scikit_learn()
+            config.model["trainable"] = "head"  # suspects are found with features of the whole backbone
         if verb == "demo":
-            demo.require(config.port)
-            model["compile"] = False  # compiling takes longer than the page's predictions
-        name = config.name
-        if name and (Path(name).name != name or name == ".."):
-            raise ConfigError(
-                f"--name: {name!r} is not a single folder name. To change the parent: --trainer.default_root_dir"
-            )
-        if verb not in ("fit", "check", "sweep") and not config.ckpt_path:
-            raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
-        if verb == "predict":
-            if data["predict"] is None:
-                raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
-        elif verb != "demo" and data["root"] is None and data["source"] is None:
-            raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")
+            config.model["compile"] = False  # compiling takes longer than the page's predictions
 
     def _make_data(self, cls: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
         """Create the data module, and check its source before weights are read; ``check`` accepts invalid data."""
@@ -221,8 +196,7 @@ class TransferCLI(CheckpointCLI):
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
         """Add flags that no signature has: those of a series, ``--suspects``, and a sweep's heads in a form to save."""
         if verb == "sweep":
-            heads = [ClassSpec.of(head).as_dict() for head in SearchSpace().head]
-            parser.set_defaults({"space.head": heads, "data.batch_size": SWEEP_BATCH_SIZE})
+            parser.set_defaults(sweep_defaults())
         if verb == "fit":
             parser.add_argument(
                 "--folds", type=int | None, help="Fit once for each of so many cross-validation folds, and compare."
@@ -234,7 +208,7 @@ class TransferCLI(CheckpointCLI):
     def run_verb(self, verb: str, flags: dict[str, Any]) -> None:
         """Run a verb and print its result. ``check`` sets the exit code to 1 if it finds problems."""
         if self._series is not None:
-            self._run_series(self._series)
+            self._series.run(self._args, self._resume_command, self._signals, self._run_fit)
             return
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
         provider = self._section.features.provider
@@ -260,72 +234,28 @@ class TransferCLI(CheckpointCLI):
                 prefix = self.model.prefix_spec(device, precision) if suspects else None
                 self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
 
-    def _run_series(self, series: Series) -> None:
-        """Run the fits of a series, and print a table of those that have completed, also if one is stopped."""
-        rows: list[SeriesRow] = []
-        try:
-            for repetition in series.repetitions(self._args):
-                fold = f"fold {repetition.fold}, " if repetition.fold else ""
-                print_rank_zero(f"\nFit {repetition.number} of {len(series)}: {fold}seed {repetition.seed}")
-                command = repetition_command(self._resume_command, self._args, repetition.args)
-                self._signals.deferred = False
-                cli = TransferCLI(repetition.args, self._signals, command, is_repetition=True)
-                figures, folder = cli.summary.figures(cli.trainer, cli.model), cli.trainer.log_dir
-                run = Path(folder) if folder else None
-                rows.append(SeriesRow(repetition.fold or "", repetition.seed, figures, run))
-                if self._signals.received:
-                    raise Interrupted(self._signals.received, f"Stopped after fit {len(rows)} of {len(series)}.")
-        finally:
-            print_series(rows, len(series))
+    def _run_fit(self, args: list[str], command: str) -> tuple[FitFigures, Path | None]:
+        """Run a fit of a series; returns its accuracies and its run folder."""
+        cli = TransferCLI(args, self._signals, command, is_repetition=True)
+        folder = cli.trainer.log_dir
+        return cli.summary.figures(cli.trainer, cli.model), Path(folder) if folder else None
 
     def _sweep(self, device: torch.device, precision: str, flags: dict[str, Any]) -> None:
         """Run a sweep, then the fit of its winner."""
-        self._validate_sweep()
+        validate_devices(self.trainer.world_size)
+        print_replaced(self.given_settings("sweep"))
         self._signals.message = "Run the same command again to continue the sweep."
-        trainer = self._section.trainer
-        runs = Path(trainer.default_root_dir or RUNS_FOLDER) / (self._section.name or self.datamodule.name)
-
-        def folder(belongs: Callable[[Path], bool]) -> Path:
-            known: Path | None = next(filter(belongs, runs.glob("version_*")), None)
-            return known or runs / f"version_{reserve_version(runs)}"
-
+        section, config = self._section, self.config["sweep"]
+        runs = Path(section.trainer.default_root_dir or RUNS_FOLDER) / (section.name or self.datamodule.name)
         # As class_path and init_args, which a checkpoint can store; jsonargparse instantiates them as closures.
-        flags["space"].head = [head.as_dict() for head in self.config["sweep"].space.head]
-        provider = self._section.features.provider
+        flags["space"].head = [head.as_dict() for head in config.space.head]
+        folder, provider = functools.partial(find_or_reserve, runs), section.features.provider
         target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
-        config = yaml.safe_load(self.verb_parser("sweep").dump(self.config["sweep"], skip_none=False))
-        path = write_winner(target, {key: value for key, value in config.items() if key not in flags}, trial)
-        allowed = [] if is_externally_launched() else split_allow_imports(shlex.split(self._resume_command))[0]
-        imports = [argument for package in allowed for argument in ("--allow_imports", package)]
-        command = shlex.join([*PROGRAM.split(), "fit", "-c", str(path), *imports])
+        settings = yaml.safe_load(self.verb_parser("sweep").dump(config, skip_none=False))
+        path = write_winner(target, {key: value for key, value in settings.items() if key not in flags}, trial)
+        command = fit_command(PROGRAM.split(), path, self._resume_command)
         print_rank_zero(f"Sweep: all candidates are in {target / 'sweep.csv'}; to repeat this fit: {command}")
         self.exit_code = TransferCLI(["fit", "-c", str(path)], self._signals, command).exit_code
-
-    def _validate_sweep(self) -> None:
-        """Refuse what a sweep cannot do, and print which settings do not apply to it."""
-        section, trainer = self._section, self._section.trainer
-        if self.trainer.world_size > 1:
-            raise ConfigError(
-                f"sweep runs on one device, not on {self.trainer.world_size}. Add --trainer.devices 1; the fit of its "
-                "winner can use several (fit -c winner.yaml --trainer.devices N)."
-            )
-        refused = {
-            "features.cache off": self.config["sweep"].features.cache in ("off", False),
-            "trainer.fast_dev_run": bool(trainer.fast_dev_run),
-            "trainer.overfit_batches": bool(trainer.overfit_batches),
-            "trainer.limit_train_batches": trainer.limit_train_batches not in (None, 1.0),
-            "trainer.gradient_clip_val": trainer.gradient_clip_val is not None,
-            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
-            "--name with a logger of your own": bool(section.name and trainer.logger),
-        }
-        found = [name for name, is_given in refused.items() if is_given]
-        if found:
-            raise ConfigError(f"sweep does not support {found[0]}, which its candidates would not have. Remove it.")
-        given = self.given_settings("sweep")
-        replaced = [f"model.{name}" for name in SWEPT if name in given.get("model", {})]
-        replaced += ["trainer.max_epochs"] if "max_epochs" in given.get("trainer", {}) else []
-        if replaced:
-            print_rank_zero(f"Sweep: the search space replaces {', '.join(replaced)}")
 
     def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
         """Predict images and write one row per image to a CSV file.
@@ -355,7 +285,8 @@ class TransferCLI(CheckpointCLI):
         section, verb = self._section, str(self.subcommand)
         options = {**section.trainer, **kwargs}
         if verb == "fit":
-            self._signals.message = "No batch has been trained yet; run the same command again."
+            again = f"run: {self._resume_command}" if self._is_repetition else "run the same command again."
+            self._signals.message = f"No batch has been trained yet; {again}"
             options |= self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
@@ -404,32 +335,3 @@ class TransferCLI(CheckpointCLI):
         if trainer.logger is None:
             options["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
         return options
-
-
-def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, report: RunSummary) -> list[pl.Callback]:
-    """Callbacks of a verb in Lightning's calling order, starting with the user's.
-
-    Args:
-        verb: Name of the verb.
-        section: Its configuration, with instantiated classes.
-        shutdown: Stops a fit after a signal.
-        report: Prints the summary of a fit.
-    """
-    trainer, user_callbacks = section.trainer, section.trainer.callbacks or []
-    callbacks: list[pl.Callback] = [*(user_callbacks if isinstance(user_callbacks, list) else [user_callbacks])]
-    callbacks += [section.features, section.dashboard, shutdown]
-    if verb == "predict":
-        callbacks.append(PredictionWriter(section.output))
-    if verb != "fit":
-        return callbacks
-    callbacks.append(report)
-    if not trainer.fast_dev_run:
-        if trainer.logger is not False:
-            callbacks.append(LearningRateMonitor())
-        if trainer.enable_checkpointing is not False:
-            callbacks += [
-                *([BestCheckpoint()] if trainer.limit_val_batches != 0 else []),
-                LastCheckpoint(),
-                ModelCardCallback(),
-            ]
-    return callbacks

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from project.data.class_balance import Balance, ClassBalance
 from project.data.dataset import ImageDataset, ImageLoader, NamedImageDataset, collate
 from project.data.image_index import ImageInfo, Index
 from project.data.image_io import list_images
@@ -86,7 +87,7 @@ class ImageDataModule(pl.LightningDataModule):
         augment: Augment | list[dict[str, Any] | nn.Module] = "none",
         mixup: float = 0.0,
         cutmix: float = 0.0,
-        balance: Literal["none", "sampler", "loss"] = "none",
+        balance: Balance = "none",
         on_bad_image: Literal["stop", "skip"] = "stop",
         pin_memory: bool = True,
     ) -> None:
@@ -220,10 +221,17 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def class_weights(self) -> list[float] | None:
         """Class weights for the loss, inverse to class size, with a mean of 1 over the training images."""
-        if self.balance != "loss":
-            return None
-        counts = self.class_counts["train"]
-        return [len(self.splits["train"]) / (len(counts) * count) if count else 0.0 for count in counts]
+        return self.class_balance.loss_weights
+
+    @property
+    def class_balance(self) -> ClassBalance:
+        """How much each class counts in training."""
+        return ClassBalance(self.balance, self.class_counts["train"])
+
+    @property
+    def training_labels(self) -> torch.Tensor:
+        """Label of each training image, int64 ``(N,)``."""
+        return torch.tensor([sample.label for sample in self.splits["train"]])
 
     @functools.cached_property
     def class_counts(self) -> dict[str, list[int]]:
@@ -232,20 +240,14 @@ class ImageDataModule(pl.LightningDataModule):
         return {name: [count[label] for label in range(len(self.classes or ()))] for name, count in counts.items()}
 
     def training_folds(self, count: int) -> torch.Tensor:
-        """Cross-validation fold of each training image, int64 ``(N,)``: stratified; clusters are not divided.
-
-        Near-duplicates and images of one group form a cluster. A class whose images are all in one fold would have no
-        images to train on if that fold is held out, so it is never held out: the fold of its images is -1.
+        """Cross-validation fold of each training image, int64 ``(N,)``; see :func:`stratified_folds`.
 
         Args:
-            count: Maximum number of folds; there are fewer if there are fewer clusters.
+            count: Maximum number of folds.
         """
         samples = self.splits["train"]
         placed = assign_places(samples, self.image_infos(samples), self.hold_out.split_seed)
-        folds = torch.tensor(stratified_folds(placed, count))
-        labels = torch.tensor([sample.label for sample in samples])
-        label_of_pairs = torch.unique(torch.stack([labels, folds]), dim=1)[0]  # pairs of class and fold
-        return folds.masked_fill((label_of_pairs.bincount() == 1)[labels], -1)
+        return torch.tensor(stratified_folds(placed, count))
 
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.
@@ -253,10 +255,7 @@ class ImageDataModule(pl.LightningDataModule):
         The seed is that of Lightning's ``seed_everything``, if it was called.
         """
         shuffle = split_name == "train" and not getattr(self.trainer, "overfit_batches", 0)
-        weights = None
-        if shuffle and self.balance == "sampler":
-            counts = self.class_counts["train"]
-            weights = torch.tensor([1 / counts[sample.label] for sample in self.splits["train"]])
+        weights = self.class_balance.sampling_weights(self.training_labels) if shuffle else None
         return self._order(len(self.splits[split_name]), shuffle, weights)
 
     def _order(self, count: int, shuffle: bool = False, weights: torch.Tensor | None = None) -> EpochOrder:

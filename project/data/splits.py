@@ -89,12 +89,15 @@ def hold_out(placed: Placed, begin: float, end: float, both_sides: bool = True) 
 def stratified_folds(placed: Placed, count: int) -> list[int]:
     """Divide samples into folds of about equal size and equal class frequencies. Clusters are not divided.
 
+    A class whose samples are all in one fold would have none to train on if that fold is held out, so it is never held
+    out.
+
     Args:
         placed: Samples with their places.
         count: Number of folds.
 
     Returns:
-        Fold of each sample, from 0; there are fewer folds if there are fewer clusters.
+        Fold of each sample, from 0, or -1 if it is never held out; there are fewer folds if there are fewer clusters.
     """
     clusters: dict[int, list[int]] = defaultdict(list)
     for sample, place in placed:
@@ -108,7 +111,10 @@ def stratified_folds(placed: Placed, count: int) -> list[int]:
         sizes[fold] += len(labels)
         for label in labels:
             of_class[label][fold] += 1
-    return [fold_of[place.cluster] for _, place in placed]
+    folds_of_class: dict[int, set[int]] = defaultdict(set)
+    for sample, place in placed:
+        folds_of_class[sample.label].add(fold_of[place.cluster])
+    return [fold_of[place.cluster] if len(folds_of_class[sample.label]) > 1 else -1 for sample, place in placed]
 
 
 def limit_classes(samples: Sequence[Sample], infos: Sequence[ImageInfo], count: int, seed: int) -> list[Sample]:

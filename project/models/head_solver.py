@@ -16,6 +16,7 @@ import torch
 from project.models.head_bank import NO_FOLD, Coordinates, HeadBank, TrainingRows
 from project.task import Task
 
+FOLDS = 5  # of cross-validation
 #: The first penalties to compare, the strongest first: 1 / C of scikit-learn.
 PENALTIES = tuple(10 ** (4 - 5 * index / 9) for index in range(10))
 RATIO = PENALTIES[0] / PENALTIES[1]

@@ -38,6 +38,7 @@ class FitFigures(NamedTuple):
         train_images: Number of training images.
         val_images: Number of validation images.
         is_stopped_early: Whether EarlyStopping has chosen the last epoch.
+        start: Checkpoint whose weights the fit started from; ``None`` for none.
     """
 
     initial: float | None
@@ -48,6 +49,7 @@ class FitFigures(NamedTuple):
     train_images: int
     val_images: int
     is_stopped_early: bool
+    start: str | None
 
 
 class RunSummary(pl.Callback):
@@ -87,6 +89,7 @@ class RunSummary(pl.Callback):
             len(getattr(data, "splits", {}).get("train", ())),
             0 if counts is None else counts.images,
             early_stopping_resume.stop_reason(trainer) is not None,
+            model.start,
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,6 +207,8 @@ def _selection(figures: FitFigures) -> Mapping[str, str]:
     if figures.last is not None:
         chosen = "chosen by EarlyStopping" if figures.is_stopped_early else f"not chosen by {images}"
         rows["last epoch"] = f"{figures.epochs}, val/accuracy {figures.last:.4f}, {chosen}"
+    if figures.start is not None:
+        rows["start"] = f"{figures.start}, which its fit may have chosen by images that are among these"
     return rows
 
 

@@ -19,6 +19,7 @@ from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError, ModelError
 from project.features.provider import RowProvider, row_memory_budget
+from project.models.head_solver import FOLDS
 from project.models.heads import LinearHead
 from project.models.readout import FeatureKind
 from project.runtime.atomic_write import atomic_write
@@ -28,7 +29,6 @@ from project.studies.candidates import LabelledRows, Recipe, make_head, solve_ca
 from project.studies.search_space import SAMPLERS, HeadSettings, SamplerName, SearchSpace
 from project.studies.trials import WINNER, Rule, Trial, best_epoch, choose, report, write
 
-FOLDS = 5
 SMALL = 1000  # training images; with fewer, a single fold has too few
 HELD_OUT_IF_SMALL = 3  # folds; all five would take longer than three fits
 STATE = "sweep.json"
@@ -154,22 +154,17 @@ def _read(
         raise ConfigError(missing[0])
     if missing:
         print_rank_zero(f"Sweep: {missing[0].partition(':')[2].strip()}")
-    counts = torch.tensor(data.class_counts["train"], dtype=torch.float32)
-    labels = torch.tensor([sample.label for sample in samples])
+    labels, balance = data.training_labels, data.class_balance
     class_weights = None if model.loss_weights is None else model.loss_weights.to(device)
-    importance, sampling = torch.ones(len(counts), device=device), None
-    if class_weights is not None:
-        importance = class_weights
-    if data.balance == "sampler":
-        sampling = (1 / counts)[labels]
-        importance = importance * (len(samples) / (len(counts) * counts)).to(device)
+    importance = balance.draws.to(device) * (1 if class_weights is None else class_weights)
     folds = data.training_folds(FOLDS)
     if int(folds.max()) < 1:
         raise ConfigError(
             "sweep cannot hold out training images: those of each class are one image, near-duplicates or one group. "
             "Add images."
         )
-    rows = LabelledRows(features, labels.to(device), folds, len(counts), class_weights, sampling, importance)
+    sampling = balance.sampling_weights(labels)
+    rows = LabelledRows(features, labels.to(device), folds, len(model.classes), class_weights, sampling, importance)
     return rows, [*features]
 
 
@@ -244,7 +239,7 @@ def _solved(kind: FeatureKind, rows: LabelledRows, model: ImageClassifier, held_
     settings = HeadSettings(head, kind, None, None, 0.0)
     shape = (int(rows.folds.max()) + 1, 2)
     scores = results.get(f"solved {kind}", shape, lambda: solve_candidate(settings, rows, model.task))
-    return best_epoch(settings, scores[:held_out, None], _fold_sizes(rows, held_out))
+    return best_epoch(settings, scores[:held_out, None], _effective_images(rows, held_out))
 
 
 def _train(
@@ -255,7 +250,7 @@ def _train(
     for one in settings:
         groups.setdefault((json.dumps(one.head.as_dict(), sort_keys=True), one.features), []).append(one)
     trials: dict[int, Trial] = {}
-    sizes = _fold_sizes(rows, held_out)
+    images = _effective_images(rows, held_out)
     with progress_counter("Sweep") as on_progress:
         done, total = 0, len(groups) * held_out
         on_progress(0, total)
@@ -270,9 +265,12 @@ def _train(
                 done += 1
                 on_progress(done, total)
             for index, one in enumerate(members):
-                trials[id(one)] = best_epoch(one, torch.stack([score[index] for score in scores]), sizes)
+                trials[id(one)] = best_epoch(one, torch.stack([score[index] for score in scores]), images)
     return [trials[id(one)] for one in settings]
 
 
-def _fold_sizes(rows: LabelledRows, held_out: int) -> torch.Tensor:
-    return torch.bincount(rows.folds[rows.folds >= 0])[:held_out]  # -1: never held out
+def _effective_images(rows: LabelledRows, held_out: int) -> int:
+    """Number of held-out images; with weights, the number of equally weighted ones (Kish's effective sample size)."""
+    mask = (rows.folds >= 0) & (rows.folds < held_out)
+    weights = rows.importance.cpu()[rows.labels.cpu()[mask]].double()
+    return round(float(weights.sum() ** 2 / weights.square().sum()))

@@ -36,7 +36,7 @@ class Trial:
         epochs: Number of epochs with the highest accuracy; 0 for a solved head.
         accuracy: Mean accuracy over the folds.
         loss: Mean loss over the folds.
-        images: Number of held-out images.
+        images: Effective number of held-out images, of which the accuracy is the mean.
     """
 
     settings: HeadSettings
@@ -79,18 +79,18 @@ class Trial:
         return {**shared, "head_init": "random", "optimizer": optimizer, "scheduler": None}
 
 
-def best_epoch(settings: HeadSettings, scores: torch.Tensor, sizes: torch.Tensor) -> Trial:
+def best_epoch(settings: HeadSettings, scores: torch.Tensor, images: int) -> Trial:
     """The best epoch of a candidate.
 
     Args:
         settings: The candidate.
         scores: Accuracy and loss of each fold after each epoch ``(F, E, 2)``.
-        sizes: Number of images of each fold ``(F,)``.
+        images: Effective number of held-out images.
     """
     accuracy, loss = scores.nanmean(0).unbind(1)  # NaN: a fold whose images have no weight in the loss
     best = max(range(len(accuracy)), key=lambda epoch: (float(accuracy[epoch]), -float(loss[epoch])))
     epochs = 0 if settings.lr is None else best + 1
-    return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), int(sizes.sum()))
+    return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), images)
 
 
 def choose(trials: Sequence[Trial], rule: Rule) -> Trial:
@@ -131,8 +131,10 @@ def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
         reason = "its accuracy is within one standard error of the highest (--rule highest takes the first of the list)"
     settings = chosen.settings
     head = "the solved head" if settings.lr is None else f"{settings.head.name} with learning rate {settings.lr:g}"
-    print_rank_zero(f"Sweep: chosen is {head} on {settings.features} features, because {reason}")
-    print_rank_zero("Sweep: accuracies that choose are optimistic; the fit measures the head on the validation images")
+    print_rank_zero(f"Sweep: fits {head} on {settings.features} features, because {reason}")
+    print_rank_zero(
+        "Sweep: this accuracy is optimistic, as it was used for the choice; the fit measures the validation images"
+    )
 
 
 def write(folder: Path, trials: Sequence[Trial]) -> None:

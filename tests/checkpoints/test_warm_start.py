@@ -54,7 +54,7 @@ def test_new_class_starts_a_new_fit_that_keeps_the_rows_of_the_others(
     fit = ["fit", "--data.root", "album", "--name", "photos", "--ckpt_path", str(last(0)), *FLAGS, *NO_STEP]
     assert main(fit) == 0
     out = capsys.readouterr().out
-    assert f"Classes: 1 new (amber); the head's weights of 3 classes come from {last(0)}" in out
+    assert f"Classes: 1 new (amber); the head starts with the weights of 3 classes from {last(0)}" in out
     after = read(last(1))
     assert after["transfer"]["classes"] == after["hyper_parameters"]["classes"] == ["amber", "blue", "green", "red"]
     for name, tensor in before["state_dict"].items():
@@ -165,7 +165,8 @@ def test_checkpoint_of_a_head_starts_a_fit_of_more_stages(
     assert main(more) == 0
     out = capsys.readouterr().out
     assert (
-        "Classes: the same; the head's weights of 3 classes" in out and "Head: not solved, because it is trained" in out
+        "Classes: the same; the head starts with the weights of 3 classes" in out
+        and "Head: not solved, because it is trained" in out
     )
     assert "Stages: layer4 now trained, from the pretrained weights" in out
     probe, partial = read(last(0)), read(last(1))

@@ -47,6 +47,8 @@ def test_flags_of_a_config_file_are_overridden() -> None:
     assert series is not None
     first = next(series.repetitions(["fit", "-c", "folds.yaml"]))
     assert first.args[:7] == ["fit", "-c", "folds.yaml", "--folds", "null", "--seeds", "1"]
+    with_flag = next(series.repetitions(["fit", "--config=seeds.yaml", "--folds", "3"]))
+    assert with_flag.args[:6] == ["fit", "--config=seeds.yaml", "--folds", "null", "--seeds", "1"]
 
 
 def test_a_single_fit_is_no_series() -> None:

@@ -192,7 +192,7 @@ def test_settings_that_the_space_replaces_are_reported(tiny: list[str], capsys: 
     assert main([*tiny, *flags, "--rule", "simplest", "--space.features", "[last]"]) == 0
     output = capsys.readouterr().out
     assert "Sweep: the search space replaces model.head, model.head_init, trainer.max_epochs" in output
-    assert "chosen is the solved head on last features" in output
+    assert "Sweep: fits the solved head on last features" in output
     assert "Epoch 0, the solved head" in output and "Epoch 1" not in output, "exactly the candidate is fitted"
 
 

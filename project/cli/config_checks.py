@@ -1,0 +1,54 @@
+"""Checks of a parsed configuration, before the data is opened and weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+
+from project.audit.label_issues import require_scikit_learn
+from project.errors import ConfigError
+from project.inference import demo
+
+#: Verbs that work without a trained model.
+WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
+
+
+def validate_config(verb: str, config: Namespace) -> None:
+    """Check the configuration of a verb.
+
+    Args:
+        verb: Name of the verb.
+        config: Its configuration, before classes are instantiated.
+
+    Raises:
+        ConfigError: A required flag or package is missing, or flags contradict each other.
+    """
+    data, model, trainer = config.data, config.model, config.trainer
+    accelerator = trainer["accelerator"]
+    if accelerator in ("gpu", "cuda", "mps") and not torch.accelerator.is_available():
+        raise ConfigError(f"trainer.accelerator: torch finds no {accelerator}. Use --trainer.accelerator cpu")
+    if trainer["barebones"]:
+        raise ConfigError(
+            "trainer.barebones is not supported: it disables logs and checkpoints. To measure speed: "
+            "--trainer.logger false --trainer.enable_checkpointing false"
+        )
+    if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
+        raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
+    if verb == "check" and config.suspects:
+        require_scikit_learn()
+    if verb == "demo":
+        demo.require(config.port)
+    name = config.name
+    if name and (Path(name).name != name or name == ".."):
+        raise ConfigError(
+            f"--name: {name!r} is not a single folder name. To change the parent: --trainer.default_root_dir"
+        )
+    if verb not in WITHOUT_CHECKPOINT and not config.ckpt_path:
+        raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
+    if verb == "predict":
+        if data["predict"] is None:
+            raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
+    elif verb != "demo" and data["root"] is None and data["source"] is None:
+        raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")

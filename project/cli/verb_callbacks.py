@@ -1,0 +1,42 @@
+"""The callbacks of each verb."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LearningRateMonitor
+
+from project.callbacks.graceful_shutdown import GracefulShutdown
+from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
+from project.callbacks.prediction_writer import PredictionWriter
+from project.reporting.model_card_callback import ModelCardCallback
+from project.reporting.run_summary import RunSummary
+
+
+def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, report: RunSummary) -> list[pl.Callback]:
+    """Callbacks of a verb in Lightning's calling order, starting with the user's.
+
+    Args:
+        verb: Name of the verb.
+        section: Its configuration, with instantiated classes.
+        shutdown: Stops a fit after a signal.
+        report: Prints the summary of a fit.
+    """
+    trainer, user_callbacks = section.trainer, section.trainer.callbacks or []
+    callbacks: list[pl.Callback] = [*(user_callbacks if isinstance(user_callbacks, list) else [user_callbacks])]
+    callbacks += [section.features, section.dashboard, shutdown]
+    if verb == "predict":
+        callbacks.append(PredictionWriter(section.output))
+    if verb != "fit":
+        return callbacks
+    callbacks.append(report)
+    if not trainer.fast_dev_run:
+        if trainer.logger is not False:
+            callbacks.append(LearningRateMonitor())
+        if trainer.enable_checkpointing is not False:
+            callbacks += [
+                *([BestCheckpoint()] if trainer.limit_val_batches != 0 else []),
+                LastCheckpoint(),
+                ModelCardCallback(),
+            ]
+    return callbacks
