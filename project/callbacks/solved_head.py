@@ -284,7 +284,6 @@ def _solve(
             in_memory,
             _sum_over_ranks if ranks.size > 1 else None,
             _from_rank_zero if ranks.size > 1 else None,
-            views,
         )
 
     fitting = _budget(trainer)[1] // (views * width)  # images whose features fit in memory

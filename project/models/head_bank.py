@@ -12,8 +12,6 @@ from project.task import Task
 
 MAX_PASSES = 300
 NO_FOLD = -2
-#: With so many images, half of a feature's variance is replaced by the geometric mean of all; with 300 images, 1 %.
-FEW_IMAGES = 30
 LOGITS = 2**20  # logits to compute at once, so that they fit in a CPU's cache
 STREAMED_ROWS = 4096  # rows to read at once
 
@@ -27,10 +25,9 @@ class TrainingRows:
         labels: int64 ``(N,)``, on the device.
         folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; -1 for rows that are never held out.
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
-        in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
+        in_memory: Whether to keep scaled rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
         from_rank_zero: Replaces a tensor by that of rank zero, in place; ``None`` for a single process.
-        views: Number of rows per image.
     """
 
     read: Callable[[slice], torch.Tensor]
@@ -40,7 +37,6 @@ class TrainingRows:
     in_memory: bool = True
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
     from_rank_zero: Callable[[torch.Tensor], torch.Tensor] | None = None
-    views: int = 1
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks."""
@@ -61,11 +57,14 @@ class TrainingRows:
 
 
 class Coordinates:
-    """Standardized features along their principal axes, with a constant appended for the bias.
+    """Scaled features along their principal axes, with a constant appended for the bias.
 
-    The variances of few images are shrunk towards their geometric mean, see :data:`FEW_IMAGES`.
+    Each feature is divided by the square root of its standard deviation, and all by one number that makes their mean
+    variance 1. An L2 penalty then has about the effect of Adam's steps. On pretrained features, the validation loss is
+    smaller than with features that are divided by their standard deviation, which gives nearly constant features the
+    same influence as all others: see "The solved head" in ``docs/performance.md``.
 
-    Along these axes, a diagonal approximates the Hessian of a head well.
+    Along the principal axes, a diagonal approximates the Hessian of a head well.
 
     Args:
         rows: The training rows.
@@ -76,13 +75,11 @@ class Coordinates:
         self._rows, self._bias = rows, bias
         count, mean, second = self._moments()
         variance = (second - mean**2).clamp_min(0)
-        # In few rows, many features are nearly constant; scaled to a deviation of 1, these would dominate the head.
-        center = variance[variance > 0].log().mean().exp().nan_to_num()  # not that of a few large features
-        images = count / rows.views
-        std = variance.lerp(center, 1 / (1 + (images / FEW_IMAGES) ** 2)).sqrt()
-        self._std = std.masked_fill(std <= 1e-6 * second.sqrt(), 1.0).float()
+        deviation = variance.sqrt()
+        constant = deviation <= 1e-6 * second.sqrt()  # but for rounding
+        self._scale = (deviation * deviation.mean()).sqrt().masked_fill(constant, 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
-        self._matrix = self._standardized(slice(None)) if rows.in_memory else None
+        self._matrix = self._scaled(slice(None)) if rows.in_memory else None
         basis = None
         if self._matrix is not None and len(self._matrix) == count < len(mean):
             basis = torch.linalg.qr(self._matrix.T).Q  # the span of the rows contains the solution
@@ -108,12 +105,12 @@ class Coordinates:
     def _second_moment(self) -> torch.Tensor:
         matrix, moment = self._matrix, torch.zeros(1, 1, device=self._mean.device)
         for part in self._rows.slices(STREAMED_ROWS):
-            values: torch.Tensor = self._standardized(part) if matrix is None else matrix[part]
+            values: torch.Tensor = self._scaled(part) if matrix is None else matrix[part]
             moment = moment + values.T @ values
         return self._rows.total(moment)
 
-    def _standardized(self, part: slice) -> torch.Tensor:
-        return (self._rows.read(part) - self._mean) / self._std
+    def _scaled(self, part: slice) -> torch.Tensor:
+        return (self._rows.read(part) - self._mean) / self._scale
 
     def _with_constant(self, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([values, torch.ones_like(values[:, :1])], 1) if self._bias else values
@@ -129,13 +126,13 @@ class Coordinates:
         """Coordinates of a slice ``(B, R)``."""
         if self._matrix is not None:
             return self._matrix[part]
-        return self._with_constant(self._standardized(part) @ self._axes)
+        return self._with_constant(self._scaled(part) @ self._axes)
 
     def rows(self, part: slice) -> torch.Tensor:
         """Rows of a slice: their products with lifted parameters are the logits."""
         if self._matrix is not None:
             return self._matrix[part]
-        return self._with_constant(self._standardized(part))
+        return self._with_constant(self._scaled(part))
 
     def lift(self, parameters: torch.Tensor) -> torch.Tensor:
         """Parameters for coordinates ``(M, R)`` to those for :meth:`rows`. It is cheaper to rotate them than rows."""
@@ -154,14 +151,14 @@ class Coordinates:
     def head(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight ``(C, D)`` and bias ``(C,)`` of a linear layer, float32, given parameters ``(C, R)``."""
         exact = parameters.double()
-        weight = exact[:, : self._axes.shape[1]] @ self._axes.double().T / self._std.double()
+        weight = exact[:, : self._axes.shape[1]] @ self._axes.double().T / self._scale.double()
         if not self._bias:
             return weight.float(), None
         return weight.float(), (exact[:, -1] - weight @ self._mean.double()).float()
 
     def parameters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Parameters ``(C, R)`` of a linear layer: the inverse of :meth:`head`, within the span of the rows."""
-        along = (weight * self._std) @ self._axes
+        along = (weight * self._scale) @ self._axes
         return along if bias is None else torch.cat([along, (bias + weight @ self._mean)[:, None]], 1)
 
 
@@ -208,8 +205,8 @@ class HeadBank:
     def solve(self, start: torch.Tensor, penalty: float, tolerance: float) -> Minimum:
         """Minimize, for each head, the summed loss plus ``penalty / 2`` times the squared norm of its weights.
 
-        The weights are those of standardized features; the bias is not penalized. This is scikit-learn's objective with
-        ``C = 1 / penalty``.
+        The weights are those of scaled features, see :class:`Coordinates`; the bias is not penalized. This is
+        scikit-learn's objective with ``C = 1 / penalty``.
 
         Args:
             start: Initial parameters ``(K, C, R)``.

