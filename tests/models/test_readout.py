@@ -54,7 +54,9 @@ def test_layout_of_maps_whose_width_is_their_side() -> None:
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        *(("timm/vit_tiny_patch16_224", "cls"), ("timm/vit_small_patch14_reg4_dinov2", "cls"), ("vit_b_32", "cls")),
+        ("timm/test_vit", "cls"),
+        ("timm/test_vit2", "cls"),  # with a register token
+        ("vit_b_32", "cls"),
         ("timm/eva02_tiny_patch14_224", "mean"),
     ],
 )
