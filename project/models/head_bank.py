@@ -11,9 +11,11 @@ from project.models.lbfgs import Minimum, minimize
 from project.task import Task
 
 MAX_PASSES = 300
-NO_FOLD = -2
-#: With so many images, half of a feature's variance is replaced by the geometric mean of all; with 300 images, 1 %.
+NO_FOLD = torch.iinfo(torch.int64).max  # for a head that trains on all rows: no row has this fold
+#: With so many images, half of a feature's variance is replaced by the geometric mean of all; with 300 images, 1 %: as
+#: the share falls with the square of their number, the scales of many images are their own, as scikit-learn's are.
 FEW_IMAGES = 30
+MIN_VARIANCE = 1e-12  # relative to the second moment: rounding errors give smaller ones, so the feature is constant
 LOGITS = 2**20  # logits to compute at once, so that they fit in a CPU's cache
 STREAMED_ROWS = 4096  # rows to read at once
 
@@ -25,7 +27,8 @@ class TrainingRows:
     Attributes:
         read: Returns the features of a slice, float32 ``(B, D)``, on the device.
         labels: int64 ``(N,)``, on the device.
-        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; -1 for rows that are never held out.
+        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; negative for rows that are never held
+            out.
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
         in_memory: Whether to keep standardized rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
@@ -77,10 +80,11 @@ class Coordinates:
         count, mean, second = self._moments()
         variance = (second - mean**2).clamp_min(0)
         # In few rows, many features are nearly constant; scaled to a deviation of 1, these would dominate the head.
-        center = variance[variance > 0].log().mean().exp().nan_to_num()  # not that of a few large features
+        varies = variance > MIN_VARIANCE * second
+        center = variance[varies].log().mean().exp().nan_to_num()  # not that of a few large features
         images = count / rows.views
         std = variance.lerp(center, 1 / (1 + (images / FEW_IMAGES) ** 2)).sqrt()
-        self._std = std.masked_fill(std <= 1e-6 * second.sqrt(), 1.0).float()
+        self._std = std.where(varies, 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
         self._matrix = self._standardized(slice(None)) if rows.in_memory else None
         basis = None

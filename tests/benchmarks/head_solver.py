@@ -78,7 +78,7 @@ def compare(name: str, train: Any, val: Any, folds: torch.Tensor) -> list[str]:
         f"{name} ({len(x):,} / {len(x_val):,})",
         f"{ours[0]:.4f}, {ours[1]:.4f}",
         f"{theirs[0]:.4f}, {theirs[1]:.4f}",
-        f"{solution.chosen.penalty:.3g}, {1 / np.atleast_1d(model.C_)[0]:.3g}",
+        f"{solution.penalty:.3g}, {1 / np.atleast_1d(model.C_)[0]:.3g}",
         f"{seconds:.2f}",
         *(f"{result:.2f} ({result / seconds:.1f} x)" for result in results),
     ]
