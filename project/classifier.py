@@ -292,9 +292,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Update the metrics."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
-        """Paths, and float32 probabilities ``(B, C)``, of a batch of images and paths."""
-        images, paths = batch
+    def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
+        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing and their paths."""
+        (images,), paths = batch
         return paths, self.task.probabilities(self(images))
 
     def on_train_epoch_end(self) -> None:
