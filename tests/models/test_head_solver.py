@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from project.models import head_bank, head_solver
 from project.models.head_bank import Coordinates, HeadBank, TrainingRows
-from project.models.head_solver import HeadSolution, solve_head, standard_error
+from project.models.head_solver import HeadSolution, solve_head, solver_device, standard_error
 from project.task import SingleLabel
 
 FOLDS = 5
@@ -317,6 +317,11 @@ def test_few_rows_are_not_scaled_by_their_own_deviations() -> None:
     x[:, :5] = 2 * y[:, None] + rng.normal(size=(210, 5))
     solution = solve_head(training_rows(x[:10], y[:10]), TASK, 2, FOLDS)
     assert (probabilities(solution, x[10:]).argmax(1) == y[10:]).mean() > 0.9
+
+
+def test_heads_are_solved_on_the_device_of_the_features_if_it_has_float64() -> None:
+    for name, expected in (("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu")):
+        assert solver_device(torch.device(name)) == torch.device(expected)
 
 
 def test_it_is_deterministic() -> None:
