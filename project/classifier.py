@@ -23,7 +23,7 @@ from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.backbone import Backbone, load_backbone
-from project.models.heads import LinearHead
+from project.models.heads import HeadCallable, LinearHead
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind
@@ -33,7 +33,6 @@ from project.runtime.distributed import world_size
 from project.runtime.unsupported import refuse_unsupported
 from project.task import SingleLabel, Task, Weight
 
-HeadCallable = Callable[[int, int], nn.Module]
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 #: The command line accepts only a name; Python code can also pass a loaded backbone.
@@ -293,9 +292,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Update the metrics."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: tuple[torch.Tensor, Sequence[str]], batch_idx: int) -> Any:
-        """Paths, and float32 probabilities ``(B, C)``, of a batch of images and paths."""
-        images, paths = batch
+    def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
+        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing and their paths."""
+        (images,), paths = batch
         return paths, self.task.probabilities(self(images))
 
     def on_train_epoch_end(self) -> None:

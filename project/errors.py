@@ -80,6 +80,13 @@ def abbreviate(value: object, max_length: int = 80) -> str:
     return " ".join(repr(value).split())[:max_length]
 
 
+def join_names(names: Iterable[str], limit: int = 5) -> str:
+    """Join the first ``limit`` names, and append the number of further ones, for a message."""
+    names = [*names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest up to three known names that are similar to a misspelled one, ignoring case.
 

@@ -31,7 +31,7 @@ class _EpochCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints. It has the class names of the first version, ``Best`` and ``Last``."""
+        """Key of the state in checkpoints: with the names ``Best`` and ``Last``, so that older checkpoints resume."""
         return super().state_key.replace(type(self).__qualname__, type(self).__qualname__.removesuffix("Checkpoint"), 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -20,7 +20,7 @@ from project.features.feature_reader import FeatureReader
 from project.features.provider import row_memory_budget
 from project.features.row_loader import RowLoader
 from project.models.head_bank import TrainingRows
-from project.models.head_solver import FOLDS, HeadSolution, solve_head, standard_error
+from project.models.head_solver import COPIES, FOLDS, HeadSolution, solve_head, standard_error
 from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
@@ -28,7 +28,6 @@ from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import ProcessGroup
 from project.runtime.logger_adapters import log_text
 
-COPIES = 4  # of the features that the solver holds in memory at once
 #: Images x classes x features that cross-validation takes at most: with more, a sample of the images chooses.
 MAX_WORK = {"cpu": 2**31, "cuda": 2**36}
 MIN_SAMPLE = 1000  # images
@@ -80,7 +79,7 @@ class SolvedHead(pl.Callback):
         if not isinstance(pl_module, ImageClassifier):
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if not any(parameter.requires_grad for parameter in pl_module.head.parameters()):
+        if not pl_module.trains_head:
             _refuse_settings_of_training(pl_module, data)
             if trainer.ckpt_path is not None:
                 raise ConfigError(
@@ -99,10 +98,10 @@ class SolvedHead(pl.Callback):
                 self._compute(trainer, pl_module, data)
 
     def _compute(self, trainer: pl.Trainer, module: ImageClassifier, data: Any) -> None:
-        start, reason = time.perf_counter(), _obstacle(trainer, module, data)
-        if reason is not None:
-            _refuse(trainer, module, reason)
-            print_rank_zero(f"Head: not solved, because {reason}")
+        start, obstacle = time.perf_counter(), _obstacle(trainer, module, data)
+        if obstacle is not None:
+            _refuse(trainer, module, obstacle)
+            print_rank_zero(f"Head: not solved, because {obstacle.reason}")
             return
         with _feature_reader(trainer, module, data) as reader:
             if isinstance(module.head, FittedHead):
@@ -119,6 +118,8 @@ class SolvedHead(pl.Callback):
         self._unvalidated = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(pl_module, ImageClassifier):
+            return
         is_only_validation = trainer.max_epochs == 0
         before_training = not lightning_internals.epochs(trainer).ready
         if (self._unvalidated or is_only_validation) and trainer.enable_validation and before_training:
@@ -128,10 +129,10 @@ class SolvedHead(pl.Callback):
             print_rank_zero(f"Epoch 0, {self._described(pl_module)}: {', '.join(values)}")
         self._unvalidated = False
 
-    def _described(self, module: pl.LightningModule) -> str:
+    def _described(self, module: ImageClassifier) -> str:
         if self.method is None:
             return "the initial head"
-        head = getattr(module, "head", None)
+        head = module.head
         return f"the computed {type(head).__name__}" if isinstance(head, FittedHead) else "the solved head"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,36 +171,65 @@ def _refuse_settings_of_training(module: ImageClassifier, data: Any) -> None:
         )
 
 
-def _refuse(trainer: pl.Trainer, module: ImageClassifier, reason: str) -> None:
+class Obstacle(NamedTuple):
+    """Why a head cannot be computed, and how to fix it.
+
+    Attributes:
+        reason: A clause.
+        fix: What to do, without the period; empty for what is never refused.
+    """
+
+    reason: str
+    fix: str = ""
+
+
+def _refuse(trainer: pl.Trainer, module: ImageClassifier, obstacle: Obstacle) -> None:
     """Raise if the head has to be computed, but cannot be."""
-    if not any(parameter.requires_grad for parameter in module.head.parameters()) and module.head_is_new:
-        raise ConfigError(f"model.head: {type(module.head).__name__} is computed from stored features, but {reason}.")
-    if module.hparams["head_init"] != "auto" and not getattr(trainer, "fast_dev_run", False):
-        raise ConfigError(f"model.head_init: the head cannot be solved, because {reason}. Use --model.head_init auto.")
+    name, init = type(module.head).__name__, module.hparams["head_init"]
+    if not module.trains_head and module.head_is_new:
+        raise ConfigError(
+            f"model.head: {name} has to be computed from stored features, but {obstacle.reason}.\n{obstacle.fix}."
+        )
+    if init != "auto" and not getattr(trainer, "fast_dev_run", False):
+        raise ConfigError(
+            f"model.head_init {init}: the head cannot be computed, because {obstacle.reason}.\n{obstacle.fix}, or use "
+            "--model.head_init auto."
+        )
 
 
-def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> str | None:
+def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> Obstacle | None:
     """Why the head cannot be computed; ``None`` if it can."""
-    fits_itself = isinstance(module.head, FittedHead)
+    name, fits_itself = type(module.head).__name__, isinstance(module.head, FittedHead)
     if not isinstance(module.head, nn.Linear) and not fits_itself:
-        return f"{type(module.head).__name__} is not linear"
+        return Obstacle(
+            f"{name} is not linear{'' if module.trains_head else ' and has no method fit'}",
+            "Use LinearHead, or a head with a method fit",
+        )
     if fits_itself and module.hparams["head_init"] == "solved_1se":
-        return f"{type(module.head).__name__} has no penalty for solved_1se"
+        return Obstacle(f"{name} has no penalty for solved_1se", "Use --model.head_init solved")
     if not module.head_is_new and module.hparams["head_init"] == "auto":
-        return "it is trained already"
+        return Obstacle("it is trained already")
     if not isinstance(data, ImageDataModule) or data.loaders["train"].rows is None:
-        return "no features are stored"
+        return Obstacle("no features are stored", "Use --features.cache on, which says why if that is not possible")
     limit = trainer.limit_train_batches
     if trainer.overfit_batches or isinstance(limit, int) or limit < 1:  # type: ignore[attr-defined]
-        return "trainer.limit_train_batches or overfit_batches leaves out training images"
+        return Obstacle(
+            "trainer.limit_train_batches or overfit_batches leaves out training images",
+            "Remove them (--data.per_class uses fewer images)",
+        )
     if fits_itself:
         return None
-    budget, _ = _budget(trainer)
+    budget, values_in_memory = _budget(trainer)
     values = len(module.classes) * module.backbone.feature_dim
     if FOLDS * (2 * HISTORY + 3) * values * 4 > budget:
-        return f"{FOLDS} heads of {len(module.classes):,} classes exceed the memory"
-    if module.cut.trainable and len(data.splits["train"]) > _budget(trainer)[1] // module.backbone.feature_dim:
-        return "the features do not fit in memory, and the trainable stages would compute them in every pass"
+        return Obstacle(
+            f"{FOLDS} heads of {len(module.classes):,} classes exceed the memory", "Use --model.head_init random"
+        )
+    if module.cut.trainable and len(data.splits["train"]) > values_in_memory // module.backbone.feature_dim:
+        return Obstacle(
+            "the features do not fit in memory, and the trainable stages would compute them in every pass",
+            "Use --model.trainable head, or fewer images with --data.per_class",
+        )
     return None
 
 
@@ -309,9 +339,7 @@ def _solve(
             assert isinstance(parameter, torch.Tensor)
             parameter.data.copy_(value)
             _from_rank_zero(parameter.data)
-    return solution, Choice(
-        solution.chosen.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else len(sample)
-    )
+    return solution, Choice(solution.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else len(sample))
 
 
 def _report(trainer: pl.Trainer, solution: HeadSolution) -> None:

@@ -103,6 +103,11 @@ class CheckpointMixin(Module):
         """Class names in the order of the logits; empty until the data or a checkpoint provides them."""
         return tuple(self.hparams["classes"] or ())
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head has parameters to train."""
+        return any(parameter.requires_grad for parameter in self.head.parameters())
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
@@ -217,7 +222,7 @@ class CheckpointMixin(Module):
         saved, tensors, state = checkpoint["transfer"], checkpoint["state_dict"], self.state_dict()
         before, new = saved["classes"], added_classes(saved["classes"], self.classes)
         validate_identity(saved, {**self.identity(), "classes": before if new else list(self.classes)})
-        if not any(parameter.requires_grad for parameter in self.head.parameters()):
+        if not self.trains_head:
             raise CheckpointError(
                 f"{type(self.head).__name__} is computed and not trained, so a fit cannot start from it. "
                 "Start a new fit without --ckpt_path; stored features are reused."

@@ -23,17 +23,24 @@ from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
 from project.data.split_loader import SplitLoader
-from project.data.splits import HoldOut, assign_places, empty_split_error, limit_classes, split, stratified_folds
+from project.data.splits import (
+    HoldOut,
+    Place,
+    Placed,
+    assign_places,
+    empty_split_error,
+    limit_classes,
+    split,
+    stratified_folds,
+)
 from project.data.transforms import Augment, Transform, evaluation, training
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError, DataError, join_names
 from project.preprocessing import Preprocessing
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.seeding import derive_seed, run_seed
 from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores
-
-MAX_NAMES = 5  # classes to name in a message
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -121,6 +128,7 @@ class ImageDataModule(pl.LightningDataModule):
         }
         #: Split settings. Checkpoints store them, so that a resumed fit holds out the same images.
         self.hold_out = HoldOut(val_fraction, test_fraction, fold, split_seed, per_class)
+        self._places: dict[Sample, Place] = {}
         self._mix_alphas = mixup, cutmix
         self._skips_bad_images = on_bad_image == "skip"
 
@@ -144,7 +152,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.source is None:
             return {}
         self.source.require()
-        splits = split(self.source.splits, self.image_infos, self.hold_out)
+        splits = split(self.source.splits, self._placed, self.hold_out)
         if self._skips_bad_images:
             splits = {name: self._skip_unreadable(samples, name) for name, samples in splits.items()}
         if self.hold_out.per_class is not None:
@@ -173,6 +181,12 @@ class ImageDataModule(pl.LightningDataModule):
         with progress_counter("Reading images") as on_progress:
             return Index(cache_folder()).infos(source, samples, on_progress)
 
+    def _placed(self, samples: Sequence[Sample]) -> Placed:
+        """Samples with their places. The search for near-duplicates is slow: parts of earlier samples keep theirs."""
+        if not all(sample in self._places for sample in samples):
+            self._places = dict(assign_places(samples, self.image_infos(samples), self.hold_out.split_seed))
+        return [(sample, self._places[sample]) for sample in samples]
+
     def _skip_unreadable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
         infos = self.image_infos(samples, source)
         bad = [sample.name for sample, info in zip(samples, infos, strict=True) if info.error]
@@ -184,15 +198,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _limit_classes(self, samples: list[Sample], count: int) -> list[Sample]:
         assert self.source is not None
-        kept = limit_classes(samples, self.image_infos(samples), count, self.hold_out.split_seed)
+        kept = limit_classes(self._placed(samples), self.image_infos(samples), count, self.hold_out.split_seed)
         print_rank_zero(
-            f"Data: {len(kept):,} of {len(samples):,} training images are used, {count} of each class (data.per_class)"
+            f"Data: {len(kept):,} of {len(samples):,} training images are used, at most {count} of each class "
+            "(data.per_class)"
         )
         sizes = Counter(sample.label for sample in kept)
         few = [f"{name} ({sizes[label]})" for label, name in enumerate(self.source.classes) if sizes[label] < count]
         if few:
-            more = f" and {len(few) - MAX_NAMES} more" if len(few) > MAX_NAMES else ""
-            print_rank_zero(f"Data: fewer training images than data.per_class: {', '.join(few[:MAX_NAMES])}{more}")
+            print_rank_zero(f"Data: fewer training images than data.per_class: {join_names(few)}")
         return kept
 
     def prepare_data(self) -> None:
@@ -245,9 +259,7 @@ class ImageDataModule(pl.LightningDataModule):
         Args:
             count: Maximum number of folds.
         """
-        samples = self.splits["train"]
-        placed = assign_places(samples, self.image_infos(samples), self.hold_out.split_seed)
-        return torch.tensor(stratified_folds(placed, count))
+        return torch.tensor(stratified_folds(self._placed(self.splits["train"]), count))
 
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.
@@ -330,9 +342,10 @@ class ImageDataModule(pl.LightningDataModule):
         return samples
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of images, uint8 ``(B, 3, H, W)``, and their paths.
+        """Batches of images and their paths.
 
-        With :attr:`further_preprocessings`, the images are a list of such tensors, one per preprocessing.
+        The images are a list of tensors, uint8 ``(B, 3, H, W)``: in :attr:`preprocessing` and in each of
+        :attr:`further_preprocessings`.
         """
         transforms = [self.evaluation_transform(), *map(evaluation, self.further_preprocessings)]
         dataset = NamedImageDataset(self.predict_samples, Files(), *transforms)

@@ -28,6 +28,7 @@ class Place(NamedTuple):
 
 
 Placed = list[tuple[Sample, Place]]
+NEVER_HELD_OUT = -1  # in the place of a fold's number
 
 
 def assign_places(samples: Sequence[Sample], infos: Sequence[ImageInfo], seed: int) -> Placed:
@@ -97,7 +98,8 @@ def stratified_folds(placed: Placed, count: int) -> list[int]:
         count: Number of folds.
 
     Returns:
-        Fold of each sample, from 0, or -1 if it is never held out; there are fewer folds if there are fewer clusters.
+        Fold of each sample, from 0, or :data:`NEVER_HELD_OUT`. No fold is empty; there are fewer folds if there are
+        fewer clusters.
     """
     clusters: dict[int, list[int]] = defaultdict(list)
     for sample, place in placed:
@@ -114,17 +116,22 @@ def stratified_folds(placed: Placed, count: int) -> list[int]:
     folds_of_class: dict[int, set[int]] = defaultdict(set)
     for sample, place in placed:
         folds_of_class[sample.label].add(fold_of[place.cluster])
-    return [fold_of[place.cluster] if len(folds_of_class[sample.label]) > 1 else -1 for sample, place in placed]
+    folds = [
+        fold_of[place.cluster] if len(folds_of_class[sample.label]) > 1 else NEVER_HELD_OUT for sample, place in placed
+    ]
+    used = sorted({*folds} - {NEVER_HELD_OUT})
+    return [NEVER_HELD_OUT if fold == NEVER_HELD_OUT else used.index(fold) for fold in folds]
 
 
-def limit_classes(samples: Sequence[Sample], infos: Sequence[ImageInfo], count: int, seed: int) -> list[Sample]:
+def limit_classes(placed: Placed, infos: Sequence[ImageInfo], count: int, seed: int) -> list[Sample]:
     """Keep a fixed, random subset of each class: the images with the smallest hashes.
 
-    An added image therefore replaces at most one of its class. Images of different clusters come first, so that
-    near-duplicates and images of one group are chosen together only where a class has too few clusters.
+    An added image therefore replaces at most one of its class, unless it joins two clusters. Images of different
+    clusters come first, so that near-duplicates and images of one group are chosen together only where a class has too
+    few clusters.
 
     Args:
-        samples: N samples.
+        placed: N samples with their places.
         infos: Properties of each.
         count: Number of images to keep in each class; a class with fewer images keeps all.
         seed: Seed of the hash.
@@ -132,7 +139,7 @@ def limit_classes(samples: Sequence[Sample], infos: Sequence[ImageInfo], count: 
     Returns:
         The samples that are kept, in their original order.
     """
-    clusters = [place.cluster for _, place in assign_places(samples, infos, seed)]
+    samples, clusters = [sample for sample, _ in placed], [place.cluster for _, place in placed]
     # Not the hash of assign_places: the smallest of those are held out for val.
     hashes = [
         hashlib.sha256(b"per class %d %b" % (seed, info.digest or os.fsencode(sample.name))).digest()
@@ -180,13 +187,13 @@ class HoldOut:
 
 
 def split(
-    given: Mapping[str, list[Sample]], image_infos: Callable[[Sequence[Sample]], Sequence[ImageInfo]], settings: HoldOut
+    given: Mapping[str, list[Sample]], places: Callable[[Sequence[Sample]], Placed], settings: HoldOut
 ) -> dict[str, list[Sample]]:
     """Complete the splits of a source: hold out the missing ones from train.
 
     Args:
         given: Samples by ``train`` and, if the source has them, ``val`` and ``test``.
-        image_infos: Returns the properties of images; called only if images have to be held out.
+        places: Finds the places of samples; called only if images have to be held out.
         settings: Fractions or fold.
 
     Returns:
@@ -202,8 +209,7 @@ def split(
     end = begin + width if fold is None or fold[0] < fold[1] else 1.0
     hold_val = not val and width > 0
     if hold_val or test_end:
-        placed = assign_places(train, image_infos(train), settings.split_seed)
-        placed, to_test = hold_out(placed, 0.0, test_end)
+        placed, to_test = hold_out(places(train), 0.0, test_end)
         # Folds must be disjoint, so none gets an extra image of a class that is too small for all folds.
         placed, to_val = hold_out(placed, begin, end if hold_val else begin, both_sides=fold is None)
         train = [sample for sample, _ in placed]

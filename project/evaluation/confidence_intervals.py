@@ -17,7 +17,7 @@ SEED = 0  # the same counts give the same interval
 Interval = tuple[float, float]
 
 
-def wilson(successes: float, count: int) -> Interval:
+def wilson(successes: float, count: float) -> Interval:
     """Wilson score interval of a proportion, which is accurate for small counts and near 0 and 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the

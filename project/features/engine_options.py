@@ -78,6 +78,7 @@ class EngineFactory:
             "backbone": backbone.name,
             "stages": list(cut.frozen),
             "sha256": backbone.fingerprint(cut),
+            # Omitted for last, so that rows stay valid that were stored before there were other features.
             **({} if backbone.features == "last" else {"features": backbone.features}),
             "preprocessing": backbone.preprocessing.as_dict(),
             "versions": _versions("torch", "torchvision", "pillow", *(["timm"] if "timm/" in backbone.name else [])),

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 from project.features.row_loader import RowLoader
+from project.models.head_solver import solver_device
 
 
 class FeatureReader:
     """Reads features of stored training rows.
 
-    Iterating it gives the features ``(B, D)`` and labels ``(B,)`` of all views of all images, in batches. Each
-    iteration reads them again.
+    Iterating it gives the features, float32 ``(B, D)``, and labels, int64 ``(B,)``, of all views of all images, in
+    batches. Each iteration reads them again.
 
     Args:
         loader: The stored rows.
-        refine: Maps rows to features; in evaluation mode.
+        refine: Maps rows ``(B, ...)`` to features ``(B, D)``; in evaluation mode.
         model_device: Device of ``refine``.
         dtype: Type of its inputs.
     """
@@ -30,8 +31,8 @@ class FeatureReader:
         dtype: torch.dtype,
     ) -> None:
         self._loader, self._refine, self._model_device, self._dtype = loader, refine, model_device, dtype
-        #: Device of the features: MPS has no float64.
-        self.device = torch.device("cpu") if model_device.type == "mps" else model_device
+        #: Device of the features.
+        self.device = solver_device(model_device)
 
     def __len__(self) -> int:
         """Number of rows: images times views."""
@@ -39,7 +40,10 @@ class FeatureReader:
 
     @torch.no_grad()
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        """Features of rows by index, see :meth:`RowLoader.read`, float32; trainable stages run in small batches."""
+        """Features, float32 ``(B, D)``, of rows by index ``(B,)``, see :meth:`RowLoader.read`.
+
+        Trainable stages run in small batches.
+        """
         parts = torch.split(indices, self._loader.evaluation_batch_size)
         batches = (self._loader.read(part).to(self._model_device, self._dtype) for part in parts)
         return torch.cat([self._refine(rows).float().to(self.device) for rows in batches])

@@ -13,7 +13,7 @@ from torch import nn
 
 from project.models.backbone import Backbone
 from project.models.cut import Cut
-from project.models.readout import Readout, run_stages
+from project.models.readout import Readout
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FrozenPrefix(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = StageChain(
-            backbone.readout if not cut.trainable else run_stages,
+            backbone.readout(cut.frozen),
             *(copy.deepcopy(backbone.stages[name]) for name in cut.frozen),
         )
         self.stages.cpu().float()

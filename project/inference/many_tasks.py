@@ -97,18 +97,16 @@ class ManyTasks(pl.LightningModule):
         return [results[position] for position in range(len(self.names))]
 
     def predict_step(
-        self, batch: tuple[torch.Tensor | Sequence[torch.Tensor], Sequence[str]], batch_idx: int
+        self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int
     ) -> tuple[Sequence[str], list[torch.Tensor]]:
-        """Paths, and probabilities of each task, of a batch of images and paths."""
+        """Paths, and probabilities of each task, of a batch of images in each preprocessing and their paths."""
         images, paths = batch
-        return paths, self([images] if isinstance(images, torch.Tensor) else images)
+        return paths, self(images)
 
     def describe(self) -> str:
         """One line: the tasks of each group."""
-        count = len(self.groups)
         groups = "; ".join(" and ".join(self.names[position] for position in group) for group in self.groups)
-        noun = "1 group, which runs its" if count == 1 else f"{count} groups, each of which runs its"
-        return f"Tasks: {len(self.names)} in {noun} backbone once per image: {groups}"
+        return f"Tasks: {len(self.names)}; backbone runs per image: {len(self.groups)} ({groups})"
 
 
 def _prefix_key(classifier: ImageClassifier) -> Hashable:

@@ -142,8 +142,7 @@ class Classifiers(Sequence[Classifier]):
     def predict_proba(self, images: Images) -> dict[str, np.ndarray]:
         """Probabilities ``(N, C)``, float32, by the name of the task; rows sum to 1."""
         parts = [[np.empty((0, len(classes)), np.float32)] for classes in self._tasks.classes]
-        device = self._classifiers[0].model.device if self._classifiers else torch.device("cpu")
-        for batch in _batches(images, self._transforms, self.batch_size, device):
+        for batch in _batches(images, self._transforms, self.batch_size, self._tasks.device):
             for part, probabilities in zip(parts, self._tasks(batch), strict=True):
                 part.append(probabilities.cpu().numpy())
         return {name: np.concatenate(part) for name, part in zip(self.names, parts, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from project.errors import ModelError
 from project.models import weights as weight_files
 from project.models.cut import Cut
 from project.models.fingerprint import fingerprint
-from project.models.readout import FeatureKind, Readout, feature_dim, readout_of, run_stages
+from project.models.readout import FeatureKind, Readout, available_features, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
@@ -76,7 +76,6 @@ class Backbone(nn.Module):
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
         features: Which outputs are the features, see :meth:`set_features`.
-        readout: Runs all stages and reads the features.
         feature_dim: Width D of the features.
     """
 
@@ -94,7 +93,7 @@ class Backbone(nn.Module):
         self.stages = Stages(stages)
         self.output_dim = self.feature_dim = output_dim
         self.features: FeatureKind = "last"
-        self.readout: Readout = run_stages
+        self._readout: Readout = run_stages  # of all stages
         self.preprocessing = preprocessing
         self.origin = origin or Origin(None, "unknown")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
@@ -126,10 +125,19 @@ class Backbone(nn.Module):
             ModelError: The network does not provide them.
         """
         if features != self.features:
-            self.features, self.readout = features, readout_of(features, self.stages, self.name)
+            self.features, self._readout = features, readout_of(features, self.stages, self.name)
             stages, training = [*self.stages.values()], self.training
-            self.feature_dim = feature_dim(self.eval().readout, stages, self.mean, self.preprocessing.crop)
+            self.feature_dim = feature_dim(self.eval()._readout, stages, self.mean, self.preprocessing.crop)
             self.train(training)
+
+    @property
+    def available_features(self) -> list[FeatureKind]:
+        """The kinds that :meth:`set_features` accepts."""
+        return available_features(self.stages)
+
+    def readout(self, names: Sequence[str]) -> Readout:
+        """How to run some stages: all of them give the features, others the output of the last one."""
+        return self._readout if len(names) == len(self.stages) else run_stages
 
     def specialized(self, cut: Cut) -> Backbone:
         """Create a backbone that shares the frozen stages and copies the trainable ones.
@@ -185,8 +193,7 @@ class Backbone(nn.Module):
         return self._run(rows, names)
 
     def _run(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        run = self.readout if len(names) == len(self.stages) else run_stages
-        return run([self.stages[name] for name in names], rows)
+        return self.readout(names)([self.stages[name] for name in names], rows)
 
 
 def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:

@@ -48,7 +48,7 @@ def heat_maps(
         network = copy.deepcopy(nn.Sequential(*backbone.stages.values()), tensors)  # shares parameters and buffers
         last, channels_last = _last_maps(network, inputs[:1], backbone.name)
         last.register_forward_hook(detach_maps)
-        logits = head(backbone.readout([*network], inputs)).float()
+        logits = head(backbone.readout([*backbone.stages])([*network], inputs)).float()
         targets = task.predict(logits).label if labels is None else labels.clone()
         (gradients,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), maps)
     channel_dim = -1 if channels_last else 1

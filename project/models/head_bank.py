@@ -11,7 +11,8 @@ from project.models.lbfgs import Minimum, minimize
 from project.task import Task
 
 MAX_PASSES = 300
-NO_FOLD = -2
+NO_FOLD = torch.iinfo(torch.int64).max  # for a head that trains on all rows: no row has this fold
+MIN_VARIANCE = 1e-12  # relative to the second moment: rounding errors give smaller ones, so the feature is constant
 LOGITS = 2**20  # logits to compute at once, so that they fit in a CPU's cache
 STREAMED_ROWS = 4096  # rows to read at once
 
@@ -23,7 +24,8 @@ class TrainingRows:
     Attributes:
         read: Returns the features of a slice, float32 ``(B, D)``, on the device.
         labels: int64 ``(N,)``, on the device.
-        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; -1 for rows that are never held out.
+        folds: Cross-validation fold of each row, int64 ``(N,)``, on the device; negative for rows that are never held
+            out.
         targets: Maps labels ``(B,)`` to target weights ``(B, C)``, see :meth:`~project.task.Task.target_weights`.
         in_memory: Whether to keep scaled rows in memory. If not, each pass reads all features again.
         sum_over_ranks: Sums a tensor over the ranks, in place; ``None`` for a single process.
@@ -75,9 +77,8 @@ class Coordinates:
         self._rows, self._bias = rows, bias
         count, mean, second = self._moments()
         variance = (second - mean**2).clamp_min(0)
-        deviation = variance.sqrt()
-        constant = deviation <= 1e-6 * second.sqrt()  # but for rounding
-        self._scale = (deviation * deviation.mean()).sqrt().masked_fill(constant, 1.0).float()
+        deviation, varies = variance.sqrt(), variance > MIN_VARIANCE * second
+        self._scale = (deviation * deviation.mean()).sqrt().where(varies, 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
         self._matrix = self._scaled(slice(None)) if rows.in_memory else None
         basis = None

@@ -23,7 +23,7 @@ class HeadPopulation:
     Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`.
 
     Args:
-        heads: K heads with equal shapes. They are copied. Parameters without a gradient stay as they are.
+        heads: K heads with equal shapes, which stay as they are. Parameters that require no gradient are not trained.
         learning_rates: Learning rate of each head, ``(K,)``.
         weight_decays: Weight decay of each head, ``(K,)``.
         device: Device of the heads.
@@ -40,7 +40,9 @@ class HeadPopulation:
         device: torch.device,
     ) -> None:
         self._module = copy.deepcopy(heads[0]).to(device)
-        parameters, buffers = stack_module_state([head.to(device) for head in heads])
+        parameters, buffers = (
+            {name: value.to(device) for name, value in stacked.items()} for stacked in stack_module_state([*heads])
+        )
         trained = {name for name, parameter in heads[0].named_parameters() if parameter.requires_grad}
         if not trained:
             raise ModelError(f"{type(heads[0]).__name__} has no parameters to train.")
@@ -101,7 +103,7 @@ class _OneProduct(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and not kwargs and args[0].dim() == 2:
+        if func is functional.linear and not kwargs and args[0].dim() == args[1].dim() == 2:
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
@@ -121,10 +123,13 @@ class _Linear(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, int]:
+        def at_front(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
         input_dim, weight_dim, bias_dim = in_dims
-        weight = weight.movedim(weight_dim, 0)  # (K, C, D)
+        weight = at_front(weight, weight_dim)  # (K, C, D)
         if input_dim is None:
             outputs = (inputs @ weight.flatten(0, 1).T).view(len(inputs), *weight.shape[:2])
         else:
             outputs = torch.bmm(inputs.movedim(input_dim, 0), weight.transpose(1, 2)).movedim(0, 1)
-        return outputs if bias is None else outputs + bias.movedim(bias_dim, 0), 1
+        return outputs if bias is None else outputs + at_front(bias, bias_dim), 1

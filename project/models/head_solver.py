@@ -17,6 +17,7 @@ from project.models.head_bank import NO_FOLD, Coordinates, HeadBank, TrainingRow
 from project.task import Task
 
 FOLDS = 5  # of cross-validation
+COPIES = 4  # of the features in memory at once, those that are read included
 #: The first penalties to compare, the strongest first: 1 / C of scikit-learn.
 PENALTIES = tuple(10 ** (4 - 5 * index / 9) for index in range(10))
 RATIO = PENALTIES[0] / PENALTIES[1]
@@ -60,16 +61,18 @@ class HeadSolution(NamedTuple):
     Attributes:
         weight: ``(C, D)``, float32.
         bias: ``(C,)``, float32; ``None`` without a bias.
+        penalty: L2 penalty of the head.
         scores: Cross-validation of each penalty, the strongest first; empty for a fixed penalty.
-        chosen: The one whose penalty the head has.
+        chosen: The one of :attr:`penalty`; ``None`` for a fixed penalty.
         gradient_norm: Largest component of the gradient of the mean loss with its penalty, computed in float64.
         converged: Whether the solver has converged for the head.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    penalty: float
     scores: list[PenaltyScore]
-    chosen: PenaltyScore
+    chosen: PenaltyScore | None
     gradient_norm: float
     converged: bool
 
@@ -99,23 +102,27 @@ def solve_head(
     """
     compared = rows if sample is None else sample
     coordinates = Coordinates(compared, bias)
-    bank = HeadBank(compared, coordinates, torch.arange(max(folds, 1), device=compared.labels.device), task, classes)
-    scores = _path(bank, on_progress) if folds > 1 else []
-    unknown = PenaltyScore(FIXED_PENALTY, torch.empty(0), torch.empty(0), bank.zeros()[0], True)
-    chosen = min(scores, key=lambda score: score.loss, default=unknown)
-    if one_standard_error and scores:
+    scores = cross_validate(compared, coordinates, task, classes, folds, on_progress) if folds > 1 else []
+    chosen = min(scores, key=lambda score: score.loss, default=None)
+    if one_standard_error and chosen is not None:
         limit = chosen.loss + standard_error(chosen.losses)
         chosen = next(score for score in scores if score.loss <= limit)
-    start = chosen.mean_head
+    penalty, start = (FIXED_PENALTY, None) if chosen is None else (chosen.penalty, chosen.mean_head)
     if sample is not None:
-        on_sample = coordinates.head(start)
+        on_sample = None if start is None else coordinates.head(start)
         coordinates = Coordinates(rows, bias)
-        start = coordinates.parameters(*on_sample)
+        start = None if on_sample is None else coordinates.parameters(*on_sample)
     final = HeadBank(rows, coordinates, torch.tensor([NO_FOLD], device=rows.labels.device), task, classes)
-    solution = final.solve(start[None], chosen.penalty, FINE)
+    solution = final.solve(final.zeros() if start is None else start[None], penalty, FINE)
+    on_progress(len(scores) + 1, len(scores) + 1)
     weight, offset = coordinates.head(solution.parameters[0])
-    norm = final.gradient_norm(solution.parameters, chosen.penalty)
-    return HeadSolution(weight, offset, scores, chosen, norm, bool(solution.converged.all()))
+    norm = final.gradient_norm(solution.parameters, penalty)
+    return HeadSolution(weight, offset, penalty, scores, chosen, norm, bool(solution.converged.all()))
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Device to solve heads on, given that of the features: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def standard_error(scores: torch.Tensor) -> float:
@@ -124,8 +131,28 @@ def standard_error(scores: torch.Tensor) -> float:
     return float(valid.std() / math.sqrt(len(valid)))
 
 
-def _path(bank: HeadBank, on_progress: Callable[[int, int], None]) -> list[PenaltyScore]:
-    """Score the penalties; see :data:`PENALTIES` and :data:`MIN_GAIN`."""
+def cross_validate(
+    rows: TrainingRows,
+    coordinates: Coordinates,
+    task: Task,
+    classes: int,
+    folds: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[PenaltyScore]:
+    """Score the penalties; see :data:`PENALTIES` and :data:`MIN_GAIN`.
+
+    Args:
+        rows: The training rows.
+        coordinates: Their coordinates.
+        task: Gives the loss, which must be convex in the logits.
+        classes: Number C of classes.
+        folds: Number of folds, at least 2.
+        on_progress: Called with the number of scored penalties, and their expected number plus 1.
+
+    Returns:
+        The scores, the strongest penalty first.
+    """
+    bank = HeadBank(rows, coordinates, torch.arange(folds, device=rows.labels.device), task, classes)
     scores: list[PenaltyScore] = []
     first, before, last = (bank.zeros(),) * 3  # heads of all folds ``(F, C, R)``, of these penalties only
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,8 @@ from project.errors import ConfigError, damaged_checkpoint
 
 #: Features, float32 ``(B, D)``, and labels, int64 ``(B,)``, of all training rows; can be iterated several times.
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+#: Constructs a head, given the width D of the features and the number C of classes.
+HeadCallable = Callable[[int, int], nn.Module]
 NEIGHBOR_ROWS = 8192  # rows to compare at once
 
 
@@ -65,9 +67,14 @@ class MLPHead(nn.Sequential):
         num_classes: Number C of classes.
         hidden: Width of the hidden layer.
         dropout: Dropout probability of the hidden layer.
+
+    Raises:
+        ConfigError: An argument is out of range.
     """
 
     def __init__(self, in_features: int, num_classes: int, hidden: int = 512, dropout: float = 0.2) -> None:
+        _require(hidden >= 1, f"hidden must be at least 1, not {hidden}.")
+        _require(0 <= dropout < 1, f"dropout must be in [0, 1), not {dropout}.")
         super().__init__(
             nn.LayerNorm(in_features),
             nn.Linear(in_features, hidden),
@@ -86,12 +93,14 @@ class CosineHead(nn.Module):
         in_features: Width D of the features.
         num_classes: Number C of classes.
         scale: Initial value of the learned factor that multiplies the similarities.
+
+    Raises:
+        ConfigError: The scale is out of range.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 10.0) -> None:
         super().__init__()
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be more than 0, not {scale}")
+        _require(0 < scale < math.inf, f"scale must be more than 0 and finite, not {scale}.")
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.scale = nn.Parameter(torch.tensor(scale))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -116,14 +125,16 @@ class PrototypeHead(nn.Module):
         in_features: Width D of the features.
         num_classes: Number C of classes.
         scale: Factor that multiplies the distances; it changes probabilities, not predictions.
+
+    Raises:
+        ConfigError: The scale is out of range.
     """
 
     means: torch.Tensor
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0) -> None:
         super().__init__()
-        if scale <= 0:
-            raise ConfigError(f"scale must be more than 0, not {scale}.")
+        _require(0 < scale < math.inf, f"scale must be more than 0 and finite, not {scale}.")
         self.scale = scale
         self.register_buffer("means", torch.zeros(num_classes, in_features))
 
@@ -132,10 +143,11 @@ class PrototypeHead(nn.Module):
         self.means.copy_(mean_directions(batches, *self.means.shape))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map features ``(B, D)`` to logits ``(B, C)``."""
-        directions = functional.normalize(features, dim=1)
-        # The squared length of the features is 1.
-        return self.scale * (2 * functional.linear(directions, self.means) - self.means.square().sum(1) - 1)
+        """Map features ``(B, D)`` to logits ``(B, C)``, float32."""
+        with torch.autocast(features.device.type, enabled=False):  # bf16 could not tell near classes apart
+            directions = functional.normalize(features.float(), dim=1)
+            # The squared length of the features is 1.
+            return self.scale * (2 * functional.linear(directions, self.means) - self.means.square().sum(1) - 1)
 
 
 class KNNHead(nn.Module):
@@ -152,6 +164,9 @@ class KNNHead(nn.Module):
         k: Number of neighbors.
         temperature: Temperature of the weights.
         max_rows: Largest number of training rows to store.
+
+    Raises:
+        ConfigError: An argument is out of range.
     """
 
     rows: torch.Tensor
@@ -161,8 +176,9 @@ class KNNHead(nn.Module):
         self, in_features: int, num_classes: int, k: int = 20, temperature: float = 0.07, max_rows: int = 100_000
     ) -> None:
         super().__init__()
-        if k < 1 or temperature <= 0:
-            raise ConfigError(f"k must be at least 1 and temperature more than 0, not {k} and {temperature}.")
+        _require(k >= 1, f"k must be at least 1, not {k}.")
+        _require(0 < temperature < math.inf, f"temperature must be more than 0 and finite, not {temperature}.")
+        _require(max_rows >= 1, f"max_rows must be at least 1, not {max_rows}.")
         self.k, self.temperature, self.max_rows, self.num_classes = k, temperature, max_rows, num_classes
         self.register_buffer("rows", torch.zeros(0, in_features, dtype=torch.float16))
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
@@ -192,14 +208,16 @@ class KNNHead(nn.Module):
         Raises:
             CheckpointError: The state has no valid labels.
         """
-        count, labels = len(state.get("rows", ())), state.get("labels")
+        rows, labels = (state.get(name, torch.empty(0)) for name in ("rows", "labels"))
         if (
-            labels is None
-            or not count
-            or labels.shape != (count,)
+            labels.dtype != torch.int64
+            or not labels.numel()
+            or labels.dim() != 1
+            or labels.shape != rows.shape[:1]
             or not 0 <= labels.min() <= labels.max() < self.num_classes
         ):
             raise damaged_checkpoint("The checkpoint is damaged: its KNNHead has no valid rows and labels.")
+        count = len(labels)
         self.rows, self.labels = self.rows.new_zeros(count, self.rows.shape[1]), self.labels.new_zeros(count)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -221,6 +239,12 @@ class KNNHead(nn.Module):
             nearest, places = similarities.topk(min(self.k, similarities.shape[1]), 1)
             of_nearest = candidates.gather(1, places)
         return nearest, of_nearest
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise a ConfigError if an argument is out of range."""
+    if not condition:
+        raise ConfigError(message)
 
 
 def mean_directions(batches: Batches, num_classes: int, width: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -35,12 +36,8 @@ def pool_stages(stages: Sequence[nn.Module], inputs: torch.Tensor) -> torch.Tens
 
 
 def _global_average(outputs: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """Average outputs ``(B, ...)`` to ``(B, K)``."""
-    if outputs.dim() == 2:
-        return outputs
-    if outputs.dim() == 3:  # tokens
-        return outputs.mean(1)
-    return outputs.mean((1, 2) if channels_last else (2, 3))
+    """Average maps to ``(B, K)``; the last stage outputs ``(B, K)``."""
+    return outputs if outputs.dim() == 2 else outputs.mean((1, 2) if channels_last else (2, 3))
 
 
 def read_tokens(kind: FeatureKind, stages: Sequence[nn.Module], inputs: torch.Tensor) -> torch.Tensor:
@@ -70,11 +67,11 @@ def _blocks(body: Any, images: torch.Tensor, count: int) -> list[Tokens]:
     patches = body.conv_proj(images).flatten(2).transpose(1, 2)
     tokens = torch.cat([body.class_token.expand(len(images), -1, -1), patches], 1)
     tokens = body.encoder.dropout(tokens + body.encoder.pos_embedding)
-    outputs = []
+    last: deque[torch.Tensor] = deque(maxlen=count)
     for layer in body.encoder.layers:
         tokens = layer(tokens)
-        outputs.append(tokens)
-    return [(normed[:, :1], normed[:, 1:]) for normed in map(body.encoder.ln, outputs[-count:])]
+        last.append(tokens)
+    return [(normed[:, :1], normed[:, 1:]) for normed in map(body.encoder.ln, last)]
 
 
 def readout_of(kind: FeatureKind, stages: nn.ModuleDict, network: str) -> Readout:
@@ -91,7 +88,7 @@ def readout_of(kind: FeatureKind, stages: nn.ModuleDict, network: str) -> Readou
     """
     if kind == "last":
         return run_stages
-    available = _available(list(stages.values()))
+    available = available_features(stages)
     if kind not in available:
         raise ModelError(
             f"model.features: {network} does not provide {kind!r}. It provides {', '.join(available)}: only networks "
@@ -100,10 +97,11 @@ def readout_of(kind: FeatureKind, stages: nn.ModuleDict, network: str) -> Readou
     return pool_stages if kind == "stages" else functools.partial(read_tokens, kind)
 
 
-def _available(stages: Sequence[nn.Module]) -> list[FeatureKind]:
+def available_features(stages: nn.ModuleDict) -> list[FeatureKind]:
+    """The kinds of features that a network provides, given its stages."""
     if len(stages) > 1:
         return ["last", "stages"]
-    (body,) = stages
+    (body,) = stages.values()
     is_torchvision = hasattr(body, "class_token") and hasattr(body, "conv_proj")
     has_tokens = is_torchvision or (hasattr(body, "forward_intermediates") and hasattr(body, "num_prefix_tokens"))
     if not has_tokens:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from project.errors import join_names
 from project.evaluation.confidence_intervals import wilson
 from project.evaluation.summary import EvaluationSummary
 
@@ -62,10 +63,12 @@ def _weak_classes(evaluation: EvaluationSummary, classes: Sequence[str]) -> list
         sentences.append(f"Lowest recall: {names}{f', and {ties} more with the same recall' if ties else ''}.")
     few = [classes[label] for label in present if support[label] < MIN_IMAGES]
     if few:
-        sentences.append(f"Fewer than {MIN_IMAGES} validation images for {_listed(few)}: the metrics are unreliable.")
+        sentences.append(
+            f"Fewer than {MIN_IMAGES} validation images for {join_names(few, MAX_NAMES)}: the metrics are unreliable."
+        )
     absent = [name for name, count in zip(classes, support, strict=True) if not count]
     if absent:
-        sentences.append(f"No validation images for {_listed(absent)}: the performance is unknown.")
+        sentences.append(f"No validation images for {join_names(absent, MAX_NAMES)}: the performance is unknown.")
     return sentences
 
 
@@ -108,11 +111,6 @@ def _class_imbalance(classes: Sequence[str], counts: Sequence[int]) -> list[str]
         f"{counts[smallest]:,} of {classes[smallest]}. Large classes dominate the accuracy; macro F1 weights all "
         "classes equally."
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return f"{', '.join(names[:MAX_NAMES])}{more}"
 
 
 def pluralize(count: int, noun: str, plural: str | None = None) -> str:

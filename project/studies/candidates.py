@@ -10,10 +10,10 @@ from torch import nn
 
 from project.config.class_path import ClassSpec
 from project.data.samplers import EpochOrder
-from project.errors import ConfigError, ModelError
-from project.models.head_bank import TrainingRows
+from project.errors import ConfigError
+from project.models.head_bank import Coordinates, TrainingRows
 from project.models.head_population import HeadPopulation
-from project.models.head_solver import solve_head
+from project.models.head_solver import cross_validate
 from project.models.readout import FeatureKind
 from project.runtime.seeding import reseed
 from project.studies.search_space import HeadSettings
@@ -27,22 +27,37 @@ class LabelledRows:
     """The training images of a sweep.
 
     Attributes:
-        features: Features of each kind, float32 ``(N, D)``, on the device.
-        labels: int64 ``(N,)``, on the device.
-        folds: Cross-validation fold of each image, int64 ``(N,)``; -1 for images that are never held out.
+        features: Features of each kind, float32 ``(N, D)``, on the device of the solver.
+        labels: int64 ``(N,)``, on that device.
+        folds: Cross-validation fold of each image, int64 ``(N,)``, on the CPU; negative for images that are never held
+            out.
+        held_out: Number of folds to hold out in turn, to score the candidates on.
         num_classes: Number C of classes.
-        class_weights: Weight of each class in the loss ``(C,)``, or ``None``.
-        sampling_weights: Weight of each image in a balanced sampler ``(N,)``, or ``None``.
-        importance: How much an image of each class counts in the loss, and in the scores, ``(C,)``, on the device.
+        class_weights: Weight of each class in the loss, float32 ``(C,)``, on the device of the features, or ``None``.
+        sampling_weights: Weight of each image in a balanced sampler, float32 ``(N,)``, on the CPU, or ``None``.
+        importance: How much an image of each class counts in the loss, and in the scores, float32 ``(C,)``, on the
+            device of the features.
     """
 
     features: Mapping[FeatureKind, torch.Tensor]
     labels: torch.Tensor
     folds: torch.Tensor
+    held_out: int
     num_classes: int
     class_weights: torch.Tensor | None
     sampling_weights: torch.Tensor | None
     importance: torch.Tensor
+
+    @property
+    def fold_count(self) -> int:
+        """Number of folds."""
+        return int(self.folds.max()) + 1
+
+    @property
+    def scored_weights(self) -> torch.Tensor:
+        """Importance of each image of the folds to hold out, float64 on the CPU."""
+        scored = (self.folds >= 0) & (self.folds < self.held_out)
+        return self.importance.cpu().double()[self.labels.cpu()[scored]]
 
 
 @dataclass(frozen=True)
@@ -71,9 +86,6 @@ def train_population(settings: Sequence[HeadSettings], rows: LabelledRows, fold:
         fold: The fold to hold out.
         recipe: Settings of all candidates.
 
-    Raises:
-        ConfigError: The head cannot be trained in a batch with others.
-
     Returns:
         Accuracy and mean loss on the held-out fold after each epoch, float64 ``(K, E, 2)``.
     """
@@ -83,15 +95,7 @@ def train_population(settings: Sequence[HeadSettings], rows: LabelledRows, fold:
     reseed(features.device, *key, "initial heads")
     heads = [make_head(first.head, features.shape[1], rows.num_classes) for _ in settings]
     rates, decays = ([float(getattr(one, name) or 0) for one in settings] for name in ("lr", "weight_decay"))
-    try:
-        population = HeadPopulation(heads, rates, decays, features.device)
-        population.logits(features[train[:2]])
-    except (ModelError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(
-            f"space.head: {first.head.name} cannot be trained in a batch with others ({reason}).\n"
-            "Remove it from --space.head."
-        ) from error
+    population = HeadPopulation(heads, rates, decays, features.device)
     weights = rows.sampling_weights
     order = EpochOrder(
         len(train), True, recipe.seed, None if weights is None else weights[train], batch_size=recipe.batch_size
@@ -107,7 +111,7 @@ def train_population(settings: Sequence[HeadSettings], rows: LabelledRows, fold:
             total = total + summed / (divisor / len(members))
         return total
 
-    scores = torch.zeros(len(settings), recipe.epochs, 2, dtype=torch.float64)
+    sums = torch.zeros(len(settings), recipe.epochs, 3, dtype=torch.float64)
     for epoch in range(recipe.epochs):
         reseed(features.device, *key, epoch)
         for indices in torch.split(train[order(epoch).indices], recipe.batch_size):
@@ -116,8 +120,32 @@ def train_population(settings: Sequence[HeadSettings], rows: LabelledRows, fold:
         for indices in torch.split(held_out, EVALUATED_ROWS):
             with torch.no_grad():
                 logits = population.logits(features[indices]).float()
-                scores[:, epoch] += _weighted_sums(logits, rows.labels[indices], rows.importance, task)
-    return scores / rows.importance[rows.labels[held_out]].sum().double().cpu()
+                sums[:, epoch] += _weighted_sums(logits, rows.labels[indices], rows.importance, task)
+    return sums[..., :2] / sums[..., 2:]
+
+
+def validate_head(head: ClassSpec, width: int, classes: int, device: torch.device) -> None:
+    """Train two heads of a class for a step on random features.
+
+    Args:
+        head: Class of the heads.
+        width: Width of the features.
+        classes: Number of classes.
+        device: Device of the features.
+
+    Raises:
+        ConfigError: The class is not allowed, does not accept the arguments, or cannot be trained in a batch.
+    """
+    heads = [make_head(head, width, classes) for _ in range(2)]
+    try:
+        population = HeadPopulation(heads, [0.1, 0.1], [0.0, 0.0], device)
+        population.step(torch.randn(2, width, device=device), lambda logits: logits.flatten(0, 1).logsumexp(1).sum())
+    except Exception as error:  # a class may raise anything
+        reason = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"space.head: {head.name} cannot be trained in a batch with others ({reason}).\n"
+            "Remove it from --space.head."
+        ) from error
 
 
 def make_head(head: ClassSpec, width: int, classes: int) -> nn.Module:
@@ -131,7 +159,9 @@ def make_head(head: ClassSpec, width: int, classes: int) -> nn.Module:
 
 
 def _weighted_sums(logits: torch.Tensor, labels: torch.Tensor, importance: torch.Tensor, task: Task) -> torch.Tensor:
-    """Weighted sums of correct images and of losses of K heads, float64 ``(K, 2)`` on the CPU.
+    """Weighted sums of correct images and of losses of K heads, and the sum of weights, float64 ``(K, 3)`` on the CPU.
+
+    They are sums of the same kind in the same order, so that no accuracy exceeds 1.
 
     Args:
         logits: ``(B, K, C)``; overwritten.
@@ -146,30 +176,29 @@ def _weighted_sums(logits: torch.Tensor, labels: torch.Tensor, importance: torch
     targets = task.target_weights(labels, logits.shape[2], None, 0.0) * weights[:, None]
     losses, _ = task.loss_and_gradient(logits, targets)
     losses = torch.where(finite, losses, torch.inf)  # a head that has diverged
-    return torch.stack([correct.sum(0, dtype=torch.float64), losses.sum(0, dtype=torch.float64)], 1).cpu()
+    return torch.stack([correct, losses, weights[:, None].expand_as(correct)], 2).sum(0, dtype=torch.float64).cpu()
 
 
-def solve_candidate(settings: HeadSettings, rows: LabelledRows, task: Task) -> torch.Tensor:
+def solve_candidate(kind: FeatureKind, rows: LabelledRows, task: Task) -> torch.Tensor:
     """Score the solved head of a kind of features: see ``model.head_init``.
 
+    Its penalty is chosen on all images, not on a sample of many as in a fit: all candidates have the same held-out
+    images, and a sweep trains the others for longer.
+
     Args:
-        settings: The candidate.
+        kind: The kind of features.
         rows: The training images.
         task: Gives the loss.
 
     Returns:
         Accuracy and mean loss on each held-out fold, float64 ``(F, 2)``.
     """
-    features = rows.features[settings.features]
+    features = rows.features[kind]
 
     def targets(labels: torch.Tensor) -> torch.Tensor:
         return task.target_weights(labels, rows.num_classes, None, 0.0) * rows.importance[labels][:, None]
 
-    solution = solve_head(
-        TrainingRows(features.__getitem__, rows.labels, rows.folds.to(features.device), targets),
-        task,
-        rows.num_classes,
-        int(rows.folds.max()) + 1,
-        bool(settings.head.init_args.get("bias", True)),
-    )
-    return torch.stack([solution.chosen.accuracies, solution.chosen.losses], 1).cpu()
+    training = TrainingRows(features.__getitem__, rows.labels, rows.folds.to(features.device), targets)
+    scores = cross_validate(training, Coordinates(training, bias=True), task, rows.num_classes, rows.fold_count)
+    best = min(scores, key=lambda score: score.loss)
+    return torch.stack([best.accuracies, best.losses], 1).cpu()

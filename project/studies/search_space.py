@@ -10,18 +10,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError
-from project.models.heads import CosineHead, LinearHead, MLPHead
+from project.models.heads import CosineHead, HeadCallable, LinearHead, MLPHead
 from project.models.readout import FeatureKind
 
 SamplerName = Literal["grid", "optuna"]
 ROUNDS = 4  # of Optuna's sampler: each round learns from the earlier ones
-
-
-HeadCallable = Callable[[int, int], nn.Module]
 
 
 @dataclass
@@ -174,4 +170,8 @@ class OptunaSampler:
             self._study.tell(trial, accuracy)
 
 
-SAMPLERS: dict[str, type[GridSampler | OptunaSampler]] = {"grid": GridSampler, "optuna": OptunaSampler}
+#: Each is constructed with the search space, the number of combinations and a seed.
+SAMPLERS: dict[SamplerName, Callable[[SearchSpace, int, int], Sampler]] = {
+    "grid": GridSampler,
+    "optuna": OptunaSampler,
+}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ import torch
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ModelError
+from project.errors import ConfigError
 from project.features.provider import RowProvider, row_memory_budget
-from project.models.head_solver import FOLDS
+from project.models.head_solver import COPIES, FOLDS, solver_device
 from project.models.heads import LinearHead
 from project.models.readout import FeatureKind
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.seeding import run_seed
-from project.studies.candidates import LabelledRows, Recipe, make_head, solve_candidate, train_population
+from project.studies.candidates import LabelledRows, Recipe, solve_candidate, train_population, validate_head
 from project.studies.search_space import SAMPLERS, HeadSettings, SamplerName, SearchSpace
 from project.studies.trials import WINNER, Rule, Trial, best_epoch, choose, report, write
 
@@ -79,24 +80,28 @@ def sweep(
     space.validate()
     _validate(model, data, count, epochs, folds)
     model.use_data(data, precision, trains=True)
-    rows, kinds = _read(model, data, device, precision, provider, space)
-    space.features = kinds
-    held_out = folds or (HELD_OUT_IF_SMALL if len(rows.labels) <= SMALL else 1)
-    held_out = min(held_out, int(rows.folds.max()) + 1)
+    model.to(device)
+    features = model.backbone.features
+    try:
+        space = _validate_space(space, model, len(data.splits["train"]), solver_device(device))
+        rows = _labels(model, data, solver_device(device), folds)
+        rows = replace(rows, features=_encode(space.features, model, data, device, precision, provider))
+    finally:
+        model.backbone.set_features(features)
     recipe = Recipe(model.task, data.batch_size, epochs, run_seed())
-    identity = _identity(model, data, rows, space, [count, sampler, held_out], recipe)
+    identity = _identity(model, data, rows, space, [count, sampler, rows.held_out], recipe)
     target = folder(lambda candidate: _state(candidate).get("identity") == identity)
     results = _Results(target / STATE, identity)
     print_rank_zero(
-        f"Sweep: up to {count} heads, and the solved head of {' and '.join(kinds)} features, on {len(rows.labels):,} "
-        f"training images; scored on {held_out} of {int(rows.folds.max()) + 1} held-out folds. Validation images are "
-        "not used."
+        f"Sweep: up to {count} heads, and the solved head of {' and '.join(space.features)} features, on "
+        f"{len(rows.labels):,} training images; scored on {rows.held_out} of {rows.fold_count} held-out folds. "
+        "Validation images are not used."
     )
     start = time.perf_counter()
-    trials = [_solved(kind, rows, model, held_out, results) for kind in kinds]
+    trials = [_solved(kind, rows, model, results) for kind in space.features]
     drawn = SAMPLERS[sampler](space, count, recipe.seed)
     while settings := drawn.ask():
-        trained = _train(settings, rows, held_out, recipe, results)
+        trained = _train(settings, rows, recipe, results)
         drawn.tell([trial.accuracy for trial in trained])
         trials += trained
     trials.sort(key=lambda trial: (-trial.accuracy, trial.loss))
@@ -120,52 +125,76 @@ def _validate(model: ImageClassifier, data: ImageDataModule, count: int, epochs:
         )
 
 
-def _read(
+def _validate_space(space: SearchSpace, model: ImageClassifier, images: int, device: torch.device) -> SearchSpace:
+    """The search space with the kinds of features that the backbone provides, before any is computed."""
+    available = model.backbone.available_features
+    kinds, missing = ([kind for kind in space.features if (kind in available) is given] for given in (True, False))
+    if missing:
+        text = f"{model.backbone.name} does not provide features {', '.join(missing)}, only {', '.join(available)}"
+        if not kinds:
+            raise ConfigError(f"space.features: {text}. Use one of these.")
+        print_rank_zero(f"Sweep: {text}")
+    widths = []
+    for kind in kinds:
+        model.backbone.set_features(kind)
+        widths.append(model.backbone.feature_dim)
+    needed, budget = 4 * images * (sum(widths) + (COPIES - 1) * max(widths)), row_memory_budget(device)
+    if needed > budget:
+        raise ConfigError(
+            f"sweep holds the features of {images:,} images in memory, and the solver copies of them: "
+            f"{needed / 1e9:.2g} GB, more than {budget / 1e9:.2g} GB.\n"
+            "Use --space.features [last], or fewer images with --data.per_class."
+        )
+    for head, width in itertools.product(space.head, widths):
+        validate_head(ClassSpec.of(head), width, len(model.classes), device)
+    return replace(space, features=kinds)
+
+
+def _labels(model: ImageClassifier, data: ImageDataModule, device: torch.device, folds: int | None) -> LabelledRows:
+    """Labels, folds and weights of the training images, without features."""
+    labels, balance, fold_of = data.training_labels, data.class_balance, data.training_folds(FOLDS)
+    if int(fold_of.max()) < 1:
+        raise ConfigError(
+            "sweep cannot hold out training images: those of each class are one image, near-duplicates or one group. "
+            "Add images."
+        )
+    if folds is None:
+        folds = HELD_OUT_IF_SMALL if len(labels) <= SMALL else 1
+    class_weights = None if model.loss_weights is None else model.loss_weights.to(device)
+    rows = LabelledRows(
+        {},
+        labels.to(device),
+        fold_of,
+        min(folds, int(fold_of.max()) + 1),
+        len(model.classes),
+        class_weights,
+        balance.sampling_weights(labels),
+        balance.draws.to(device) * (1 if class_weights is None else class_weights),
+    )
+    if not rows.scored_weights.any():
+        raise ConfigError(
+            "model.class_weights is 0 for the classes of all held-out images, so no candidate can be scored.\n"
+            "Give more classes a weight of more than 0."
+        )
+    return rows
+
+
+def _encode(
+    kinds: Sequence[FeatureKind],
     model: ImageClassifier,
     data: ImageDataModule,
     device: torch.device,
     precision: str,
     provider: RowProvider,
-    space: SearchSpace,
-) -> tuple[LabelledRows, list[FeatureKind]]:
-    """Features of the training images, and the kinds of the search space that the backbone provides."""
+) -> dict[FeatureKind, torch.Tensor]:
+    """Features of the training images."""
     assert data.source is not None  # the command line requires data
-    samples, missing = data.splits["train"], []
-    features: dict[FeatureKind, torch.Tensor] = {}
-    budget, width = row_memory_budget(device), 0
-    model.to(device)
-    for kind in dict.fromkeys(space.features):
-        try:
-            model.backbone.set_features(kind)
-        except ModelError as error:
-            missing.append(str(error))
-            continue
-        width += model.backbone.feature_dim
-        if len(samples) * width * 4 > budget:
-            raise ConfigError(
-                f"sweep holds the features in memory: {len(samples):,} rows of {width:,} exceed {budget / 1e9:.1f} GB. "
-                "Use --space.features [last], or --data.per_class."
-            )
-        for head in space.head:  # a wrong argument ends the sweep before features are computed
-            make_head(ClassSpec.of(head), model.backbone.feature_dim, len(model.classes))
-        prefix = model.prefix_spec(device, precision)
-        features[kind] = provider.encode_samples(prefix, data.source, samples).to(device)
-    if not features:
-        raise ConfigError(missing[0])
-    if missing:
-        print_rank_zero(f"Sweep: {missing[0].partition(':')[2].strip()}")
-    labels, balance = data.training_labels, data.class_balance
-    class_weights = None if model.loss_weights is None else model.loss_weights.to(device)
-    importance = balance.draws.to(device) * (1 if class_weights is None else class_weights)
-    folds = data.training_folds(FOLDS)
-    if int(folds.max()) < 1:
-        raise ConfigError(
-            "sweep cannot hold out training images: those of each class are one image, near-duplicates or one group. "
-            "Add images."
-        )
-    sampling = balance.sampling_weights(labels)
-    rows = LabelledRows(features, labels.to(device), folds, len(model.classes), class_weights, sampling, importance)
-    return rows, [*features]
+    features = {}
+    for kind in kinds:
+        model.backbone.set_features(kind)
+        encoded = provider.encode_samples(model.prefix_spec(device, precision), data.source, data.splits["train"])
+        features[kind] = encoded.to(solver_device(device))
+    return features
 
 
 def _identity(
@@ -178,7 +207,7 @@ def _identity(
 ) -> str:
     """Identifies a sweep: an interrupted one with the same identity is continued."""
     assert data.source is not None
-    digests = [hashlib.sha256(part.cpu().numpy().tobytes()).digest() for part in rows.features.values()]
+    digests = [hashlib.sha256(part.cpu().reshape(-1).numpy().data).digest() for part in rows.features.values()]
     content = {
         "features": hashlib.sha256(b"".join(digests)).hexdigest(),
         "data": [data.source.name, list(data.source.classes), rows.labels.tolist(), rows.folds.tolist()],
@@ -219,7 +248,7 @@ class _Results:
         state = _state(file.parent)
         self._scores: dict[str, Any] = state.get("scores", {}) if state.get("identity") == identity else {}
         if self._scores:
-            print_rank_zero(f"Sweep: continues {file.parent}, where {len(self._scores)} populations are trained")
+            print_rank_zero(f"Sweep: continues {file.parent}, where {len(self._scores)} groups of heads are done")
 
     def get(self, key: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Scores of a shape under a key; computed and saved if they are missing or damaged."""
@@ -234,29 +263,24 @@ class _Results:
         return scores
 
 
-def _solved(kind: FeatureKind, rows: LabelledRows, model: ImageClassifier, held_out: int, results: _Results) -> Trial:
-    head = ClassSpec.of(LinearHead)
-    settings = HeadSettings(head, kind, None, None, 0.0)
-    shape = (int(rows.folds.max()) + 1, 2)
-    scores = results.get(f"solved {kind}", shape, lambda: solve_candidate(settings, rows, model.task))
-    return best_epoch(settings, scores[:held_out, None], _effective_images(rows, held_out))
+def _solved(kind: FeatureKind, rows: LabelledRows, model: ImageClassifier, results: _Results) -> Trial:
+    settings = HeadSettings(ClassSpec.of(LinearHead), kind, None, None, 0.0)
+    scores = results.get(f"solved {kind}", (rows.fold_count, 2), lambda: solve_candidate(kind, rows, model.task))
+    return best_epoch(settings, scores[: rows.held_out, None], rows.scored_weights)
 
 
-def _train(
-    settings: Sequence[HeadSettings], rows: LabelledRows, held_out: int, recipe: Recipe, results: _Results
-) -> list[Trial]:
+def _train(settings: Sequence[HeadSettings], rows: LabelledRows, recipe: Recipe, results: _Results) -> list[Trial]:
     """Train candidates, those of one head class and kind of features together."""
-    groups: dict[tuple[str, FeatureKind], list[HeadSettings]] = {}
-    for one in settings:
-        groups.setdefault((json.dumps(one.head.as_dict(), sort_keys=True), one.features), []).append(one)
+    groups: dict[tuple[str, FeatureKind], list[int]] = {}
+    for index, one in enumerate(settings):
+        groups.setdefault((json.dumps(one.head.as_dict(), sort_keys=True), one.features), []).append(index)
     trials: dict[int, Trial] = {}
-    images = _effective_images(rows, held_out)
     with progress_counter("Sweep") as on_progress:
-        done, total = 0, len(groups) * held_out
+        done, total = 0, len(groups) * rows.held_out
         on_progress(0, total)
-        for (head, kind), members in groups.items():
-            scores = []
-            for fold in range(held_out):
+        for (head, kind), indices in groups.items():
+            members, scores = [settings[index] for index in indices], []
+            for fold in range(rows.held_out):
                 key = json.dumps(
                     [head, kind, fold, [(one.lr, one.weight_decay, one.label_smoothing) for one in members]]
                 )
@@ -264,13 +288,6 @@ def _train(
                 scores.append(results.get(key, (len(members), recipe.epochs, 2), compute))
                 done += 1
                 on_progress(done, total)
-            for index, one in enumerate(members):
-                trials[id(one)] = best_epoch(one, torch.stack([score[index] for score in scores]), images)
-    return [trials[id(one)] for one in settings]
-
-
-def _effective_images(rows: LabelledRows, held_out: int) -> int:
-    """Number of held-out images; with weights, the number of equally weighted ones (Kish's effective sample size)."""
-    mask = (rows.folds >= 0) & (rows.folds < held_out)
-    weights = rows.importance.cpu()[rows.labels.cpu()[mask]].double()
-    return round(float(weights.sum() ** 2 / weights.square().sum()))
+            for index, of_folds in zip(indices, torch.stack(scores, 1), strict=True):
+                trials[index] = best_epoch(settings[index], of_folds, rows.scored_weights)
+    return [trials[index] for index in range(len(settings))]

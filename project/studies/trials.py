@@ -36,7 +36,9 @@ class Trial:
         epochs: Number of epochs with the highest accuracy; 0 for a solved head.
         accuracy: Mean accuracy over the folds.
         loss: Mean loss over the folds.
-        images: Effective number of held-out images, of which the accuracy is the mean.
+        images: Number of held-out images, of which the accuracy is the mean.
+        effective_images: Number of equally weighted images that would be as precise (Kish, "Survey Sampling", 1965);
+            less than ``images`` if the classes have weights.
     """
 
     settings: HeadSettings
@@ -44,11 +46,17 @@ class Trial:
     accuracy: float
     loss: float
     images: int
+    effective_images: float
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the accuracy, see :func:`project.evaluation.confidence_intervals.wilson`."""
-        return wilson(self.accuracy * self.images, self.images)
+        return wilson(self.accuracy * self.effective_images, self.effective_images)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.effective_images)
 
     def row(self) -> dict[str, str | float | int]:
         """The trial in plain types, for tables and HParams."""
@@ -79,18 +87,19 @@ class Trial:
         return {**shared, "head_init": "random", "optimizer": optimizer, "scheduler": None}
 
 
-def best_epoch(settings: HeadSettings, scores: torch.Tensor, images: int) -> Trial:
+def best_epoch(settings: HeadSettings, scores: torch.Tensor, weights: torch.Tensor) -> Trial:
     """The best epoch of a candidate.
 
     Args:
         settings: The candidate.
         scores: Accuracy and loss of each fold after each epoch ``(F, E, 2)``.
-        images: Effective number of held-out images.
+        weights: Weight of each held-out image in the scores, float64 ``(N,)``, not all 0.
     """
     accuracy, loss = scores.nanmean(0).unbind(1)  # NaN: a fold whose images have no weight in the loss
     best = max(range(len(accuracy)), key=lambda epoch: (float(accuracy[epoch]), -float(loss[epoch])))
     epochs = 0 if settings.lr is None else best + 1
-    return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), images)
+    effective = float(weights.sum() ** 2 / weights.square().sum())
+    return Trial(settings, epochs, float(accuracy[best]), float(loss[best]), len(weights), effective)
 
 
 def choose(trials: Sequence[Trial], rule: Rule) -> Trial:
@@ -101,10 +110,14 @@ def choose(trials: Sequence[Trial], rule: Rule) -> Trial:
         rule: ``highest``: the first one; ``simplest``: the solved head with the smallest loss, if its accuracy is
             within one standard error of the highest, else the first one.
     """
-    best = trials[0]
-    limit = best.accuracy - math.sqrt(best.accuracy * (1 - best.accuracy) / best.images)
-    solved = [trial for trial in trials if trial.settings.lr is None and trial.accuracy >= limit]
-    return min(solved, key=lambda trial: trial.loss) if rule == "simplest" and solved else best
+    solved = [trial for trial in _close(trials) if trial.settings.lr is None] if rule == "simplest" else []
+    return min(solved, key=lambda trial: trial.loss, default=trials[0])
+
+
+def _close(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials whose accuracy is within one standard error of that of the first, the first included."""
+    limit = trials[0].accuracy - trials[0].standard_error
+    return [trial for trial in trials if trial.accuracy >= limit]
 
 
 def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
@@ -118,10 +131,11 @@ def report(trials: Sequence[Trial], chosen: Trial, seconds: float) -> None:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.row().values()))
     print_rank_zero(table)
     best = trials[0]
-    close = sum(trial.accuracy >= best.interval[0] for trial in trials) - 1
+    equivalent = round(best.effective_images)
+    weighted = f" (whose weights make them as precise as {equivalent:,})" if equivalent < best.images else ""
     print_rank_zero(
-        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images; {close} "
-        "others are within the 95 % interval of the best"
+        f"Sweep: {len(trials)} candidates in {seconds:.1f} s, scored on {best.images:,} held-out images{weighted}; "
+        f"{len(_close(trials)) - 1} others are within one standard error ({best.standard_error:.4f}) of the best"
     )
     diverged = sum(math.isinf(trial.loss) for trial in trials)
     if diverged:
@@ -149,8 +163,8 @@ def write(folder: Path, trials: Sequence[Trial]) -> None:
         figure.save(temporary, "PNG")
     for number, row in enumerate(rows, 1):
         logger = TensorBoardLogger(folder, "trials", f"rank_{number:03d}", default_hp_metric=False)
-        scores = {name: float(row.pop(name)) for name in SCORES}
-        add_result(logger, row, {f"sweep/{name}": value for name, value in scores.items()}, 0)
+        settings = {name: value for name, value in row.items() if name not in SCORES}
+        add_result(logger, settings, {f"sweep/{name}": float(row[name]) for name in SCORES}, 0)
         if number == 1:
             add_image(logger, "sweep", figure, 0)
         logger.finalize("success")
@@ -167,8 +181,8 @@ def write_winner(folder: Path, config: dict[str, Any], trial: Trial) -> Path:
     Returns:
         Path of the file.
     """
-    config["model"] = {**config["model"], **trial.model_settings()}
-    config["trainer"] = {**config["trainer"], "max_epochs": trial.epochs}  # 0 for a solved head
+    model = {**config["model"], **trial.model_settings()}
+    trainer = {**config["trainer"], "max_epochs": trial.epochs}  # 0 for a solved head
     with atomic_write(folder / WINNER) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+        temporary.write_text(yaml.safe_dump({**config, "model": model, "trainer": trainer}, sort_keys=False))
     return folder / WINNER

@@ -110,7 +110,7 @@ def compare(train: Rows, val: Rows, folds: torch.Tensor) -> Comparison:
         scores(logits.softmax(1).numpy(), y_val.numpy()),
         theirs,
         standardized,
-        (solution.chosen.penalty, penalty),
+        (solution.penalty, penalty),
         (statistics.median(times), alone, parallel),
     )
 

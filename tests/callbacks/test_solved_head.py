@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from project import load
 from project.callbacks import solved_head
@@ -90,24 +91,75 @@ def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "reason", "fix"),
     [
-        (["--model.head", "project.models.heads.MLPHead"], "MLPHead is not linear"),
-        (["--features.cache", "off"], "no features are stored"),
-        (["--trainer.limit_train_batches", "2"], "leaves out training images"),
-        (["--trainer.limit_train_batches", "1"], "leaves out training images"),
+        (["--model.head", "project.models.heads.MLPHead"], "MLPHead is not linear", "Use LinearHead, or a head with"),
+        (["--features.cache", "off"], "no features are stored", "Use --features.cache on"),
+        (["--trainer.limit_train_batches", "2"], "leaves out training images", "Remove them"),
+        (["--trainer.limit_train_batches", "1"], "leaves out training images", "Remove them"),
     ],
     ids=["not linear", "not stored", "two batches", "one batch"],
 )
-def test_where_it_cannot_be_solved(fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str) -> None:
+def test_where_it_cannot_be_solved(
+    fit: Fit, refused: Callable[[int], str], capsys: pytest.CaptureFixture[str], flags: list[str], reason: str, fix: str
+) -> None:
     assert fit("--features.folder", "store", "--data.batch_size", "8", *SOLVED, *flags) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Head:"))
     assert line.startswith("Head: not solved, because ")
     assert reason in line
-    assert fit("--features.folder", "store", "--data.batch_size", "8", *flags, "--model.head_init", "solved") == 2
-    (message,) = capsys.readouterr().err.strip().splitlines()
-    assert "model.head_init" in message
-    assert reason in message
+    message = refused(
+        fit("--features.folder", "store", "--data.batch_size", "8", *flags, "--model.head_init", "solved")
+    )
+    assert f"model.head_init solved: the head cannot be computed, because {reason}" in message.replace(
+        "trainer.limit_train_batches or overfit_batches ", ""
+    )
+    assert f"\n{fix}" in message and message.endswith(", or use --model.head_init auto.\n")
+
+
+def test_heads_that_exceed_the_memory_are_not_solved(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1000)
+    message = refused(fit(*STORED, "--model.head_init", "solved"))
+    assert "5 heads of 3 classes exceed the memory.\nUse --model.head_init random, or" in message
+
+
+def test_features_that_trainable_stages_would_repeat_are_not_solved(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 10**12)
+    message = refused(fit(*STORED, "--model.head_init", "solved", "--model.trainable", "layer4"))
+    assert "the features do not fit in memory" in message and "\nUse --model.trainable head, or fewer" in message
+
+
+def test_a_head_without_parameters_and_fit_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
+    message = refused(fit(*DEFAULT, "--model.head", "torch.nn.Identity"))
+    assert "Identity has to be computed from stored features, but Identity is not linear and has no method" in message
+    assert "\nUse LinearHead, or a head with a method fit." in message
+
+
+class Plain(pl.LightningModule):
+    """A module of a user, with nothing of this project."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_fit_of_no_epochs_of_another_module(here: Path) -> None:
+    from project.trainer import Trainer
+
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=0, accelerator="cpu", **options)
+    loader = torch.utils.data.DataLoader(torch.zeros(4, 1))
+    trainer.fit(Plain(), loader, loader)
+    assert trainer.state.finished
 
 
 def test_validation_images_choose_nothing(fit: Fit, photos: Path, here: Path) -> None:
@@ -360,14 +412,14 @@ def test_a_head_that_is_not_trained(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--features.cache", "off"], "no features are stored"),
-        (["--trainer.limit_train_batches", "1"], "leaves out training images"),
+        (["--features.cache", "off"], "but no features are stored.\nUse --features.cache on, which says why if"),
+        (["--trainer.limit_train_batches", "1"], "leaves out training images.\nRemove them"),
         (["--model.head_init", "random"], "model.head_init random has no effect on PrototypeHead"),
         (["--data.balance", "sampler"], "data.balance has no effect"),
         (["--model.label_smoothing", "0.1"], "model.label_smoothing has no effect"),
         (["--model.class_weights", "[1, 2, 3]"], "model.class_weights has no effect"),
         (["--model.trainable", "layer4"], "model.trainable layer4"),
-        (["--model.head_init", "solved_1se"], "PrototypeHead has no penalty for solved_1se"),
+        (["--model.head_init", "solved_1se"], "no penalty for solved_1se.\nUse --model.head_init solved."),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -377,11 +429,28 @@ def test_what_a_head_that_is_not_trained_refuses(
     assert reason in refused(fit("--features.folder", "store", *SOLVED, *PROTOTYPES, *flags))
 
 
-def test_a_cosine_head_starts_from_the_class_means_and_is_trained(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(*DEFAULT, "--model.head", "project.models.heads.CosineHead") == 0
+COSINE = ["--model.head", "project.models.heads.CosineHead"]
+
+
+def test_a_cosine_head_starts_from_the_class_means_and_is_trained(
+    fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*DEFAULT, *COSINE, "--trainer.max_epochs", "0") == 0
     assert "Epoch 0, the computed CosineHead: " in capsys.readouterr().out
-    assert len(scalars(VERSION).Scalars("val/accuracy")) == 2
-    assert not torch.equal(head("last")["head.weight"], head()["head.weight"]) or checkpoint()["best"]["epoch"] == 0
+    model, start = load(VERSION / "checkpoints/best.ckpt"), head()["head.weight"]
+    for name, vector in zip(model.classes_, start, strict=True):
+        features = torch.from_numpy(model.features(sorted((photos / "train" / name).glob("*"))))
+        torch.testing.assert_close(vector, functional.normalize(features, dim=1).mean(0), atol=1e-4, rtol=1e-3)
+    assert fit(*DEFAULT, *COSINE, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01") == 0
+    trained = head("last", VERSION.with_name("version_1"))["head.weight"]
+    assert not torch.equal(trained, start)
+    torch.testing.assert_close(trained, start, atol=0.03, rtol=0)  # three steps of 0.01
+
+
+def test_the_penalty_of_a_cosine_head_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
+    message = refused(fit(*DEFAULT, *COSINE, "--model.head_init", "solved_1se"))
+    assert "model.head_init solved_1se: the head cannot be computed, because CosineHead has no penalty" in message
+    assert "\nUse --model.head_init solved, or use --model.head_init auto." in message
 
 
 def test_all_views_count_for_a_head_that_is_not_trained(fit: Fit) -> None:

@@ -1,5 +1,7 @@
 """The data module: batches, splits, augmentation, balancing and unreadable images."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,17 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
+from project.data import splits
 from project.data.datamodule import ImageDataModule
 from project.data.dataset import ImageBatch, ImageDataset
+from project.data.image_index import ImageInfo
 from project.data.mixup import BatchMixer
+from project.data.near_duplicates import Clusters
 from project.data.samplers import Padding
 from project.data.sources.digits import Digits
 from project.data.sources.findings import name_findings
 from project.data.sources.folder import Folder
+from project.data.splits import assign_places, stratified_folds
 from project.data.transforms import evaluation, training
 from project.errors import ConfigError, DataError
 from project.preprocessing import Preprocessing
@@ -191,8 +197,25 @@ def test_training_images_are_limited_once_the_others_are_held_out(
     assert data.splits["val"] == whole.splits["val"]
     assert set(data.splits["train"]) < set(whole.splits["train"])
     out = capsys.readouterr().out
-    assert "Data: 8 of 33 training images are used, 5 of each class (data.per_class)\n" in out
+    assert "Data: 8 of 33 training images are used, at most 5 of each class (data.per_class)\n" in out
     assert "Data: fewer training images than data.per_class: few (3)\n" in out
+
+
+def test_near_duplicates_are_searched_once(imbalanced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(imbalanced / "val")
+    searches: list[int] = []
+    search = splits.near_duplicates
+
+    def counted(infos: Sequence[ImageInfo]) -> Clusters:
+        searches.append(len(infos))
+        return search(infos)
+
+    monkeypatch.setattr(splits, "near_duplicates", counted)
+    data = ImageDataModule(root=str(imbalanced), per_class=5, num_workers=0)
+    train, folds = data.splits["train"], data.training_folds(5)
+    assert searches == [33]
+    alone = assign_places(train, data.image_infos(train), 0)
+    assert folds.tolist() == stratified_folds(alone, 5)
 
 
 def test_folds_partition_the_data(imbalanced: Path) -> None:

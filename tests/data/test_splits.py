@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from project.data.image_index import ImageInfo
 from project.data.sources.base import Sample
-from project.data.splits import HoldOut, assign_places, hold_out, limit_classes, parse_fold, split
+from project.data.splits import (
+    NEVER_HELD_OUT,
+    HoldOut,
+    Placed,
+    assign_places,
+    hold_out,
+    limit_classes,
+    parse_fold,
+    split,
+    stratified_folds,
+)
 from project.errors import ConfigError
 
 labelled = st.lists(st.integers(0, 4), min_size=1, max_size=200).map(
@@ -23,8 +33,16 @@ def distinct_infos(samples: Sequence[Sample]) -> list[ImageInfo]:
     return [ImageInfo(hashlib.sha256(sample.name.encode()).digest()) for sample in samples]
 
 
+def distinct_places(samples: Sequence[Sample], seed: int = 0) -> Placed:
+    return assign_places(samples, distinct_infos(samples), seed)
+
+
+def limited(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    return limit_classes(distinct_places(samples, seed), distinct_infos(samples), count, seed)
+
+
 def divide(samples: Sequence[Sample], fraction: float, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
-    kept, held = hold_out(assign_places(samples, distinct_infos(samples), seed), 0.0, fraction)
+    kept, held = hold_out(distinct_places(samples, seed), 0.0, fraction)
     return [sample for sample, _ in kept], [sample for sample, _ in held]
 
 
@@ -101,23 +119,23 @@ def test_existing_splits_are_kept_without_reading_images() -> None:
 def test_each_class_is_limited_independently_of_the_order(
     samples: list[Sample], count: int, seed: int, random: object
 ) -> None:
-    kept = limit_classes(samples, distinct_infos(samples), count, seed)
+    kept = limited(samples, count, seed)
     assert kept == [sample for sample in samples if sample in kept], "the order is kept"
     available = Counter(sample.label for sample in samples)
     assert Counter(sample.label for sample in kept) == {label: min(count, n) for label, n in available.items()}
     shuffled = list(samples)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert set(limit_classes(shuffled, distinct_infos(shuffled), count, seed)) == set(kept)
+    assert set(limited(shuffled, count, seed)) == set(kept)
 
 
 def test_an_added_image_replaces_at_most_one_of_its_class() -> None:
     samples = [Sample(f"{i}.jpg", i % 3) for i in range(90)]
-    before = set(limit_classes(samples, distinct_infos(samples), 5, 0))
+    before = set(limited(samples, 5, 0))
     for number in range(50):
         added = [Sample(f"new{number}.jpg", 1), *samples]
-        lost = before - set(limit_classes(added, distinct_infos(added), 5, 0))
+        lost = before - set(limited(added, 5, 0))
         assert len(lost) <= 1 and all(sample.label == 1 for sample in lost)
-    assert before != set(limit_classes(samples, distinct_infos(samples), 5, 1)), "it depends on the seed"
+    assert before != set(limited(samples, 5, 1)), "it depends on the seed"
 
 
 def test_a_limited_class_has_near_duplicates_only_if_it_has_too_few_others() -> None:
@@ -125,14 +143,15 @@ def test_a_limited_class_has_near_duplicates_only_if_it_has_too_few_others() -> 
     samples = [Sample(f"{i}.jpg", 0, "" if i < 3 else "group") for i in range(6)]
     infos = [ImageInfo(max(i, 2).to_bytes(32)) for i in range(6)]
     for seed in range(10):
-        numbers = [samples.index(sample) for sample in limit_classes(samples, infos, 2, seed)]
+        placed = assign_places(samples, infos, seed)
+        numbers = [samples.index(sample) for sample in limit_classes(placed, infos, 2, seed)]
         assert [number < 3 for number in numbers] == [True, False]
-    assert len(limit_classes(samples, infos, 5, 0)) == 5
+    assert len(limit_classes(placed, infos, 5, 0)) == 5
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.2, 0.0), (0.2, 0.2), (0.1, 0.4)])
 def test_fractions_are_of_all_images(val: float, test: float) -> None:
-    parts = split({"train": [Sample(f"{i}.jpg", i % 2) for i in range(2000)]}, distinct_infos, HoldOut(val, test))
+    parts = split({"train": [Sample(f"{i}.jpg", i % 2) for i in range(2000)]}, distinct_places, HoldOut(val, test))
     assert len(parts["val"]) == pytest.approx(2000 * val, rel=0.12)
     assert len(parts["test"]) == pytest.approx(2000 * test, rel=0.12)
     assert len({s.name for part in parts.values() for s in part}) == 2000
@@ -143,12 +162,12 @@ def test_folds_partition_the_data_and_share_the_test_split() -> None:
         "train": [Sample(f"{i}.jpg", i % 2) for i in range(90)],
         "val": [Sample(f"v{i}.jpg", i % 2) for i in range(9)],
     }
-    folds = [split(data, distinct_infos, HoldOut(fold=f"{number}/5")) for number in range(1, 6)]
+    folds = [split(data, distinct_places, HoldOut(fold=f"{number}/5")) for number in range(1, 6)]
     assert sorted(s.name for fold in folds for s in fold["val"]) == sorted(
         s.name for part in data.values() for s in part
     )
     assert all(len(fold["train"]) + len(fold["val"]) == 99 for fold in folds)
-    tested = [split(data, distinct_infos, HoldOut(test_fraction=0.2, fold=f"{number}/3")) for number in range(1, 4)]
+    tested = [split(data, distinct_places, HoldOut(test_fraction=0.2, fold=f"{number}/3")) for number in range(1, 4)]
     assert tested[0]["test"] == tested[1]["test"] == tested[2]["test"] != []
 
 
@@ -157,3 +176,23 @@ def test_invalid_folds_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="2/5"):
         parse_fold(text)
     assert parse_fold("2/5") == (2, 5)
+
+
+def test_a_class_of_one_group_leaves_no_empty_fold() -> None:
+    """The group fills a fold of its own, which is never held out."""
+    samples = [
+        Sample(f"{label}{i}.jpg", label, "" if label else "group") for label in range(3) for i in range(5 - (label > 0))
+    ]
+    folds = stratified_folds(distinct_places(samples), 5)
+    assert folds[:5] == [NEVER_HELD_OUT] * 5
+    assert sorted(folds[5:]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@given(labelled, st.integers(2, 6))
+def test_stratified_folds_are_not_empty_and_leave_images_of_each_class(samples: list[Sample], count: int) -> None:
+    folds = stratified_folds(distinct_places(samples), count)
+    numbers = {*folds} - {NEVER_HELD_OUT}
+    assert numbers == set(range(len(numbers))) and len(numbers) <= count
+    for label in {sample.label for sample in samples}:
+        of_class = {fold for sample, fold in zip(samples, folds, strict=True) if sample.label == label}
+        assert of_class == {NEVER_HELD_OUT} or len(of_class) > 1

@@ -117,9 +117,7 @@ def test_predict_writes_the_columns_of_each_task(
     prefix_calls.clear()
     capsys.readouterr()
     assert main([*predict(photos), *(f"--ckpt_path={path}" for path in paths)]) == 0
-    assert "Tasks: 3 in 2 groups, each of which runs its backbone once per image: colours and tone; sharp" in (
-        capsys.readouterr().out
-    )
+    assert "Tasks: 3; backbone runs per image: 2 (colours and tone; sharp)" in (capsys.readouterr().out)
     assert prefix_calls.total() == 2 * 3, "two groups, three batches"
     rows, alone = read("p.csv"), {name: read(f"{name}.csv") for name in names}
     columns = ["predicted", "probability", "top2", "top2_probability", "top3", "top3_probability"]

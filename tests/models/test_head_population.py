@@ -16,9 +16,22 @@ CPU = torch.device("cpu")
 RATES, DECAYS = [0.001, 0.01, 0.05], [0.0, 0.1, 0.01]
 
 
+class Normalized(nn.Sequential):
+    """A head with buffers that change in training."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments"),
-    [(LinearHead, {}), (LinearHead, {"bias": False}), (MLPHead, {"hidden": 16, "dropout": 0.0}), (CosineHead, {})],
+    [
+        (LinearHead, {}),
+        (LinearHead, {"bias": False}),
+        (MLPHead, {"hidden": 16, "dropout": 0.0}),
+        (CosineHead, {}),
+        (Normalized, {}),
+    ],
 )
 def test_each_head_is_trained_as_if_alone(cls: type[nn.Module], arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -47,7 +60,7 @@ def test_each_head_is_trained_as_if_alone(cls: type[nn.Module], arguments: dict[
             functional.cross_entropy(head(features), labels).backward()
             optimizer.step()
     features = torch.randn(5, 12)
-    expected = torch.stack([head(features) for head in alone], 1)
+    expected = torch.stack([head.eval()(features) for head in alone], 1)
     torch.testing.assert_close(population.logits(features), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,6 +102,41 @@ def test_only_used_parameters_with_a_gradient_are_trained() -> None:
         functional.cross_entropy(head(features), labels).backward()
         optimizer.step()
     torch.testing.assert_close(population.logits(features)[:, 0], head(features), rtol=1e-4, atol=1e-5)
+
+
+class SharedLayer(nn.Module):
+    """A head whose first and last layers have tensors that are no parameters, so all heads have the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.offset = torch.randn(5, 12), torch.randn(5)
+        self.trained = nn.Linear(5, 4)
+        self.mixing, self.shift = torch.randn(4, 4), torch.randn(4)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = functional.linear(features * self.trained.bias.mean(), self.projection, self.offset)
+        return functional.linear(self.trained(hidden), self.mixing, self.shift)
+
+
+def test_tensors_that_all_heads_share() -> None:
+    torch.manual_seed(0)
+    first = SharedLayer()
+    heads = [first, copy.deepcopy(first), copy.deepcopy(first)]
+    for head in heads:
+        nn.init.normal_(head.trained.bias)
+    population, features = HeadPopulation(heads, RATES, DECAYS, CPU), torch.randn(8, 12)
+    expected = torch.stack([head(features) for head in heads], 1)
+    torch.testing.assert_close(population.logits(features), expected)
+
+
+def test_the_given_heads_stay_as_they_are() -> None:
+    head = LinearHead(12, 4)
+    before = copy.deepcopy(head.state_dict())
+    population = HeadPopulation([head, head], [0.1, 0.1], [0, 0], torch.device("meta"))
+    assert population.logits(torch.randn(5, 12, device="meta")).shape == (5, 2, 4)
+    population = HeadPopulation([head, head], [0.1, 0.1], [0, 0], CPU)
+    population.step(torch.randn(5, 12), lambda logits: logits.square().sum())
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def test_heads_without_parameters_are_refused() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from project.models import head_solver
 from project.models.head_bank import Coordinates, HeadBank, TrainingRows
-from project.models.head_solver import HeadSolution, solve_head, standard_error
+from project.models.head_solver import HeadSolution, solve_head, solver_device, standard_error
 from project.task import SingleLabel
 
 FOLDS = 5
@@ -74,7 +74,7 @@ def probabilities(solution: HeadSolution, x: np.ndarray) -> np.ndarray:
 def test_equals_scikit_learn(rows: int, features: int, classes: int, bias: bool, in_memory: bool) -> None:
     x, y = data(rows, features, classes)
     solution = solve_head(training_rows(x, y, in_memory), TASK, classes, FOLDS, bias)
-    model = reference(x, y, solution.chosen.penalty, bias)
+    model = reference(x, y, solution.penalty, bias)
     expected = model.predict_proba(scaled(x, bias))
     assert solution.converged
     assert solution.gradient_norm < (1e-4 if bias else 3e-4)  # features that are not centered are larger
@@ -101,9 +101,15 @@ def test_held_out_scores_equal_those_of_scikit_learn() -> None:
 
 def test_the_penalty_has_the_smallest_held_out_loss() -> None:
     x, y = load_digits(return_X_y=True)
-    solution = solve_head(training_rows(x, y), TASK, 10, FOLDS)
+    progress: list[tuple[int, int]] = []
+    solution = solve_head(
+        training_rows(x, y), TASK, 10, FOLDS, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert [done for done, _ in progress] == [*range(1, len(solution.scores) + 2)]
+    assert progress[-1][0] == progress[-1][1]
     losses = [score.loss for score in solution.scores]
     assert solution.chosen.loss == min(losses)
+    assert solution.penalty == solution.chosen.penalty
     assert solution.chosen not in (solution.scores[0], solution.scores[-1])
     penalties = [score.penalty for score in solution.scores]
     assert penalties == sorted(penalties, reverse=True)
@@ -150,7 +156,7 @@ def test_class_weights_and_label_smoothing_are_those_of_the_training_loss(
     bias = (solution.bias + solution.weight @ features.mean(0).float()).double().requires_grad_()
     logits = functional.linear((features - features.mean(0)) / std, weight, bias)
     loss, _ = TASK.loss(logits, labels, None if weights is None else class_weights.double(), smoothing)
-    (loss + solution.chosen.penalty / 2 * weight.square().sum()).backward()
+    (loss + solution.penalty / 2 * weight.square().sum()).backward()
     assert weight.grad is not None and bias.grad is not None
     assert float(weight.grad.abs().max()) / len(y) < 5e-5
     assert float(bias.grad.abs().max()) / len(y) < 5e-5
@@ -195,7 +201,7 @@ def test_ranks_sum_their_gradients() -> None:
         thread.join(120)
     alone = solve_head(training_rows(x, y), TASK, 3, FOLDS)
     assert torch.equal(solutions[0].weight, solutions[1].weight)
-    assert solutions[0].chosen.penalty == alone.chosen.penalty
+    assert solutions[0].penalty == alone.penalty
     torch.testing.assert_close(solutions[0].weight, alone.weight, atol=1e-3, rtol=1e-2)
 
 
@@ -203,8 +209,8 @@ def test_a_sample_chooses_the_penalty_and_all_rows_give_the_head() -> None:
     x, y = data(800, 15, 3)
     solution = solve_head(training_rows(x, y, in_memory=False), TASK, 3, FOLDS, sample=training_rows(x[::2], y[::2]))
     sampled = solve_head(training_rows(x[::2], y[::2]), TASK, 3, FOLDS)
-    assert solution.chosen.penalty == sampled.chosen.penalty
-    expected = reference(x, y, solution.chosen.penalty).predict_proba(scaled(x))
+    assert solution.penalty == sampled.penalty
+    expected = reference(x, y, solution.penalty).predict_proba(scaled(x))
     np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
 
 
@@ -214,6 +220,18 @@ def test_constant_features_get_no_weight() -> None:
     solution = solve_head(training_rows(x, y), TASK, 2, FOLDS)
     assert float(solution.weight[:, 3].abs().max()) < 1e-6
     assert solution.weight.isfinite().all()
+
+
+def test_constant_features_do_not_change_the_scale_of_the_others() -> None:
+    """Their variances are rounding errors, which would lower the geometric mean."""
+    x, y = data(20, 6, 2)
+    rng = np.random.default_rng(0)
+    constant = rng.uniform(100, 1000, 40) * (1 + 1e-7 * rng.normal(size=(20, 40)))
+    alone, together = (
+        solve_head(training_rows(features, y), TASK, 2, FOLDS) for features in (x, np.hstack([x, constant]))
+    )
+    assert together.penalty == alone.penalty
+    torch.testing.assert_close(together.weight[:, :6], alone.weight, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -273,7 +291,7 @@ def test_without_folds_the_penalty_is_fixed() -> None:
     x, y = data(40, 300, 3)
     rows = replace(training_rows(x, y), folds=torch.full((40,), -1))
     solution = solve_head(rows, TASK, 3, 0)
-    assert solution.scores == []
+    assert solution.scores == [] and solution.chosen is None and solution.penalty == head_solver.FIXED_PENALTY
     assert solution.converged
     expected = reference(x, y, head_solver.FIXED_PENALTY).predict_proba(scaled(x))
     np.testing.assert_allclose(probabilities(solution, x), expected, atol=2e-3)
@@ -298,6 +316,11 @@ def test_few_rows_are_not_scaled_by_their_own_deviations() -> None:
     x[:, :5] = 2 * y[:, None] + rng.normal(size=(210, 5))
     solution = solve_head(training_rows(x[:10], y[:10]), TASK, 2, FOLDS)
     assert (probabilities(solution, x[10:]).argmax(1) == y[10:]).mean() > 0.9
+
+
+def test_heads_are_solved_on_the_device_of_the_features_if_it_has_float64() -> None:
+    for name, expected in (("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu")):
+        assert solver_device(torch.device(name)) == torch.device(expected)
 
 
 def test_it_is_deterministic() -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -116,11 +118,37 @@ def test_too_many_rows_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("head", "arguments"), [(KNNHead, {"k": 0}), (KNNHead, {"temperature": 0}), (PrototypeHead, {"scale": 0})]
+    ("head", "name", "values"),
+    [
+        (MLPHead, "hidden", [0, -3]),
+        (MLPHead, "dropout", [-0.1, 1.0, math.nan]),
+        (CosineHead, "scale", [0.0, math.inf, math.nan]),
+        (PrototypeHead, "scale", [0.0, math.inf, math.nan]),
+        (KNNHead, "k", [0]),
+        (KNNHead, "temperature", [0.0, math.inf, math.nan]),
+        (KNNHead, "max_rows", [0]),
+    ],
 )
-def test_arguments_out_of_range_are_refused(head, arguments):
-    with pytest.raises(ConfigError, match=next(iter(arguments))):
-        head(8, 3, **arguments)
+def test_arguments_out_of_range_are_refused(head, name, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^{name} must be .*, not {value}\.$"):
+            head(8, 3, **{name: value})
+
+
+@pytest.mark.parametrize("head", [PrototypeHead, KNNHead])
+def test_bf16_tells_near_classes_apart(head):
+    """The cosine similarities of rows of different classes differ from 1 by less than the precision of bf16."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    features = torch.ones(40, 16) + 0.01 * torch.randn(40, 16, generator=generator)
+    features[:, 0] += 0.1 * labels
+    module = head(16, 2)
+    module.fit(batches(features, labels))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = module(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, module(features))
+    assert torch.equal(logits.argmax(1), labels)
 
 
 def test_a_saved_head_is_resized_before_it_is_loaded():
@@ -137,10 +165,14 @@ def test_a_saved_head_is_resized_before_it_is_loaded():
     [
         {"labels": torch.full((60,), 3)},
         {"labels": torch.full((60,), -1)},
-        {"labels": torch.zeros(59)},
+        {"labels": torch.zeros(59, dtype=torch.int64)},
+        {"labels": torch.zeros(60)},
+        {"labels": torch.tensor(0)},
         {"rows": torch.zeros(0, 8)},
+        {"rows": torch.tensor(0.0)},
+        {"rows": torch.tensor(0.0), "labels": torch.tensor(0)},
     ],
-    ids=["unknown class", "negative", "other count", "no rows"],
+    ids=["unknown class", "negative", "other count", "float", "label scalar", "no rows", "row scalar", "scalars"],
 )
 def test_damaged_rows_are_refused(change):
     head = KNNHead(8, 3)

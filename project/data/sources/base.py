@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 
-from project.errors import DataError
+from project.errors import DataError, join_names
 
 #: Accepted names of a split, in lower case, and the split that each means.
 SPLITS = {
@@ -163,6 +163,4 @@ def decoder_name(source: Source) -> str:
 
 def quote_names(names: Iterable[str], limit: int = 5) -> str:
     """Quote the first ``limit`` names and append the number of further ones, for a message."""
-    quoted = [repr(name) for name in names]
-    more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
-    return ", ".join(quoted[:limit]) + more
+    return join_names(map(repr, names), limit)
