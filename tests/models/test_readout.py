@@ -1,7 +1,11 @@
 """Readouts: features of the last stage, of all stages, and of a transformer's tokens."""
 
+from typing import Any
+
 import pytest
+import timm
 import torch
+from timm.models import generate_default_cfgs, register_model
 
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ModelError
@@ -13,6 +17,17 @@ from project.task import SingleLabel
 from tests.features.test_engines import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+#: ``register_model`` reads this name.
+default_cfgs = generate_default_cfgs({"vit_with_registers": timm.get_pretrained_cfg("test_vit").to_dict()})
+
+
+@register_model
+def vit_with_registers(pretrained: bool = False, **options: Any) -> torch.nn.Module:
+    """A small transformer with a class token and two register tokens, as DINOv2 with registers has."""
+    network: torch.nn.Module = timm.create_model("test_vit", pretrained, reg_tokens=2, **options)
+    return network
 
 
 def noise(backbone: Backbone) -> torch.Tensor:
@@ -55,7 +70,7 @@ def test_layout_of_maps_whose_width_is_their_side() -> None:
     ("name", "own"),
     [
         ("timm/test_vit", "cls"),
-        ("timm/test_vit2", "cls"),  # with a register token
+        ("timm/vit_with_registers", "cls"),
         ("vit_b_32", "cls"),
         ("timm/eva02_tiny_patch14_224", "mean"),
     ],
