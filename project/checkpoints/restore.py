@@ -229,8 +229,10 @@ class CheckpointMixin(Module):
         self.load_state_dict({**state, **starting_tensors(fresh, tensors, frozen, before, self.classes)})
         self.head_is_new = bool(new)
         names = f"{len(new)} new ({', '.join(new)})" if new else "the same"
-        self.start = str(name)
+        self.start, init = str(name), self.hparams["head_init"]
         text = f"Classes: {names}; the head starts with the weights of {len(before)} classes from {name}"
+        if init in ("solved", "solved_1se") or (init == "auto" and new):
+            text += ", unless it is solved"
         return f"{text}\nStages: {', '.join(frozen)} now trained, from the pretrained weights" if frozen else text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -239,7 +241,7 @@ class CheckpointMixin(Module):
         data: Any = getattr(self.trainer, "datamodule", None)
         split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         schedule = {"length": self.schedule_length()}
-        checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule}
+        checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule, "start": self.start}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.
@@ -251,6 +253,8 @@ class CheckpointMixin(Module):
         """
         validate_schema(checkpoint)
         validate_identity(checkpoint["transfer"], self.identity())
+        start = checkpoint["transfer"].get("start")
+        self.start = start if isinstance(start, str) else None
         if isinstance(self.head, ResizableHead):
             tensors = checkpoint["state_dict"].items()
             self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})

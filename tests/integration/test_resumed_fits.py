@@ -32,6 +32,21 @@ def test_best_checkpoint_is_carried_over(fit: Fit) -> None:
     assert best_state["best_model_path"] == str(checkpoints(1) / "best.ckpt")
 
 
+def test_best_checkpoint_is_carried_over_twice_with_a_scheduler(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each resumed fit is longer, and so is its schedule; another version of a library changes nothing either."""
+    fast = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    assert fit(*fast, "--model.scheduler", "CosineAnnealingLR", "--trainer.max_epochs", "6") == 0
+    best = (checkpoints(0) / "best.ckpt").read_bytes()
+    worse = ["--ckpt_path", "last", "--model.optimizer.lr", "0"]
+    assert fit(*fast, *worse, "--trainer.max_epochs", "7") == 0
+    last = torch.load(checkpoints(1) / "last.ckpt", weights_only=True)
+    last["transfer"]["versions"]["torchvision"] = "99"
+    torch.save(last, checkpoints(1) / "last.ckpt")
+    assert fit(*fast, *worse, "--trainer.max_epochs", "8") == 0
+    assert (checkpoints(2) / "best.ckpt").read_bytes() == best
+    assert "is ignored" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["symlink", "another fit's", "not a checkpoint"])
 def test_foreign_best_checkpoint_is_ignored(
     kind: str, fit: Fit, here: Path, capsys: pytest.CaptureFixture[str]
