@@ -10,6 +10,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -21,7 +22,7 @@ from project.checkpoints.restore import CLASS_ARGUMENTS
 from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.parser_errors import explain, explain_instantiation
-from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
+from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint, run_folder
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, ProjectError, damaged_checkpoint, did_you_mean
 from project.inference.many_tasks import task_names
@@ -226,7 +227,7 @@ class CheckpointCLI(VerbCLI):
         if not config.name and config.data.root is None and config.data.source is None:
             raise ConfigError(f"--ckpt_path {alias}: cannot tell which run. Pass --name or --data.root.")
         name = config.name or self._data_name(verb)
-        folder = Path(config.trainer.default_root_dir or RUNS_FOLDER) / name
+        folder = run_folder(config.trainer.default_root_dir, name)
         path = newest_checkpoint(folder, alias)
         if path is None and verb != "fit":
             raise ConfigError(f"There is no {alias}.ckpt under {folder}. Pass a file with --ckpt_path FILE.")
@@ -259,17 +260,23 @@ class CheckpointCLI(VerbCLI):
         """Convert errors during Lightning's restore of a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint's training state is damaged.
+            CheckpointError: The checkpoint does not fit the model, or its training state is damaged.
         """
         try:
             yield
-        except ProjectError:
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # not the checkpoint's fault
             raise
         except Exception as error:
             if not lightning_internals.is_restoring(self.trainer):
                 raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             path = self.config[self.config.subcommand].ckpt_path
+            if isinstance(error, CheckpointError) and error.path is None:
+                located = CheckpointError("{path}: {reason}", path=path, reason=error)
+                located.reported_elsewhere = error.reported_elsewhere
+                raise located from error
+            if isinstance(error, ProjectError):
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise damaged_checkpoint(f"{path} is damaged: its training state cannot be restored ({reason}).") from error
 
 

@@ -14,6 +14,16 @@ RUNS_FOLDER = "runs"
 CHECKPOINT_ALIASES = ("last", "best")
 
 
+def run_folder(root: str | Path | None, name: str) -> Path:
+    """``runs/NAME``, the parent of the versions of a run.
+
+    Args:
+        root: ``trainer.default_root_dir``, which replaces ``runs``; it may start with ``~``.
+        name: Name of the run.
+    """
+    return Path(root or RUNS_FOLDER).expanduser() / name
+
+
 def reserve_version(folder: Path) -> int | None:
     """Create the next ``version_N`` folder of a run. Safe with concurrent fits.
 

@@ -24,7 +24,7 @@ from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.config_checks import validate_config
-from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
+from project.cli.run_folders import newest_checkpoint, reserve_version, run_folder
 from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
 from project.cli.sweep_command import (
@@ -53,6 +53,8 @@ from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
+#: Flags of fit that its config.yaml does not contain, as they do not belong to a single fit.
+FLAGS_ONLY = ("folds", "seeds", "debug")
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
@@ -153,6 +155,10 @@ class TransferCLI(CheckpointCLI):
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
         if isinstance(config.get("ckpt_path"), list):
             self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
+        if config.debug and "--debug" not in self._args:
+            raise ConfigError("debug has no effect in a config file. Remove it there, and pass --debug.")
+        if verb == "check" and not config.suspects and "top" in self.given_settings(verb):
+            raise ConfigError("--top is the number of suspects. Add --suspects, or remove it.")
         validate_config(verb, config)
         if verb == "sweep":
             validate_sweep(config)
@@ -246,13 +252,14 @@ class TransferCLI(CheckpointCLI):
         print_replaced(self.given_settings("sweep"))
         self._signals.message = "Run the same command again to continue the sweep."
         section, config = self._section, self.config["sweep"]
-        runs = Path(section.trainer.default_root_dir or RUNS_FOLDER) / (section.name or self.datamodule.name)
+        runs = run_folder(section.trainer.default_root_dir, section.name or self.datamodule.name)
         # As class_path and init_args, which a checkpoint can store; jsonargparse instantiates them as closures.
         flags["space"].head = [head.as_dict() for head in config.space.head]
         folder, provider = functools.partial(find_or_reserve, runs), section.features.provider
         target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
         settings = yaml.safe_load(self.verb_parser("sweep").dump(config, skip_none=False))
-        path = write_winner(target, {key: value for key, value in settings.items() if key not in flags}, trial)
+        kept = {key: value for key, value in settings.items() if key not in (*flags, *FLAGS_ONLY)}
+        path = write_winner(target, kept, trial)
         command = fit_command(PROGRAM.split(), path, self._resume_command)
         print_rank_zero(f"Sweep: all candidates are in {target / 'sweep.csv'}; to repeat this fit: {command}")
         self.exit_code = TransferCLI(["fit", "-c", str(path)], self._signals, command).exit_code
@@ -294,7 +301,7 @@ class TransferCLI(CheckpointCLI):
         callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self.summary)
         if verb == "fit" and not section.trainer.fast_dev_run:
             config = self.config[verb].clone()
-            for flag in ("folds", "seeds"):  # of a series, which other verbs do not have
+            for flag in FLAGS_ONLY:
                 config.pop(flag)
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), config))
         trainer = Trainer(**{**options, "callbacks": callbacks})
@@ -325,13 +332,13 @@ class TransferCLI(CheckpointCLI):
             if section.name:
                 raise ConfigError("--name applies only to the default logger; use --trainer.logger.name NAME.")
             return {}
-        runs, name = Path(trainer.default_root_dir or RUNS_FOLDER), section.name or self.datamodule.name
+        folder = run_folder(trainer.default_root_dir, section.name or self.datamodule.name)
         if not section.ckpt_path:
-            self._report_new_classes(runs / name)
-        number = reserve_version(runs / name)
+            self._report_new_classes(folder)
+        number = reserve_version(folder)
         options: dict[str, Any] = {}
         if number is not None:
-            options["default_root_dir"] = runs / name / f"version_{number}"
+            options["default_root_dir"] = folder / f"version_{number}"
         if trainer.logger is None:
-            options["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
+            options["logger"] = TensorBoardLogger(folder.parent, folder.name, number, default_hp_metric=False)
         return options

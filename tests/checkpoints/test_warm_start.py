@@ -146,7 +146,7 @@ def with_class_weights() -> str:
     ("change", "flags", "texts"),
     [
         ("remove", [], ("data's classes (amber, blue, green) are not the model's (blue, green, red)",)),
-        ("rename", [], ("(amber, blue, green, rose) are not the model's",)),
+        ("rename", [], ("(amber, blue, green, rose) are not the model's", "without --ckpt_path and --model.classes")),
         ("", ["--model.head", "MLPHead"], ("tensor 'head.0.bias'", "another model.head")),
         ("", ["--model.head.bias", "false"], ("unexpected tensor 'head.bias'", "another model.head")),
         ("", ["--model.image_size", "48"], ("The preprocessing differs: resize",)),

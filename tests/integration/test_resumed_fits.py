@@ -1,5 +1,6 @@
 """State that a resumed fit keeps, corrects or refuses: best checkpoint, early stopping, gradient accumulation."""
 
+import errno
 import re
 import shlex
 import shutil
@@ -69,6 +70,24 @@ def test_foreign_best_checkpoint_is_ignored(
     assert new_best["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 3, "from the new epoch"
     if kind != "symlink":
         assert "best.ckpt is ignored" in capsys.readouterr().out
+
+
+def test_refused_checkpoint_is_named(fit: Fit, refused: Callable[[int], str]) -> None:
+    assert fit(*STORED) == 0
+    message = refused(fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--model.head", "MLPHead"))
+    assert f"error: {checkpoints(0)}/last.ckpt: The checkpoint lacks tensor 'head.0.bias'" in message
+
+
+def test_full_disk_while_a_fit_resumes_is_no_damaged_checkpoint(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    assert fit(*STORED) == 0
+    monkeypatch.setattr("project.callbacks.model_checkpoint.atomic_write", fail)
+    message = refused(fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "2"))
+    assert "best.ckpt: No space left on device. Files that were already saved are intact." in message
 
 
 def test_printed_resume_command_is_shell_quoted(tmp_path: Path, photos: Path, weights: Path) -> None:
