@@ -166,6 +166,8 @@ class CheckpointMixin(Module):
         trainer = attached_trainer(self)
         if trainer is None or self.hparams["scheduler"] is None:
             return None
+        if trainer.max_epochs == 0:
+            return 1  # nothing is stepped, but schedules of length 0 are invalid
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         if trainer.max_steps <= 0 and (epochs is None or self.scheduler_interval() == "epoch"):
             return epochs

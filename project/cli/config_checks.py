@@ -14,12 +14,12 @@ from project.inference import demo
 
 #: Verbs that work without a trained model.
 WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
-#: Setting of the trainer that limits what a verb does.
+#: Settings of the trainer with which a verb does nothing if they are 0.
 LIMITS = {
-    "fit": "limit_train_batches",
-    "validate": "limit_val_batches",
-    "test": "limit_test_batches",
-    "predict": "limit_predict_batches",
+    "fit": ("limit_train_batches", "max_steps"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
 }
 
 
@@ -44,10 +44,10 @@ def validate_config(verb: str, config: Namespace) -> None:
         )
     if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
         raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
-    limit = LIMITS.get(verb)
-    if limit is not None and trainer[limit] == 0:
-        instead = " To validate the initial head: --trainer.max_epochs 0" if verb == "fit" else ""
-        raise ConfigError(f"trainer.{limit} is 0, so {verb} would do nothing. Increase it.{instead}")
+    for limit in LIMITS.get(verb, ()):
+        if trainer[limit] == 0:
+            instead = " To validate the initial head: --trainer.max_epochs 0" if verb == "fit" else ""
+            raise ConfigError(f"trainer.{limit} is 0, so {verb} would do nothing. Increase it.{instead}")
     if verb == "check" and config.suspects:
         require_scikit_learn()
     if verb == "demo":

@@ -167,6 +167,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
         _flags("--trainer.limit_train_batches", "0"),
         ("trainer.limit_train_batches is 0, so fit would do nothing", "--trainer.max_epochs 0"),
     ),
+    "no steps": (_flags("--trainer.max_steps", "0"), ("trainer.max_steps is 0, so fit would do nothing",)),
     "traceback requested in a config": (_config("debug: true"), ("debug has no effect in a config", "--debug")),
     "value of another type": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
     "value that is not a choice": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
