@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from project.runtime.console import print_rank_zero
 KEY = "best"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
-SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen", "split")
+SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
 
 
 class _EpochCheckpoint(ModelCheckpoint):
@@ -87,16 +88,19 @@ class BestCheckpoint(_EpochCheckpoint):
         try:
             best = read_checkpoint(path)
             score = best["callbacks"][self.state_key]["best_model_score"]
-            saved = checkpoint["transfer"]
-            same = all(best["transfer"].get(key) == saved.get(key) for key in SAME_FIT)
-        except (CheckpointError, KeyError, TypeError):
+            saved, found = checkpoint["transfer"], best["transfer"]
+            same = all(found.get(key) == saved.get(key) for key in SAME_FIT)
+            if isinstance(pl_module, ImageClassifier):  # accuracies of other validation images cannot be compared
+                same = same and _has_same_validation(found.get("split") or {}, pl_module.split())
+        except (CheckpointError, AttributeError, KeyError, TypeError):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
             self._previous, self._previous_epochs = (path, score), completed_epochs(checkpoint)
             self._previous_evaluation = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
             print_rank_zero(
-                f"Checkpoint: {path} is ignored (damaged or from another fit); best.ckpt considers only new epochs"
+                f"Checkpoint: {path} is ignored (damaged, or from another fit or split); "
+                "best.ckpt considers only new epochs"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +128,11 @@ class BestCheckpoint(_EpochCheckpoint):
         self.best_k_models = {path: score}
         current = state_dict.get("current_score")
         self.current_score = current if isinstance(current, torch.Tensor) else None
+
+
+def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether saved split settings, of which earlier versions had fewer, give the same validation images."""
+    return all(current.get(key) == value for key, value in saved.items() if key != "per_class")
 
 
 def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:

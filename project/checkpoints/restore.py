@@ -194,6 +194,11 @@ class CheckpointMixin(Module):
             "versions": dict(versions()),
         }
 
+    def split(self) -> dict[str, Any]:
+        """The settings that split the trainer's data; empty if it does not come from an ImageDataModule."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return dict(vars(data.hold_out)) if hasattr(data, "hold_out") else {}
+
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
@@ -240,10 +245,8 @@ class CheckpointMixin(Module):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen tensors, and add the model's identity with their SHA-256."""
         checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
-        data: Any = getattr(self.trainer, "datamodule", None)
-        split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         schedule = {"length": self.schedule_length()}
-        checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule, "start": self.start}
+        checkpoint["transfer"] = {**self.identity(), "split": self.split(), "schedule": schedule, "start": self.start}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.

@@ -19,12 +19,10 @@ import project
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
-from project.checkpoints.reader import read_checkpoint
-from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.config_checks import validate_config
-from project.cli.run_folders import newest_checkpoint, reserve_version, run_folder
+from project.cli.run_folders import report_new_classes, reserve_version, run_folder
 from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
 from project.cli.sweep_command import (
@@ -37,14 +35,13 @@ from project.cli.sweep_command import (
 )
 from project.cli.verb_callbacks import build_callbacks
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError
+from project.errors import ConfigError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
 from project.runtime.console import print_rank_zero
-from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
 from project.studies.sweep import sweep
@@ -311,18 +308,6 @@ class TransferCLI(CheckpointCLI):
             )
         return trainer
 
-    def _report_new_classes(self, folder: Path) -> None:
-        """Print which classes the data has in addition to those of the latest run in a folder, if there is one."""
-        try:
-            path = newest_checkpoint(folder, "last") if is_first_process() else None
-            before = read_checkpoint(path, mmap=True)["transfer"]["classes"] if path else ()
-        except (OSError, ProjectError):  # only a note depends on that checkpoint
-            return
-        new = added_classes(before, self.data_classes or ())
-        if path and new:
-            noun = "class" if len(new) == 1 else "classes"
-            print_rank_zero(f"Data: {len(new)} new {noun} since {path.parents[1]} ({', '.join(new)})")
-
     def _run_folder(self, section: Namespace) -> dict[str, Any]:
         """Create the run folder of a fit; returns the trainer options for it."""
         trainer = section.trainer
@@ -334,7 +319,7 @@ class TransferCLI(CheckpointCLI):
             return {}
         folder = run_folder(trainer.default_root_dir, section.name or self.datamodule.name)
         if not section.ckpt_path:
-            self._report_new_classes(folder)
+            report_new_classes(folder, self.data_classes or ())
         number = reserve_version(folder)
         options: dict[str, Any] = {}
         if number is not None:

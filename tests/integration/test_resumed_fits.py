@@ -72,6 +72,21 @@ def test_foreign_best_checkpoint_is_ignored(
         assert "best.ckpt is ignored" in capsys.readouterr().out
 
 
+def test_best_checkpoint_of_other_validation_images_is_ignored(
+    fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its accuracy cannot be compared; data.per_class leaves the validation images as they are."""
+    train = [*STORED, "--data.root", str(photos / "train"), "--name", "photos"]
+    assert fit(*train, "--trainer.max_epochs", "1") == 0
+    assert fit(*train, "--trainer.max_epochs", "2", "--ckpt_path", "last", "--data.per_class", "4") == 0
+    assert "is ignored" not in capsys.readouterr().out
+    assert fit(*train, "--trainer.max_epochs", "3", "--ckpt_path", "last", "--data.split_seed", "5") == 0
+    assert (
+        "version_1/checkpoints/best.ckpt is ignored (damaged, or from another fit or split)" in capsys.readouterr().out
+    )
+    assert torch.load(checkpoints(2) / "best.ckpt", weights_only=True)["best"]["epoch"] == 2
+
+
 def test_refused_checkpoint_is_named(fit: Fit, refused: Callable[[int], str]) -> None:
     assert fit(*STORED) == 0
     message = refused(fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--model.head", "MLPHead"))
