@@ -23,6 +23,16 @@ LIMITS = {
 }
 
 
+def validate_seed(seed: object) -> None:
+    """Check the value of ``--seed_everything``.
+
+    Raises:
+        ConfigError: It is a number that NumPy does not accept as a seed.
+    """
+    if type(seed) is int and not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed_everything must be from 0 to {2**32 - 1}, not {seed}.")
+
+
 def validate_config(verb: str, config: Namespace) -> None:
     """Check the configuration of a verb.
 

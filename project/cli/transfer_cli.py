@@ -21,7 +21,7 @@ from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
-from project.cli.config_checks import validate_config
+from project.cli.config_checks import validate_config, validate_seed
 from project.cli.run_folders import report_new_classes, reserve_version, run_folder
 from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
@@ -127,8 +127,9 @@ class TransferCLI(CheckpointCLI):
         """Use the checkpoint's settings as defaults; a series of fits accepts no checkpoint.
 
         Raises:
-            ConfigError: The flags of a series are out of range, or contradict others.
+            ConfigError: The seed, or the flags of a series, are out of range, or contradict others.
         """
+        validate_seed(self.config[self.config.subcommand].seed_everything)
         if self.config.subcommand == "fit":
             self._series = Series.of(self.config.fit)
         super().apply_checkpoint()

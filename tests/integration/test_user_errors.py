@@ -167,6 +167,10 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
         _flags("--trainer.limit_train_batches", "0"),
         ("trainer.limit_train_batches is 0, so fit would do nothing", "--trainer.max_epochs 0"),
     ),
+    "negative seed": (
+        _flags("--seed_everything", "-1"),
+        ("--seed_everything must be from 0 to 4294967295, not -1",),
+    ),
     "no steps": (_flags("--trainer.max_steps", "0"), ("trainer.max_steps is 0, so fit would do nothing",)),
     "traceback requested in a config": (_config("debug: true"), ("debug has no effect in a config", "--debug")),
     "value of another type": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
