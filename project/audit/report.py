@@ -16,6 +16,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import RowProvider
+from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 
 MAX_NAMES = 3  # per finding, in the table
@@ -68,10 +69,13 @@ def check_images(data: ImageDataModule, json: str | None = None, fix: str | None
     source = data.source
     if source is None:
         raise ConfigError("No data. Pass an image folder with --data.root PATH (PATH/CLASS/*.jpg).")
-    for flag, target in (("--json", json), ("--fix", fix)):  # fail before all images are read
-        if target is not None and not os.access(Path(target).absolute().parent, os.W_OK):
-            raise ConfigError(f"{flag}: cannot write {target}: its folder does not exist or is not writable.")
-    if fix is not None and data.root is not None and Path(fix).resolve() == Path(data.root).resolve():
+    paths = {flag: Path(file).expanduser() for flag, file in (("--json", json), ("--fix", fix)) if file is not None}
+    for flag, path in paths.items():  # fail before all images are read
+        if path.is_dir():
+            raise ConfigError(f"{flag}: {path} is a folder. Pass a file.")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"{flag}: cannot write {path}: its folder does not exist or is not writable.")
+    if fix is not None and data.root is not None and paths["--fix"].resolve() == Path(data.root).resolve():
         raise ConfigError(f"--fix: {fix} is data.root itself. Use another file.")
     start = time.perf_counter()
     samples = [sample for split in source.splits.values() for sample in split]
@@ -79,9 +83,9 @@ def check_images(data: ImageDataModule, json: str | None = None, fix: str | None
     result = audit(source, infos)
     _print_findings(result, time.perf_counter() - start)
     if json is not None:
-        _write_json(result, None, Path(json))
+        _write_json(result, None, paths["--json"])
     if fix is not None:
-        count = result.write_manifest(Path(fix))
+        count = result.write_manifest(paths["--fix"])
         print_rank_zero(f"{fix}: wrote {count} images, left out {len(result.bad)}. Train on it with --data.root {fix}")
     return result
 
@@ -124,7 +128,7 @@ def report_suspects(result: Audit, suspects: Sequence[Suspect], json: str | None
         ConfigError: The file cannot be written.
     """
     if json is not None:
-        _write_json(result, suspects, Path(json))
+        _write_json(result, suspects, Path(json).expanduser())
     if not suspects:
         print_rank_zero("No suspect labels: no image looks more like another class than like its own.")
         return
@@ -148,6 +152,7 @@ def _write_json(result: Audit, suspects: Sequence[Suspect] | None, path: Path) -
         content["suspects"] = [suspect._asdict() for suspect in suspects]
     try:
         # A file name that is not valid UTF-8 is escaped.
-        path.write_text(dumps(content, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
+        with atomic_write(path) as temporary:
+            temporary.write_text(dumps(content, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
     except OSError as error:
         raise ConfigError(f"--json: cannot write {path}: {error.strerror}.") from error

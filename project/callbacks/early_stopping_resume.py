@@ -15,10 +15,19 @@ from project.runtime import lightning_internals
 
 def stop_reason(trainer: pl.Trainer) -> str | None:
     """Why EarlyStopping has stopped a fit; ``None`` if it has not."""
-    if not trainer.should_stop:
-        return None
-    messages = (callback.stopping_reason_message for callback in early_stopping_callbacks(trainer))
-    return next((_one_line(message) for message in messages if message), None)
+    callback = _stopping_callback(trainer)
+    return None if callback is None else _one_line(str(callback.stopping_reason_message))
+
+
+def stop_metric(trainer: pl.Trainer) -> str | None:
+    """The metric by which EarlyStopping has stopped a fit; ``None`` if it has not."""
+    callback = _stopping_callback(trainer)
+    return None if callback is None else callback.monitor
+
+
+def _stopping_callback(trainer: pl.Trainer) -> EarlyStopping | None:
+    callbacks = early_stopping_callbacks(trainer) if trainer.should_stop else ()
+    return next((callback for callback in callbacks if callback.stopping_reason_message), None)
 
 
 def early_stopping_callbacks(trainer: pl.Trainer) -> Iterator[EarlyStopping]:

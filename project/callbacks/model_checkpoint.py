@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
@@ -18,6 +20,9 @@ from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 
 KEY = "best"
+#: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
+#: other versions of the libraries.
+SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
 
 
 class _EpochCheckpoint(ModelCheckpoint):
@@ -44,6 +49,7 @@ class BestCheckpoint(_EpochCheckpoint):
 
     Attributes:
         evaluation: Validation results of that epoch; ``None`` if they are unknown.
+        validations: Number of validations from which the best was chosen.
     """
 
     def __init__(self) -> None:
@@ -52,8 +58,14 @@ class BestCheckpoint(_EpochCheckpoint):
         self._previous: tuple[Path, torch.Tensor] | None = None  # best checkpoint before the resume, and its score
         self._is_rank_zero = True
         self.evaluation: EvaluationSummary | None = None
+        self.validations = 0
+        self._previous_epochs = 0
         self._previous_evaluation: EvaluationSummary | None = None
         self._evaluated_score: torch.Tensor | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validations += trainer.state.fn == "fit" and not trainer.sanity_checking
+        super().on_validation_end(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -76,19 +88,30 @@ class BestCheckpoint(_EpochCheckpoint):
         try:
             best = read_checkpoint(path)
             score = best["callbacks"][self.state_key]["best_model_score"]
-            same = best["transfer"] == checkpoint["transfer"]
-        except (CheckpointError, KeyError, TypeError):
+            saved, found = checkpoint["transfer"], best["transfer"]
+            same = all(found.get(key) == saved.get(key) for key in SAME_FIT)
+            if isinstance(pl_module, ImageClassifier):  # accuracies of other validation images cannot be compared
+                same = same and _has_same_validation(found.get("split") or {}, pl_module.split())
+        except (CheckpointError, AttributeError, KeyError, TypeError):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
-            self._previous = path, score
+            self._previous, self._previous_epochs = (path, score), completed_epochs(checkpoint)
             self._previous_evaluation = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
             print_rank_zero(
-                f"Checkpoint: {path} is ignored (damaged or from another fit); best.ckpt considers only new epochs"
+                f"Checkpoint: {path} is ignored (damaged, or from another fit or split); "
+                "best.ckpt considers only new epochs"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """State of ModelCheckpoint, and the number of validations."""
+        return {**super().state_dict(), "validations": self.validations}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy the previous best checkpoint to this run's folder, and restore its score."""
+        """Copy the previous best checkpoint to this run's folder, and restore its score and its number of validations.
+
+        Checkpoints of earlier versions have no such number; it is then the number of epochs.
+        """
         if self._previous is None:
             return
         assert self.dirpath is not None  # Lightning sets it before it restores states
@@ -97,13 +120,19 @@ class BestCheckpoint(_EpochCheckpoint):
         if self._is_rank_zero and not (copy.exists() and copy.samefile(previous)):
             with atomic_write(copy) as temporary:
                 temporary.write_bytes(previous.read_bytes())
-        path = str(copy)
+        count, path = state_dict.get("validations"), str(copy)
+        self.validations = count if type(count) is int and count >= 0 else self._previous_epochs
         self.best_model_score = self.kth_value = self._evaluated_score = score
         self.evaluation = self._previous_evaluation or EvaluationSummary(None, {str(self.monitor): float(score)})
         self.best_model_path = self.kth_best_model_path = path
         self.best_k_models = {path: score}
         current = state_dict.get("current_score")
         self.current_score = current if isinstance(current, torch.Tensor) else None
+
+
+def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether saved split settings, of which earlier versions had fewer, give the same validation images."""
+    return all(current.get(key) == value for key, value in saved.items() if key != "per_class")
 
 
 def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:

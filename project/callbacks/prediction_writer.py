@@ -37,8 +37,7 @@ class PredictionWriter(pl.Callback):
     """
 
     def __init__(self, output: str) -> None:
-        if not output or Path(output).expanduser().is_dir():
-            raise ConfigError(f"--output must name a file, such as predictions.csv, not {output!r}.")
+        self._output = output
         self._target = Path(output).expanduser()
         self._open_files: contextlib.ExitStack | None = None
         self._peers_waiting = False  # whether other ranks wait for this one's rows
@@ -51,6 +50,7 @@ class PredictionWriter(pl.Callback):
         self._peers_waiting = True
 
     def _open(self, module: Any) -> None:
+        require_output(self._output)
         with self._report_os_error():
             stack = contextlib.ExitStack()
             temporary = stack.enter_context(atomic_write(self._target))
@@ -138,6 +138,16 @@ class PredictionWriter(pl.Callback):
             files, self._open_files = self._open_files, None
             with contextlib.suppress(OSError):  # from flushing rows that are discarded anyway
                 files.__exit__(ConfigError, ConfigError("prediction is incomplete"), None)
+
+
+def require_output(output: str) -> None:
+    """Check that the output can be a file.
+
+    Raises:
+        ConfigError: It is empty, or a folder.
+    """
+    if not output or Path(output).expanduser().is_dir():
+        raise ConfigError(f"--output must name a file, such as predictions.csv, not {output!r}.")
 
 
 def _most_probable(classes: Sequence[str], probabilities: torch.Tensor) -> Iterator[list[str]]:

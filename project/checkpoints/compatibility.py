@@ -74,7 +74,7 @@ def validate_classes(data: Sequence[str], model: Sequence[str]) -> None:
     if tuple(data) != tuple(model):
         raise DataError(
             f"The data's classes ({', '.join(data)}) are not the model's ({', '.join(model)})."
-            "\nUse the data that the checkpoint was trained on, or start a new fit without --ckpt_path."
+            "\nUse the data that the model was trained on, or start a new fit without --ckpt_path and --model.classes."
         )
 
 

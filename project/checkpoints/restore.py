@@ -171,6 +171,8 @@ class CheckpointMixin(Module):
         trainer = attached_trainer(self)
         if trainer is None or self.hparams["scheduler"] is None:
             return None
+        if trainer.max_epochs == 0:
+            return 1  # nothing is stepped, but schedules of length 0 are invalid
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         if trainer.max_steps <= 0 and (epochs is None or self.scheduler_interval() == "epoch"):
             return epochs
@@ -196,6 +198,11 @@ class CheckpointMixin(Module):
             "frozen": {"stages": list(self.cut.frozen), "sha256": self.frozen_sha256},
             "versions": dict(versions()),
         }
+
+    def split(self) -> dict[str, Any]:
+        """The settings that split the trainer's data; empty if it does not come from an ImageDataModule."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return dict(vars(data.hold_out)) if hasattr(data, "hold_out") else {}
 
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
@@ -234,17 +241,17 @@ class CheckpointMixin(Module):
         self.load_state_dict({**state, **starting_tensors(fresh, tensors, frozen, before, self.classes)})
         self.head_is_new = bool(new)
         names = f"{len(new)} new ({', '.join(new)})" if new else "the same"
-        self.start = str(name)
+        self.start, init = str(name), self.hparams["head_init"]
         text = f"Classes: {names}; the head starts with the weights of {len(before)} classes from {name}"
+        if init in ("solved", "solved_1se") or (init == "auto" and new):
+            text += ", unless it is solved"
         return f"{text}\nStages: {', '.join(frozen)} now trained, from the pretrained weights" if frozen else text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen tensors, and add the model's identity with their SHA-256."""
         checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
-        data: Any = getattr(self.trainer, "datamodule", None)
-        split = vars(data.hold_out) if hasattr(data, "hold_out") else {}
         schedule = {"length": self.schedule_length()}
-        checkpoint["transfer"] = {**self.identity(), "split": dict(split), "schedule": schedule}
+        checkpoint["transfer"] = {**self.identity(), "split": self.split(), "schedule": schedule, "start": self.start}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.
@@ -256,6 +263,8 @@ class CheckpointMixin(Module):
         """
         validate_schema(checkpoint)
         validate_identity(checkpoint["transfer"], self.identity())
+        start = checkpoint["transfer"].get("start")
+        self.start = start if isinstance(start, str) else None
         if isinstance(self.head, ResizableHead):
             tensors = checkpoint["state_dict"].items()
             self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})

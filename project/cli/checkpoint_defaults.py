@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentError, ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -20,8 +19,9 @@ from project.checkpoints.reader import hyper_parameters, read_checkpoint, requir
 from project.checkpoints.restore import CLASS_ARGUMENTS
 from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
+from project.cli.argument_order import config_files_first, split_checkpoint_flag, validate_order
 from project.cli.parser_errors import explain, explain_instantiation
-from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint
+from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint, run_folder
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, ProjectError, damaged_checkpoint, did_you_mean
 from project.inference.many_tasks import task_names
@@ -226,7 +226,7 @@ class CheckpointCLI(VerbCLI):
         if not config.name and config.data.root is None and config.data.source is None:
             raise ConfigError(f"--ckpt_path {alias}: cannot tell which run. Pass --name or --data.root.")
         name = config.name or self._data_name(verb)
-        folder = Path(config.trainer.default_root_dir or RUNS_FOLDER) / name
+        folder = run_folder(config.trainer.default_root_dir, name)
         path = newest_checkpoint(folder, alias)
         if path is None and verb != "fit":
             raise ConfigError(f"There is no {alias}.ckpt under {folder}. Pass a file with --ckpt_path FILE.")
@@ -259,75 +259,21 @@ class CheckpointCLI(VerbCLI):
         """Convert errors during Lightning's restore of a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint's training state is damaged.
+            CheckpointError: The checkpoint does not fit the model, or its training state is damaged.
         """
         try:
             yield
-        except ProjectError:
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # not the checkpoint's fault
             raise
         except Exception as error:
             if not lightning_internals.is_restoring(self.trainer):
                 raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             path = self.config[self.config.subcommand].ckpt_path
+            if isinstance(error, CheckpointError) and error.path is None:
+                located = CheckpointError("{path}: {reason}", path=path, reason=error)
+                located.reported_elsewhere = error.reported_elsewhere
+                raise located from error
+            if isinstance(error, ProjectError):
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise damaged_checkpoint(f"{path} is damaged: its training state cannot be restored ({reason}).") from error
-
-
-def split_checkpoint_flag(args: Sequence[str]) -> tuple[list[str | None], list[str]]:
-    """Split ``--ckpt_path`` from a command line; returns its values and the remaining arguments."""
-    flag = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flag.add_argument("--ckpt_path", nargs="?", action="append", default=[])
-    parsed, rest = flag.parse_known_args(args)
-    return parsed.ckpt_path, rest
-
-
-def validate_order(args: Sequence[str]) -> None:
-    """Refuse a flag that a later, more general flag would override silently.
-
-    A class flag (``--model.optimizer AdamW``) resets the arguments of the class (``--model.optimizer.lr 0.1``); a group
-    flag (``--model '{optimizer: AdamW}'``, or a file) overrides the flags of its keys.
-
-    Raises:
-        ConfigError: A flag is followed by one that overrides it.
-    """
-    earlier_names: list[str] = []
-    for arg, next_arg in zip_longest(args, args[1:], fillvalue=""):
-        flag, equals, value = arg.partition("=")
-        name = flag.removesuffix(".class_path")
-        if not name.startswith("--"):
-            continue
-        overridden = [earlier for earlier in earlier_names if earlier.startswith(f"{name}.")]
-        reason = "which starts from its class's own defaults"
-        if "." not in name and overridden:
-            keys = _group_keys(value if equals else next_arg)
-            overridden = [earlier for earlier in overridden if earlier.split(".")[1].rstrip("+") in keys]
-            reason = "which overrides it"
-        if overridden:
-            raise ConfigError(f"{overridden[0]} comes before {name}, {reason}. Put it after.")
-        earlier_names.append(name)
-
-
-def _group_keys(value: str) -> set[str]:
-    """Top-level keys of a group flag's value: YAML or JSON, or the path of such a file."""
-    try:
-        content = yaml.safe_load(value)
-        if isinstance(content, str):
-            content = yaml.safe_load(Path(content).read_text())
-    except (OSError, ValueError, yaml.YAMLError):  # reported by the parser
-        return set()
-    return {str(key) for key in content} if isinstance(content, Mapping) else set()
-
-
-def config_files_first(args: Sequence[str]) -> list[str]:
-    """Move config files before all other flags, so that flags override them wherever they are on the command line."""
-    files: list[str] = []
-    rest: list[str] = []
-    remaining = iter(args)
-    for arg in remaining:
-        if arg in ("-c", "--config"):
-            files += [arg, *islice(remaining, 1)]
-        elif arg.startswith("--config="):
-            files.append(arg)
-        else:
-            rest.append(arg)
-    return [*rest[:1], *files, *rest[1:]] if rest[:1] and not rest[0].startswith("-") else list(args)

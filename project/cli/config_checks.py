@@ -8,11 +8,29 @@ import torch
 from jsonargparse import Namespace
 
 from project.audit.label_issues import require_scikit_learn
+from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
 from project.inference import demo
 
 #: Verbs that work without a trained model.
 WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
+#: Settings of the trainer with which a verb does nothing if they are 0.
+LIMITS = {
+    "fit": ("limit_train_batches", "max_steps"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+
+
+def validate_seed(seed: object) -> None:
+    """Check the value of ``--seed_everything``.
+
+    Raises:
+        ConfigError: It is a number that NumPy does not accept as a seed.
+    """
+    if type(seed) is int and not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed_everything must be from 0 to {2**32 - 1}, not {seed}.")
 
 
 def validate_config(verb: str, config: Namespace) -> None:
@@ -36,6 +54,10 @@ def validate_config(verb: str, config: Namespace) -> None:
         )
     if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
         raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
+    for limit in LIMITS.get(verb, ()):
+        if trainer[limit] == 0:
+            instead = " To validate the initial head: --trainer.max_epochs 0" if verb == "fit" else ""
+            raise ConfigError(f"trainer.{limit} is 0, so {verb} would do nothing. Increase it.{instead}")
     if verb == "check" and config.suspects:
         require_scikit_learn()
     if verb == "demo":
@@ -48,6 +70,7 @@ def validate_config(verb: str, config: Namespace) -> None:
     if verb not in WITHOUT_CHECKPOINT and not config.ckpt_path:
         raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
     if verb == "predict":
+        require_output(config.output)
         if data["predict"] is None:
             raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
     elif verb != "demo" and data["root"] is None and data["source"] is None:

@@ -19,7 +19,7 @@ from project.runtime.distributed import is_peer_failure
 from project.runtime.system import REPORTED_PACKAGES, cache_folder, installed_versions
 
 USER_ERROR, PEER_FAILURE, INTERNAL_ERROR, BROKEN_PIPE = 2, 1, 70, 141
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
@@ -38,7 +38,8 @@ def describe(error: Exception, args: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, MisconfigurationException):
         return f"error: {explain_misconfiguration(error)}", USER_ERROR
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"error: {error}. Files that were already saved are intact.", USER_ERROR
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"error: {place}{error.strerror}. Files that were already saved are intact.", USER_ERROR
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"error: {out_of_memory('DefaultCPUAllocator')}", USER_ERROR
     if isinstance(error, RuntimeError):

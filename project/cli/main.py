@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TextIO
 
-from project.cli.checkpoint_defaults import split_checkpoint_flag
+from project.cli.argument_order import split_checkpoint_flag
 from project.cli.exit_messages import BROKEN_PIPE, describe
 from project.cli.transfer_cli import PROGRAM, TransferCLI
 from project.config.import_allowlist import restricted_imports, split_allow_imports

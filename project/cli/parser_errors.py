@@ -31,6 +31,8 @@ OUT_OF_SHARED_MEMORY = re.compile(
 EARLY_STOPPING_METRIC = re.compile(
     r"Early stopping conditioned on metric `(?P<metric>.*?)` which is not available.*following: (?P<known>.*)"
 )
+#: Lightning's SaveConfigCallback, if a logger writes into the folder of another run.
+USED_FOLDER = re.compile(r"SaveConfigCallback expected (?P<path>.*) to NOT exist")
 #: Lightning's ReduceLROnPlateau.
 PLATEAU_METRIC = re.compile(
     r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
@@ -84,10 +86,10 @@ REPLACEMENTS = (
     (r"Import path (\S+ )?does not correspond to a subclass of (Source|VisionDataset)$", ""),  # either is accepted
     (r"Problem with given class_path '\S+':$", ""),
     (r"Expected '(\S+)' to be a subclass of ([\w |]+).*", r"\1 is not a \2."),
-    (r"Expected a path but (\S+) either not accessible or invalid.*", r"there is no class \1."),
+    (r"Expected a path but (.+) either not accessible or invalid.*", r"there is no class \1."),
     (r"\.? ?Got value: (Namespace|None).*", "."),
     (r"(Got value: \S+)\.$", r"\1"),
-    (r"Expected a dot import path string: .*", ""),
+    (r"Expected a dot import path string: (.*)", r"there is no class \1."),
     (r"Expected an? ", "expected "),
     (r"\('cannot represent an object', <\w+\.\w+: ('\w+')>\)", r"its default \1 cannot be stored; set it explicitly."),
     (r"^Subtypes: .*|^Errors:.*|^Given value type: .*|^Given value: .*", ""),
@@ -143,6 +145,8 @@ def explain_runtime_error(error: RuntimeError) -> str | None:
         return out_of_memory(message)
     if "Could not determine home directory" in message:
         return "Cannot expand ~user in a path: unknown user. Write the path in full."
+    if match := USED_FOLDER.search(message):
+        return f"{match['path']} is of an earlier run. Give trainer.logger another version or name, or none."
     if not (match := EARLY_STOPPING_METRIC.search(message)):
         return None
     return _unknown_metric("EarlyStopping", match["metric"], re.findall("`(.*?)`", match["known"]))

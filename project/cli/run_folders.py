@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from project.errors import ConfigError
+from project.checkpoints.reader import read_checkpoint
+from project.checkpoints.warm_start import added_classes
+from project.errors import ConfigError, ProjectError
+from project.runtime.console import print_rank_zero
 from project.runtime.distributed import is_first_process
 
 #: Parent of all run folders, unless ``trainer.default_root_dir`` is set.
 RUNS_FOLDER = "runs"
 #: Values of ``--ckpt_path`` that mean a checkpoint of the latest run.
 CHECKPOINT_ALIASES = ("last", "best")
+
+
+def run_folder(root: str | Path | None, name: str) -> Path:
+    """``runs/NAME``, the parent of the versions of a run.
+
+    Args:
+        root: ``trainer.default_root_dir``, which replaces ``runs``; it may start with ``~``.
+        name: Name of the run.
+    """
+    return Path(root or RUNS_FOLDER).expanduser() / name
 
 
 def reserve_version(folder: Path) -> int | None:
@@ -54,3 +68,21 @@ def newest_checkpoint(folder: Path, alias: str) -> Path | None:
     """
     paths = folder.glob(f"version_*/checkpoints/{alias}.ckpt")
     return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def report_new_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Print which classes are new since the latest version of a run, if there is one.
+
+    Args:
+        folder: ``runs/NAME``.
+        classes: Class names of the data.
+    """
+    try:
+        path = newest_checkpoint(folder, "last") if is_first_process() else None
+        before = read_checkpoint(path, mmap=True)["transfer"]["classes"] if path else ()
+    except (OSError, ProjectError):  # only a note depends on that checkpoint
+        return
+    new = added_classes(before, classes)
+    if path and new:
+        noun = "class" if len(new) == 1 else "classes"
+        print_rank_zero(f"Data: {len(new)} new {noun} since {path.parents[1]} ({', '.join(new)})")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jsonargparse import Namespace
 
+from project.cli.config_checks import validate_seed
 from project.errors import ConfigError
 from project.reporting.run_summary import FitFigures
 from project.reporting.series_table import SeriesRow, print_series
@@ -78,6 +79,7 @@ class Series:
         for name, (is_given, reason) in contradictions.items():
             if is_given:
                 raise ConfigError(f"{flag} and {name} exclude each other: {reason}. Remove one of them.")
+        validate_seed(section.seed_everything + seeds - 1)
         return cls(folds, seeds, section.seed_everything, data.split_seed)
 
     def __len__(self) -> int:

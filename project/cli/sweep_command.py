@@ -44,6 +44,8 @@ def validate_sweep(config: Namespace) -> None:
         "trainer.fast_dev_run": bool(trainer["fast_dev_run"]),
         "trainer.overfit_batches": bool(trainer["overfit_batches"]),
         "trainer.limit_train_batches": trainer["limit_train_batches"] not in (None, 1.0),
+        "trainer.max_steps": trainer["max_steps"] != -1,
+        "trainer.max_time": trainer["max_time"] is not None,
         "trainer.gradient_clip_val": trainer["gradient_clip_val"] is not None,
         "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"] > 1,
         "--name with a logger of your own": bool(config.name and trainer["logger"]),

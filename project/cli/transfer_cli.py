@@ -19,12 +19,10 @@ import project
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
-from project.checkpoints.reader import read_checkpoint
-from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
-from project.cli.config_checks import validate_config
-from project.cli.run_folders import RUNS_FOLDER, newest_checkpoint, reserve_version
+from project.cli.config_checks import validate_config, validate_seed
+from project.cli.run_folders import report_new_classes, reserve_version, run_folder
 from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
 from project.cli.sweep_command import (
@@ -37,14 +35,13 @@ from project.cli.sweep_command import (
 )
 from project.cli.verb_callbacks import build_callbacks
 from project.data.datamodule import ImageDataModule
-from project.errors import ConfigError, ProjectError
+from project.errors import ConfigError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
 from project.runtime.console import print_rank_zero
-from project.runtime.distributed import is_first_process
 from project.runtime.lightning_cli import Verb, VerbCLI, option_helps
 from project.runtime.signals import SignalHandler
 from project.studies.sweep import sweep
@@ -53,6 +50,8 @@ from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
+#: Flags of fit that its config.yaml does not contain, as they do not belong to a single fit.
+FLAGS_ONLY = ("folds", "seeds", "debug")
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
@@ -128,8 +127,9 @@ class TransferCLI(CheckpointCLI):
         """Use the checkpoint's settings as defaults; a series of fits accepts no checkpoint.
 
         Raises:
-            ConfigError: The flags of a series are out of range, or contradict others.
+            ConfigError: The seed, or the flags of a series, are out of range, or contradict others.
         """
+        validate_seed(self.config[self.config.subcommand].seed_everything)
         if self.config.subcommand == "fit":
             self._series = Series.of(self.config.fit)
         super().apply_checkpoint()
@@ -153,6 +153,10 @@ class TransferCLI(CheckpointCLI):
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
         if isinstance(config.get("ckpt_path"), list):
             self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
+        if config.debug and "--debug" not in self._args:
+            raise ConfigError("debug has no effect in a config file. Remove it there, and pass --debug.")
+        if verb == "check" and not config.suspects and "top" in self.given_settings(verb):
+            raise ConfigError("--top is the number of suspects. Add --suspects, or remove it.")
         validate_config(verb, config)
         if verb == "sweep":
             validate_sweep(config)
@@ -246,13 +250,14 @@ class TransferCLI(CheckpointCLI):
         print_replaced(self.given_settings("sweep"))
         self._signals.message = "Run the same command again to continue the sweep."
         section, config = self._section, self.config["sweep"]
-        runs = Path(section.trainer.default_root_dir or RUNS_FOLDER) / (section.name or self.datamodule.name)
+        runs = run_folder(section.trainer.default_root_dir, section.name or self.datamodule.name)
         # As class_path and init_args, which a checkpoint can store; jsonargparse instantiates them as closures.
         flags["space"].head = [head.as_dict() for head in config.space.head]
         folder, provider = functools.partial(find_or_reserve, runs), section.features.provider
         target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
         settings = yaml.safe_load(self.verb_parser("sweep").dump(config, skip_none=False))
-        path = write_winner(target, {key: value for key, value in settings.items() if key not in flags}, trial)
+        kept = {key: value for key, value in settings.items() if key not in (*flags, *FLAGS_ONLY)}
+        path = write_winner(target, kept, trial)
         command = fit_command(PROGRAM.split(), path, self._resume_command)
         print_rank_zero(f"Sweep: all candidates are in {target / 'sweep.csv'}; to repeat this fit: {command}")
         self.exit_code = TransferCLI(["fit", "-c", str(path)], self._signals, command).exit_code
@@ -294,7 +299,7 @@ class TransferCLI(CheckpointCLI):
         callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self.summary)
         if verb == "fit" and not section.trainer.fast_dev_run:
             config = self.config[verb].clone()
-            for flag in ("folds", "seeds"):  # of a series, which other verbs do not have
+            for flag in FLAGS_ONLY:
                 config.pop(flag)
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), config))
         trainer = Trainer(**{**options, "callbacks": callbacks})
@@ -303,18 +308,6 @@ class TransferCLI(CheckpointCLI):
                 f"--folds and --seeds run on one device, not on {trainer.world_size}. Add --trainer.devices 1"
             )
         return trainer
-
-    def _report_new_classes(self, folder: Path) -> None:
-        """Print which classes the data has in addition to those of the latest run in a folder, if there is one."""
-        try:
-            path = newest_checkpoint(folder, "last") if is_first_process() else None
-            before = read_checkpoint(path, mmap=True)["transfer"]["classes"] if path else ()
-        except (OSError, ProjectError):  # only a note depends on that checkpoint
-            return
-        new = added_classes(before, self.data_classes or ())
-        if path and new:
-            noun = "class" if len(new) == 1 else "classes"
-            print_rank_zero(f"Data: {len(new)} new {noun} since {path.parents[1]} ({', '.join(new)})")
 
     def _run_folder(self, section: Namespace) -> dict[str, Any]:
         """Create the run folder of a fit; returns the trainer options for it."""
@@ -325,13 +318,13 @@ class TransferCLI(CheckpointCLI):
             if section.name:
                 raise ConfigError("--name applies only to the default logger; use --trainer.logger.name NAME.")
             return {}
-        runs, name = Path(trainer.default_root_dir or RUNS_FOLDER), section.name or self.datamodule.name
+        folder = run_folder(trainer.default_root_dir, section.name or self.datamodule.name)
         if not section.ckpt_path:
-            self._report_new_classes(runs / name)
-        number = reserve_version(runs / name)
+            report_new_classes(folder, self.data_classes or ())
+        number = reserve_version(folder)
         options: dict[str, Any] = {}
         if number is not None:
-            options["default_root_dir"] = runs / name / f"version_{number}"
+            options["default_root_dir"] = folder / f"version_{number}"
         if trainer.logger is None:
-            options["logger"] = TensorBoardLogger(runs, name, number, default_hp_metric=False)
+            options["logger"] = TensorBoardLogger(folder.parent, folder.name, number, default_hp_metric=False)
         return options

@@ -19,10 +19,10 @@ def log_epoch(module: pl.LightningModule, values: Mapping[str, torch.Tensor]) ->
             first access, and the progress bar reads them on rank zero only, which would deadlock.
     """
     per_class = {name: value for name, value in values.items() if "_of/" in name}
-    overall = {name: value for name, value in values.items() if name not in per_class}
-    in_bar = {name: value for name, value in overall.items() if name.endswith(("/loss", "/accuracy"))}
-    module.log_dict(in_bar, prog_bar=True)
-    module.log_dict({name: value for name, value in overall.items() if name not in in_bar})
+    overall = {name: value for name, value in values.items() if name not in per_class}  # a class may be called loss
+    main = {name: value for name, value in overall.items() if name.endswith(("/loss", "/accuracy"))}
+    module.log_dict(main, prog_bar=True)
+    module.log_dict({name: value for name, value in overall.items() if name not in main})
     if module.trainer.state.fn != "fit":
         module.log_dict(per_class)
     elif per_class:

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as image_functions
 from project.classifier import ImageClassifier
 from project.data.image_arrays import ImageLike, to_image
 from project.data.transforms import Transform, evaluation
-from project.errors import DataError, WeightsError
+from project.errors import CheckpointError, DataError, WeightsError
 from project.inference.many_tasks import ManyTasks
 from project.models.grad_cam import heat_maps
 
@@ -182,13 +182,16 @@ def load(
         The classifier on that device; a sequence of classifiers for several paths.
 
     Raises:
-        CheckpointError: The checkpoint is given twice, missing, damaged, unsafe, or does not match its backbone.
+        CheckpointError: The list is empty, or a checkpoint is given twice, missing, damaged, unsafe, or does not match
+            its backbone.
         WeightsError: The backbone's weights are not available on this machine.
     """
     changes: dict[str, Any] = {"compile": False} if weights is None else {"compile": False, "weights": weights}
     try:
         if isinstance(path, (str, Path)):
             return Classifier(ImageClassifier.load_from_checkpoint(path, **changes).to(device))
+        if not path:
+            raise CheckpointError("load([]) has no checkpoint. Pass at least one.")
         return Classifiers(ManyTasks.load([*path], **changes).to(device))
     except WeightsError as error:
         hint = "Pass their new location: load(path, weights=...)."

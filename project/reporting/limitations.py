@@ -25,14 +25,14 @@ def limitations(
         evaluation: Validation results of the best epoch, if any.
         classes: Class names.
         counts: Images per class, by split.
-        validations: Number of epochs that the best one was selected from.
+        validations: Number of validations that the best one was selected from.
     """
     sentences: list[str] = []
     if evaluation is not None:
         if validations > 1:
             sentences.append(
-                f"The best of {validations} epochs was selected on the validation images, so the validation metrics "
-                "are optimistic. For an unbiased estimate, run python -m project test on a held-out test split."
+                f"The best of {validations} validations was selected by its accuracy, so the validation metrics are "
+                "optimistic. For an unbiased estimate, run python -m project test on a held-out test split."
             )
         sentences += _uncertainty(evaluation) + _weak_classes(evaluation, classes)
         sentences += _confusions(evaluation, classes) + _miscalibration(evaluation)

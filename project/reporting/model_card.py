@@ -50,7 +50,7 @@ class CardContent:
         sections: Key-value lists of the sections "data", "backbone", "training" and "versions", as Markdown.
         evaluation: Validation results of the best epoch; ``None`` if nothing was measured.
         epochs: Number of completed epochs.
-        validations: Number of epochs that the best one was selected from.
+        validations: Number of validations that the best one was selected from.
         notes: Further limitations, one sentence each.
         base_model: Hugging Face repository of the backbone's weights, if they come from there.
         checkpoint: Path of the checkpoint, relative to the card.

@@ -10,12 +10,11 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
-from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.reporting.limitations import pluralize
 from project.reporting.model_card import CardContent, code, render_card
-from project.reporting.run_description import format_augmentation, format_class
+from project.reporting.run_description import format_augmentation, format_class, head_method, starting_checkpoint
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
@@ -80,16 +79,15 @@ def _content(
         },
         evaluation=evaluation,
         epochs=trainer.current_epoch,
-        validations=trainer.current_epoch // (trainer.check_val_every_n_epoch or 1)
-        + (_initial_head(trainer) is not None),
-        notes=_notes(module, data, best),
+        validations=0 if best is None else best.validations,
+        notes=_notes(module, data, best, starting_checkpoint(trainer, module)),
         base_model=module.backbone.origin.repository,
         has_validation=best is not None,
         checkpoint=f"checkpoints/{'last' if evaluation is None else 'best'}.ckpt",
     )
 
 
-def _notes(module: ImageClassifier, data: ImageDataModule, best: BestCheckpoint | None) -> list[str]:
+def _notes(module: ImageClassifier, data: ImageDataModule, best: BestCheckpoint | None, start: str | None) -> list[str]:
     assert data.source is not None
     stored = module.stored_features
     # Only the kind of a finding: its text may contain paths.
@@ -99,6 +97,11 @@ def _notes(module: ImageClassifier, data: ImageDataModule, best: BestCheckpoint 
             f"Byte-identical images in both train and val: {stored.overlap:,}. Validation metrics are too optimistic."
         )
     notes.append("Training does not check the data quality. Run python -m project check on the data set.")
+    if start is not None:
+        notes.append(
+            "Training started from a checkpoint of another fit, which may have been selected by some of the validation "
+            "images."
+        )
     if best is not None and best.evaluation is not None and best.evaluation.confusion is None:
         notes.append("The best epoch is from an earlier run, whose checkpoint has no per-class results.")
     return notes
@@ -146,7 +149,7 @@ def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
 def _training_section(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str
 ) -> dict[str, str]:
-    hparams, initial = module.hparams, _initial_head(trainer)
+    hparams = module.hparams
     engine = "" if module.stored_features is None else module.stored_features.computed_by
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
@@ -154,7 +157,7 @@ def _training_section(
         "Trained parts": ", ".join([*module.cut.trainable, "head"]),
         "Trained parameters": f"{trainable:,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
-        "Initial head": initial or "random, or of an earlier fit",
+        "Initial head": _initial_head(trainer, module),
         "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
         "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
@@ -168,10 +171,10 @@ def _training_section(
     }
 
 
-def _initial_head(trainer: pl.Trainer) -> str | None:
-    """How the head was computed; ``None`` for a random head."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((item.method for item in callbacks if isinstance(item, SolvedHead)), None)
+def _initial_head(trainer: pl.Trainer, module: ImageClassifier) -> str:
+    start = starting_checkpoint(trainer, module)
+    # Only the name of the file: its folder is private.
+    return head_method(trainer) or ("random" if start is None else f"weights of {code(Path(start).name)}")
 
 
 def _environment_section(trainer: pl.Trainer) -> dict[str, str]:

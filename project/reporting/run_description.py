@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
@@ -91,3 +92,16 @@ def format_class(described: Mapping[str, Any] | None, instance: object | None = 
 def format_augmentation(augment: object) -> str:
     """The name of a predefined augmentation, or "custom transforms"."""
     return augment if isinstance(augment, str) else "custom transforms"
+
+
+def head_method(trainer: pl.Trainer) -> str | None:
+    """How the initial head of a fit was computed; ``None`` if it was not."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((item.method for item in callbacks if isinstance(item, SolvedHead)), None)
+
+
+def starting_checkpoint(trainer: pl.Trainer, module: ImageClassifier) -> str | None:
+    """The checkpoint whose weights a fit started from; ``None`` if there is none, or if nothing of it is left."""
+    # A computed head on a frozen backbone depends on no earlier weights.
+    is_replaced = head_method(trainer) is not None and not module.cut.trainable
+    return None if is_replaced else module.start

@@ -15,10 +15,11 @@ from torch import nn
 
 from project.callbacks import early_stopping_resume
 from project.callbacks.model_checkpoint import BestCheckpoint
-from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
+from project.reporting.limitations import pluralize
+from project.reporting.run_description import starting_checkpoint
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
@@ -34,22 +35,25 @@ class FitFigures(NamedTuple):
         last: That of the last epoch; ``None`` without an epoch.
         best: The highest one.
         epochs: Number of completed epochs.
-        validated: Number of validated epochs, epoch 0 included.
         train_images: Number of training images.
         val_images: Number of validation images.
-        is_stopped_early: Whether EarlyStopping has chosen the last epoch.
-        start: Checkpoint whose weights the fit started from; ``None`` for none.
+        stopped_by: Metric by which EarlyStopping has chosen the last epoch; ``None`` if it has not.
+        start: Checkpoint whose weights the result depends on; ``None`` for none.
     """
 
     initial: float | None
     last: float | None
     best: float | None
     epochs: int
-    validated: int
     train_images: int
     val_images: int
-    is_stopped_early: bool
+    stopped_by: str | None
     start: str | None
+
+    @property
+    def last_is_chosen(self) -> bool:
+        """Whether the validation images have chosen the last epoch."""
+        return self.stopped_by is not None and self.stopped_by.startswith("val/")
 
 
 class RunSummary(pl.Callback):
@@ -63,33 +67,32 @@ class RunSummary(pl.Callback):
         self._dashboard = dashboard
         self._start = time.perf_counter()
         self._seconds = 0.0
-        self._accuracies: dict[int, float] = {}  # by epoch, from 1; 0 before the first one
+        #: Epoch, from 1, or 0 before the first one; and accuracy of each validation.
+        self._accuracies: list[tuple[int, float]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
-        self._accuracies = {}
+        self._accuracies = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         accuracy = trainer.callback_metrics.get("val/accuracy")
         if trainer.state.fn == "fit" and not trainer.sanity_checking and accuracy is not None:
-            self._accuracies[lightning_internals.epochs(trainer).ready] = float(accuracy)
+            self._accuracies.append((lightning_internals.epochs(trainer).ready, float(accuracy)))
 
     def figures(self, trainer: pl.Trainer, model: ImageClassifier) -> FitFigures:
         """Validation accuracies of a fit that has ended. Epochs before a resume are counted, but not known."""
         data: Any = getattr(trainer, "datamodule", None)
         counts, epochs = model.epoch_metrics("val").counts, trainer.current_epoch
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        has_initial = any(isinstance(item, SolvedHead) and item.method for item in callbacks) or 0 in self._accuracies
+        by_epoch = dict(self._accuracies)  # of several validations of an epoch, the last one
         return FitFigures(
-            self._accuracies.get(0),
-            self._accuracies.get(epochs) if epochs else None,
-            max(self._accuracies.values(), default=None),
+            by_epoch.get(0),
+            by_epoch.get(epochs) if epochs else None,
+            max((accuracy for _, accuracy in self._accuracies), default=None),
             epochs,
-            epochs // (trainer.check_val_every_n_epoch or 1) + has_initial,
             len(getattr(data, "splits", {}).get("train", ())),
             0 if counts is None else counts.images,
-            early_stopping_resume.stop_reason(trainer) is not None,
-            model.start,
+            early_stopping_resume.stop_metric(trainer),
+            starting_checkpoint(trainer, model),
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,7 +128,8 @@ class RunSummary(pl.Callback):
         if isinstance(best, ModelCheckpoint) and Path(best.best_model_path).is_file():
             path = _relative(Path(best.best_model_path))
             rows |= _best_epoch(best)
-            rows |= _selection(self.figures(trainer, model))
+            if isinstance(best, BestCheckpoint):
+                rows |= _selection(self.figures(trainer, model), best.validations)
             rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
             load_command = f'To load it: from project import load; load("{path}").predict(["a.jpg"])'
         if card is not None and card.is_file():
@@ -176,7 +180,7 @@ def _report_absent_classes(model: ImageClassifier, stage: str) -> None:
 
 def _interval(accuracy: float, images: int) -> str:
     low, high = wilson(accuracy * images, images)
-    return f", 95 % interval {low:.3f} to {high:.3f} on {images:,} images"
+    return f", 95 % interval {low:.3f} to {high:.3f} on {pluralize(images, 'image')}"
 
 
 def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
@@ -194,21 +198,21 @@ def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
     return rows
 
 
-def _selection(figures: FitFigures) -> Mapping[str, str]:
+def _selection(figures: FitFigures, validations: int) -> Mapping[str, str]:
     """What the validation images have chosen, and the figures that they have not."""
     if not figures.val_images:
         return {}
-    images = f"these {figures.val_images:,} images"
-    if figures.validated < 2:
-        return {"chosen by": f"none of {images}: it is the only validation"}
-    rows = {"chosen by": f"{images}, from {figures.validated} validated epochs, so it is optimistic"}
-    if figures.initial is not None:
-        rows["epoch 0"] = f"val/accuracy {figures.initial:.4f}, not chosen by {images}"
-    if figures.last is not None:
-        chosen = "chosen by EarlyStopping" if figures.is_stopped_early else f"not chosen by {images}"
-        rows["last epoch"] = f"{figures.epochs}, val/accuracy {figures.last:.4f}, {chosen}"
+    images = "this image" if figures.val_images == 1 else f"these {figures.val_images:,} images"
+    rows = {"chosen by": f"nothing: it is the only validation of {images}"}
+    if validations > 1:
+        rows["chosen by"] = f"{images}, from {validations} validations, so it is optimistic"
+        if figures.initial is not None:
+            rows["epoch 0"] = f"val/accuracy {figures.initial:.4f}, not chosen by {images}"
+        if figures.last is not None:
+            chosen = "chosen by EarlyStopping" if figures.last_is_chosen else f"not chosen by {images}"
+            rows["last epoch"] = f"{figures.epochs}, val/accuracy {figures.last:.4f}, {chosen}"
     if figures.start is not None:
-        rows["start"] = f"{figures.start}, which its fit may have chosen by images that are among these"
+        rows["start"] = f"{figures.start}, which another fit may have chosen by some of the validation images"
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from project.reporting.limitations import pluralize
 from project.reporting.run_summary import FitFigures
 from project.runtime.console import print_rank_zero
 
@@ -70,9 +71,11 @@ def print_series(rows: Sequence[SeriesRow], total: int) -> None:
         "train / val: number of images. Epoch 0 and the last epoch are not chosen by the validation images. The best "
         "epoch is, so its figure is optimistic. The fits share training images, so sd is not a standard error."
     )
-    stopped = sum(row.figures.is_stopped_early for row in rows)
+    stopped = sum(row.figures.last_is_chosen for row in rows)
     if stopped:
-        print_rank_zero(f"EarlyStopping chose the last epoch of {stopped} fits, so these figures are optimistic, too.")
+        print_rank_zero(
+            f"EarlyStopping chose the last epoch of {pluralize(stopped, 'fit')}: the figure is optimistic, too."
+        )
 
 
 def _accuracy(value: float | None) -> str:

@@ -79,12 +79,12 @@ class Trial:
         """Settings of ``model`` that train this candidate."""
         settings = self.settings
         shared: dict[str, Any] = {"features": settings.features, "label_smoothing": settings.label_smoothing}
-        shared["head"] = settings.head.as_dict()
+        shared |= {"head": settings.head.as_dict(), "scheduler": None}
         if settings.lr is None:
             return {**shared, "head_init": "solved"}
         arguments = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": arguments}
-        return {**shared, "head_init": "random", "optimizer": optimizer, "scheduler": None}
+        return {**shared, "head_init": "random", "optimizer": optimizer}
 
 
 def best_epoch(settings: HeadSettings, scores: torch.Tensor, weights: torch.Tensor) -> Trial:

@@ -98,6 +98,28 @@ def test_head_with_a_new_class_is_solved_and_stored_rows_are_reused(
     torch.testing.assert_close(started, fresh)
 
 
+def test_result_and_card_name_the_checkpoint_unless_the_head_is_solved(
+    run: Path, album: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint may have been chosen by the validation images, also if the new fit has a single validation."""
+    add_class(album)
+    fit = ["fit", "--data.root", "album", "--name", "photos", "--ckpt_path", str(last(0)), *FLAGS]
+    row = f"start: {last(0)}, which another fit may have chosen by some of the validation images"
+    note, card = "Training started from a checkpoint of another fit", "runs/photos/version_{}/model_card.md"
+    assert main(fit) == 0
+    out = capsys.readouterr().out
+    assert row in out and "it is the only validation" in out
+    text = Path(card.format(1)).read_text()
+    assert note in text and "Initial head: weights of `last.ckpt`" in text
+    assert main(["fit", "--data.root", "album", "--ckpt_path", str(last(1)), *FLAGS, "--trainer.max_epochs", "2"]) == 0
+    assert row in capsys.readouterr().out, "also when the fit resumes"
+    assert main([*fit, *STORED, "--model.head_init", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert f"from {last(0)}, unless it is solved" in out and "Head: solved" in out and "start: " not in out
+    text = Path(card.format(2)).read_text()
+    assert note not in text and "Initial head: solved by" in text
+
+
 @pytest.mark.parametrize("state", ["fewer classes", "the same classes", "none", "damaged"])
 def test_fit_without_a_checkpoint_reports_classes_since_the_latest_run(
     state: str, run: Path, fit: Fit, album: Path, capsys: pytest.CaptureFixture[str]
@@ -124,7 +146,7 @@ def with_class_weights() -> str:
     ("change", "flags", "texts"),
     [
         ("remove", [], ("data's classes (amber, blue, green) are not the model's (blue, green, red)",)),
-        ("rename", [], ("(amber, blue, green, rose) are not the model's",)),
+        ("rename", [], ("(amber, blue, green, rose) are not the model's", "without --ckpt_path and --model.classes")),
         ("", ["--model.head", "MLPHead"], ("tensor 'head.0.bias'", "another model.head")),
         ("", ["--model.head.bias", "false"], ("unexpected tensor 'head.bias'", "another model.head")),
         ("", ["--model.image_size", "48"], ("The preprocessing differs: resize",)),

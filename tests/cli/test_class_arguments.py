@@ -14,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from project.classifier import ImageClassifier
-from project.cli.checkpoint_defaults import validate_order
+from project.cli.argument_order import validate_order
 from project.cli.main import main
 from project.cli.transfer_cli import TransferCLI
 from project.config.class_path import ClassSpec

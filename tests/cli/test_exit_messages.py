@@ -26,6 +26,8 @@ SHARED_MEMORY_ERRORS = [
 ERRORS: dict[str, tuple[Exception, str, int]] = {
     "user error": (DataError("a.jpg is empty."), "error: a.jpg is empty.", 2),
     "full disk": (OSError(errno.ENOSPC, "No space left on device", "x"), "already saved are intact", 2),
+    "folder of somebody else": (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: Permission", 2),
+    "file in place of a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "error: a/b: Not a", 2),
     "ENOMEM": (OSError(errno.ENOMEM, "Cannot allocate memory"), "error: Not enough memory", 2),
     "MemoryError": (MemoryError(), "error: Not enough memory", 2),
     "out of GPU memory": (

@@ -66,6 +66,7 @@ def test_a_single_fit_is_no_series() -> None:
         ({"trainer.fast_dev_run": True}, "--trainer.fast_dev_run"),
         ({"trainer.limit_val_batches": 0}, "--trainer.limit_val_batches 0"),
         ({"seed_everything": True}, "--seed_everything without a number"),
+        ({"seeds": 3, "seed_everything": 2**32 - 2}, "--seed_everything must be from 0 to 4294967295, not 4294967296"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -138,3 +138,8 @@ def test_checkpoints_loaded_together_share_the_backbone(trained: Path, photos: P
     images = [photos / "val/red/0.png", photos / "val/blue/0.png"]
     for path, classifier in zip(paths, (first, second), strict=True):
         assert np.array_equal(load(path).predict_proba(images), classifier.predict_proba(images))
+
+
+def test_empty_list_of_checkpoints_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="Pass at least one"):
+        load([])

@@ -152,6 +152,8 @@ def test_check_works_without_a_writable_cache_folder(clean: Path, monkeypatch: p
         ([], "data.root"),
         (["--data.root", "photos", "--json", "no/such/a.json"], "--json: cannot write no/such/a.json"),
         (["--data.root", "photos", "--fix", "no/such/a.csv"], "--fix: cannot write no/such/a.csv"),
+        (["--data.root", "photos", "--json", "photos"], "--json: photos is a folder. Pass a file."),
+        (["--data.root", "photos", "--top", "5"], "--top is the number of suspects. Add --suspects"),
         (["--data.root", "photos", "--fix", "a.txt"], "must end in .csv"),
         (["--data.source", "project.data.sources.Digits", "--fix", "a.csv"], "are not files"),
         (["--data.root", "photos", "--suspects", "--model.weights", "no.pth"], "no.pth"),
@@ -161,6 +163,13 @@ def test_user_errors_exit_2(flags: list[str], message: str, clean: Path, capsys:
     assert main(["check", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_home_folder_of_reports_is_expanded(clean: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    assert main(["check", "--data.root", "photos", "--json=~/a.json", "--fix=~/a.csv"]) == 0
+    assert json.loads((here / "a.json").read_text())["clean"] and (here / "a.csv").is_file()
+    assert not Path("~").exists()
 
 
 def test_suspects_are_reported_with_the_class_they_look_like(here: Path, photos: Path, weights: Path) -> None:

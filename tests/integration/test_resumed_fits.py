@@ -1,5 +1,6 @@
 """State that a resumed fit keeps, corrects or refuses: best checkpoint, early stopping, gradient accumulation."""
 
+import errno
 import re
 import shlex
 import shutil
@@ -32,6 +33,21 @@ def test_best_checkpoint_is_carried_over(fit: Fit) -> None:
     assert best_state["best_model_path"] == str(checkpoints(1) / "best.ckpt")
 
 
+def test_best_checkpoint_is_carried_over_twice_with_a_scheduler(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each resumed fit is longer, and so is its schedule; another version of a library changes nothing either."""
+    fast = [*STORED, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    assert fit(*fast, "--model.scheduler", "CosineAnnealingLR", "--trainer.max_epochs", "6") == 0
+    best = (checkpoints(0) / "best.ckpt").read_bytes()
+    worse = ["--ckpt_path", "last", "--model.optimizer.lr", "0"]
+    assert fit(*fast, *worse, "--trainer.max_epochs", "7") == 0
+    last = torch.load(checkpoints(1) / "last.ckpt", weights_only=True)
+    last["transfer"]["versions"]["torchvision"] = "99"
+    torch.save(last, checkpoints(1) / "last.ckpt")
+    assert fit(*fast, *worse, "--trainer.max_epochs", "8") == 0
+    assert (checkpoints(2) / "best.ckpt").read_bytes() == best
+    assert "is ignored" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["symlink", "another fit's", "not a checkpoint"])
 def test_foreign_best_checkpoint_is_ignored(
     kind: str, fit: Fit, here: Path, capsys: pytest.CaptureFixture[str]
@@ -54,6 +70,39 @@ def test_foreign_best_checkpoint_is_ignored(
     assert new_best["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 3, "from the new epoch"
     if kind != "symlink":
         assert "best.ckpt is ignored" in capsys.readouterr().out
+
+
+def test_best_checkpoint_of_other_validation_images_is_ignored(
+    fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its accuracy cannot be compared; data.per_class leaves the validation images as they are."""
+    train = [*STORED, "--data.root", str(photos / "train"), "--name", "photos"]
+    assert fit(*train, "--trainer.max_epochs", "1") == 0
+    assert fit(*train, "--trainer.max_epochs", "2", "--ckpt_path", "last", "--data.per_class", "4") == 0
+    assert "is ignored" not in capsys.readouterr().out
+    assert fit(*train, "--trainer.max_epochs", "3", "--ckpt_path", "last", "--data.split_seed", "5") == 0
+    assert (
+        "version_1/checkpoints/best.ckpt is ignored (damaged, or from another fit or split)" in capsys.readouterr().out
+    )
+    assert torch.load(checkpoints(2) / "best.ckpt", weights_only=True)["best"]["epoch"] == 2
+
+
+def test_refused_checkpoint_is_named(fit: Fit, refused: Callable[[int], str]) -> None:
+    assert fit(*STORED) == 0
+    message = refused(fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--model.head", "MLPHead"))
+    assert f"error: {checkpoints(0)}/last.ckpt: The checkpoint lacks tensor 'head.0.bias'" in message
+
+
+def test_full_disk_while_a_fit_resumes_is_no_damaged_checkpoint(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    assert fit(*STORED) == 0
+    monkeypatch.setattr("project.callbacks.model_checkpoint.atomic_write", fail)
+    message = refused(fit(*STORED, "--ckpt_path", "last", "--trainer.max_epochs", "2"))
+    assert "best.ckpt: No space left on device. Files that were already saved are intact." in message
 
 
 def test_printed_resume_command_is_shell_quoted(tmp_path: Path, photos: Path, weights: Path) -> None:

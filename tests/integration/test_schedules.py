@@ -144,3 +144,10 @@ def test_per_class_precision_can_be_monitored_in_every_epoch(fit: Fit) -> None:
     early_stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/precision_of/red"]
     early_stopping += ["--trainer.callbacks.mode=max"]
     assert fit("--model.optimizer.lr", "5", *early_stopping, "--trainer.max_epochs", "4") == 0
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [(COSINE, 2), (CYCLE, 6)], ids=["cosine", "one cycle"])
+def test_fit_of_no_epochs_needs_no_length_and_can_be_resumed(scheduler: list[str], steps: int, fit: Fit) -> None:
+    assert fit(*ADAM, *scheduler, "--trainer.max_epochs", "0") == 0
+    assert fit("--data.batch_size", "8", "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert (state(1)["last_epoch"], state(1).get("T_max", state(1).get("total_steps"))) == (steps, steps)

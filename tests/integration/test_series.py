@@ -104,8 +104,40 @@ def test_the_result_says_what_the_validation_images_chose(fit: Fit, capsys: pyte
     assert fit(*STORED, *SOLVED, "--trainer.max_epochs", "2") == 0
     output = capsys.readouterr().out
     accuracy = [event.value for event in scalars(Path("runs/photos/version_0")).Scalars("val/accuracy")]
-    assert "chosen by: these 12 images, from 3 validated epochs, so it is optimistic" in output
+    assert "chosen by: these 12 images, from 3 validations, so it is optimistic" in output
     assert f"epoch 0: val/accuracy {accuracy[0]:.4f}, not chosen by these 12 images" in output
     assert f"last epoch: 2, val/accuracy {accuracy[2]:.4f}, not chosen by these 12 images" in output
     assert fit(*STORED) == 0
-    assert "chosen by: none of these 12 images: it is the only validation" in capsys.readouterr().out
+    assert "chosen by: nothing: it is the only validation of these 12 images" in capsys.readouterr().out
+
+
+def test_validations_within_an_epoch_are_counted_also_when_a_fit_resumes(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """best.ckpt is chosen from all of them, and so is the best figure of a series."""
+    flags = [*STORED, "--data.batch_size", "8", "--trainer.val_check_interval", "1"]  # three per epoch
+    assert fit(*flags, "--seeds", "2") == 0
+    output = capsys.readouterr().out
+    for version in (0, 1):
+        accuracy = [event.value for event in scalars(Path(f"runs/photos/version_{version}")).Scalars("val/accuracy")]
+        assert len(accuracy) == 3 and f"{max(accuracy):.4f}  version_{version}" in output
+    assert output.count("these 12 images, from 3 validations, so it is optimistic") == 2
+    assert "The best of 3 validations" in Path("runs/photos/version_1/model_card.md").read_text()
+    assert fit(*flags, "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert "these 12 images, from 6 validations, so it is optimistic" in capsys.readouterr().out
+
+
+def test_early_stopping_by_a_training_metric_is_no_choice_of_the_validation_images(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped_by(metric: str) -> str:
+        stopping = ["EarlyStopping", "--trainer.callbacks.monitor", metric]
+        stopping += ["--trainer.callbacks.stopping_threshold", "100", "--trainer.callbacks.check_finite", "false"]
+        assert fit(*STORED, *SOLVED, "--trainer.max_epochs", "3", "--seeds", "2", "--trainer.callbacks", *stopping) == 0
+        return capsys.readouterr().out
+
+    output = stopped_by("val/loss")
+    assert "chosen by EarlyStopping" in output and "EarlyStopping chose the last epoch of 2 fits" in output
+    output = stopped_by("train/loss")
+    assert "stopped early" in output
+    assert "chosen by EarlyStopping" not in output and "EarlyStopping chose the last epoch" not in output

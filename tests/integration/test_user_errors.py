@@ -159,6 +159,20 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
         _flags("--model.head", "Xyz"),
         ("error: model.head: there is no class Xyz.\n",),
     ),
+    "unknown class as class_path": (
+        _flags("--model.head", "{class_path: MLPHaed}"),
+        ("error: model.head: there is no class MLPHaed. Did you mean 'MLPHead'",),
+    ),
+    "nothing to train": (
+        _flags("--trainer.limit_train_batches", "0"),
+        ("trainer.limit_train_batches is 0, so fit would do nothing", "--trainer.max_epochs 0"),
+    ),
+    "negative seed": (
+        _flags("--seed_everything", "-1"),
+        ("--seed_everything must be from 0 to 4294967295, not -1",),
+    ),
+    "no steps": (_flags("--trainer.max_steps", "0"), ("trainer.max_steps is 0, so fit would do nothing",)),
+    "traceback requested in a config": (_config("debug: true"), ("debug has no effect in a config", "--debug")),
     "value of another type": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
     "value that is not a choice": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
     "ambiguous class name": (_flags("--model.scheduler", "ReduceLROnPlateau"), ("give the whole path",)),
@@ -285,6 +299,31 @@ def test_verb_that_needs_a_checkpoint_names_the_flag(verb: str, here: Path, refu
 
 def test_unknown_verb_lists_the_verbs(here: Path, refused: Callable[[int], str]) -> None:
     assert "'fit', 'validate', 'test', 'predict'" in refused(main(["fti"]))
+
+
+@pytest.mark.parametrize(("verb", "split"), [("validate", "val"), ("test", "test"), ("predict", "predict")])
+def test_verb_that_would_do_nothing_is_refused(
+    verb: str, split: str, run: Path, photos: Path, refused: Callable[[int], str]
+) -> None:
+    flags = [
+        "--data.root",
+        str(photos),
+        "--data.predict",
+        str(photos),
+        "--ckpt_path",
+        str(run / "checkpoints/best.ckpt"),
+    ]
+    message = refused(main([verb, *flags, f"--trainer.limit_{split}_batches", "0"]))
+    assert f"trainer.limit_{split}_batches is 0, so {verb} would do nothing. Increase it." in message
+
+
+def test_logger_in_the_folder_of_an_earlier_run_names_its_settings(fit: Fit, refused: Callable[[int], str]) -> None:
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--trainer.logger.version", "0"]
+    with pytest.warns(UserWarning, match="Previous log files"):
+        message = refused(fit(*logger, "--seeds", "2"))
+    assert (
+        "logs/lightning_logs/version_0/config.yaml is of an earlier run. Give trainer.logger another version" in message
+    )
 
 
 def test_predict_without_images_names_the_flag(run: Path, refused: Callable[[int], str]) -> None:

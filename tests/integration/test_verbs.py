@@ -220,6 +220,19 @@ def test_name_sets_the_run_folder(fit: Fit, capsys: pytest.CaptureFixture[str]) 
     assert reload in capsys.readouterr().out, "on a single line, so that it can be copied"
 
 
+def test_home_folder_of_the_runs_is_expanded(
+    fit: Fit, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell does not expand ``--trainer.default_root_dir=~/mine``, nor a config."""
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert fit("--trainer.default_root_dir=~/mine") == 0
+    run = here / "home/mine/photos/version_0"
+    assert (run / "checkpoints/best.ckpt").is_file() and [*run.glob("events*")]
+    assert not (here / "~").exists()
+    assert fit("--trainer.default_root_dir=~/mine", "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert f"Checkpoint: {run}/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
 def test_checkpoint_of_resnet50_with_ten_classes_is_smaller_than_1_mb(here: Path) -> None:
     for number in range(10):
         for index in range(2):

@@ -102,7 +102,7 @@ def test_long_tables_show_the_worst_and_the_best_classes(tmp_path: Path) -> None
 def test_limitations_come_from_the_measurements() -> None:
     text = render_card(_card(3, images=4))
     for words in (
-        "The best of 10 epochs was selected on the validation images",
+        "The best of 10 validations was selected by its accuracy",
         "With 12 validation images, the 95 % interval of the accuracy is",
         "Fewer than 10 validation images for",
     ):
