@@ -35,6 +35,7 @@ def main() -> None:
     written: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         fit = ["project", "fit", "--data.root", options.data.resolve(), "--features.folder", f"{folder}/store", *LITE0]
+        fit += ["--model.head_init", "random"]  # the time is that of the epochs
         fit += ["--trainer.max_epochs", options.epochs, "--trainer.enable_progress_bar", "false"]
         run_module(*fit, "--trainer.default_root_dir", f"{folder}/warm")
         for number in range(options.rounds):

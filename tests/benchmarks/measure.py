@@ -87,11 +87,14 @@ def run_module(*arguments: object, cache: Path | None = None, expected: Sequence
 
 
 def run_fit(data: Path, store: Path, *flags: object, cache: Path | None = None) -> CompletedRun:
-    """Run ``python -m project fit`` with the given feature store; the run folder is temporary."""
+    """Run ``python -m project fit`` with the given feature store; the run folder is temporary.
+
+    The head starts from random weights, so the time is that of the epochs.
+    """
     with tempfile.TemporaryDirectory() as runs:
         return run_module(
             *("project", "fit", "--data.root", data, "--features.folder", store, "--trainer.default_root_dir", runs),
-            *("--trainer.enable_progress_bar", "false", *flags),
+            *("--model.head_init", "random", "--trainer.enable_progress_bar", "false", *flags),
             cache=cache,
         )
 
