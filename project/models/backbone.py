@@ -127,7 +127,8 @@ class Backbone(nn.Module):
         if features != self.features:
             self.features, self._readout = features, readout_of(features, self.stages, self.name)
             stages, training = [*self.stages.values()], self.training
-            self.feature_dim = feature_dim(self.eval()._readout, stages, self.mean, self.preprocessing.crop)
+            self.eval()
+            self.feature_dim = feature_dim(self._readout, stages, self.mean, self.preprocessing.crop)
             self.train(training)
 
     @property

@@ -61,10 +61,10 @@ class TrainingRows:
 class Coordinates:
     """Scaled features along their principal axes, with a constant appended for the bias.
 
-    Each feature is divided by the square root of its standard deviation, and all by one number that makes their mean
-    variance 1. An L2 penalty then has about the effect of Adam's steps. On pretrained features, the validation loss is
-    smaller than with features that are divided by their standard deviation, which gives nearly constant features the
-    same influence as all others: see "The solved head" in ``docs/performance.md``.
+    Each feature is divided by the square root of its standard deviation, and all by one number that makes the mean
+    variance 1. Division by the standard deviation itself would give nearly constant features the same influence as all
+    others, and no division too little. On pretrained features, the square root has the smallest held-out loss: see
+    "Scaling of the features" in ``docs/performance.md``.
 
     Along the principal axes, a diagonal approximates the Hessian of a head well.
 
@@ -78,7 +78,7 @@ class Coordinates:
         count, mean, second = self._moments()
         variance = (second - mean**2).clamp_min(0)
         deviation, varies = variance.sqrt(), variance > MIN_VARIANCE * second
-        self._scale = (deviation * deviation.mean()).sqrt().where(varies, 1.0).float()
+        self._scale = (deviation * deviation[varies].mean()).sqrt().where(varies, 1.0).float()
         self._mean = (mean if bias else torch.zeros_like(mean)).float()
         self._matrix = self._scaled(slice(None)) if rows.in_memory else None
         basis = None

@@ -50,6 +50,7 @@ class HeadPopulation:
         self._constants = {name: value.detach() for name, value in parameters.items() if name not in trained} | buffers
         self._means = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
         self._squares = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
+        self._scales = {name: torch.empty_like(value) for name, value in self._parameters.items()}
         self._rates = torch.tensor(learning_rates, device=device)
         self._decays = torch.tensor(weight_decays, device=device)
         self._steps = 0
@@ -82,7 +83,7 @@ class HeadPopulation:
         total = loss(self.logits(features, training=True))
         gradients = torch.autograd.grad(total, [*self._parameters.values()], allow_unused=True)
         self._steps += 1
-        corrections = [1 - beta**self._steps for beta in BETAS]
+        first, second = (1 - beta**self._steps for beta in BETAS)  # corrections of the moments, which start from 0
         with torch.no_grad():
             for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
                 if gradient is None:  # the head does not use it
@@ -91,9 +92,10 @@ class HeadPopulation:
                 rates, decays = self._rates.view(shape), self._decays.view(shape)
                 mean = self._means[name].lerp_(gradient, 1 - BETAS[0])
                 square = self._squares[name].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-                parameter.mul_(1 - rates * decays)
-                scale = square.sqrt().div_(corrections[1] ** 0.5).add_(EPSILON)
-                parameter.sub_(mean.div(scale).mul_(rates / corrections[0]))
+                # In place, and with few passes over the memory: this takes as long as the matrix products.
+                scale = torch.sqrt(square, out=self._scales[name]).add_(EPSILON * second**0.5)
+                scale.div_(rates * (second**0.5 / first))
+                parameter.mul_(1 - rates * decays).addcdiv_(mean, scale, value=-1)
 
 
 class _OneProduct(TorchFunctionMode):

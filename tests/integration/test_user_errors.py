@@ -220,7 +220,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "negative learning rate": (_flags("--model.optimizer.lr", "-1"), ("model.optimizer", "learning rate")),
     "dropout of two": (
         _flags("--model.head", "project.models.heads.MLPHead", "--model.head.dropout", "2"),
-        ("model.head", "between 0 and 1"),
+        ("model.head", "dropout must be in [0, 1)"),
     ),
     "negative number of workers": (_flags("--data.num_workers", "-1"), ("data.num_workers", "at least 0")),
     "image size of zero": (_flags("--model.image_size", "0"), ("model.image_size", "at least 1")),

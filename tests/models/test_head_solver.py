@@ -223,7 +223,7 @@ def test_constant_features_get_no_weight() -> None:
 
 
 def test_constant_features_do_not_change_the_scale_of_the_others() -> None:
-    """Their variances are rounding errors, which would lower the geometric mean."""
+    """Their variances are rounding errors, which would lower the mean deviation."""
     x, y = data(20, 6, 2)
     rng = np.random.default_rng(0)
     constant = rng.uniform(100, 1000, 40) * (1 + 1e-7 * rng.normal(size=(20, 40)))
