@@ -97,7 +97,7 @@ def test_bf16_rows_agree_with_live_features(flags: list[str], stored_and_live: S
 def test_int8_rows_agree_and_their_accuracy_is_reported(
     stored_and_live: StoredAndLive, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored, live = stored_and_live(*EFFICIENTNET, "--features.precision", "int8")
+    stored, live = stored_and_live("--features.precision", "int8")
     assert torch.cosine_similarity(stored, live).min() > 0.9
     out = capsys.readouterr().out
     report = re.search(
@@ -106,7 +106,7 @@ def test_int8_rows_agree_and_their_accuracy_is_reported(
         out,
     )
     assert report, out
-    stored_and_live(*EFFICIENTNET, "--features.precision", "int8")
+    stored_and_live("--features.precision", "int8")
     out = capsys.readouterr().out
     assert report[0] in out, "reported in every fit"
     assert "36 rows reused, 0 computed" in out
