@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from project.errors import CheckpointError, ConfigError, abbreviate, damaged_che
 
 Checkpoint = dict[str, Any]
 ZIP_MAGIC = b"PK\x03\x04"  # torch.save writes a zip file; its two older formats need a larger part of pickle
+CHUNK = 2**20  # bytes to read at once
 MAX_IMAGE_SIZE = 4096  # pixels; loading runs the network at this size, so a huge value would exhaust the memory
 
 TEXT = (str,)
@@ -60,6 +62,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
         with file.open("rb") as opened:
             if opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
                 raise ValueError("no zip file")
+        if not mmap:
+            verify_checksums(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensor types that validate_schema refuses
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -78,6 +82,22 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
+
+
+def verify_checksums(file: Path) -> None:
+    """Compare the tensors and the other entries of a checkpoint with their checksums, which ``torch.load`` ignores.
+
+    Args:
+        file: The zip file that ``torch.save`` has written.
+
+    Raises:
+        zipfile.BadZipFile: An entry is damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as entry:
+                while entry.read(CHUNK):
+                    pass
 
 
 def require_file(path: str | Path) -> Path:

@@ -58,7 +58,11 @@ def _group_keys(value: str) -> set[str]:
 
 
 def config_files_first(args: Sequence[str]) -> list[str]:
-    """Move config files before all other flags, so that flags override them wherever they are on the command line."""
+    """Move config files before all other flags, so that flags override them wherever they are on the command line.
+
+    Raises:
+        ConfigError: A config file is not valid YAML, or has no settings.
+    """
     files: list[str] = []
     rest: list[str] = []
     remaining = iter(args)
@@ -69,4 +73,26 @@ def config_files_first(args: Sequence[str]) -> list[str]:
             files.append(arg)
         else:
             rest.append(arg)
+    for value in files:
+        _validate_config_file(Path(value.removeprefix("--config=")).expanduser())
     return [*rest[:1], *files, *rest[1:]] if rest[:1] and not rest[0].startswith("-") else list(args)
+
+
+def _validate_config_file(path: Path) -> None:
+    """Check a config file. The parser's errors name neither the file nor the line."""
+    if not path.is_file():
+        return  # a flag, or refused by the parser
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8. Save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{where}: invalid YAML: {error.problem}.\nCorrect this line, or the one before it."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: invalid YAML: {str(error).splitlines()[0]}. Save it as plain text.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} has no settings. A config has sections, such as data: {{root: photos/}}.")

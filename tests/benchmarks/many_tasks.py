@@ -39,13 +39,15 @@ def main() -> None:
             checkpoints.append(folder / f"runs/{name}/version_0/checkpoints/best.ckpt")
         photographs = subset(options.data.resolve() / SETS[0], options.images, folder)
         variants = {name: [path] for name, path in zip(SETS, checkpoints, strict=True)} | {BOTH: checkpoints}
-        for number in range(options.rounds):
+        for number in range(options.rounds + 1):
             for name, paths in variants.items():
                 flags = [flag for path in paths for flag in ("--ckpt_path", path)]
                 predict = ["project", "predict", *flags, "--data.predict", photographs]
                 predict += ["--trainer.enable_progress_bar", "false", "--output", folder / "predictions.csv"]
-                runs.setdefault(name, []).append(run_module(*predict))
-            progress(f"round {number + 1}: {', '.join(f'{part[-1].seconds:.2f}' for part in runs.values())} s")
+                run = run_module(*predict)
+                if number > 0:  # the first round warms the file caches
+                    runs.setdefault(name, []).append(run)
+            progress(f"round {number}: {', '.join(f'{part[-1].seconds:.2f}' for part in runs.values())} s")
         count = len((folder / "predictions.csv").read_text().splitlines()) - 1
     seconds = {name: [run.seconds for run in part] for name, part in runs.items()}
     cpu_seconds = {name: [run.cpu_seconds for run in part] for name, part in runs.items()}

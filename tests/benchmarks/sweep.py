@@ -27,9 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, ratios = [], []
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            *(*LITE0, "--data.root", arguments.data.resolve(), "--features.folder", f"{folder}/store"),
-        ]
+        flags = [*LITE0, "--data.root", arguments.data.resolve(), "--features.folder", f"{folder}/store"]
         for number in range(arguments.rounds + 1):
             runs = {}
             for verb in ("sweep", "fit"):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from project import load
-from project.errors import ProjectError
+from project.checkpoints.reader import read_checkpoint
+from project.errors import CheckpointError, ProjectError
 
 VALUES = st.one_of(
     st.none(),
@@ -73,6 +74,17 @@ def test_removing_or_replacing_any_value(data: st.DataObject, intact: dict[str, 
         inner[key] = data.draw(VALUES)
     torch.save(checkpoint, tmp_path / "a.ckpt")
     is_refused(tmp_path / "a.ckpt")
+
+
+def test_one_changed_bit_of_a_tensor_is_found(trained: Path, tmp_path: Path) -> None:
+    """``torch.load`` does not compare the entries with their checksums."""
+    content = bytearray((trained / "checkpoints/last.ckpt").read_bytes())
+    weight = read_checkpoint(trained / "checkpoints/last.ckpt")["state_dict"]["head.weight"]
+    content[content.index(weight.numpy().tobytes()) + 2] ^= 1
+    (tmp_path / "a.ckpt").write_bytes(content)
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match=r"it is damaged or contains code \(BadZipFile: Bad CRC-32"):
+        read_checkpoint(tmp_path / "a.ckpt")
 
 
 @SETTINGS
