@@ -27,7 +27,8 @@ class ProjectError(Exception):
         self.reason = message if reason is None else str(reason)
         self.hint = hint
         has_fields = path is not None or reason is not None or hint
-        super().__init__(message.format(path=self.path, reason=self.reason, hint=hint) if has_fields else message)
+        text = message.format(path=self.path, reason=self.reason, hint=hint) if has_fields else message
+        super().__init__(text.rstrip())  # a suggestion ends with a space
 
 
 class ConfigError(ProjectError):

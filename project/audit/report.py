@@ -107,13 +107,10 @@ def _print_findings(result: Audit, seconds: float) -> None:
     parts = ", ".join(f"{count} {split}" for split, count in splits.items() if count)
     problems = counts["refused"] + counts["problem"]
     print_rank_zero(
-        f"{result.source}: {len(result.rows)} images ({parts}) of {len(result.counts)} classes in {seconds:.1f} s. "
-        f"{_plural(problems, 'problem')}, {_plural(counts['note'], 'note')}."
+        f"{result.source}: {len(result.rows)} images ({parts}) of {len(result.counts)} "
+        f"{'class' if len(result.counts) == 1 else 'classes'} in {seconds:.1f} s. "
+        f"Problems: {problems}. Notes: {counts['note']}."
     )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def report_suspects(result: Audit, suspects: Sequence[Suspect], json: str | None = None) -> None:

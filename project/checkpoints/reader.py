@@ -107,6 +107,8 @@ def require_file(path: str | Path) -> Path:
         CheckpointError: It does not exist.
     """
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise CheckpointError(f"{path} is a folder. Pass a checkpoint, such as {path}/checkpoints/best.ckpt of a run.")
     if not file.is_file():
         raise CheckpointError(f"There is no checkpoint {path}. A fit writes them to runs/NAME/version_N/checkpoints.")
     return file

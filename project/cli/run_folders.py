@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from project.checkpoints.reader import read_checkpoint
@@ -54,6 +55,18 @@ def reserve_version(folder: Path) -> int | None:
                 number += 1
     except OSError as error:
         raise ConfigError(f"Cannot write to the run folder {folder}: {error.strerror}.") from error
+
+
+@contextmanager
+def removed_on_error(folder: Path | None) -> Iterator[None]:
+    """Context in which an exception removes a run's folder, and that of its name, if they are empty."""
+    try:
+        yield
+    except Exception:
+        with suppress(OSError):  # not empty
+            for empty in (folder, folder.parent) if folder is not None else ():
+                empty.rmdir()
+        raise
 
 
 def newest_checkpoint(folder: Path, alias: str) -> Path | None:

@@ -22,7 +22,7 @@ from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.config_checks import validate_config, validate_seed
-from project.cli.run_folders import report_new_classes, reserve_version, run_folder
+from project.cli.run_folders import removed_on_error, report_new_classes, reserve_version, run_folder
 from project.cli.series import Series
 from project.cli.short_help import group_help, requested_help, short_help
 from project.cli.sweep_command import (
@@ -288,11 +288,11 @@ class TransferCLI(CheckpointCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Create the trainer. Only fit has a run folder, checkpoints and logs."""
         section, verb = self._section, str(self.subcommand)
-        options = {**section.trainer, **kwargs}
+        options, own = {**section.trainer, **kwargs}, {}
         if verb == "fit":
             again = f"run: {self._resume_command}" if self._is_repetition else "run the same command again."
             self._signals.message = f"No batch has been trained yet; {again}"
-            options |= self._run_folder(section)
+            own = self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
         self.summary = RunSummary(section.dashboard)
@@ -302,11 +302,12 @@ class TransferCLI(CheckpointCLI):
             for flag in FLAGS_ONLY:
                 config.pop(flag)
             callbacks.append(SaveConfigCallback(self.verb_parser(verb), config))
-        trainer = Trainer(**{**options, "callbacks": callbacks})
-        if self._is_repetition and trainer.world_size > 1:
-            raise ConfigError(
-                f"--folds and --seeds run on one device, not on {trainer.world_size}. Add --trainer.devices 1"
-            )
+        with removed_on_error(own.get("default_root_dir")):
+            trainer = Trainer(**{**options, **own, "callbacks": callbacks})
+            if self._is_repetition and trainer.world_size > 1:
+                raise ConfigError(
+                    f"--folds and --seeds run on one device, not on {trainer.world_size}. Add --trainer.devices 1"
+                )
         return trainer
 
     def _run_folder(self, section: Namespace) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def _batches(
     """Batches of the images, in each transform."""
     single = isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read")
     if single or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3)):
-        raise TypeError("Expected several images: a list, an array (B, H, W, C) or a tensor (B, C, H, W).")
+        raise TypeError(
+            "Expected several images: a list, such as ['a.jpg'], an array (B, H, W, C) or a tensor (B, C, H, W)."
+        )
     items = iter(images)
     with torch.inference_mode():
         while batch := [to_image(image) for image in islice(items, batch_size)]:

@@ -37,7 +37,7 @@ def generate(root: Path, count: int, side: int) -> None:
 def check(root: Path) -> tuple[CompletedRun, float]:
     """Check a folder; return the process and the seconds that it reports."""
     run = run_module("project", "check", "--data.root", root, expected=(0, 1))
-    (seconds,) = re.findall(r"classes in ([\d.]+) s\.", run.output)
+    (seconds,) = re.findall(r"class(?:es)? in ([\d.]+) s\.", run.output)
     return run, float(seconds)
 
 

@@ -87,6 +87,11 @@ def test_one_changed_bit_of_a_tensor_is_found(trained: Path, tmp_path: Path) -> 
         read_checkpoint(tmp_path / "a.ckpt")
 
 
+def test_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is a folder\. Pass a checkpoint, such as .*/checkpoints/best\.ckpt"):
+        read_checkpoint(tmp_path)
+
+
 @SETTINGS
 @given(data=st.data())
 def test_changing_any_bytes(data: st.DataObject, trained: Path, tmp_path: Path) -> None:
