@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.measure import print_table, progress
 
 DIGITS = "digits"
 ALL = (DIGITS, "hymenoptera", "flowers5", "clothing10")
@@ -32,6 +36,33 @@ def data_sets(root: Path, names: Sequence[str], temporary: Path) -> Iterator[tup
             folder = temporary / DIGITS
             write_digits(folder)
         yield name, folder, SIZES.get(name, 224)
+
+
+def print_for_each_network(
+    description: str | None,
+    columns: Sequence[str],
+    row: Callable[[Path, str, int | None, Path], tuple[int, Sequence[str]]],
+) -> None:
+    """Parse the command line, and print one row of a table per data set and network.
+
+    Args:
+        description: Text of ``--help``.
+        columns: Headings of the cells of ``row``.
+        row: Given the folder of a data set, the network, the input size in pixels (``None`` for that of the weights)
+            and the folder of a feature store, returns the number of images and the cells.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that contains the data sets")
+    parser.add_argument("--sets", nargs="+", default=ALL)
+    arguments = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, root, size in data_sets(arguments.data, arguments.sets, Path(folder)):
+            for network in NETWORKS:
+                count, cells = row(root, network, size if name == DIGITS else None, Path(folder) / "store")
+                lines.append([f"{name}, {network} ({count:,})", *cells])
+                progress(" | ".join(lines[-1]))
+    print_table(["data set, network (images)", *columns], lines)
 
 
 def write_digits(folder: Path) -> None:

@@ -12,8 +12,6 @@ and momentum 0.9. Both have batches of 32. Needs ``efficientnet-lite0-pytorch-mo
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.benchmarks.data_sets import ALL, DIGITS, NETWORKS, data_sets, encode
+from tests.benchmarks.data_sets import NETWORKS, encode, print_for_each_network
 from tests.benchmarks.head_solver import FOLDS, Rows
-from tests.benchmarks.measure import paired_difference, print_table, progress
+from tests.benchmarks.measure import paired_difference
 
 #: Maps training rows, their folds and the held-out features to logits of the held-out images ``(B, C)``.
 Head = Callable[[Rows, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -77,6 +75,7 @@ HEADS: dict[str, Head] = {
     "AdamW": trained(partial(torch.optim.AdamW, lr=0.001), 20),
     "article": trained(partial(torch.optim.SGD, lr=0.001, momentum=0.9), 10),
 }
+COMPARED = ("1", "AdamW", "article")  # with 0.5
 
 
 def scores(root: Path, network: str, size: int | None, store: Path) -> dict[str, torch.Tensor]:
@@ -105,25 +104,12 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> str:
     return f"{100 * accuracy:+.2f} ± {100 * margin:.2f}, {loss:+.4f} ± {loss_margin:.4f}"
 
 
-def main() -> None:
-    """Print one row per network and data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=ALL)
-    arguments = parser.parse_args()
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, root, size in data_sets(arguments.data, arguments.sets, Path(folder)):
-            for network in NETWORKS:
-                own = size if name == DIGITS else None  # photographs: the size of the weights
-                found = scores(root, network, own, Path(folder) / "store")
-                means = [", ".join(f"{value:.4f}" for value in found[head].mean(0).tolist()) for head in HEADS]
-                differences = [difference(found["0.5"], found[other]) for other in ("1", "AdamW", "article")]
-                lines.append([f"{name}, {network} ({len(found['1']):,})", *means, *differences])
-                progress(" | ".join(lines[-1]))
-    columns = ["data set, network (images)", *HEADS, *(f"0.5 minus {other}" for other in ("1", "AdamW", "article"))]
-    print_table(columns, lines)
+def row(root: Path, network: str, size: int | None, store: Path) -> tuple[int, list[str]]:
+    """The number of images, and the cells of the table."""
+    found = scores(root, network, size, store)
+    means = [", ".join(f"{value:.4f}" for value in found[head].mean(0).tolist()) for head in HEADS]
+    return len(found["1"]), [*means, *(difference(found["0.5"], found[other]) for other in COMPARED)]
 
 
 if __name__ == "__main__":
-    main()
+    print_for_each_network(__doc__, [*HEADS, *(f"0.5 minus {other}" for other in COMPARED)], row)

@@ -9,15 +9,13 @@ val are merged, and the first three of five cross-validation folds are held out 
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.data_sets import ALL, DIGITS, NETWORKS, data_sets, encode
-from tests.benchmarks.measure import paired_difference, print_table, progress
+from tests.benchmarks.data_sets import NETWORKS, encode, print_for_each_network
+from tests.benchmarks.measure import paired_difference
 
 FOLDS, SPLITS = 5, 3
 
@@ -61,22 +59,11 @@ def compare(last: torch.Tensor, stages: torch.Tensor) -> list[str]:
     return [*cells, f"{100 * difference:+.2f} ± {100 * margin:.2f}"]
 
 
-def main() -> None:
-    """Print one row per network and data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=ALL)
-    arguments = parser.parse_args()
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, root, size in data_sets(arguments.data, arguments.sets, Path(folder)):
-            for network in NETWORKS:
-                own = size if name == DIGITS else None  # photographs: the size of the weights
-                kinds = [correct(root, network, kind, own, Path(folder) / "store") for kind in ("last", "stages")]
-                lines.append([f"{name}, {network} ({len(kinds[0])})", *compare(*kinds)])
-                progress(" | ".join(lines[-1]))
-    print_table(["data set, network (held-out images)", "last", "stages", "difference, points"], lines)
+def row(root: Path, network: str, size: int | None, store: Path) -> tuple[int, list[str]]:
+    """The number of held-out images, and the cells of the table."""
+    last, stages = (correct(root, network, kind, size, store) for kind in ("last", "stages"))
+    return len(last), compare(last, stages)
 
 
 if __name__ == "__main__":
-    main()
+    print_for_each_network(__doc__, ["last", "stages", "difference, points"], row)
