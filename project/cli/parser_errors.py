@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from argparse import ArgumentError, ArgumentParser
+from argparse import ArgumentError
 from collections.abc import Sequence
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from project.config.class_path import ClassSpec
@@ -38,6 +39,11 @@ PLATEAU_METRIC = re.compile(
     r"ReduceLROnPlateau conditioned on metric (?P<metric>\S+) which is not available\. "
     r"Available metrics are: (?P<known>.*)"
 )
+
+#: Lightning's Trainer, for ``devices: 0`` and an empty list.
+NO_DEVICES = re.compile(r"`Trainer\(devices=(?P<value>.*?)\)` value is not a valid input using (?P<accelerator>\w+)")
+#: Lightning's checks of a Trainer argument, without its section.
+TRAINER_ARGUMENT = re.compile(r"^`(?P<name>\w+)` must")
 
 # --- messages of the parser, which list the errors of every member of a union type
 
@@ -158,9 +164,15 @@ def explain_misconfiguration(error: MisconfigurationException) -> str:
     Args:
         error: Exception of Lightning.
     """
-    match = PLATEAU_METRIC.search(str(error))
+    message = str(error)
+    if match := NO_DEVICES.search(message):
+        return (
+            f"trainer.devices: {match['value']} is no device of accelerator {match['accelerator']}. "
+            "Use a positive number, or auto."
+        )
+    match = PLATEAU_METRIC.search(message)
     if match is None:
-        return str(error)
+        return TRAINER_ARGUMENT.sub(r"trainer.\g<name> must", message)
     known = re.findall("'(.*?)'", match["known"])
     return _unknown_metric("model.scheduler: ReduceLROnPlateau", match["metric"], known)
 
@@ -190,15 +202,27 @@ def _unknown_key(match: re.Match[str], parser: ArgumentParser) -> ConfigError:
         )
     keys = [name for name in option_names(parser) if not name.endswith(".help")]
     if flag := match["flag"]:
-        return ConfigError(
-            f"unknown flag {flag}. {did_you_mean(flag, [f'--{key}' for key in keys])}See --help for all."
-        )
+        arguments = [f"--{name}" for name in _class_arguments(parser, keys)]
+        same = [name for name in arguments if name.rpartition(".")[2] == flag.lstrip("-").rpartition(".")[2]]
+        suggestion = f"Did you mean {same[0]!r}? " if same else did_you_mean(flag, [f"--{key}" for key in keys])
+        return ConfigError(f"unknown flag {flag}. {suggestion}See --help for all.")
     key = ".".join(filter(None, (match["group"], match["key"])))
     sections = {name.partition(".")[0] for name in keys}
     section = key.partition(".")[0]
     if section not in sections:
         return ConfigError(f"unknown key {section!r}. {did_you_mean(section, sections)}See --help for all.")
     return ConfigError(f"unknown key {key!r}. {did_you_mean(key, keys)}See --help for all.")
+
+
+def _class_arguments(parser: ArgumentParser, keys: Sequence[str]) -> list[str]:
+    """Flags of the arguments of the default classes, such as ``model.optimizer.lr``, which the parser does not list."""
+    names, defaults = [], parser.get_defaults(skip_validation=True)
+    for key in keys:
+        default = defaults.get(key)
+        path = getattr(default, "class_path", None)
+        if isinstance(path, str) and is_importable(path):
+            names += [f"{key}.{name}" for name in inspect.signature(ClassSpec(path).resolve(object)).parameters]
+    return names
 
 
 def _unknown_class(key: str, path: str, parser: ArgumentParser) -> ConfigError:

@@ -143,6 +143,12 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "unknown key": (_config("model: {weigths: null}"), ("'model.weigths'", "'model.weights'")),
     "unknown section": (_config("modle: {weights: null}"), ("'modle'", "'model'")),
     "config that is not YAML": (_config("model: {: a"), ("line 1",)),
+    "argument of the optimizer without its section": (
+        _flags("--model.lr", "0.1"),
+        ("unknown flag --model.lr. Did you mean '--model.optimizer.lr'? ",),
+    ),
+    "no devices": (_flags("--trainer.devices", "0"), ("trainer.devices: '0' is no device", "positive number, or auto")),
+    "negative number of epochs": (_flags("--trainer.max_epochs", "-5"), ("error: trainer.max_epochs must be",)),
     "unknown flag": (_flags("--model.bakbone", "x"), ("--model.bakbone", "'--model.backbone'")),
     "abbreviated flag": (_flags("--trainer.max_epoch", "1"), ("'--trainer.max_epochs'",)),
     "unknown argument of the optimizer": (_flags("--model.optimizer.lrr", "1"), ("'lrr'", "ArticleSGD", "'lr'")),
