@@ -32,6 +32,7 @@ from project.data.splits import (
     limit_classes,
     split,
     stratified_folds,
+    unused_fractions,
 )
 from project.data.transforms import Augment, Transform, evaluation, training
 from project.errors import ConfigError, DataError, join_names
@@ -152,6 +153,8 @@ class ImageDataModule(pl.LightningDataModule):
         if self.source is None:
             return {}
         self.source.require()
+        for name, reason in unused_fractions(self.source.splits, self.hold_out).items():
+            print_rank_zero(f"Data: {name} has no effect, because {reason}")
         splits = split(self.source.splits, self._placed, self.hold_out)
         if self._skips_bad_images:
             splits = {name: self._skip_unreadable(samples, name) for name, samples in splits.items()}

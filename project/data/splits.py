@@ -218,6 +218,20 @@ def split(
     return {"train": train, "val": val, "test": test}
 
 
+def unused_fractions(given: Mapping[str, list[Sample]], settings: HoldOut) -> dict[str, str]:
+    """Settings of fractions that hold out no images, each with the reason.
+
+    Args:
+        given: Samples by ``train`` and, if the source has them, ``val`` and ``test``.
+        settings: Settings of the held-out splits.
+    """
+    reasons = {f"{name}_fraction": f"the data has a {name} split" for name in ("val", "test") if given.get(name)}
+    if settings.fold:
+        reasons["val_fraction"] = "data.fold selects the validation images"
+    default = vars(HoldOut())
+    return {f"data.{name}": reason for name, reason in reasons.items() if vars(settings)[name] != default[name]}
+
+
 def empty_split_error(name: str, given: Container[str], settings: HoldOut) -> DataError:
     """Error for a split without images: why it has none, and how to fix it.
 

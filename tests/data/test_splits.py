@@ -20,6 +20,7 @@ from project.data.splits import (
     parse_fold,
     split,
     stratified_folds,
+    unused_fractions,
 )
 from project.errors import ConfigError
 
@@ -196,3 +197,18 @@ def test_stratified_folds_are_not_empty_and_leave_images_of_each_class(samples: 
     for label in {sample.label for sample in samples}:
         of_class = {fold for sample, fold in zip(samples, folds, strict=True) if sample.label == label}
         assert of_class == {NEVER_HELD_OUT} or len(of_class) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "expected"),
+    [
+        ({}, ["val", "test"], {}),
+        ({"val_fraction": 0.3, "test_fraction": 0.1}, [], {}),
+        ({"val_fraction": 0.3}, ["val"], {"data.val_fraction": "the data has a val split"}),
+        ({"test_fraction": 0.1}, ["val", "test"], {"data.test_fraction": "the data has a test split"}),
+        ({"val_fraction": 0.3, "fold": "1/5"}, [], {"data.val_fraction": "data.fold selects the validation images"}),
+    ],
+)
+def test_fractions_without_effect_are_named(settings: dict, names: list[str], expected: dict[str, str]) -> None:
+    given = {name: [Sample("a.jpg", 0)] for name in ("train", *names)}
+    assert unused_fractions(given, HoldOut(**settings)) == expected
