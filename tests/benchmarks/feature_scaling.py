@@ -111,5 +111,10 @@ def row(root: Path, network: str, size: int | None, store: Path) -> tuple[int, l
     return len(found["1"]), [*means, *(difference(found["0.5"], found[other]) for other in COMPARED)]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print one row per network and data set."""
     print_for_each_network(__doc__, [*HEADS, *(f"0.5 minus {other}" for other in COMPARED)], row)
+
+
+if __name__ == "__main__":
+    main()

@@ -65,5 +65,10 @@ def row(root: Path, network: str, size: int | None, store: Path) -> tuple[int, l
     return len(last), compare(last, stages)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print one row per network and data set."""
     print_for_each_network(__doc__, ["last", "stages", "difference, points"], row)
+
+
+if __name__ == "__main__":
+    main()
