@@ -41,6 +41,7 @@ SOLVED = ["--model.head_init", "auto"]
 STORED = ["--features.folder", "store", "--features.engine", "torch", "--trainer.accelerator", "cpu"]
 
 
+@pytest.hookimpl(optionalhook=True)  # the hook exists only if pytest-xdist is loaded
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores, because many tests wait for processes."""
     return len(os.sched_getaffinity(0)) + 1

@@ -33,9 +33,9 @@ ENGINES = ("torch fp32", "torch bf16", "torch fp16")
 COMPILED = ("compile bf16",)
 #: Minimum share of the synthetic rate, unless decoding is the bottleneck.
 MIN_SYNTHETIC_SHARE = 0.8
-#: Minimum share of the decoding rate, and minimum CPU utilization, where decoding is the bottleneck.
+#: Minimum share of the decoding rate where decoding is the bottleneck. Decoding alone does not use all cores fully
+#: either: on 16 cores, it measures a CPU utilization of 84 %.
 MIN_DECODING_SHARE = 0.95
-MIN_CPU_UTILIZATION = 0.85
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,7 @@ def _measure_engine(scale: Scale, workload: Workload, engine_name: str, folder: 
     out.add(f"{name}, from photographs", rate, "images/s", note)
     out.add(f"{name}, share of synthetic", rate / synthetic, "", f"the lower limit is {bottleneck}")
     if scale.device.type == "cuda":
-        decoding_bound = (
-            bottleneck == "decoding"
-            and rate >= MIN_DECODING_SHARE * workload.decoding
-            and (utilization.cpu or 0) >= MIN_CPU_UTILIZATION
-        )
+        decoding_bound = bottleneck == "decoding" and rate >= MIN_DECODING_SHARE * workload.decoding
         holds = rate >= MIN_SYNTHETIC_SHARE * synthetic or decoding_bound
         out.check(f"{name}: {MIN_SYNTHETIC_SHARE:.0%} of synthetic, or limited by decoding", holds, str(utilization))
 

@@ -92,6 +92,7 @@ def _compare(scale: Scale, photographs: Path, work: Path, setting: Setting, out:
         note = f"{ratio:.3f} times; runs of the same program differ by about {NOISE:.0%}"
         out.check(f"fine-tune {setting}: at least as fast as the plain loop", ratio >= 1 - NOISE, note)
     if setting.compiled:
+        out.check(f"frozen SHA-256 unchanged: {setting}", *compare_frozen_fingerprint(scale, setting))
         graphs = FitMonitor.last.graphs
         out.check(f"no recompilation after the first epoch: {setting}", graphs[0] == graphs[-1] > 0, f"{graphs}")
 
@@ -114,6 +115,18 @@ def run_project(scale: Scale, photographs: Path, work: Path, setting: Setting) -
         raise RuntimeError(f"The fit of {setting} exited with code {code}.")
     monitor = FitMonitor.last
     return Throughput(scale.train / statistics.median(monitor.seconds[1:]), monitor.peak)
+
+
+def compare_frozen_fingerprint(scale: Scale, setting: Setting) -> tuple[bool, str]:
+    """Compare the frozen stages' SHA-256 after the latest fit with that of a newly loaded backbone on the CPU.
+
+    Returns:
+        Whether they are equal, and the first digits of the expected SHA-256.
+    """
+    name, size = scale.finetuned
+    backbone = load_backbone(name, None, size)
+    expected = backbone.fingerprint(backbone.cut_at(setting.trainable))
+    return FitMonitor.last.fingerprint == expected, expected[:12]
 
 
 def run_plain(scale: Scale, photographs: Path, setting: Setting) -> Throughput:
