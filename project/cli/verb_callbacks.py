@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from project.callbacks.graceful_shutdown import GracefulShutdown
+from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
 from project.reporting.model_card_callback import ModelCardCallback
@@ -30,6 +31,8 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     if verb != "fit":
         return callbacks
     callbacks.append(report)
+    if section.lr_find:
+        callbacks.append(LearningRateFinder())
     if not trainer.fast_dev_run:
         if trainer.logger is not False:
             callbacks.append(LearningRateMonitor())
