@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -22,17 +23,21 @@ from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone, BatchNormMode, load_backbone
 from project.models.heads import HeadCallable, LinearHead
+from project.models.l2_sp import L2SP
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind
 from project.models.schedules import Interval, frequency_of, validate_steps
+from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
+from project.runtime.console import print_rank_zero
 from project.runtime.distributed import world_size
 from project.runtime.unsupported import refuse_unsupported
 from project.task import SingleLabel, Task, Weight
 
+STAGES = ("train", "val", "val_ema", "test")
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 #: The command line accepts only a name; Python code can also pass a loaded backbone.
@@ -50,12 +55,14 @@ class StepOutput(NamedTuple):
         probabilities: ``(B, C)``, float32, detached.
         labels: int64 ``(B,)``.
         features: Inputs of the head ``(B, D)``, detached.
+        averaged: The same of the averaged weights; ``None`` if they are not validated.
     """
 
     loss: tuple[torch.Tensor, Weight]
     probabilities: torch.Tensor
     labels: torch.Tensor
     features: torch.Tensor
+    averaged: StepOutput | None = None
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
@@ -91,6 +98,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         lr_decay: Factor of the learning rate per stage towards the input, in (0, 1]: the head has the optimizer's
             rate, the last stage lr_decay times this rate, and so on.
         scheduler_frequency: Step the scheduler only at every so many epochs or steps.
+        ema: Decay of an exponential moving average of the trained weights, such as 0.999. Each validation evaluates
+            the average, too, and best.ckpt has the better of the two. Null for no average.
+        batch_norm: BatchNorm in trained stages: frozen keeps the pretrained running statistics and trains only scale
+            and shift; train normalizes with the statistics of each batch and updates the running ones.
+        l2_sp: Strength alpha of the penalty alpha/2 times the squared distance of the trained stages' weights from the
+            pretrained ones (L2-SP); 0 for none.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -117,6 +130,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: FeatureKind = "last",
         lr_decay: float = 1.0,
         scheduler_frequency: int = 1,
+        ema: float | None = None,
+        batch_norm: BatchNormMode = "frozen",
+        l2_sp: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -129,6 +145,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         if not 0 < lr_decay <= 1:
             raise ConfigError(f"model.lr_decay must be in (0, 1], not {lr_decay}.")
         validate_steps(self.hparams)
+        if ema is not None and not 0 < ema < 1:
+            raise ConfigError(f"model.ema is a decay between 0 and 1, such as 0.999, not {ema}. Null disables it.")
+        if not 0 <= l2_sp < math.inf:
+            raise ConfigError(f"model.l2_sp must be at least 0, not {l2_sp}.")
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
@@ -149,10 +169,13 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.backbone = loaded
             self.backbone.freeze(self.cut)
         self.backbone.set_features(features)
+        self.backbone.set_batch_norm(batch_norm)
         #: SHA-256 of the frozen stages as loaded.
         self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
+        # Before a checkpoint is loaded, the weights are the pretrained ones.
+        self._l2_sp = L2SP(l2_sp, self._suffix_parameters().items()) if l2_sp and self.cut.trainable else None
         self.hparams["weights"] = loaded.origin.weights  # absolute path of a file, valid in any working directory
         if compile:
             self.backbone.compile_halves()
@@ -160,6 +183,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.head: nn.Module = nn.Identity()
         #: Whether the head has its initial weights, at least for one class: neither trained nor loaded.
         self.head_is_new = True
+        #: Moving average of the trained weights in a fit; ``None`` for none.
+        self.average: WeightAverage | None = None
         #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
@@ -179,7 +204,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             raise ConfigError(f"model.class_weights must be at least 0, not {min(weights)}.")
         self.loss_weights: torch.Tensor | None
         self.register_buffer("loss_weights", None if weights is None else torch.tensor(weights), persistent=False)
-        for stage in ("train", "val", "test"):
+        for stage in STAGES:
             self.add_module(f"{stage}_metrics", EpochMetrics(stage, self.task, classes))
 
     def setup(self, stage: str) -> None:
@@ -192,8 +217,35 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         refuse_unsupported(getattr(self.trainer, "callbacks", []))
         self.backbone.freeze(self.cut)  # unfreeze() may have been called
         self.use_data(getattr(self.trainer, "datamodule", None), str(self.trainer.precision), stage == "fit")
+        self.average = None
+        if stage == "fit":
+            self._refuse_without_effect()
+            self.average = None if self.hparams["ema"] is None else WeightAverage(self.hparams["ema"])
         if stage == "fit" and self.classes and not self.parameter_groups():
             lightning_internals.skip_ddp(self.trainer)
+
+    def _refuse_without_effect(self) -> None:
+        """Refuse, or report, settings of training that cannot take effect in this fit."""
+        given = {"l2_sp": self.hparams["l2_sp"] > 0, "batch_norm train": self.hparams["batch_norm"] == "train"}
+        for name in (name for name, is_given in given.items() if is_given and not self.cut.trainable):
+            raise ConfigError(
+                f"model.{name} has no effect: no stage of {self.backbone.name} is trained.\n"
+                f"Remove it, or train stages with --model.trainable {[*self.backbone.stages][-1]}."
+            )
+        if self.hparams["ema"] is not None and self.trainer.limit_val_batches == 0:
+            raise ConfigError(
+                "model.ema has no effect without validation, which decides between the average and the last weights.\n"
+                "Remove it, or remove trainer.limit_val_batches 0."
+            )
+        has_norms = self.backbone.has_trainable_batch_norm
+        if given["batch_norm train"] and not has_norms:
+            name = self.backbone.name
+            print_rank_zero(f"BatchNorm: the trained stages of {name} have none; model.batch_norm has no effect")
+        elif has_norms and self.hparams["weights"] is None and not given["batch_norm train"]:
+            print_rank_zero(
+                "BatchNorm: the running statistics of random weights mean nothing, and model.batch_norm frozen keeps "
+                "them; use --model.batch_norm train"
+            )
 
     def use_data(self, data: Any, precision: str, trains: bool) -> None:
         """Set the classes and their loss weights from the data, and the preprocessing of the data from the weights.
@@ -266,10 +318,13 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         layout = "channels_last" if self.hparams["channels_last"] else "contiguous"
         return PrefixSpec(self.backbone, self.cut, self.encode, layout, device, precision)
 
-    def _step(self, batch: Any, stage: str) -> StepOutput:
-        inputs, targets, *rest = batch
-        stored = isinstance(batch, RowBatch)
-        features = self.refine(inputs.to(self.backbone.mean.dtype) if stored else self.encode(inputs))
+    def _rows(self, batch: Any) -> torch.Tensor:
+        """Rows at the cut, of a batch of images or of stored rows."""
+        return batch[0].to(self.backbone.mean.dtype) if isinstance(batch, RowBatch) else self.encode(batch[0])
+
+    def _step(self, batch: Any, stage: str, rows: torch.Tensor | None = None) -> StepOutput:
+        _, targets, *rest = batch
+        features = self.refine(self._rows(batch) if rows is None else rows)
         logits = self.head(features).float()
         if rest and world_size() > 1:  # a rank with only padding contributes a loss of 0, so the others do not hang
             valid = rest[0]
@@ -281,8 +336,13 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         return StepOutput(loss, probabilities, labels, features.detach())
 
     def epoch_metrics(self, stage: str) -> EpochMetrics:
-        """Metrics of the current epoch of a stage: ``train``, ``val`` or ``test``."""
+        """Metrics of the current epoch of a stage: ``train``, ``val``, ``val_ema`` (averaged weights) or ``test``."""
         return cast(EpochMetrics, self.get_submodule(f"{stage}_metrics"))
+
+    @property
+    def validates_average(self) -> bool:
+        """Whether validations evaluate the averaged weights, too: not before the first step, as there are none."""
+        return self.average is not None and self.average.updates > 0
 
     def _log_epoch(self, stage: str) -> None:
         values = self.epoch_metrics(stage).compute(self.device)
@@ -291,15 +351,44 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 f"Training diverged in epoch {self.current_epoch + 1}: the loss is NaN or inf.\n"
                 "Lower the learning rate (model.optimizer.lr). Checkpoints of earlier epochs are intact."
             )
+        if stage == "train" and self._l2_sp is not None:
+            values["train/l2_sp"] = self._l2_sp(self._suffix_parameters()).detach()
+        if stage == "val_ema":
+            values = {name: value for name, value in values.items() if "_of/" not in name}
         log_epoch(self, values)
 
+    def _suffix_parameters(self) -> dict[str, nn.Parameter]:
+        stages = ((name, self.backbone.stages[name]) for name in self.cut.trainable)
+        return {f"{stage}.{name}": value for stage, module in stages for name, value in module.named_parameters()}
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``."""
-        return global_mean_loss(*self._step(batch, "train").loss)
+        """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``.
+
+        The L2-SP penalty is added; the metric ``train/loss`` does not contain it.
+        """
+        loss = global_mean_loss(*self._step(batch, "train").loss)
+        return loss if self._l2_sp is None else loss + self._l2_sp(self._suffix_parameters())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, and update the averaged weights, unless the gradient scaler skips the step."""
+        scaler = None if self.average is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        super().optimizer_step(*args, **kwargs)
+        skipped = scaler is not None and scaler.get_scale() < scale  # the scaler then decreases its scale
+        if self.average is not None and not skipped:
+            self.average.update(self.trained_tensors())
 
     def validation_step(self, batch: Any, batch_idx: int) -> StepOutput:  # type: ignore[override]
-        """Update the metrics; return the outputs of each image for callbacks."""
-        return self._step(batch, "val")
+        """Update the metrics; return the outputs of each image for callbacks.
+
+        The frozen prefix runs once, also where averaged weights are validated.
+        """
+        if self.average is None or not self.validates_average:
+            return self._step(batch, "val")
+        rows = self._rows(batch)
+        output = self._step(batch, "val", rows)
+        with self.average.applied(self.trained_tensors(detached=False)):
+            return output._replace(averaged=self._step(batch, "val_ema", rows))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics."""
@@ -314,9 +403,17 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Log the metrics of the epoch."""
         self._log_epoch("train")
 
+    def on_validation_epoch_start(self) -> None:
+        """Use the averaged buffers of rank zero on all ranks: those of BatchNorm depend on the batches of a rank."""
+        if self.average is not None and world_size() > 1:
+            parameters = dict(self.named_parameters())
+            self.average.from_rank_zero(self.average.tensors.keys() - parameters.keys())
+
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
         self._log_epoch("val")
+        if self.validates_average:
+            self._log_epoch("val_ema")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the epoch."""
@@ -361,8 +458,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         Raises:
             FrozenError: They have changed.
         """
-        for stage in ("train", "val", "test"):
+        for stage in STAGES:
             self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
+        if self.average is not None:
+            self.average.place(self.trained_tensors())
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:

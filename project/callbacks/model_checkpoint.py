@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
+from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.summary import EvaluationSummary
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
@@ -25,7 +25,7 @@ KEY = "best"
 SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
 
 
-class _EpochCheckpoint(ModelCheckpoint):
+class _EpochCheckpoint(lightning_internals.ModelCheckpointOfCandidates):
     """Saves at the end of each training epoch, and after each validation within an epoch.
 
     Lightning's ModelCheckpoint saves only after validations if not every epoch ends with one, and omits other epochs.
@@ -47,9 +47,11 @@ class _EpochCheckpoint(ModelCheckpoint):
 class BestCheckpoint(_EpochCheckpoint):
     """Writes ``best.ckpt`` at the epoch with the best validation accuracy, including epochs before a resume.
 
+    If a validation also evaluates averaged weights, the better of the two are the weights of the checkpoint.
+
     Attributes:
         evaluation: Validation results of that epoch; ``None`` if they are unknown.
-        validations: Number of validations from which the best was chosen.
+        validations: Number of validations from which the best was chosen; one of averaged weights counts, too.
     """
 
     def __init__(self) -> None:
@@ -64,8 +66,14 @@ class BestCheckpoint(_EpochCheckpoint):
         self._evaluated_score: torch.Tensor | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validations += trainer.state.fn == "fit" and not trainer.sanity_checking
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.validations += 1 + (isinstance(pl_module, ImageClassifier) and pl_module.validates_average)
         super().on_validation_end(trainer, pl_module)
+
+    def monitored(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Replace the accuracy of the raw weights by that of their average, if it is higher."""
+        accuracy = metrics.get(f"{STAGES[best_weights(metrics)]}/accuracy")
+        return metrics if accuracy is None else {**metrics, "val/accuracy": accuracy}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -73,6 +81,7 @@ class BestCheckpoint(_EpochCheckpoint):
         if self.best_model_score is not self._evaluated_score:  # this is a new best epoch
             self._evaluated_score = self.best_model_score
             self.evaluation = _evaluation(trainer, pl_module)
+            checkpoint["weights"] = self.evaluation.weights  # this checkpoint is best.ckpt
         if self.evaluation is not None and self.evaluation.epoch is not None:
             checkpoint[KEY] = self.evaluation.state()
 
@@ -136,14 +145,20 @@ def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
-    """Validation metrics, confusion matrix and calibration of the current epoch."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None
+    """Validation metrics, confusion matrix and calibration of the current epoch, of its best weights."""
+    weights = best_weights(trainer.callback_metrics)
+    stage, logged = STAGES[weights], trainer.callback_metrics
+    metrics = {
+        f"val/{name.removeprefix(f'{stage}/')}": float(value)
+        for name, value in logged.items()
+        if name.startswith(f"{stage}/")
+    }
+    counts = module.epoch_metrics(stage).counts if isinstance(module, ImageClassifier) else None
     epoch = lightning_internals.epochs(trainer).ready - 1  # -1 before the first epoch
     if counts is None:
-        return EvaluationSummary(epoch, metrics)
+        return EvaluationSummary(epoch, metrics, weights=weights)
     confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
-    return EvaluationSummary(epoch, metrics, counts.images, confusion, counts.calibration.numpy())
+    return EvaluationSummary(epoch, metrics, counts.images, confusion, counts.calibration.numpy(), weights)
 
 
 class LastCheckpoint(_EpochCheckpoint):

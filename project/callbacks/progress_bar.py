@@ -13,6 +13,7 @@ from project.runtime.console import Bar, EtaEstimator, format_duration, is_termi
 
 MAX_LINES = 40  # of a fit with a known number of epochs; longer fits print only every n-th epoch
 GROWTH = 1.2  # ratio of the epochs of successive lines, if the number of epochs is unknown
+VALIDATED = ("val/", "val_ema/")  # prefixes of validation metrics
 
 
 class FitProgressBar(ProgressBar):
@@ -120,8 +121,8 @@ class FitProgressBar(ProgressBar):
         step = math.ceil(epochs / MAX_LINES) if epochs else max(1, int(done * GROWTH) - done)
         self._next_line = (done // step + 1) * step
         left = f"; {format_duration(self._eta.seconds_left)} left" if epochs and not ends else ""
-        # Without a validation in this epoch, val/ metrics are those of an earlier one.
-        metrics = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith("val/")]
+        # Without a validation in this epoch, its metrics are those of an earlier one.
+        metrics = [metric for metric in _metrics(trainer) if self._validated or not metric.startswith(VALIDATED)]
         print_rank_zero(f"Epoch {done}{f'/{epochs}' if epochs else ''}: {', '.join(metrics)}{left}")
 
     # validate, test, predict

@@ -157,6 +157,7 @@ def _refuse_settings_of_training(module: ImageClassifier, data: Any) -> None:
         "data.balance": getattr(data, "balance", "none") != "none",
         "model.class_weights": module.hparams["class_weights"] is not None,
         "model.label_smoothing": bool(module.hparams["label_smoothing"]),
+        "model.ema": module.hparams["ema"] is not None,
     }
     if module.cut.trainable:
         raise ConfigError(

@@ -121,9 +121,18 @@ def validate_schema(checkpoint: Any) -> None:
     mismatch = _mismatch(checkpoint, SCHEMA)
     if mismatch:
         raise damaged_checkpoint(f"The checkpoint is damaged or from another version: {mismatch}.")
-    for name, value in checkpoint["state_dict"].items():
+    require_tensors(checkpoint["state_dict"], "state_dict")
+
+
+def require_tensors(tensors: Mapping[Any, Any], place: str) -> None:
+    """Check that all values are dense tensors.
+
+    Raises:
+        CheckpointError: One is not.
+    """
+    for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type == "meta":
-            raise damaged_checkpoint(f"The checkpoint is damaged: {name!r} in its state_dict is not a dense tensor.")
+            raise damaged_checkpoint(f"The checkpoint is damaged: {name!r} in its {place} is not a dense tensor.")
 
 
 def hyper_parameters(
@@ -143,6 +152,8 @@ def hyper_parameters(
     arguments = dict(checkpoint["hyper_parameters"])
     if arguments.get("scheduler") is not None:
         arguments.setdefault("scheduler_interval", "epoch")  # earlier versions stepped every scheduler once an epoch
+    if arguments["trainable"] != "head":
+        arguments.setdefault("batch_norm", "train")  # as in earlier versions
     hints = {name: hint for name, hint in typing.get_type_hints(model_class.__init__).items() if name != "return"}  # type: ignore[misc]
     for name in arguments.keys() - hints.keys():
         raise damaged_checkpoint(f"{path} is damaged or from another version: unknown hyperparameter {name!r}.")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from project.checkpoints.averages import exchange, restore_average, save_average
 from project.checkpoints.compatibility import (
     FORMAT,
     match_parameter_groups,
@@ -32,6 +33,7 @@ from project.models.cut import Cut
 from project.models.heads import ResizableHead
 from project.models.parameter_groups import ALL, arrange_groups, stage_groups
 from project.models.schedules import Interval, for_groups, frequency_of, interval_of, with_length
+from project.models.weight_average import WeightAverage
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The classifier's arguments that name a class, each with the required base class.
@@ -94,6 +96,7 @@ class CheckpointMixin(Module):
         head: Maps features to logits.
         frozen_sha256: SHA-256 of the frozen stages as they were loaded.
         head_is_new: Whether the head has initial weights, at least for one class: neither trained nor loaded.
+        average: Moving average of the trained weights in a fit; ``None`` for none.
     """
 
     backbone: Backbone
@@ -101,6 +104,7 @@ class CheckpointMixin(Module):
     head: nn.Module
     frozen_sha256: str
     head_is_new: bool
+    average: WeightAverage | None
     #: Checkpoint whose weights a new fit starts from; ``None`` for none.
     start: str | None = None
 
@@ -226,6 +230,19 @@ class CheckpointMixin(Module):
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
+    def trained_tensors(self, detached: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint's ``state_dict``: trainable stages, buffers included, and head.
+
+        Args:
+            detached: Return detached tensors; otherwise, return the parameters and buffers themselves.
+        """
+        stages = [(f"backbone.stages.{name}.", self.backbone.stages[name]) for name in self.cut.trainable]
+        return {
+            name: tensor
+            for prefix, module in [*stages, ("head.", self.head)]
+            for name, tensor in module.state_dict(prefix=prefix, keep_vars=not detached).items()
+        }
+
     def start_from(self, checkpoint: Mapping[str, Any], name: str | Path) -> str:
         """Load the weights of a checkpoint as the start of a new fit, which does not resume the checkpoint's fit.
 
@@ -266,10 +283,21 @@ class CheckpointMixin(Module):
         return f"{text}\nStages: {', '.join(frozen)} now trained, from the pretrained weights" if frozen else text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remove the frozen tensors, and add the model's identity with their SHA-256."""
+        """Remove the frozen tensors, and add the model's identity with their SHA-256, and the averaged weights."""
         checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
+        weights = checkpoint.pop("weights", "raw")  # see BestCheckpoint
+        if self.average is not None:
+            save_average(checkpoint, self.average)
+            if weights == "ema":
+                exchange(checkpoint)
         schedule = {"length": self.schedule_length()}
-        checkpoint["transfer"] = {**self.identity(), "split": self.split(), "schedule": schedule, "start": self.start}
+        checkpoint["transfer"] = {
+            **self.identity(),
+            "split": self.split(),
+            "schedule": schedule,
+            "start": self.start,
+            "weights": weights,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.
@@ -286,12 +314,16 @@ class CheckpointMixin(Module):
         if isinstance(self.head, ResizableHead):
             tensors = checkpoint["state_dict"].items()
             self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})
-        state = self.state_dict()
+        state, trainer = self.state_dict(), attached_trainer(self)
+        resumes = trainer is not None and trainer.state.fn == "fit"
+        if resumes and checkpoint["transfer"].get("weights") == "ema":
+            exchange(checkpoint)  # training continues from the raw weights
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
-        trainer = attached_trainer(self)
+        if resumes and self.average is not None:
+            restore_average(checkpoint, self._without_frozen(state), self.average)
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
-        if trainer is not None and trainer.state.fn == "fit" and self.parameter_groups():
+        if resumes and self.parameter_groups():
             groups = copy_groups(self.parameter_groups())
             optimizer, _ = construct_optimizer({**self.hparams, "scheduler": None}, copy_groups(groups))
             match_parameter_groups(checkpoint, groups, [group["name"] for group in optimizer.param_groups])

@@ -54,6 +54,11 @@ def validate_config(verb: str, config: Namespace) -> None:
         )
     if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
         raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
+    if trainer["sync_batchnorm"] and verb == "fit" and model["trainable"] != "head" and model["batch_norm"] == "frozen":
+        raise ConfigError(
+            "trainer.sync_batchnorm has no effect, because BatchNorm does not train. Add --model.batch_norm train, or "
+            "remove it."
+        )
     for limit in LIMITS.get(verb, ()):
         if trainer[limit] == 0:
             instead = " To validate the initial head: --trainer.max_epochs 0" if verb == "fit" else ""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from project.evaluation.candidates import Weights
 from project.evaluation.metrics import BINS
 
 #: Accepted dtypes of the tables.
@@ -28,6 +29,7 @@ class EvaluationSummary:
             :class:`~project.evaluation.confusion.ConfusionCounts`; ``None`` if unknown.
         calibration: Images, summed confidence and correct predictions per confidence bin, ``(15, 3)``; ``(10, 3)`` in
             checkpoints of earlier versions; ``None`` if unknown.
+        weights: The weights that were validated: those of the optimizer, or their average.
     """
 
     epoch: int | None
@@ -35,6 +37,7 @@ class EvaluationSummary:
     images: int = 0
     confusion: np.ndarray | None = None
     calibration: np.ndarray | None = None
+    weights: Weights = "raw"
 
     @property
     def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -53,6 +56,7 @@ class EvaluationSummary:
             "images": self.images,
             "confusion": None if self.confusion is None else torch.from_numpy(self.confusion),
             "calibration": None if self.calibration is None else torch.from_numpy(self.calibration),
+            "weights": self.weights,
         }
 
     @classmethod
@@ -65,11 +69,12 @@ class EvaluationSummary:
             return None
         if not all(type(name) is str and type(value) is float for name, value in metrics.items()):
             return None
+        weights: Weights = "ema" if state.get("weights") == "ema" else "raw"  # earlier versions had no average
         confusion = _table(state.get("confusion"), (num_classes, num_classes), (num_classes, 2))
         calibration = _table(state.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
-            return cls(epoch, metrics, images)
-        return cls(epoch, metrics, images, confusion, calibration)
+            return cls(epoch, metrics, images, weights=weights)
+        return cls(epoch, metrics, images, confusion, calibration, weights)
 
 
 def _table(value: Any, *shapes: tuple[int, int]) -> np.ndarray | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,11 @@ from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 RANDOM_SEED = 0  # fixed, because checkpoints do not contain frozen weights, random ones included
+#: ``frozen``: keep the pretrained running statistics, and normalize with them; ``train``: normalize with the statistics
+#: of the batch, and update the running ones.
+BatchNormMode = Literal["frozen", "train"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,36 @@ class Origin:
 
 
 class Stages(nn.ModuleDict):
-    """Stages by name, in order. ``train()`` leaves the ``frozen`` ones in ``eval()`` mode."""
+    """Stages by name, in order. ``train()`` leaves the ``frozen`` ones in ``eval()`` mode.
+
+    Attributes:
+        frozen: Names of the frozen stages.
+        trains_batch_norm: Whether ``train()`` sets the mode of the BatchNorm modules of the other stages, too. If not,
+            their running statistics normalize the batches and do not change.
+    """
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__(stages)
         self.frozen: tuple[str, ...] = ()
+        self.trains_batch_norm = True
 
     def train(self, mode: bool = True) -> Stages:
         """Set the mode of the stages that are not frozen."""
         super().train(mode)
         for name in self.frozen:
             self[name].eval()
+        self.freeze_batch_norm(self)
         return self
+
+    def freeze_batch_norm(self, names: Iterable[str]) -> None:
+        """Set the BatchNorm modules of some stages to ``eval()`` mode, unless they train."""
+        for name in () if self.trains_batch_norm else names:
+            for norm in self.batch_norms(name):
+                norm.training = False  # eval() would include its children: timm's have a dropout
+
+    def batch_norms(self, name: str) -> Iterator[nn.Module]:
+        """The BatchNorm modules of a stage."""
+        return (module for module in self[name].modules() if isinstance(module, BATCH_NORMS))
 
 
 class Backbone(nn.Module):
@@ -113,6 +135,16 @@ class Backbone(nn.Module):
         self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
             stage.requires_grad_(name in cut.trainable)
+        self.train(self.training)
+
+    @property
+    def has_trainable_batch_norm(self) -> bool:
+        """Whether a trainable stage has BatchNorm modules."""
+        return any(True for name in self.cut.trainable for _ in self.stages.batch_norms(name))
+
+    def set_batch_norm(self, mode: BatchNormMode) -> None:
+        """Set whether training changes the running statistics of BatchNorm modules in stages that are not frozen."""
+        self.stages.trains_batch_norm = mode == "train"
         self.train(self.training)
 
     def set_features(self, features: FeatureKind) -> None:
@@ -181,6 +213,7 @@ class Backbone(nn.Module):
 
     def refine(self, rows: torch.Tensor, cut: Cut) -> torch.Tensor:
         """Run the trainable suffix: rows at the cut to features ``(B, D)``."""
+        self.stages.freeze_batch_norm(cut.trainable)  # train() may have been called on the stage itself
         return self._suffix(rows, cut.trainable)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

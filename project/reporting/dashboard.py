@@ -12,9 +12,10 @@ import torch
 
 from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError
+from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
 from project.reporting.figure_logger import FigureLogger, uses_datamodule_for_validation
-from project.reporting.run_description import hyperparameters
+from project.reporting.run_description import format_weights, hyperparameters
 from project.runtime import lightning_internals, logger_adapters
 from project.runtime.distributed import ProcessGroup
 from project.runtime.signals import Interrupted
@@ -23,8 +24,8 @@ from project.runtime.system import peak_memory
 #: Layout of TensorBoard's custom scalars: group, chart title, and regular expressions of the tags in the chart.
 CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "train and val": {
-        "loss": ["train/loss$", "val/loss$"],
-        "accuracy": ["train/accuracy$", "val/accuracy$", "val/top5$"],
+        "loss": ["train/loss$", "val/loss$", "val_ema/loss$"],
+        "accuracy": ["train/accuracy$", "val/accuracy$", "val_ema/accuracy$", "val/top5$"],
     },
     "val": {
         "macro F1": ["val/f1$"],
@@ -83,8 +84,8 @@ class Dashboard(pl.Callback):
         self._enabled = False
         self._figure_logger: FigureLogger | None = None  # on rank zero only
         self._input_pending = False
-        self._collector: PredictionCollector | None = None
-        self._best_result: dict[str, Any] = {"score": -math.inf, "values": {}}
+        self._collectors: dict[str, PredictionCollector] = {}  # by stage
+        self._best_result: dict[str, Any] = {"score": -math.inf, "values": {}, "weights": "raw"}
         self._best_predictions: tuple[ValidationPredictions, int] | None = None
         self._drawn = True
 
@@ -152,25 +153,31 @@ class Dashboard(pl.Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         group, classes = ProcessGroup(), len(pl_module.classes)
-        self._collector = PredictionCollector(
-            _validation_images(trainer), self._points, classes, group.rank, group.size
-        )
+        self._collectors = {
+            stage: PredictionCollector(_validation_images(trainer), self._points, classes, group.rank, group.size)
+            for stage in (STAGES.values() if pl_module.validates_average else [STAGES["raw"]])
+        }
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        if self._collector is not None and isinstance(outputs, StepOutput):
-            self._collector.update(outputs.probabilities, outputs.features)
+        if isinstance(outputs, StepOutput):
+            for collector, output in zip(self._collectors.values(), (outputs, outputs.averaged), strict=False):
+                if output is not None:
+                    collector.update(output.probabilities, output.features)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        collector, self._collector = self._collector, None
-        score = float(trainer.callback_metrics.get("val/accuracy", -math.inf))
+        collectors, self._collectors = self._collectors, {}
+        weights = best_weights(trainer.callback_metrics)
+        stage = STAGES[weights]
+        score = float(trainer.callback_metrics.get(f"{stage}/accuracy", -math.inf))
         # All ranks compute the same score, so either all or none of them call gather.
         if self._enabled and not trainer.sanity_checking and score > self._best_result["score"]:
-            self._best_result = {"score": score, "values": _result_metrics(trainer, "best")}
-            if collector is not None:
+            values = _result_metrics(trainer, "best", stage)
+            self._best_result = {"score": score, "values": values, "weights": weights}
+            if stage in collectors:
                 assert isinstance(pl_module, ImageClassifier)
-                parts = ProcessGroup().gather(collector.compute(pl_module.epoch_metrics("val").predictions))
+                parts = ProcessGroup().gather(collectors[stage].compute(pl_module.epoch_metrics(stage).predictions))
                 self._best_predictions, self._drawn = (merge_predictions(parts), trainer.global_step), False
                 epochs = lightning_internals.epochs(trainer).ready
                 if self._figure_logger is not None and self._figure_logger.has_budget(epochs):
@@ -194,21 +201,24 @@ class Dashboard(pl.Callback):
             result = {**self._best_result["values"], **_result_metrics(trainer, "last")}
             result["result/images_per_second"] = self.images_per_second
             result["result/seconds"] = time.perf_counter() - self._fit_start
+            if module.hparams["ema"] is not None:
+                logger_adapters.log_text(trainer, "weights", format_weights(self._best_result["weights"]))
             hparams = hyperparameters(trainer, module)
             for logger in trainer.loggers:
                 logger_adapters.add_result(logger, hparams, result, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Score and metrics of the best epoch, including those before a fit was resumed."""
+        """Score, metrics and weights of the best epoch, including those before a fit was resumed."""
         return self._best_result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score, so that only better epochs log figures."""
         values = {str(name): float(value) for name, value in state_dict["values"].items()}
-        self._restored = {"score": float(state_dict["score"]), "values": values}
+        weights = "ema" if state_dict.get("weights") == "ema" else "raw"  # earlier versions had no average
+        self._restored = {"score": float(state_dict["score"]), "values": values, "weights": weights}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._collector = None
+        self._collectors = {}
         if isinstance(exception, Interrupted) and trainer.state.fn == "fit":  # no figures: they would delay the exit
             self._log_result(trainer, pl_module)
 
@@ -222,9 +232,9 @@ def _validation_images(trainer: pl.Trainer) -> int | None:
     return min(count, int(batches) * size) if size and math.isfinite(batches) else count
 
 
-def _result_metrics(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
+def _result_metrics(trainer: pl.Trainer, prefix: str, stage: str = "val") -> dict[str, float]:
     """Current values of the metrics in the result, as ``result/PREFIX_NAME``; metrics without a value are omitted."""
-    values = {name: float(trainer.callback_metrics.get(f"val/{name}", math.nan)) for name in RESULT_METRICS}
+    values = {name: float(trainer.callback_metrics.get(f"{stage}/{name}", math.nan)) for name in RESULT_METRICS}
     if prefix == "last":  # while an epoch is validated, its training loss is not known yet
         values["train_loss"] = float(trainer.callback_metrics.get("train/loss", math.nan))
     return {f"result/{prefix}_{name}": value for name, value in values.items() if math.isfinite(value)}

@@ -148,10 +148,11 @@ def _evaluation(card: CardContent) -> list[str]:
             methods.add(method)
     images = pluralize(evaluation.images, "validation image") if evaluation.images else "the validation images"
     epoch = "from an earlier run" if evaluation.epoch is None else f"{evaluation.epoch + 1} of {card.epochs}"
+    weights = ", of the moving average of the weights," if evaluation.weights == "ema" else ""
     sources = "; ".join(source for method, source in INTERVAL_METHODS.items() if method in methods)
     return [
         "## Evaluation\n",
-        f"Results of the best epoch ({epoch}) on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
+        f"Results of the best epoch ({epoch}){weights} on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
         table(("Metric", "Value", "95 % interval", "Method"), rows),
         *_calibration(evaluation),
         *_per_class_recall(card, evaluation),

@@ -161,7 +161,9 @@ def _training_section(
         "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
         **({} if decay == 1 else {"Learning rate by depth": f"times {decay:g} per stage towards the input"}),
-        "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
+        "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}"
+        f"{', L2-SP ' + format(hparams['l2_sp'], 'g') if hparams['l2_sp'] else ''}",
+        **_stage_settings(module),
         "Duration": f"{duration}, {pluralize(trainer.global_step, 'step')}",
         "Batch size": f"{data.batch_size} per process, {pluralize(trainer.world_size, 'process', 'processes')}, "
         f"gradients accumulated over {pluralize(trainer.accumulate_grad_batches, 'batch', 'batches')}",
@@ -170,6 +172,19 @@ def _training_section(
         "Precision": str(trainer.precision),
         "Random seed": str(run_seed()),
     }
+
+
+def _stage_settings(module: ImageClassifier) -> dict[str, str]:
+    """How BatchNorm was trained, and whether weights were averaged, if that applies."""
+    settings, ema = {}, module.hparams["ema"]
+    if module.backbone.has_trainable_batch_norm:
+        mode = module.hparams["batch_norm"]
+        settings["BatchNorm of trained stages"] = (
+            "batch statistics" if mode == "train" else "pretrained running statistics, unchanged"
+        )
+    if ema is not None:
+        settings["Averaged weights"] = f"exponential moving average, decay {ema:g}"
+    return settings
 
 
 def _initial_head(trainer: pl.Trainer, module: ImageClassifier) -> str:

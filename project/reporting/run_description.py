@@ -12,6 +12,7 @@ from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
+from project.evaluation.candidates import Weights
 from project.runtime.seeding import run_seed
 
 MAX_TABLE_ROWS = 200
@@ -56,6 +57,9 @@ def hyperparameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, f
         "weight_decay": float(initial.get("weight_decay", 0.0)),
         "scheduler": format_class(hparams["scheduler"], *schedulers[:1]),
         "label_smoothing": hparams["label_smoothing"],
+        "l2_sp": hparams["l2_sp"],
+        "ema": hparams["ema"] or 0.0,
+        "batch_norm": hparams["batch_norm"],
         "data": getattr(data, "name", ""),
         "classes": len(module.classes),
         "batch_size": getattr(data, "batch_size", 0),
@@ -92,6 +96,11 @@ def format_class(described: Mapping[str, Any] | None, instance: object | None = 
 def format_augmentation(augment: object) -> str:
     """The name of a predefined augmentation, or "custom transforms"."""
     return augment if isinstance(augment, str) else "custom transforms"
+
+
+def format_weights(weights: Weights) -> str:
+    """Describe the weights of ``best.ckpt`` in a fit that averages weights."""
+    return "moving average (model.ema)" if weights == "ema" else "raw; their moving average (model.ema) is not better"
 
 
 def head_method(trainer: pl.Trainer) -> str | None:

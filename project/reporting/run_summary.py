@@ -16,10 +16,11 @@ from torch import nn
 from project.callbacks import early_stopping_resume
 from project.callbacks.model_checkpoint import BestCheckpoint
 from project.classifier import ImageClassifier
+from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
 from project.reporting.limitations import pluralize
-from project.reporting.run_description import starting_checkpoint
+from project.reporting.run_description import format_weights, starting_checkpoint
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
@@ -67,17 +68,20 @@ class RunSummary(pl.Callback):
         self._dashboard = dashboard
         self._start = time.perf_counter()
         self._seconds = 0.0
-        #: Epoch, from 1, or 0 before the first one; and accuracy of each validation.
+        #: Epoch, from 1, or 0 before the first one; and accuracy of the raw weights, of each validation.
         self._accuracies: list[tuple[int, float]] = []
+        self._best: float | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
-        self._accuracies = []
+        self._accuracies, self._best = [], None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         accuracy = trainer.callback_metrics.get("val/accuracy")
         if trainer.state.fn == "fit" and not trainer.sanity_checking and accuracy is not None:
             self._accuracies.append((lightning_internals.epochs(trainer).ready, float(accuracy)))
+            best = trainer.callback_metrics[f"{STAGES[best_weights(trainer.callback_metrics)]}/accuracy"]
+            self._best = float(best) if self._best is None else max(self._best, float(best))
 
     def figures(self, trainer: pl.Trainer, model: ImageClassifier) -> FitFigures:
         """Validation accuracies of a fit that has ended. Epochs before a resume are counted, but not known."""
@@ -87,7 +91,7 @@ class RunSummary(pl.Callback):
         return FitFigures(
             by_epoch.get(0),
             by_epoch.get(epochs) if epochs else None,
-            max((accuracy for _, accuracy in self._accuracies), default=None),
+            self._best,
             epochs,
             len(getattr(data, "splits", {}).get("train", ())),
             0 if counts is None else counts.images,
@@ -129,6 +133,8 @@ class RunSummary(pl.Callback):
             path = _relative(Path(best.best_model_path))
             rows |= _best_epoch(best)
             if isinstance(best, BestCheckpoint):
+                if model.hparams["ema"] is not None and best.evaluation is not None:
+                    rows["weights"] = format_weights(best.evaluation.weights)
                 rows |= _selection(self.figures(trainer, model), best.validations)
             rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
             load_command = f'To load it: from project import load; load("{path}").predict(["a.jpg"])'

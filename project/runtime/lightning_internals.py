@@ -101,6 +101,24 @@ def save_before_training(callback: ModelCheckpoint) -> None:
     callback._last_global_step_saved = -1
 
 
+class ModelCheckpointOfCandidates(ModelCheckpoint):
+    """ModelCheckpoint that monitors the values that :meth:`monitored` returns, instead of those that are logged.
+
+    Relies on ``ModelCheckpoint._monitor_candidates()``.
+    """
+
+    def monitored(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The values to monitor, by name.
+
+        Args:
+            metrics: A copy of the logged values, by name.
+        """
+        return metrics
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        return self.monitored(super()._monitor_candidates(trainer))
+
+
 class _FitLoopWithEpochZero(_FitLoop):
     @property
     def skip(self) -> bool:

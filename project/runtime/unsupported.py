@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 
 from project.errors import ConfigError
 
-AVERAGING = "is not supported: the head is created later, from the data. Remove it"
+AVERAGING = "is not supported: the head is created later, from the data. Use --model.ema 0.999 instead"
 #: Why each callback is not supported, and the alternative.
 UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: "would train frozen stages. Use --model.trainable layer4",

@@ -140,7 +140,7 @@ def test_partly_frozen_backbone_trains_its_suffix_on_stored_maps(
     assert batches == {"rows"}
     pretrained = torch.load(weights, weights_only=True)
     trained = next(models[0].backbone.stages["layer4"].children()).state_dict()
-    assert not torch.equal(trained["0.bn1.running_mean"], pretrained["layer4.0.bn1.running_mean"])
+    assert torch.equal(trained["0.bn1.running_mean"], pretrained["layer4.0.bn1.running_mean"]), "BatchNorm is frozen"
     assert not torch.equal(trained["0.conv1.weight"], pretrained["layer4.0.conv1.weight"])
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -10,16 +10,17 @@ from project.evaluation.summary import EvaluationSummary
 
 CONFUSION = np.array([[3, 1], [0, 2]], np.int32)
 CALIBRATION = np.zeros((10, 3))
-SUMMARY = EvaluationSummary(4, {"val/accuracy": 0.75}, 6, CONFUSION, CALIBRATION)
+SUMMARY = EvaluationSummary(4, {"val/accuracy": 0.75}, 6, CONFUSION, CALIBRATION, "ema")
 
 
 def test_state_has_plain_types_and_tensors_and_can_be_restored() -> None:
     state = SUMMARY.state()
-    assert list(state) == ["epoch", "metrics", "images", "confusion", "calibration"]
+    assert list(state) == ["epoch", "metrics", "images", "confusion", "calibration", "weights"]
     assert (state["confusion"].dtype, state["calibration"].dtype) == (torch.int32, torch.float64)
     restored = EvaluationSummary.from_state(state, 2)
     assert restored is not None
     assert (restored.epoch, restored.metrics, restored.images) == (4, {"val/accuracy": 0.75}, 6)
+    assert restored.weights == "ema"
     assert np.array_equal(restored.confusion, CONFUSION) and np.array_equal(restored.calibration, CALIBRATION)
 
 

@@ -31,13 +31,17 @@ SETUPS = {
     "stored rows": ["--features.engine", "torch"],
     "stored views, plateau schedule": ["--data.augment", "standard", "--features.views", "3", *SCHEDULED],
     "images, workers, augmented, mixed": WORKERS,
-    "images, partly frozen": [*WORKERS, "--model.trainable", "layer4"],
+    "images, partly frozen": [*WORKERS, "--model.trainable", "layer4", "--model.batch_norm", "train"],
     "stored maps, partly frozen": ["--model.trainable", "layer4", "--features.engine", "torch"],
     "accumulated gradients": ["--trainer.accumulate_grad_batches", "2", "--features.engine", "torch"],
     "accumulated gradients, stages by depth, warm-up": [
         *("--model.trainable", "layer3", "--model.lr_decay", "0.5", "--model.optimizer.weight_decay", "0.1"),
         *("--model.scheduler", "project.models.schedules.WarmupCosine", "--model.scheduler_frequency", "3"),
         *("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5", "--features.engine", "torch"),
+    ],
+    "averaged weights, partly frozen, accumulated gradients": [
+        *("--model.trainable", "layer4", "--model.ema", "0.9", "--model.l2_sp", "0.01"),
+        *("--trainer.accumulate_grad_batches", "2", "--features.engine", "torch"),
     ],
     "validations within epochs": ["--trainer.val_check_interval", "0.5", "--features.engine", "torch"],
     "validations within epochs, plateau schedule": [
@@ -124,9 +128,10 @@ def check_resumed(
     assert resumed.wait() == 0, resumed.output
     last, curves, best = results(folder / "runs/photos/version_1")
     expected_last, expected_curves, expected_best = expected
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops"):
-        assert_identical(last[key], expected_last[key], key)
-    assert_identical(best["state_dict"], expected_best["state_dict"], "best")
+    for key in ("state_dict", "average", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops"):
+        assert_identical(last.get(key), expected_last.get(key), key)
+    for key in ("state_dict", "average"):
+        assert_identical(best.get(key), expected_best.get(key), f"best: {key}")
     for name, expected_points in expected_curves.items():
         # Other curves are logged only at the start of an epoch.
         assert name in curves or not name.startswith(("train/", "val/")), name

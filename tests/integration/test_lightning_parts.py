@@ -27,11 +27,11 @@ ARGUMENTS: dict[str, Sequence[str]] = {
 #: Refused callbacks, with a text of the message.
 REFUSED = {
     "BackboneFinetuning": "Use --model.trainable layer4",
-    "EMAWeightAveraging": "is not supported: the head is created later",
+    "EMAWeightAveraging": "Use --model.ema 0.999 instead",
     "LearningRateFinder": "Use fit --lr_find",
     "ModelPruning": "would change frozen weights",
-    "StochasticWeightAveraging": "is not supported: the head is created later",
-    "WeightAveraging": "is not supported: the head is created later",
+    "StochasticWeightAveraging": "Use --model.ema 0.999 instead",
+    "WeightAveraging": "Use --model.ema 0.999 instead",
 }
 #: Abstract callbacks, and those whose arguments are functions.
 SKIPPED = {"BaseFinetuning", "Callback", "LambdaCallback", "ThroughputMonitor"}

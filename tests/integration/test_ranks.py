@@ -29,7 +29,8 @@ FITS: dict[str, tuple[int, str]] = {
     "overfit_batches": (6, "--trainer.overfit_batches 2"),
     "one validation image": (8, "--data.root few"),
     "mixup": (8, "--features.cache off --data.mixup 0.4 --data.cutmix 1.0"),
-    "BatchNorm": (4, "--model.trainable layer4 --trainer.max_epochs 1"),
+    "BatchNorm": (4, "--model.trainable layer4 --model.batch_norm train --model.ema 0.9 --trainer.max_epochs 1"),
+    "average": (4, "--model.trainable layer4 --model.ema 0.9 --model.l2_sp 0.01"),
 }
 #: Fits that depend on the number of processes: mixup pairs images, and BatchNorm computes statistics, per process.
 DIFFERENT = ("mixup", "BatchNorm")
@@ -41,8 +42,11 @@ PREDICTED = {"odd": 7, "fewer than processes": 1}
 def run_lines(lines: list[list[str]], folder: Path) -> None:
     """Run several command lines in this process, write their metrics, and exit."""
     for name, *arguments in lines:
-        trainer = TransferCLI(arguments, SignalHandler(), "").trainer
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        cli = TransferCLI(arguments, SignalHandler(), "")
+        values = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+        average = getattr(cli.model, "average", None)
+        if average is not None:
+            values |= {f"average/{key}": float(value.double().sum()) for key, value in average.tensors.items()}
         (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(values))
     sys.exit(0)
 
@@ -137,6 +141,14 @@ def test_fit_of_two_processes_equals_fit_of_one_with_twice_the_batch_size(name: 
 def test_fits_that_depend_on_the_number_of_processes_have_finite_metrics(name: str, results: Path) -> None:
     for values in metrics(results / "2" / "runs" / name / "version_0").values():
         assert all(torch.tensor(values).isfinite())
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "average"])
+def test_averaged_weights_are_equal_on_all_ranks(name: str, results: Path) -> None:
+    first, second = (json.loads((results / "2" / f"{name}-{rank}.json").read_text()) for rank in range(2))
+    averages = {key: value for key, value in first.items() if key.startswith(("average/", "val_ema/"))}
+    assert any(key.endswith("running_mean") for key in averages) and "val_ema/accuracy" in averages
+    assert averages == {key: second[key] for key in averages}
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

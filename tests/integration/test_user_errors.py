@@ -236,6 +236,21 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
         _flags("--model.backbone", "timm/resnet18", "--trainer.sync_batchnorm", "true"),
         ("sync_batchnorm",),
     ),
+    "sync_batchnorm of frozen BatchNorm": (
+        _flags("--trainer.sync_batchnorm", "true", "--model.backbone", "resnet18", "--model.trainable", "layer4"),
+        ("sync_batchnorm has no effect", "--model.batch_norm train"),
+    ),
+    "BatchNorm that trains in no stage": (
+        _flags("--model.batch_norm", "train"),
+        ("model.batch_norm train has no effect", "--model.trainable layer4"),
+    ),
+    "L2-SP of no stage": (_flags("--model.l2_sp", "0.1"), ("model.l2_sp has no effect", "--model.trainable layer4")),
+    "negative L2-SP": (_flags("--model.l2_sp", "-1", "--model.trainable", "layer4"), ("model.l2_sp", "at least 0")),
+    "decay of one": (_flags("--model.ema", "1"), ("model.ema", "between 0 and 1")),
+    "average without validation": (
+        _flags("--model.ema", "0.9", "--trainer.limit_val_batches", "0"),
+        ("model.ema has no effect without validation", "limit_val_batches"),
+    ),
     "two folders of one split": (_two_vals, ("val", "Validation", "Keep one")),
     "batch size of zero": (_flags("--data.batch_size", "0"), ("data.batch_size",)),
     "val_fraction of one": (_flags("--data.val_fraction", "1"), ("val_fraction",)),

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from project.errors import ModelError
 from project.models.backbone import Backbone, Origin, SkipRandomInit, load_backbone
@@ -106,6 +107,34 @@ def test_partial_training_changes_only_the_suffix(call_train):
     step(backbone)
     assert changed_tensors(before, backbone) == {name for name in before if name.startswith("stages.layer4.")}
     assert backbone.fingerprint(backbone.cut) == sha256
+
+
+@pytest.mark.parametrize("call_train", TRAIN_CALLS)
+@pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0"])
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_affine_weights(name, call_train):
+    backbone = frozen_before("all", name)
+    backbone.set_batch_norm("frozen")
+    before = snapshot(backbone)
+    call_train(backbone)
+    step(backbone)
+    changed = changed_tensors(before, backbone)
+    assert not {key for key in changed if "running_" in key or "num_batches" in key}
+    assert {key for key in changed if "bn" in key and key.endswith("weight")}
+    backbone.set_batch_norm("train")
+    call_train(backbone)
+    step(backbone)
+    assert {key for key in changed_tensors(before, backbone) if key.endswith("running_var")}
+
+
+def test_frozen_batch_norm_leaves_stochastic_depth_and_dropout_active():
+    backbone = frozen_before("all", "efficientnet_b0")
+    backbone.set_batch_norm("frozen")
+    modules = [*backbone.train().modules()]
+    assert any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    drops = [module for module in modules if isinstance(module, StochasticDepth)]
+    assert drops and all(module.training and module.p > 0 for module in drops[1:])
+    outputs = {float(backbone(random_images(8, 64)).sum().detach()) for _ in range(2)}
+    assert len(outputs) == 2, "the same images, with other random depths"
 
 
 def test_full_training_changes_every_stage():

@@ -145,6 +145,17 @@ def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path:
         assert saved is allowed, f"{CHANGED}ModelCheckpoint._last_global_step_saved"
 
 
+def test_a_checkpoint_callback_can_monitor_other_values(trainer: Any, tmp_path: Path) -> None:
+    class Negated(lightning_internals.ModelCheckpointOfCandidates):
+        def monitored(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {**metrics, "val": -metrics["val"]}
+
+    checkpoint = Negated(tmp_path, monitor="val")
+    run_fit(trainer, checkpoint, max_epochs=1, enable_checkpointing=True, logger=False)
+    assert checkpoint.best_model_score is not None, f"{CHANGED}ModelCheckpoint._monitor_candidates()"
+    assert checkpoint.best_model_score < 0, f"{CHANGED}ModelCheckpoint._monitor_candidates()"
+
+
 @pytest.mark.parametrize(("interval", "count"), [(1.0, 1), (0.5, 2), (1, 4)])
 def test_validations_per_epoch_are_counted(trainer: Any, interval: Any, count: int) -> None:
     recorder = Recorder(on_train_start=lightning_internals.validations_per_epoch)
