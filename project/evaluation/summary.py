@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from project.evaluation.gain import CorrectImages
 from project.evaluation.metrics import BINS
 
 #: Accepted dtypes of the tables.
@@ -28,6 +29,7 @@ class EvaluationSummary:
             :class:`~project.evaluation.confusion.ConfusionCounts`; ``None`` if unknown.
         calibration: Images, summed confidence and correct predictions per confidence bin, ``(15, 3)``; ``(10, 3)`` in
             checkpoints of earlier versions; ``None`` if unknown.
+        correct: Which images are classified correctly; ``None`` if unknown.
     """
 
     epoch: int | None
@@ -35,6 +37,7 @@ class EvaluationSummary:
     images: int = 0
     confusion: np.ndarray | None = None
     calibration: np.ndarray | None = None
+    correct: CorrectImages | None = None
 
     @property
     def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -53,6 +56,7 @@ class EvaluationSummary:
             "images": self.images,
             "confusion": None if self.confusion is None else torch.from_numpy(self.confusion),
             "calibration": None if self.calibration is None else torch.from_numpy(self.calibration),
+            "correct": None if self.correct is None else self.correct.state(),
         }
 
     @classmethod
@@ -68,8 +72,8 @@ class EvaluationSummary:
         confusion = _table(state.get("confusion"), (num_classes, num_classes), (num_classes, 2))
         calibration = _table(state.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
-            return cls(epoch, metrics, images)
-        return cls(epoch, metrics, images, confusion, calibration)
+            confusion = calibration = None
+        return cls(epoch, metrics, images, confusion, calibration, CorrectImages.from_state(state.get("correct")))
 
 
 def _table(value: Any, *shapes: tuple[int, int]) -> np.ndarray | None:
