@@ -133,7 +133,7 @@ def test_features_that_trainable_stages_would_repeat_are_not_solved(
 
 def test_a_head_without_parameters_and_fit_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
     message = refused(fit(*DEFAULT, "--model.head", "torch.nn.Identity"))
-    assert "Identity has to be computed from stored features, but Identity is not linear and has no method" in message
+    assert "Identity has to be computed from the training images, but Identity is not linear and has" in message
     assert "\nUse LinearHead, or a head with a method fit." in message
 
 
