@@ -132,9 +132,10 @@ def test_fit_of_two_processes_equals_fit_of_one_with_twice_the_batch_size(name: 
         assert two[tag] == pytest.approx(values, abs=1e-5), tag
     expected, actual = (load_checkpoint(results / checkpoint_path(n, name)) for n in (1, 2))
     assert actual["global_step"] == expected["global_step"]
-    tolerance = 0.03 if name == "solved, not stored" else 1e-5  # the solver stops when the loss is within 1e-8
+    # The solver stops when the loss is accurate to 1e-8; the weights are less accurate, as the loss is flat there.
+    rtol, atol = (0.05, 0.03) if name == "solved, not stored" else (1e-5, 1e-5)
     for key, tensor in expected["state_dict"].items():
-        torch.testing.assert_close(actual["state_dict"][key], tensor, rtol=1e-5, atol=tolerance)
+        torch.testing.assert_close(actual["state_dict"][key], tensor, rtol=rtol, atol=atol)
     expected, actual = (load_checkpoint(results / checkpoint_path(n, name, "best")) for n in (1, 2))
     assert torch.equal(actual["best"]["correct"]["bits"], expected["best"]["correct"]["bits"])
 
