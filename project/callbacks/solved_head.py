@@ -107,12 +107,13 @@ class SolvedHead(pl.Callback):
                 self._compute(trainer, pl_module, data)
 
     def _compute(self, trainer: pl.Trainer, module: ImageClassifier, data: Any) -> None:
-        start, obstacle = time.perf_counter(), _obstacle(trainer, module, data)
+        obstacle = _obstacle(trainer, module, data)
         if obstacle is not None:
             _refuse(trainer, module, obstacle)
             print_rank_zero(f"Head: not solved, because {obstacle.reason}")
             return
         with _feature_reader(trainer, module, data) as reader:
+            start = time.perf_counter()  # computing the features is logged on its own
             if isinstance(module.head, FittedHead):
                 _fit(module.head, reader)
                 rows = f"{len(reader):,} rows of {len(data.splits['train']):,} training images"
