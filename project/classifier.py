@@ -90,8 +90,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: Class names; by default those of the data or of the checkpoint.
         head_init: Initial head: solved is the best linear head of the training images (L2-regularized logistic
             regression, the penalty chosen by cross-validation), solved_1se the same with the strongest penalty within
-            one standard error of the best; random; auto is solved where features are stored and the head is linear. A
-            head with a method fit, such as PrototypeHead, computes itself in its place.
+            one standard error of the best; random; auto is solved if the head is linear and the features fit in
+            memory, or are stored. A head with a method fit, such as PrototypeHead, computes itself in its place.
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.

@@ -22,8 +22,8 @@ class Trainer(pl.Trainer):
     Args:
         args: Passed to Lightning's Trainer.
         kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's. With a
-            :class:`~project.callbacks.feature_cache.FeatureCache`, the head is solved before training. With
-            ``max_epochs=0``, the initial head is validated and saved.
+            :class:`~project.callbacks.feature_cache.FeatureCache`, the features are stored. The head is solved before
+            training. With ``max_epochs=0``, the initial head is validated and saved.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

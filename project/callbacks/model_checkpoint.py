@@ -12,8 +12,10 @@ import torch
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError
 from project.evaluation.candidates import STAGES, best_weights
+from project.evaluation.gain import CorrectImages, Gain
 from project.evaluation.summary import EvaluationSummary
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
@@ -51,6 +53,8 @@ class BestCheckpoint(_EpochCheckpoint):
 
     Attributes:
         evaluation: Validation results of that epoch; ``None`` if they are unknown.
+        initial: Which validation images the initial head classifies correctly, in epoch 0; ``None`` if the fit did not
+            validate it, or did so on other loaders than those of an ImageDataModule.
         validations: Number of validations from which the best was chosen; one of averaged weights counts, too.
     """
 
@@ -60,6 +64,8 @@ class BestCheckpoint(_EpochCheckpoint):
         self._previous: tuple[Path, torch.Tensor] | None = None  # best checkpoint before the resume, and its score
         self._is_rank_zero = True
         self.evaluation: EvaluationSummary | None = None
+        self.initial: CorrectImages | None = None
+        self._correct: CorrectImages | None = None  # of the latest validation
         self.validations = 0
         self._previous_epochs = 0
         self._previous_evaluation: EvaluationSummary | None = None
@@ -68,6 +74,9 @@ class BestCheckpoint(_EpochCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validations += 1 + (isinstance(pl_module, ImageClassifier) and pl_module.validates_average)
+            self._correct = _correct_images(trainer, pl_module)
+            if not lightning_internals.epochs(trainer).ready:
+                self.initial = self._correct
         super().on_validation_end(trainer, pl_module)
 
     def monitored(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,12 +84,21 @@ class BestCheckpoint(_EpochCheckpoint):
         accuracy = metrics.get(f"{STAGES[best_weights(metrics)]}/accuracy")
         return metrics if accuracy is None else {**metrics, "val/accuracy": accuracy}
 
+    @property
+    def gain(self) -> Gain | None:
+        """What the best epoch has gained over the initial head; ``None`` if unknown, or if there is no epoch yet."""
+        if self.evaluation is None or self.validations < 2:
+            return None
+        if self._correct and self.initial and self._correct.split != self.initial.split:  # no epoch to compare
+            return None
+        return Gain.between(self.evaluation.correct, self.initial, self.evaluation.epoch == -1)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.best_model_score is not self._evaluated_score:  # this is a new best epoch
             self._evaluated_score = self.best_model_score
-            self.evaluation = _evaluation(trainer, pl_module)
+            self.evaluation = _evaluation(trainer, pl_module, self._correct)
             checkpoint["weights"] = self.evaluation.weights  # this checkpoint is best.ckpt
         if self.evaluation is not None and self.evaluation.epoch is not None:
             checkpoint[KEY] = self.evaluation.state()
@@ -113,14 +131,16 @@ class BestCheckpoint(_EpochCheckpoint):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """State of ModelCheckpoint, and the number of validations."""
-        return {**super().state_dict(), "validations": self.validations}
+        """State of ModelCheckpoint, the number of validations, and the results of the initial head."""
+        initial = None if self.initial is None else self.initial.state()
+        return {**super().state_dict(), "validations": self.validations, "initial": initial}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy the previous best checkpoint to this run's folder, and restore its score and its number of validations.
 
         Checkpoints of earlier versions have no such number; it is then the number of epochs.
         """
+        self.initial = CorrectImages.from_state(state_dict.get("initial"))
         if self._previous is None:
             return
         assert self.dirpath is not None  # Lightning sets it before it restores states
@@ -144,7 +164,21 @@ def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     return all(current.get(key) == value for key, value in saved.items() if key != "per_class")
 
 
-def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
+def _correct_images(trainer: pl.Trainer, module: pl.LightningModule) -> CorrectImages | None:
+    """Which images the latest validation has classified correctly, with its best weights.
+
+    ``None`` on a user's own loaders.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ImageDataModule) or lightning_internals.validation_data(trainer) is not data:
+        return None  # their images may have another order in each epoch
+    if not isinstance(module, ImageClassifier):
+        return None
+    stage = STAGES[best_weights(trainer.callback_metrics)]
+    return CorrectImages.gather(module.epoch_metrics(stage).predictions, data.validation_fingerprint)
+
+
+def _evaluation(trainer: pl.Trainer, module: pl.LightningModule, correct: CorrectImages | None) -> EvaluationSummary:
     """Validation metrics, confusion matrix and calibration of the current epoch, of its best weights."""
     weights = best_weights(trainer.callback_metrics)
     stage, logged = STAGES[weights], trainer.callback_metrics
@@ -156,9 +190,11 @@ def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSu
     counts = module.epoch_metrics(stage).counts if isinstance(module, ImageClassifier) else None
     epoch = lightning_internals.epochs(trainer).ready - 1  # -1 before the first epoch
     if counts is None:
-        return EvaluationSummary(epoch, metrics, weights=weights)
+        return EvaluationSummary(epoch, metrics, weights=weights, correct=correct)
     confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
-    return EvaluationSummary(epoch, metrics, counts.images, confusion, counts.calibration.numpy(), weights)
+    return EvaluationSummary(
+        epoch, metrics, counts.images, confusion, counts.calibration.numpy(), weights=weights, correct=correct
+    )
 
 
 class LastCheckpoint(_EpochCheckpoint):

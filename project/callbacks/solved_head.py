@@ -1,4 +1,4 @@
-"""The solved head: training starts from the best head that can be computed from the stored features."""
+"""The solved head: training starts from the best head that can be computed from the features of the training images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import nn
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
+from project.features.computed_features import ComputedFeatures, compute_features
 from project.features.feature_reader import FeatureReader
 from project.features.provider import row_memory_budget
 from project.features.row_loader import RowLoader
 from project.models.head_bank import TrainingRows
-from project.models.head_solver import COPIES, FOLDS, HeadSolution, solve_head, standard_error
+from project.models.head_solver import COPIES, FOLDS, HeadSolution, solve_head, solver_device, standard_error
 from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
@@ -60,12 +61,20 @@ class Choice(NamedTuple):
 
 
 class SolvedHead(pl.Callback):
-    """Before a fit, computes the head from the stored training rows, and validates it as epoch 0.
+    """Before a fit, computes the head from features of the training images, and validates it as epoch 0.
 
     A linear head is solved, see :func:`~project.models.head_solver.solve_head`, and ``head_init`` of
     :class:`~project.classifier.ImageClassifier`. A :class:`~project.models.heads.FittedHead` computes itself.
     Validation images are not used: the penalty is chosen by cross-validation within the training images. A resumed fit
     keeps the head of its checkpoint.
+
+    The features are stored rows, refined by the initial weights of the trainable stages. If no rows are stored, the
+    features are computed once, without augmentation. Fine-tuning thus starts from a head that fits the pretrained
+    features, which distorts them less than a random head does: LP-FT of Kumar et al., "Fine-Tuning can Distort
+    Pretrained Features and Underperform Out-of-Distribution", ICLR 2022, arXiv:2202.10054.
+
+    A head that is not random, because it was computed, loaded or trained before, is validated as epoch 0. The best
+    checkpoint is therefore never worse on the validation images than this head.
 
     If there is nothing to train, because the head has no parameters, the fit has no epochs.
     """
@@ -93,17 +102,18 @@ class SolvedHead(pl.Callback):
                     "trainer.max_epochs, model.optimizer and model.scheduler have no effect"
                 )
         if trainer.ckpt_path is None:
-            self.method, self._unvalidated = None, False
+            self.method, self._unvalidated = None, pl_module.start is not None or not pl_module.head_is_new
             if pl_module.hparams["head_init"] != "random":
                 self._compute(trainer, pl_module, data)
 
     def _compute(self, trainer: pl.Trainer, module: ImageClassifier, data: Any) -> None:
-        start, obstacle = time.perf_counter(), _obstacle(trainer, module, data)
+        obstacle = _obstacle(trainer, module, data)
         if obstacle is not None:
             _refuse(trainer, module, obstacle)
             print_rank_zero(f"Head: not solved, because {obstacle.reason}")
             return
         with _feature_reader(trainer, module, data) as reader:
+            start = time.perf_counter()  # computing the features is logged on its own
             if isinstance(module.head, FittedHead):
                 _fit(module.head, reader)
                 rows = f"{len(reader):,} rows of {len(data.splits['train']):,} training images"
@@ -131,7 +141,7 @@ class SolvedHead(pl.Callback):
 
     def _described(self, module: ImageClassifier) -> str:
         if self.method is None:
-            return "the initial head"
+            return "the initial head" if module.start is None else f"the weights of {module.start}"
         head = module.head
         return f"the computed {type(head).__name__}" if isinstance(head, FittedHead) else "the solved head"
 
@@ -189,7 +199,7 @@ def _refuse(trainer: pl.Trainer, module: ImageClassifier, obstacle: Obstacle) ->
     name, init = type(module.head).__name__, module.hparams["head_init"]
     if not module.trains_head and module.head_is_new:
         raise ConfigError(
-            f"model.head: {name} has to be computed from stored features, but {obstacle.reason}.\n{obstacle.fix}."
+            f"model.head: {name} has to be computed from the training images, but {obstacle.reason}.\n{obstacle.fix}."
         )
     if init != "auto" and not getattr(trainer, "fast_dev_run", False):
         raise ConfigError(
@@ -210,23 +220,40 @@ def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> Obstac
         return Obstacle(f"{name} has no penalty for solved_1se", "Use --model.head_init solved")
     if not module.head_is_new and module.hparams["head_init"] == "auto":
         return Obstacle("it is trained already")
-    if not isinstance(data, ImageDataModule) or data.loaders["train"].rows is None:
-        return Obstacle("no features are stored", "Use --features.cache on, which says why if that is not possible")
+    if not isinstance(data, ImageDataModule):
+        return Obstacle("the data does not come from an ImageDataModule", "Use one")
+    if lightning_internals.training_loader(trainer) not in (None, data.loaders["train"]):
+        return Obstacle("the fit uses its own data loaders", "Use those of the ImageDataModule")
+    if getattr(trainer, "fast_dev_run", False):
+        return Obstacle("trainer.fast_dev_run runs only a few batches", "Remove it")
     limit = trainer.limit_train_batches
     if trainer.overfit_batches or isinstance(limit, int) or limit < 1:  # type: ignore[attr-defined]
         return Obstacle(
             "trainer.limit_train_batches or overfit_batches leaves out training images",
             "Remove them (--data.per_class uses fewer images)",
         )
-    if fits_itself:
+    return _memory_obstacle(trainer, module, data)
+
+
+def _memory_obstacle(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> Obstacle | None:
+    fits_itself, is_stored = isinstance(module.head, FittedHead), data.loaders["train"].rows is not None
+    if fits_itself and is_stored:
         return None
-    budget, values_in_memory = _budget(trainer)
+    budget, values_in_memory = _budget(trainer, data)
+    if fits_itself:
+        values_in_memory //= ProcessGroup().size  # each rank holds all features
+    count = len(data.splits["train"])
+    if not is_stored and count > values_in_memory // module.backbone.feature_dim:
+        return Obstacle(
+            "no features are stored, and those of all training images do not fit in memory",
+            "Use --features.cache on with --model.trainable head, or fewer images with --data.per_class",
+        )
     values = len(module.classes) * module.backbone.feature_dim
-    if FOLDS * (2 * HISTORY + 3) * values * 4 > budget:
+    if not fits_itself and FOLDS * (2 * HISTORY + 3) * values * 4 > budget:
         return Obstacle(
             f"{FOLDS} heads of {len(module.classes):,} classes exceed the memory", "Use --model.head_init random"
         )
-    if module.cut.trainable and len(data.splits["train"]) > values_in_memory // module.backbone.feature_dim:
+    if module.cut.trainable and count > values_in_memory // module.backbone.feature_dim:
         return Obstacle(
             "the features do not fit in memory, and the trainable stages would compute them in every pass",
             "Use --model.trainable head, or fewer images with --data.per_class",
@@ -234,11 +261,11 @@ def _obstacle(trainer: pl.Trainer, module: ImageClassifier, data: Any) -> Obstac
     return None
 
 
-def _budget(trainer: pl.Trainer) -> tuple[int, int]:
+def _budget(trainer: pl.Trainer, data: ImageDataModule) -> tuple[int, int]:
     """Bytes for the solver, and the number of feature values that all ranks can hold; equal on all ranks."""
-    ranks = ProcessGroup()
+    ranks, copies = ProcessGroup(), COPIES + (data.loaders["train"].rows is None)  # computed features stay in memory
     budget = min(ranks.gather(row_memory_budget(trainer.strategy.root_device, trainer.num_devices)))
-    return budget, budget // (4 * COPIES) * ranks.size
+    return budget, budget // (4 * copies) * ranks.size
 
 
 def _folds(data: ImageDataModule) -> torch.Tensor:
@@ -265,13 +292,45 @@ def _from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _feature_reader(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> Iterator[FeatureReader]:
-    loader, was_training = data.loaders["train"].rows, module.training
-    assert isinstance(loader, RowLoader)
+    stored, was_training, device = data.loaders["train"].rows, module.training, trainer.strategy.root_device
     module.eval()
     try:
-        yield FeatureReader(loader, module.refine, trainer.strategy.root_device, module.backbone.mean.dtype)
+        if isinstance(stored, RowLoader):
+            yield FeatureReader(stored, module.refine, device, module.backbone.mean.dtype)
+        else:
+            computed = _compute_features(trainer, module, data)
+            yield FeatureReader(computed, lambda features: features, computed.features.device, torch.float32)
     finally:
         module.train(was_training)
+
+
+def _compute_features(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> ComputedFeatures:
+    """Compute the features of this rank's part of the training images; of all images for a head that fits itself."""
+    start, ranks, device = time.perf_counter(), ProcessGroup(), trainer.strategy.root_device
+    count, width = len(data.splits["train"]), module.backbone.feature_dim
+    part = ranks.rank_slice(count)
+
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        with trainer.precision_plugin.forward_context():
+            return module.refine(module.encode(images))
+
+    with progress_counter("Head: features", ranks.rank == 0) as on_progress, ranks.propagate_errors():
+        features = compute_features(
+            data.training_images(part),
+            extract,
+            width,
+            device,
+            solver_device(device),
+            lambda done: on_progress(done, part.stop - part.start),
+        )
+    if isinstance(module.head, FittedHead) and ranks.size > 1:
+        features, part = torch.cat(ranks.gather(features.cpu())).to(features.device), slice(0, count)
+    seconds = time.perf_counter() - start
+    print_rank_zero(
+        f"Head: features of {count:,} training images computed once in {seconds:.1f} s ({count / seconds:,.0f} "
+        f"images/s), because none are stored; {count * width * 4 / 1e6:,.1f} MB in memory"
+    )
+    return ComputedFeatures(features, data.training_labels, part.start)
 
 
 def _fit(head: nn.Module, reader: FeatureReader) -> None:
@@ -287,9 +346,8 @@ def _solve(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, reader: FeatureReader
 ) -> tuple[HeadSolution, Choice]:
     """Solve the head and set its parameters."""
-    loader, ranks, folds = data.loaders["train"].rows, ProcessGroup(), _folds(data)
-    assert isinstance(loader, RowLoader)
-    count, views, width = len(folds), loader.view_count, module.backbone.feature_dim
+    ranks, folds = ProcessGroup(), _folds(data)
+    count, views, width = len(folds), reader.rows.view_count, module.backbone.feature_dim
     classes, smoothing, weights = len(module.classes), module.hparams["label_smoothing"], module.loss_weights
     device = reader.device
     weights = None if weights is None else weights.to(device)
@@ -300,16 +358,17 @@ def _solve(
         return target_weights * (draws[labels] / views)[:, None]
 
     def training_rows(images: torch.Tensor, in_memory: bool) -> TrainingRows:
-        share = ranks.rank_slice(len(images) * views)
-        numbers = torch.arange(share.start, share.stop)
-        own = images[numbers % len(images)]
-        indices, kept = own + numbers // len(images) * count, None
+        """This rank's rows of images, bool ``(N,)``: its part of all rows, of which it may hold only these."""
+        share = ranks.rank_slice(count * views)
+        indices = torch.arange(share.start, share.stop)
+        indices = indices[images[indices % count]]
+        own, kept = indices % count, None
         if in_memory:
             with ranks.propagate_errors():
                 kept = reader.read(indices)
         return TrainingRows(
             (lambda part: reader.read(indices[part])) if kept is None else kept.__getitem__,
-            loader.labels[own].to(device),
+            reader.rows.labels[own].to(device),
             folds[own].to(device),
             targets,
             in_memory,
@@ -317,16 +376,16 @@ def _solve(
             _from_rank_zero if ranks.size > 1 else None,
         )
 
-    fitting = _budget(trainer)[1] // (views * width)  # images whose features fit in memory
+    fitting = _budget(trainer, data)[1] // (views * width)  # images whose features fit in memory
     quick = MAX_WORK.get(device.type, MAX_WORK["cpu"]) * ranks.size // (views * width * classes)
-    everything, most = torch.arange(count), max(min(fitting, quick), MIN_SAMPLE)
-    sample = None
+    most, sample = max(min(fitting, quick), MIN_SAMPLE), None
     if count > most:
-        sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
+        sample = torch.zeros(count, dtype=torch.bool).index_fill(0, drawn, True)
     fold_count = int(folds.max()) + 1
     with progress_counter("Head", ranks.rank == 0) as on_progress:
         solution = solve_head(
-            training_rows(everything, count <= max(fitting, MIN_SAMPLE)),
+            training_rows(torch.ones(count, dtype=torch.bool), count <= max(fitting, MIN_SAMPLE)),
             module.task,
             classes,
             fold_count,
@@ -340,7 +399,7 @@ def _solve(
             assert isinstance(parameter, torch.Tensor)
             parameter.data.copy_(value)
             _from_rank_zero(parameter.data)
-    return solution, Choice(solution.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else len(sample))
+    return solution, Choice(solution.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else most)
 
 
 def _report(trainer: pl.Trainer, solution: HeadSolution) -> None:

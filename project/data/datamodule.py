@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from project.data.samplers import EpochOrder, EpochSampler
 from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
 from project.data.sources.files import Files
+from project.data.split_fingerprint import name_fingerprint
 from project.data.split_loader import SplitLoader
 from project.data.splits import (
     HoldOut,
@@ -264,6 +265,11 @@ class ImageDataModule(pl.LightningDataModule):
         """
         return torch.tensor(stratified_folds(self._placed(self.splits["train"]), count))
 
+    @functools.cached_property
+    def validation_fingerprint(self) -> str:
+        """Identifies the validation images and their order, see :func:`name_fingerprint`."""
+        return name_fingerprint(self.splits["val"])
+
     def order(self, split_name: str) -> EpochOrder:
         """Image order of a split. The train split is shuffled and balanced, except with ``overfit_batches``.
 
@@ -368,13 +374,21 @@ class ImageDataModule(pl.LightningDataModule):
         dataset = ImageDataset(self.splits[name], self.source, transform, run_seed())
         return self._loader(dataset, EpochSampler(self.order(name), lambda: self.skip_batches(name) * self.batch_size))
 
-    def _loader(self, dataset: ImageDataset, sampler: EpochSampler) -> DataLoader[Any]:
+    def training_images(self, part: slice) -> DataLoader[Any]:
+        """Batches of a part of the training images, once each, in the order of the split, without augmentation."""
+        assert self.source is not None  # there are no splits without a source
+        dataset = ImageDataset(self.splits["train"][part], self.source, self.evaluation_transform())
+        return self._loader(dataset, range(len(dataset)), persistent_workers=False)
+
+    def _loader(
+        self, dataset: ImageDataset, sampler: Iterable[int], persistent_workers: bool = True
+    ) -> DataLoader[Any]:
         return ImageLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=persistent_workers and self.num_workers > 0,
             collate_fn=collate,
             worker_init_fn=ignore_signals,
             pin_memory=self.pin_memory,

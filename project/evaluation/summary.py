@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from project.evaluation.candidates import Weights
+from project.evaluation.gain import CorrectImages
 from project.evaluation.metrics import BINS
 
 #: Accepted dtypes of the tables.
@@ -30,6 +31,7 @@ class EvaluationSummary:
         calibration: Images, summed confidence and correct predictions per confidence bin, ``(15, 3)``; ``(10, 3)`` in
             checkpoints of earlier versions; ``None`` if unknown.
         weights: The weights that were validated: those of the optimizer, or their average.
+        correct: Which images are classified correctly; ``None`` if unknown.
     """
 
     epoch: int | None
@@ -38,6 +40,7 @@ class EvaluationSummary:
     confusion: np.ndarray | None = None
     calibration: np.ndarray | None = None
     weights: Weights = "raw"
+    correct: CorrectImages | None = None
 
     @property
     def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -57,6 +60,7 @@ class EvaluationSummary:
             "confusion": None if self.confusion is None else torch.from_numpy(self.confusion),
             "calibration": None if self.calibration is None else torch.from_numpy(self.calibration),
             "weights": self.weights,
+            "correct": None if self.correct is None else self.correct.state(),
         }
 
     @classmethod
@@ -73,8 +77,9 @@ class EvaluationSummary:
         confusion = _table(state.get("confusion"), (num_classes, num_classes), (num_classes, 2))
         calibration = _table(state.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
-            return cls(epoch, metrics, images, weights=weights)
-        return cls(epoch, metrics, images, confusion, calibration, weights)
+            confusion = calibration = None
+        correct = CorrectImages.from_state(state.get("correct"))
+        return cls(epoch, metrics, images, confusion, calibration, weights, correct)
 
 
 def _table(value: Any, *shapes: tuple[int, int]) -> np.ndarray | None:

@@ -1,23 +1,42 @@
-"""Features of the training images, read from stored rows."""
+"""Features of the training images, read in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
-from project.features.row_loader import RowLoader
 from project.models.head_solver import solver_device
 
 
+class RowSource(Protocol):
+    """Rows of the training images: stored ones, or features that were computed for the solver."""
+
+    @property
+    def view_count(self) -> int:
+        """Number V of views per image."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Label of each image, int64 ``(N,)``, in the order of the split."""
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Rows per batch where no gradient is computed."""
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of all views of all images, by index ``(B,)``: index ``v * N + n`` is view v of image n."""
+
+
 class FeatureReader:
-    """Reads features of stored training rows.
+    """Reads features of training rows.
 
     Iterating it gives the features, float32 ``(B, D)``, and labels, int64 ``(B,)``, of all views of all images, in
     batches. Each iteration reads them again.
 
     Args:
-        loader: The stored rows.
+        rows: The rows.
         refine: Maps rows ``(B, ...)`` to features ``(B, D)``; in evaluation mode.
         model_device: Device of ``refine``.
         dtype: Type of its inputs.
@@ -25,30 +44,30 @@ class FeatureReader:
 
     def __init__(
         self,
-        loader: RowLoader,
+        rows: RowSource,
         refine: Callable[[torch.Tensor], torch.Tensor],
         model_device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._loader, self._refine, self._model_device, self._dtype = loader, refine, model_device, dtype
+        self.rows, self._refine, self._model_device, self._dtype = rows, refine, model_device, dtype
         #: Device of the features.
         self.device = solver_device(model_device)
 
     def __len__(self) -> int:
         """Number of rows: images times views."""
-        return self._loader.view_count * len(self._loader.labels)
+        return self.rows.view_count * len(self.rows.labels)
 
     @torch.no_grad()
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        """Features, float32 ``(B, D)``, of rows by index ``(B,)``, see :meth:`RowLoader.read`.
+        """Features, float32 ``(B, D)``, of rows by index ``(B,)``, see :meth:`RowSource.read`.
 
         Trainable stages run in small batches.
         """
-        parts = torch.split(indices, self._loader.evaluation_batch_size)
-        batches = (self._loader.read(part).to(self._model_device, self._dtype) for part in parts)
+        parts = torch.split(indices, self.rows.evaluation_batch_size)
+        batches = (self.rows.read(part).to(self._model_device, self._dtype) for part in parts)
         return torch.cat([self._refine(rows).float().to(self.device) for rows in batches])
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        labels = self._loader.labels
-        for indices in torch.split(torch.arange(len(self)), self._loader.evaluation_batch_size):
+        labels = self.rows.labels
+        for indices in torch.split(torch.arange(len(self)), self.rows.evaluation_batch_size):
             yield self.read(indices), labels[indices % len(labels)].to(self.device)

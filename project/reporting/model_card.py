@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from project.evaluation.confidence_intervals import Interval, bootstrap_f1, wilson
+from project.evaluation.gain import Gain
 from project.evaluation.summary import EvaluationSummary
 from project.reporting.limitations import limitations, pluralize
 
@@ -55,6 +56,7 @@ class CardContent:
         base_model: Hugging Face repository of the backbone's weights, if they come from there.
         checkpoint: Path of the checkpoint, relative to the card.
         has_validation: Whether the fit was configured to validate.
+        gain: Difference between the best epoch and the initial head; ``None`` if unknown.
     """
 
     name: str
@@ -69,6 +71,7 @@ class CardContent:
     base_model: str | None = None
     checkpoint: str = "checkpoints/best.ckpt"
     has_validation: bool = True
+    gain: Gain | None = None
 
 
 def render_card(card: CardContent) -> str:
@@ -154,9 +157,17 @@ def _evaluation(card: CardContent) -> list[str]:
         "## Evaluation\n",
         f"Results of the best epoch ({epoch}){weights} on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
         table(("Metric", "Value", "95 % interval", "Method"), rows),
+        *_gain(card.gain),
         *_calibration(evaluation),
         *_per_class_recall(card, evaluation),
     ]
+
+
+def _gain(gain: Gain | None) -> list[str]:
+    if gain is None:
+        return []
+    method = "" if gain.is_none else " Interval: square-and-add for paired proportions (Newcombe 1998, method 10)."
+    return [f"Gain in accuracy over the initial head (epoch 0): {gain}.{method}\n"]
 
 
 def metric_interval(key: str, evaluation: EvaluationSummary) -> tuple[Interval | None, str]:

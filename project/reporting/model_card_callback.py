@@ -83,6 +83,7 @@ def _content(
         notes=_notes(module, data, best, starting_checkpoint(trainer, module)),
         base_model=module.backbone.origin.repository,
         has_validation=best is not None,
+        gain=None if best is None else best.gain,
         checkpoint=f"checkpoints/{'last' if evaluation is None else 'best'}.ckpt",
     )
 

@@ -136,6 +136,7 @@ class RunSummary(pl.Callback):
                 if model.hparams["ema"] is not None and best.evaluation is not None:
                     rows["weights"] = format_weights(best.evaluation.weights)
                 rows |= _selection(self.figures(trainer, model), best.validations)
+                rows |= {} if best.gain is None else {"gain over the initial head": str(best.gain)}
             rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
             load_command = f'To load it: from project import load; load("{path}").predict(["a.jpg"])'
         if card is not None and card.is_file():

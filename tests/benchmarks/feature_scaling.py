@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from project.evaluation.paired_intervals import paired_difference
 from tests.benchmarks.data_sets import NETWORKS, encode, print_for_each_network
 from tests.benchmarks.head_solver import FOLDS, Rows
-from tests.benchmarks.measure import paired_difference
 
 #: Maps training rows, their folds and the held-out features to logits of the held-out images ``(B, C)``.
 Head = Callable[[Rows, torch.Tensor, torch.Tensor, int], torch.Tensor]

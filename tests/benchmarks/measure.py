@@ -14,10 +14,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val", "test")
@@ -153,17 +149,6 @@ def _files_by_class(data: Path) -> dict[Path, list[Path]]:
 def store_bytes(store: Path) -> int:
     """Size in bytes of the rows in a feature store."""
     return sum(file.stat().st_size for file in store.rglob("*.safetensors"))
-
-
-def paired_difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
-    """Mean difference of two scores of the same images ``(N,)``, and half the width of its 95 % interval.
-
-    The interval is the normal approximation for the given heads: it does not include the variation between trainings.
-    """
-    from project.evaluation.confidence_intervals import Z
-
-    difference = first.double() - second.double()
-    return float(difference.mean()), Z * float(difference.std()) / len(difference) ** 0.5
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from project.evaluation.paired_intervals import paired_difference
 from tests.benchmarks.data_sets import NETWORKS, encode, print_for_each_network
-from tests.benchmarks.measure import paired_difference
 
 FOLDS, SPLITS = 5, 3
 

@@ -94,11 +94,10 @@ def test_random_starts_without_epoch_0(fit: Fit, capsys: pytest.CaptureFixture[s
     ("flags", "reason", "fix"),
     [
         (["--model.head", "project.models.heads.MLPHead"], "MLPHead is not linear", "Use LinearHead, or a head with"),
-        (["--features.cache", "off"], "no features are stored", "Use --features.cache on"),
         (["--trainer.limit_train_batches", "2"], "leaves out training images", "Remove them"),
         (["--trainer.limit_train_batches", "1"], "leaves out training images", "Remove them"),
     ],
-    ids=["not linear", "not stored", "two batches", "one batch"],
+    ids=["not linear", "two batches", "one batch"],
 )
 def test_where_it_cannot_be_solved(
     fit: Fit, refused: Callable[[int], str], capsys: pytest.CaptureFixture[str], flags: list[str], reason: str, fix: str
@@ -134,7 +133,7 @@ def test_features_that_trainable_stages_would_repeat_are_not_solved(
 
 def test_a_head_without_parameters_and_fit_is_refused(fit: Fit, refused: Callable[[int], str]) -> None:
     message = refused(fit(*DEFAULT, "--model.head", "torch.nn.Identity"))
-    assert "Identity has to be computed from stored features, but Identity is not linear and has no method" in message
+    assert "Identity has to be computed from the training images, but Identity is not linear and has" in message
     assert "\nUse LinearHead, or a head with a method fit." in message
 
 
@@ -343,6 +342,70 @@ def test_trainable_stages_get_the_features_of_the_untrained_ones(fit: Fit) -> No
         torch.testing.assert_close(second[key], value, atol=1e-3, rtol=1e-2)
 
 
+LIVE = ["--features.cache", "off", *SOLVED, "--trainer.accelerator", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        LIVE,
+        [*LIVE, "--data.num_workers", "1", "--data.batch_size", "7"],
+        [*SOLVED, "--data.mixup", "0.2"],
+        [*LIVE, "--model.trainable", "layer4"],
+        [*SOLVED, "--model.trainable", "all"],
+    ],
+    ids=["cache off", "worker", "mixup", "layer4", "all"],
+)
+def test_features_that_are_not_stored_are_computed_once_for_the_solver(
+    fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """The initial head is that of the probe on stored features, and so is the accuracy of epoch 0."""
+    assert fit(*DEFAULT, "--trainer.max_epochs", "0") == 0
+    capsys.readouterr()
+    assert fit(*flags, "--trainer.max_epochs", "0") == 0
+    output = capsys.readouterr().out
+    assert "Head: features of 24 training images computed once in " in output
+    assert "Head: solved in " in output and "Epoch 0, the solved head: " in output
+    second = VERSION.with_name("version_1")
+    for key, value in head().items():
+        torch.testing.assert_close(head(version=second)[key], value, atol=1e-3, rtol=1e-2)
+    accuracies = [scalars(version).Scalars("val/accuracy")[0].value for version in (VERSION, second)]
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("kind", ["PrototypeHead", "CosineHead"])
+def test_heads_that_compute_themselves_need_no_stored_features(fit: Fit, kind: str) -> None:
+    flags = ["--model.head", f"project.models.heads.{kind}", "--trainer.max_epochs", "0"]
+    assert fit(*DEFAULT, *flags) == 0
+    assert fit(*LIVE, *flags) == 0
+    torch.testing.assert_close(head(version=VERSION.with_name("version_1")), head(), atol=1e-4, rtol=1e-3)
+
+
+def test_a_sample_of_features_that_are_not_stored(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.callbacks.solved_head.MAX_WORK", {"cpu": 12 * FEATURES * 3})
+    monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
+    assert fit(*LIVE) == 0
+    assert "on a sample of 12 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [[], ["--model.head", "project.models.heads.CosineHead"]], ids=["linear", "cosine"])
+def test_features_that_are_neither_stored_nor_fit_in_memory(
+    fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch, kind: list[str]
+) -> None:
+    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 5 * 4 * 23 * FEATURES)
+    message = refused(fit(*LIVE, *kind, "--model.head_init", "solved"))
+    assert "no features are stored, and those of all training images do not fit in memory.\nUse --features" in message
+    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 10**9)
+    assert fit(*LIVE, *kind, "--model.head_init", "solved") == 0
+
+
+def test_a_fast_dev_run_solves_nothing(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*LIVE, "--trainer.fast_dev_run", "true") == 0
+    assert "Head: not solved, because trainer.fast_dev_run runs only a few batches" in capsys.readouterr().out
+
+
 def test_rows_that_exceed_the_memory_are_sampled(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,7 +475,6 @@ def test_a_head_that_is_not_trained(
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--features.cache", "off"], "but no features are stored.\nUse --features.cache on, which says why if"),
         (["--trainer.limit_train_batches", "1"], "leaves out training images.\nRemove them"),
         (["--model.head_init", "random"], "model.head_init random has no effect on PrototypeHead"),
         (["--data.balance", "sampler"], "data.balance has no effect"),

@@ -16,10 +16,11 @@ from project.cli.main import main
 from project.errors import CheckpointError
 from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, LinearHead, MLPHead
-from tests.conftest import BACKBONE, FEATURES, SOLVED, STORED, draw, row_counts
+from tests.conftest import BACKBONE, FEATURES, SOLVED, STORED, draw, row_counts, scalars
 
 Fit = Callable[..., int]
 FLAGS = ["--data.num_workers", "0", "--dashboard.figures", "false", "--trainer.max_epochs", "1"]
+STAGES = ["stem", "layer1", "layer2", "layer3", "layer4"]
 #: Keeps all weights.
 NO_STEP = ["--model.optimizer.lr", "0"]
 
@@ -101,14 +102,14 @@ def test_head_with_a_new_class_is_solved_and_stored_rows_are_reused(
 def test_result_and_card_name_the_checkpoint_unless_the_head_is_solved(
     run: Path, album: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint may have been chosen by the validation images, also if the new fit has a single validation."""
+    """The checkpoint may have been chosen by the validation images."""
     add_class(album)
     fit = ["fit", "--data.root", "album", "--name", "photos", "--ckpt_path", str(last(0)), *FLAGS]
     row = f"start: {last(0)}, which another fit may have chosen by some of the validation images"
     note, card = "Training started from a checkpoint of another fit", "runs/photos/version_{}/model_card.md"
     assert main(fit) == 0
     out = capsys.readouterr().out
-    assert row in out and "it is the only validation" in out
+    assert row in out and "from 2 validations" in out, "epoch 0 and epoch 1"
     text = Path(card.format(1)).read_text()
     assert note in text and "Initial head: weights of `last.ckpt`" in text
     assert main(["fit", "--data.root", "album", "--ckpt_path", str(last(1)), *FLAGS, "--trainer.max_epochs", "2"]) == 0
@@ -179,26 +180,37 @@ def test_evaluation_on_more_classes_is_refused(
     assert "(amber, blue, green, red) are not the model's (blue, green, red)" in message
 
 
+@pytest.mark.parametrize(("trainable", "stages"), [("layer4", STAGES[-1:]), ("all", STAGES)])
 def test_checkpoint_of_a_head_starts_a_fit_of_more_stages(
-    run: Path, photos: Path, weights: Path, capsys: pytest.CaptureFixture[str], refused: Callable[[int], str]
+    trainable: str,
+    stages: list[str],
+    run: Path,
+    photos: Path,
+    weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[[int], str],
 ) -> None:
     fit = ["fit", "--data.root", str(photos), *FLAGS]
-    more = [*fit, "--ckpt_path", str(last(0)), "--model.trainable", "layer4", "--model.head_init", "auto", *NO_STEP]
+    more = [*fit, "--ckpt_path", str(last(0)), "--model.trainable", trainable, "--model.head_init", "auto", *NO_STEP]
     assert main(more) == 0
     out = capsys.readouterr().out
     assert (
         "Classes: the same; the head starts with the weights of 3 classes" in out
         and "Head: not solved, because it is trained" in out
     )
-    assert "Stages: layer4 now trained, from the pretrained weights" in out
+    assert f"Stages: {', '.join(stages)} now trained, from the pretrained weights" in out
+    accuracy = scalars(run).Scalars("val/accuracy")[-1].value
+    assert f"Epoch 0, the weights of {last(0)}: val/accuracy {accuracy:.4f}" in out
+    assert scalars(run.with_name("version_1")).Scalars("val/accuracy")[0].value == accuracy
     probe, partial = read(last(0)), read(last(1))
     assert partial["epoch"] == 0
-    for name, parameter in load_backbone(BACKBONE, str(weights)).stages["layer4"].named_parameters():
-        assert torch.equal(partial["state_dict"][f"backbone.stages.layer4.{name}"], parameter), name
+    for name, parameter in load_backbone(BACKBONE, str(weights)).stages.named_parameters():
+        if name.partition(".")[0] in stages:
+            assert torch.equal(partial["state_dict"][f"backbone.stages.{name}"], parameter), name
     for name, tensor in probe["state_dict"].items():
         assert torch.equal(partial["state_dict"][name], tensor), name
     message = refused(main([*fit, "--ckpt_path", str(last(1)), "--model.trainable", "head"]))
-    assert "unexpected tensor 'backbone.stages.layer4" in message and "another model.head or model.trainable" in message
+    assert "unexpected tensor 'backbone.stages." in message and "another model.head or model.trainable" in message
 
 
 class Transposed(nn.Module):

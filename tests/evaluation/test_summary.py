@@ -15,7 +15,7 @@ SUMMARY = EvaluationSummary(4, {"val/accuracy": 0.75}, 6, CONFUSION, CALIBRATION
 
 def test_state_has_plain_types_and_tensors_and_can_be_restored() -> None:
     state = SUMMARY.state()
-    assert list(state) == ["epoch", "metrics", "images", "confusion", "calibration", "weights"]
+    assert list(state) == ["epoch", "metrics", "images", "confusion", "calibration", "weights", "correct"]
     assert (state["confusion"].dtype, state["calibration"].dtype) == (torch.int32, torch.float64)
     restored = EvaluationSummary.from_state(state, 2)
     assert restored is not None

@@ -17,6 +17,7 @@ from project.runtime.signals import SignalHandler
 from tests.conftest import SMALL, draw, scalars
 from tests.forked import run_ranks
 
+LIVE = "--features.cache off --model.head_init auto"
 #: Batch size of all processes together, and flags. There are 23 training images.
 FITS: dict[str, tuple[int, str]] = {
     "last batch of one image": (22, ""),
@@ -29,6 +30,8 @@ FITS: dict[str, tuple[int, str]] = {
     "overfit_batches": (6, "--trainer.overfit_batches 2"),
     "one validation image": (8, "--data.root few"),
     "mixup": (8, "--features.cache off --data.mixup 0.4 --data.cutmix 1.0"),
+    "solved, not stored": (8, f"{LIVE} --trainer.max_epochs 1"),
+    "computed, not stored": (8, f"{LIVE} --trainer.max_epochs 1 --model.head project.models.heads.CosineHead"),
     "BatchNorm": (4, "--model.trainable layer4 --model.batch_norm train --model.ema 0.9 --trainer.max_epochs 1"),
     "average": (4, "--model.trainable layer4 --model.ema 0.9 --model.l2_sp 0.01"),
 }
@@ -109,8 +112,8 @@ def command_lines(processes: int, weights: Path) -> Iterator[list[str]]:
     yield ["two tasks", "predict", *checkpoint, *second, *options, "--data.predict", "odd", *output]
 
 
-def checkpoint_path(processes: int, name: str) -> Path:
-    return Path(str(processes), "runs", name, "version_0", "checkpoints", "last.ckpt")
+def checkpoint_path(processes: int, name: str, which: str = "last") -> Path:
+    return Path(str(processes), "runs", name, "version_0", "checkpoints", f"{which}.ckpt")
 
 
 def metrics(run: Path) -> dict[str, list[float]]:
@@ -133,8 +136,12 @@ def test_fit_of_two_processes_equals_fit_of_one_with_twice_the_batch_size(name: 
         assert two[tag] == pytest.approx(values, abs=1e-5), tag
     expected, actual = (load_checkpoint(results / checkpoint_path(n, name)) for n in (1, 2))
     assert actual["global_step"] == expected["global_step"]
+    # The solver stops when the loss is accurate to 1e-8; the weights are less accurate, as the loss is flat there.
+    rtol, atol = (0.05, 0.03) if name == "solved, not stored" else (1e-5, 1e-5)
     for key, tensor in expected["state_dict"].items():
-        torch.testing.assert_close(actual["state_dict"][key], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual["state_dict"][key], tensor, rtol=rtol, atol=atol)
+    expected, actual = (load_checkpoint(results / checkpoint_path(n, name, "best")) for n in (1, 2))
+    assert torch.equal(actual["best"]["correct"]["bits"], expected["best"]["correct"]["bits"])
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
