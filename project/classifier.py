@@ -88,6 +88,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
+        interpolate: After a fit that trains stages of the backbone: off keeps the best epoch; auto also validates
+            weights between the start of the fit and the best epoch (WiSE-FT), and keeps the best.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -112,6 +114,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: list[str] | None = None,
         head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
         features: FeatureKind = "last",
+        interpolate: Literal["off", "auto"] | bool = "off",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -121,6 +124,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
+        if interpolate is True:
+            raise ConfigError("model.interpolate must be off or auto, not true.")
+        self.hparams["interpolate"] = interpolate or "off"  # YAML parses off as a boolean
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)

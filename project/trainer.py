@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.exact_resume import ExactResume
+from project.callbacks.interpolation import Interpolation
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
 from project.checkpoints.io import AtomicCheckpointIO
@@ -41,5 +42,6 @@ def _with_default_callbacks(
     callbacks = [user_callbacks] if isinstance(user_callbacks, pl.Callback) else [*(user_callbacks or [])]
     if shows_progress and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(FitProgressBar())
+    callbacks.append(Interpolation())
     callbacks.append(SolvedHead())  # the last one, as it runs a validation when training starts
     return [ExactResume(), *callbacks]

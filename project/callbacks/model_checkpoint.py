@@ -18,8 +18,12 @@ from project.evaluation.summary import EvaluationSummary
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
+from project.runtime.distributed import ProcessGroup
 
 KEY = "best"
+BEST = "best.ckpt"
+#: The best epoch, if ``best.ckpt`` has interpolated weights. A fit is resumed with this one.
+BEST_EPOCH = "best_epoch.ckpt"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
 SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
@@ -81,7 +85,8 @@ class BestCheckpoint(_EpochCheckpoint):
     ) -> None:
         """Find the previous best checkpoint of the same fit, in the folder of the resumed one."""
         # The path in the checkpoint is ignored: an untrusted checkpoint could name any file.
-        path = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
+        folder = Path(str(trainer.ckpt_path)).parent
+        path = next((file for file in (folder / BEST_EPOCH, folder / BEST) if file.is_file()), folder / BEST)
         self._is_rank_zero = trainer.is_global_zero
         if not path.is_file() or path.is_symlink():
             return
@@ -103,6 +108,34 @@ class BestCheckpoint(_EpochCheckpoint):
                 "best.ckpt considers only new epochs"
             )
 
+    def write_interpolated(
+        self, trainer: pl.Trainer, tensors: Mapping[str, torch.Tensor], evaluation: EvaluationSummary
+    ) -> None:
+        """Replace the weights in ``best.ckpt``; ``best_epoch.ckpt`` keeps the previous ones. Call it on all ranks.
+
+        Args:
+            trainer: The trainer of the fit.
+            tensors: The trained part by name.
+            evaluation: Its validation results.
+
+        Raises:
+            CheckpointError: The file cannot be read or written.
+        """
+        path, score = Path(self.best_model_path), torch.tensor(evaluation.metrics["val/accuracy"])
+        self.evaluation = evaluation
+        self.best_model_score = self.kth_value = self._evaluated_score = score
+        self.best_k_models = {self.best_model_path: score}
+        with ProcessGroup().propagate_errors():
+            if trainer.is_global_zero:
+                checkpoint = read_checkpoint(path)
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path.with_name(BEST_EPOCH))
+                # No fit can resume from these weights, so the states of the optimizer are left out.
+                checkpoint |= {"state_dict": dict(tensors), "optimizer_states": [], "lr_schedulers": []}
+                checkpoint["transfer"]["interpolated"] = evaluation.interpolated
+                checkpoint[KEY] = evaluation.state()
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+
     def state_dict(self) -> dict[str, Any]:
         """State of ModelCheckpoint, and the number of validations."""
         return {**super().state_dict(), "validations": self.validations}
@@ -116,7 +149,7 @@ class BestCheckpoint(_EpochCheckpoint):
             return
         assert self.dirpath is not None  # Lightning sets it before it restores states
         previous, score = self._previous
-        copy = Path(self.dirpath) / previous.name
+        copy = Path(self.dirpath) / BEST
         if self._is_rank_zero and not (copy.exists() and copy.samefile(previous)):
             with atomic_write(copy) as temporary:
                 temporary.write_bytes(previous.read_bytes())
@@ -137,13 +170,13 @@ def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 
 def _evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> EvaluationSummary:
     """Validation metrics, confusion matrix and calibration of the current epoch."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    values = trainer.callback_metrics.items()
+    metrics = {name: float(value) for name, value in values if name.startswith(("val/", "drift/"))}
     counts = module.epoch_metrics("val").counts if isinstance(module, ImageClassifier) else None
     epoch = lightning_internals.epochs(trainer).ready - 1  # -1 before the first epoch
     if counts is None:
         return EvaluationSummary(epoch, metrics)
-    confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
-    return EvaluationSummary(epoch, metrics, counts.images, confusion, counts.calibration.numpy())
+    return EvaluationSummary.of(epoch, metrics, counts)
 
 
 class LastCheckpoint(_EpochCheckpoint):

@@ -22,7 +22,7 @@ from project.checkpoints.compatibility import (
 )
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
-from project.checkpoints.resume_checks import copy_groups, validate_progress, validate_states
+from project.checkpoints.resume_checks import copy_groups, refuse_interpolated, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
 from project.config.class_path import ClassSpec
@@ -208,6 +208,10 @@ class CheckpointMixin(Module):
         frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The tensors of the trained part by name, as in checkpoints. They are not copied."""
+        return self._without_frozen(self.state_dict())
+
     def start_from(self, checkpoint: Mapping[str, Any], name: str | Path) -> str:
         """Load the weights of a checkpoint as the start of a new fit, which does not resume the checkpoint's fit.
 
@@ -271,6 +275,8 @@ class CheckpointMixin(Module):
         state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
         trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            refuse_interpolated(checkpoint["transfer"])
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit" and self.parameter_groups():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from project.evaluation.confusion import ConfusionCounts
 from project.evaluation.metrics import BINS
 
 #: Accepted dtypes of the tables.
@@ -28,6 +29,8 @@ class EvaluationSummary:
             :class:`~project.evaluation.confusion.ConfusionCounts`; ``None`` if unknown.
         calibration: Images, summed confidence and correct predictions per confidence bin, ``(15, 3)``; ``(10, 3)`` in
             checkpoints of earlier versions; ``None`` if unknown.
+        interpolated: Position of the evaluated weights between the start of the fit, 0, and the epoch, 1; ``None`` for
+            the weights of the epoch itself.
     """
 
     epoch: int | None
@@ -35,6 +38,15 @@ class EvaluationSummary:
     images: int = 0
     confusion: np.ndarray | None = None
     calibration: np.ndarray | None = None
+    interpolated: float | None = None
+
+    @classmethod
+    def of(
+        cls, epoch: int | None, metrics: Mapping[str, float], counts: ConfusionCounts, interpolated: float | None = None
+    ) -> EvaluationSummary:
+        """Summarize an evaluation by its metrics and counts."""
+        confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
+        return cls(epoch, metrics, counts.images, confusion, counts.calibration.numpy(), interpolated)
 
     @property
     def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -53,6 +65,7 @@ class EvaluationSummary:
             "images": self.images,
             "confusion": None if self.confusion is None else torch.from_numpy(self.confusion),
             "calibration": None if self.calibration is None else torch.from_numpy(self.calibration),
+            **({} if self.interpolated is None else {"interpolated": self.interpolated}),
         }
 
     @classmethod
@@ -68,8 +81,11 @@ class EvaluationSummary:
         confusion = _table(state.get("confusion"), (num_classes, num_classes), (num_classes, 2))
         calibration = _table(state.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
-            return cls(epoch, metrics, images)
-        return cls(epoch, metrics, images, confusion, calibration)
+            confusion = calibration = None
+        interpolated = state.get("interpolated")
+        if type(interpolated) is not float:
+            interpolated = None
+        return cls(epoch, metrics, images, confusion, calibration, interpolated)
 
 
 def _table(value: Any, *shapes: tuple[int, int]) -> np.ndarray | None:

@@ -151,11 +151,17 @@ def _evaluation(card: CardContent) -> list[str]:
     sources = "; ".join(source for method, source in INTERVAL_METHODS.items() if method in methods)
     return [
         "## Evaluation\n",
-        f"Results of the best epoch ({epoch}) on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
+        f"Results of {_evaluated(evaluation)} ({epoch}) on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
         table(("Metric", "Value", "95 % interval", "Method"), rows),
         *_calibration(evaluation),
         *_per_class_recall(card, evaluation),
     ]
+
+
+def _evaluated(evaluation: EvaluationSummary) -> str:
+    if evaluation.interpolated is None:
+        return "the best epoch"
+    return f"weights interpolated with alpha {evaluation.interpolated} between the start of the fit and an epoch"
 
 
 def metric_interval(key: str, evaluation: EvaluationSummary) -> tuple[Interval | None, str]:
