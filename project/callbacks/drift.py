@@ -69,7 +69,7 @@ class Drift(pl.Callback):
         if not trainer.sanity_checking:
             self.start(trainer)
 
-    def on_validation_batch_end(  # type: ignore[override]
+    def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if not trainer.sanity_checking and isinstance(pl_module, ImageClassifier):

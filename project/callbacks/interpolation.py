@@ -129,12 +129,11 @@ class Interpolation(pl.Callback):
         _print_cost(trainer, module, self._validation_seconds)
         state, start = module.trained_state(), self._start(module)
         last = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-        best_epoch = None if best.evaluation is None else best.evaluation.epoch
-        start_is_best = best_epoch == -1
+        epoch = None if best.evaluation is None else best.evaluation.epoch
+        start_is_best = epoch == -1
         if start_is_best:
-            end, epoch = last, lightning_internals.epochs(trainer).ready - 1
-        else:
-            end, epoch = _read_trained_part(best.best_model_path), best_epoch
+            epoch = lightning_internals.epochs(trainer).ready - 1
+        end = last if start_is_best else _read_trained_part(best.best_model_path)
         evaluations = []
         try:
             for alpha in ALPHAS:
@@ -211,12 +210,12 @@ def _best_checkpoint(trainer: pl.Trainer) -> BestCheckpoint | None:
 
 def _read_trained_part(path: str) -> Tensors:
     """The trained part of a checkpoint that rank zero reads, on all ranks."""
-    ranks, tensors = ProcessGroup(), None
+    ranks = ProcessGroup()
+    tensors: Tensors = {}
     with ranks.propagate_errors():
         if ranks.rank == 0:
             tensors = read_checkpoint(path)["state_dict"]
-    result: Tensors = ranks.gather(tensors)[0]
-    return result
+    return ranks.gather(tensors)[0]
 
 
 @torch.no_grad()

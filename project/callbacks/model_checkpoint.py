@@ -129,11 +129,11 @@ class BestCheckpoint(_EpochCheckpoint):
             if trainer.is_global_zero:
                 checkpoint = read_checkpoint(path)
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path.with_name(BEST_EPOCH))
-                # No fit can resume from these weights, so the states of the optimizer are left out.
+                # No fit can resume from these weights, so the training state is left out.
                 checkpoint |= {"state_dict": dict(tensors), "optimizer_states": [], "lr_schedulers": []}
                 checkpoint["transfer"]["interpolated"] = evaluation.interpolated
                 checkpoint[KEY] = evaluation.state()
-                checkpoint["callbacks"][self.state_key] = self.state_dict()
+                checkpoint["callbacks"] = {self.state_key: self.state_dict()}
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
 
     def state_dict(self) -> dict[str, Any]:

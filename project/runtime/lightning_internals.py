@@ -105,8 +105,8 @@ def save_before_training(callback: ModelCheckpoint) -> None:
 def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], None]) -> None:
     """Run the validation step on all validation batches of a fit, without callbacks, logs and progress.
 
-    Call it after a validation, on all ranks. Relies on ``val_loop._combined_loader``, and on how the loop prepares a
-    batch: ``convert_input()``, ``_on_before_batch_transfer()``, ``batch_to_device()``.
+    Call it after a validation, on all ranks; the step must not log. Relies on ``val_loop._combined_loader``, and on how
+    the loop prepares a batch: ``convert_input()``, ``_on_before_batch_transfer()``, ``batch_to_device()``.
 
     Args:
         trainer: The fit's trainer.

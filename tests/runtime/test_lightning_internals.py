@@ -136,6 +136,9 @@ class Returning(TinyModel):
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         return self.training, torch.is_grad_enabled(), self.trainer.training, self.trainer.validating, batch_idx
 
+    def on_validation_epoch_end(self) -> None:
+        self.log("val", 0.0)
+
 
 def test_validation_steps_run_without_hooks(trainer: Any) -> None:
     outputs: list[Any] = []
