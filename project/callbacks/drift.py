@@ -45,7 +45,9 @@ class Drift(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._reset()
-        if stage != "fit" or not isinstance(pl_module, ImageClassifier) or not pl_module.cut.trainable:
+        if stage != "fit" or not trainer.enable_validation or not isinstance(pl_module, ImageClassifier):
+            return
+        if not pl_module.cut.trainable:
             return
         # Before Lightning restores a checkpoint, so that the pretrained weights are usually still in place.
         stages = pretrained_stages(pl_module.backbone, pl_module.cut.trainable)
@@ -57,9 +59,7 @@ class Drift(pl.Callback):
         self._pretrained, self._is_active = stages, True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation:
-            self._reset()
-        elif self._is_active and not isinstance(lightning_internals.validation_data(trainer), ImageDataModule):
+        if self._is_active and not isinstance(lightning_internals.validation_data(trainer), ImageDataModule):
             print_rank_zero("Drift: not measured, because the validation images do not come from an ImageDataModule")
             self._reset()
         for stage in self._pretrained.values():
