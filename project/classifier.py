@@ -104,6 +104,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             and shift; train normalizes with the statistics of each batch and updates the running ones.
         l2_sp: Strength alpha of the penalty alpha/2 times the squared distance of the trained stages' weights from the
             pretrained ones (L2-SP); 0 for none.
+        interpolate: After a fit that trains stages of the backbone: off keeps the best epoch; auto also validates
+            weights between the start of the fit and the best epoch (WiSE-FT), and keeps the best.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -133,6 +135,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         ema: float | None = None,
         batch_norm: BatchNormMode = "frozen",
         l2_sp: float = 0.0,
+        interpolate: Literal["off", "auto"] | bool = "off",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -149,6 +152,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             raise ConfigError(f"model.ema is a decay between 0 and 1, such as 0.999, not {ema}. Null disables it.")
         if not 0 <= l2_sp < math.inf:
             raise ConfigError(f"model.l2_sp must be at least 0, not {l2_sp}.")
+        if interpolate is True:
+            raise ConfigError("model.interpolate must be off or auto, not true.")
+        self.hparams["interpolate"] = interpolate or "off"  # YAML parses off as a boolean
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)

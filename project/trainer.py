@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.exact_resume import ExactResume
+from project.callbacks.interpolation import Interpolation
 from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
@@ -44,5 +45,6 @@ def _with_default_callbacks(
         callbacks.append(FitProgressBar())
     finders = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
     callbacks = [callback for callback in callbacks if callback not in finders]
+    callbacks.append(Interpolation())
     callbacks.append(SolvedHead())  # after others, as it runs a validation when training starts
     return [ExactResume(), *callbacks, *finders]  # a finder starts from the solved head

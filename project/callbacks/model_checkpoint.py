@@ -15,13 +15,18 @@ from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError
 from project.evaluation.candidates import STAGES, best_weights
+from project.evaluation.epoch_metrics import EpochMetrics
 from project.evaluation.gain import CorrectImages, Gain
 from project.evaluation.summary import EvaluationSummary
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
+from project.runtime.distributed import ProcessGroup
 
 KEY = "best"
+BEST = "best.ckpt"
+#: The best epoch, if ``best.ckpt`` has interpolated weights. A fit is resumed with this one.
+BEST_EPOCH = "best_epoch.ckpt"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
 SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
@@ -108,7 +113,8 @@ class BestCheckpoint(_EpochCheckpoint):
     ) -> None:
         """Find the previous best checkpoint of the same fit, in the folder of the resumed one."""
         # The path in the checkpoint is ignored: an untrusted checkpoint could name any file.
-        path = Path(str(trainer.ckpt_path)).with_name("best.ckpt")
+        folder = Path(str(trainer.ckpt_path)).parent
+        path = next((file for file in (folder / BEST_EPOCH, folder / BEST) if file.is_file()), folder / BEST)
         self._is_rank_zero = trainer.is_global_zero
         if not path.is_file() or path.is_symlink():
             return
@@ -130,6 +136,35 @@ class BestCheckpoint(_EpochCheckpoint):
                 "best.ckpt considers only new epochs"
             )
 
+    def write_interpolated(
+        self, trainer: pl.Trainer, tensors: Mapping[str, torch.Tensor], evaluation: EvaluationSummary
+    ) -> None:
+        """Replace the weights in ``best.ckpt``; ``best_epoch.ckpt`` keeps the previous ones. Call it on all ranks.
+
+        Args:
+            trainer: The trainer of the fit.
+            tensors: The trained part by name.
+            evaluation: Its validation results.
+
+        Raises:
+            CheckpointError: The file cannot be read or written.
+        """
+        path, score = Path(self.best_model_path), torch.tensor(evaluation.metrics["val/accuracy"])
+        self.evaluation = evaluation
+        self.best_model_score = self.kth_value = self._evaluated_score = score
+        self.best_k_models = {self.best_model_path: score}
+        with ProcessGroup().propagate_errors():
+            if trainer.is_global_zero:
+                checkpoint = read_checkpoint(path)
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path.with_name(BEST_EPOCH))
+                # No fit can resume from these weights, so the training state is left out.
+                checkpoint |= {"state_dict": dict(tensors), "optimizer_states": [], "lr_schedulers": []}
+                checkpoint.pop("average", None)
+                checkpoint["transfer"] |= {"interpolated": evaluation.interpolated, "weights": evaluation.weights}
+                checkpoint[KEY] = evaluation.state()
+                checkpoint["callbacks"] = {self.state_key: self.state_dict()}
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+
     def state_dict(self) -> dict[str, Any]:
         """State of ModelCheckpoint, the number of validations, and the results of the initial head."""
         initial = None if self.initial is None else self.initial.state()
@@ -145,7 +180,7 @@ class BestCheckpoint(_EpochCheckpoint):
             return
         assert self.dirpath is not None  # Lightning sets it before it restores states
         previous, score = self._previous
-        copy = Path(self.dirpath) / previous.name
+        copy = Path(self.dirpath) / BEST
         if self._is_rank_zero and not (copy.exists() and copy.samefile(previous)):
             with atomic_write(copy) as temporary:
                 temporary.write_bytes(previous.read_bytes())
@@ -164,18 +199,24 @@ def _has_same_validation(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     return all(current.get(key) == value for key, value in saved.items() if key != "per_class")
 
 
-def _correct_images(trainer: pl.Trainer, module: pl.LightningModule) -> CorrectImages | None:
-    """Which images the latest validation has classified correctly, with its best weights.
+def correct_images(trainer: pl.Trainer, metrics: EpochMetrics) -> CorrectImages | None:
+    """Which validation images are classified correctly; ``None`` on a user's own loaders. Collective.
 
-    ``None`` on a user's own loaders.
+    Args:
+        trainer: The trainer of the fit.
+        metrics: Metrics of a whole validation.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, ImageDataModule) or lightning_internals.validation_data(trainer) is not data:
         return None  # their images may have another order in each epoch
+    return CorrectImages.gather(metrics.predictions, data.validation_fingerprint)
+
+
+def _correct_images(trainer: pl.Trainer, module: pl.LightningModule) -> CorrectImages | None:
+    """Which images the latest validation has classified correctly, with its best weights."""
     if not isinstance(module, ImageClassifier):
         return None
-    stage = STAGES[best_weights(trainer.callback_metrics)]
-    return CorrectImages.gather(module.epoch_metrics(stage).predictions, data.validation_fingerprint)
+    return correct_images(trainer, module.epoch_metrics(STAGES[best_weights(trainer.callback_metrics)]))
 
 
 def _evaluation(trainer: pl.Trainer, module: pl.LightningModule, correct: CorrectImages | None) -> EvaluationSummary:
@@ -187,14 +228,13 @@ def _evaluation(trainer: pl.Trainer, module: pl.LightningModule, correct: Correc
         for name, value in logged.items()
         if name.startswith(f"{stage}/")
     }
+    if weights == "raw":  # the drift is that of the raw weights
+        metrics |= {name: float(value) for name, value in logged.items() if name.startswith("drift/")}
     counts = module.epoch_metrics(stage).counts if isinstance(module, ImageClassifier) else None
     epoch = lightning_internals.epochs(trainer).ready - 1  # -1 before the first epoch
     if counts is None:
         return EvaluationSummary(epoch, metrics, weights=weights, correct=correct)
-    confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
-    return EvaluationSummary(
-        epoch, metrics, counts.images, confusion, counts.calibration.numpy(), weights=weights, correct=correct
-    )
+    return EvaluationSummary.of(epoch, metrics, counts, weights=weights, correct=correct)
 
 
 class LastCheckpoint(_EpochCheckpoint):

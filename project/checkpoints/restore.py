@@ -23,7 +23,7 @@ from project.checkpoints.compatibility import (
 )
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
-from project.checkpoints.resume_checks import copy_groups, validate_progress, validate_states
+from project.checkpoints.resume_checks import copy_groups, refuse_interpolated, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
 from project.config.class_path import ClassSpec
@@ -319,6 +319,8 @@ class CheckpointMixin(Module):
         if resumes and checkpoint["transfer"].get("weights") == "ema":
             exchange(checkpoint)  # training continues from the raw weights
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
+        if resumes:
+            refuse_interpolated(checkpoint["transfer"])
         if resumes and self.average is not None:
             restore_average(checkpoint, self._without_frozen(state), self.average)
         if trainer is not None:

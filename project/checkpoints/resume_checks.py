@@ -84,6 +84,22 @@ def validate_progress(saved: Any, fresh: Any, place: str) -> None:
         validate_progress(saved[key], value, f"{place}.{key}")
 
 
+def refuse_interpolated(identity: Mapping[str, Any]) -> None:
+    """Refuse to resume a fit from interpolated weights: no step has led to them, and no optimizer state fits them.
+
+    Args:
+        identity: The checkpoint's ``transfer`` entry.
+
+    Raises:
+        CheckpointError: The weights are interpolated.
+    """
+    if identity.get("interpolated") is not None:
+        raise CheckpointError(
+            "The checkpoint has interpolated weights (model.interpolate), so its fit cannot be resumed from it.\n"
+            "Use last.ckpt or best_epoch.ckpt of the same folder."
+        )
+
+
 def _refuse_unsafe_paths(callbacks: Any) -> None:
     """Refuse paths that lead ModelCheckpoint out of its folder.
 

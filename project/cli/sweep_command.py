@@ -40,6 +40,7 @@ def validate_sweep(config: Namespace) -> None:
     """
     trainer = config.trainer
     refused = {
+        "model.interpolate": config.model["interpolate"] not in ("off", False),
         "features.cache off": config.features["cache"] in ("off", False),
         "trainer.fast_dev_run": bool(trainer["fast_dev_run"]),
         "trainer.overfit_batches": bool(trainer["overfit_batches"]),

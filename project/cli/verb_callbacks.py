@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 
+from project.callbacks.drift import Drift
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
@@ -34,6 +35,7 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     if section.lr_find:
         callbacks.append(LearningRateFinder())
     if not trainer.fast_dev_run:
+        callbacks.append(Drift())
         if trainer.logger is not False:
             callbacks.append(LearningRateMonitor())
         if trainer.enable_checkpointing is not False:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from project.evaluation.confidence_intervals import wilson
 from project.evaluation.metrics import BINS, calibration_bins, calibration_error
 
 if TYPE_CHECKING:  # importing matplotlib takes 0.2 s, so the functions import it on demand
@@ -267,6 +268,37 @@ def learning_rates(rates: np.ndarray, changes: np.ndarray, chosen: float) -> Fig
     axes.set(xlabel="learning rate", ylabel="change of the training loss")
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def interpolation(
+    alphas: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], images: int, chosen: float, end: str
+) -> Figure:
+    """Plot accuracy, with its 95 % interval, and loss of weights between the start and the end of a fit.
+
+    Args:
+        alphas: Weights of the end.
+        accuracies: Accuracy for each alpha.
+        losses: Loss for each alpha.
+        images: Number of validation images.
+        chosen: The chosen alpha.
+        end: Name of the end, such as "epoch 3".
+    """
+    figure, axes = _blank(7.5, 4.5)
+    low, high = zip(*(wilson(accuracy * images, images) for accuracy in accuracies), strict=True)
+    blue, orange = "#0f7ab8", "#d98a00"
+    axes.fill_between(alphas, low, high, color=blue, alpha=0.15, linewidth=0, label="95 % interval (Wilson)")
+    axes.plot(alphas, accuracies, "o-", color=blue, markersize=4, label="accuracy")
+    axes.axvline(chosen, color="#999999", linestyle="--", linewidth=1, label=f"chosen: {chosen}")
+    right = axes.twinx()
+    right.plot(alphas, losses, "s-", color=orange, markersize=3, label="loss")
+    axes.set(xlabel=f"alpha: 0 is the start of the fit, 1 is {end}", ylabel="val/accuracy")
+    right.set_ylabel("val/loss")
+    axes.set_title(f"Interpolated weights on {images:,} validation images", fontsize=10, loc="left")
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    for part in (axes, right):
+        part.spines["top"].set_visible(False)
     return figure
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from project.evaluation.candidates import Weights
+from project.evaluation.confusion import ConfusionCounts
 from project.evaluation.gain import CorrectImages
 from project.evaluation.metrics import BINS
 
@@ -32,6 +33,8 @@ class EvaluationSummary:
             checkpoints of earlier versions; ``None`` if unknown.
         weights: The weights that were validated: those of the optimizer, or their average.
         correct: Which images are classified correctly; ``None`` if unknown.
+        interpolated: Position of the evaluated weights between the start of the fit, 0, and the epoch, 1; ``None`` for
+            the weights of the epoch itself.
     """
 
     epoch: int | None
@@ -41,6 +44,22 @@ class EvaluationSummary:
     calibration: np.ndarray | None = None
     weights: Weights = "raw"
     correct: CorrectImages | None = None
+    interpolated: float | None = None
+
+    @classmethod
+    def of(
+        cls, epoch: int | None, metrics: Mapping[str, float], counts: ConfusionCounts, **fields: Any
+    ) -> EvaluationSummary:
+        """Summarize an evaluation by its metrics and counts.
+
+        Args:
+            epoch: See the class.
+            metrics: See the class.
+            counts: Counts of all images.
+            fields: ``weights``, ``correct`` and ``interpolated``.
+        """
+        confusion = counts.confusion.int().numpy()  # int32 halves its size in the checkpoint
+        return cls(epoch, metrics, counts.images, confusion, counts.calibration.numpy(), **fields)
 
     @property
     def per_class(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -61,6 +80,7 @@ class EvaluationSummary:
             "calibration": None if self.calibration is None else torch.from_numpy(self.calibration),
             "weights": self.weights,
             "correct": None if self.correct is None else self.correct.state(),
+            **({} if self.interpolated is None else {"interpolated": self.interpolated}),
         }
 
     @classmethod
@@ -78,8 +98,17 @@ class EvaluationSummary:
         calibration = _table(state.get("calibration"), (BINS, 3), (10, 3))  # earlier versions had 10 bins
         if confusion is None or calibration is None:
             confusion = calibration = None
-        correct = CorrectImages.from_state(state.get("correct"))
-        return cls(epoch, metrics, images, confusion, calibration, weights, correct)
+        interpolated = state.get("interpolated")
+        return cls(
+            epoch,
+            metrics,
+            images,
+            confusion,
+            calibration,
+            weights,
+            CorrectImages.from_state(state.get("correct")),
+            interpolated if type(interpolated) is float else None,
+        )
 
 
 def _table(value: Any, *shapes: tuple[int, int]) -> np.ndarray | None:

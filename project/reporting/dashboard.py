@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from project.callbacks.interpolation import Interpolation
 from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError
 from project.evaluation.candidates import STAGES, best_weights
@@ -190,6 +191,10 @@ class Dashboard(pl.Callback):
             if not self._drawn:
                 self._figure_logger.log_predictions(*self._best_predictions, trainer.current_epoch)
             self._figure_logger.log_projector(*self._best_predictions)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        curve = next((item.curve for item in callbacks if isinstance(item, Interpolation)), None)
+        if self._figures and self._figure_logger is not None and curve is not None:
+            self._figure_logger.log_interpolation(curve, trainer.global_step)
         self._log_result(trainer, pl_module)
         self._best_predictions = None  # frees its tensors
 

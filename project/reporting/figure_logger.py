@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from PIL import Image
 
+from project.callbacks.interpolation import ALPHAS, Curve
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.predictions import ValidationPredictions
@@ -141,6 +142,19 @@ class FigureLogger:
                 for logger in self._trainer.loggers:
                     logger_adapters.add_pr_curve(logger, name, positive, probabilities, step)
         self._cost = self._spent - spent_before
+
+    def log_interpolation(self, curve: Curve, step: int) -> None:
+        """Log the accuracy and the loss of interpolated weights."""
+        with self.attempt("interpolation"):
+            from project.evaluation import plots
+
+            accuracies, losses = (
+                [evaluation.metrics[name] for evaluation in curve.evaluations] for name in ("val/accuracy", "val/loss")
+            )
+            images, chosen = curve.chosen.images, curve.chosen.interpolated
+            assert chosen is not None
+            figure = plots.interpolation(ALPHAS, accuracies, losses, images, chosen, curve.end)
+            self._log("interpolation", plots.render(figure), step)
 
     def log_projector(self, predictions: ValidationPredictions, step: int) -> None:
         """Log the features of a validation to the embedding projector."""

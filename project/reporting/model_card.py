@@ -155,7 +155,8 @@ def _evaluation(card: CardContent) -> list[str]:
     sources = "; ".join(source for method, source in INTERVAL_METHODS.items() if method in methods)
     return [
         "## Evaluation\n",
-        f"Results of the best epoch ({epoch}){weights} on {images}.{f' Intervals: {sources}.' if sources else ''}\n",
+        f"Results of {_evaluated(evaluation)} ({epoch}){weights} on {images}."
+        f"{f' Intervals: {sources}.' if sources else ''}\n",
         table(("Metric", "Value", "95 % interval", "Method"), rows),
         *_gain(card.gain),
         *_calibration(evaluation),
@@ -168,6 +169,12 @@ def _gain(gain: Gain | None) -> list[str]:
         return []
     method = "" if gain.is_none else " Interval: square-and-add for paired proportions (Newcombe 1998, method 10)."
     return [f"Gain in accuracy over the initial head (epoch 0): {gain}.{method}\n"]
+
+
+def _evaluated(evaluation: EvaluationSummary) -> str:
+    if evaluation.interpolated is None:
+        return "the best epoch"
+    return f"weights interpolated with alpha {evaluation.interpolated} between the start of the fit and an epoch"
 
 
 def metric_interval(key: str, evaluation: EvaluationSummary) -> tuple[Interval | None, str]:

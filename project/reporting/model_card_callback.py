@@ -12,9 +12,16 @@ import torch
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
+from project.evaluation.summary import EvaluationSummary
 from project.reporting.limitations import pluralize
 from project.reporting.model_card import CardContent, code, render_card
-from project.reporting.run_description import format_augmentation, format_class, head_method, starting_checkpoint
+from project.reporting.run_description import (
+    format_augmentation,
+    format_class,
+    format_drift,
+    head_method,
+    starting_checkpoint,
+)
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
@@ -74,7 +81,7 @@ def _content(
         sections={
             "data": _data_section(module, data),
             "backbone": _backbone_section(module, hashed),
-            "training": _training_section(trainer, module, data, duration),
+            "training": _training_section(trainer, module, data, duration) | _specialization(evaluation),
             "versions": _environment_section(trainer),
         },
         evaluation=evaluation,
@@ -186,6 +193,19 @@ def _stage_settings(module: ImageClassifier) -> dict[str, str]:
     if ema is not None:
         settings["Averaged weights"] = f"exponential moving average, decay {ema:g}"
     return settings
+
+
+def _specialization(evaluation: EvaluationSummary | None) -> dict[str, str]:
+    """How much of the pretrained network is left in the weights."""
+    if evaluation is None:
+        return {}
+    alpha, similarity = evaluation.interpolated, format_drift(evaluation)
+    end = "the best epoch" if evaluation.epoch is None else f"epoch {evaluation.epoch + 1}"
+    interpolated = f"alpha {alpha} between the start of the fit (0) and {end} (1), chosen by validation"
+    return {
+        **({} if alpha is None else {"Interpolated weights": f"{interpolated} (WiSE-FT, arXiv:2109.01903)"}),
+        **({} if similarity is None else {"Drift of the features": f"{similarity} (1 is unchanged; arXiv:1905.00414)"}),
+    }
 
 
 def _initial_head(trainer: pl.Trainer, module: ImageClassifier) -> str:

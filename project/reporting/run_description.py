@@ -8,11 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from project.callbacks import drift
 from project.callbacks.solved_head import SolvedHead
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.evaluation.candidates import Weights
+from project.evaluation.summary import EvaluationSummary
+from project.reporting.limitations import pluralize
 from project.runtime.seeding import run_seed
 
 MAX_TABLE_ROWS = 200
@@ -114,3 +117,12 @@ def starting_checkpoint(trainer: pl.Trainer, module: ImageClassifier) -> str | N
     # A computed head on a frozen backbone depends on no earlier weights.
     is_replaced = head_method(trainer) is not None and not module.cut.trainable
     return None if is_replaced else module.start
+
+
+def format_drift(evaluation: EvaluationSummary) -> str | None:
+    """How similar the features are to the pretrained ones; ``None`` if it was not measured."""
+    similarity = evaluation.metrics.get(drift.METRIC)
+    if similarity is None:
+        return None
+    images = pluralize(min(evaluation.images, drift.MAX_IMAGES), "validation image")
+    return f"CKA {similarity:.3f} with the pretrained ones on {images}"

@@ -20,7 +20,7 @@ from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
 from project.reporting.limitations import pluralize
-from project.reporting.run_description import format_weights, starting_checkpoint
+from project.reporting.run_description import format_drift, format_weights, starting_checkpoint
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
@@ -202,6 +202,11 @@ def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
         names = [name for name in ("val/f1", "val/ece", "val/loss") if name in evaluation.metrics]
         metrics = [f"{name} {evaluation.metrics[name]:.4f}" for name in names]
         rows["best epoch"] = ", ".join([str(evaluation.epoch + 1), *metrics])
+        if evaluation.interpolated is not None:
+            rows["weights"] = f"interpolated: alpha {evaluation.interpolated} between the start (0) and this epoch (1)"
+        similarity = format_drift(evaluation)
+        if similarity is not None:
+            rows["features"] = similarity
     return rows
 
 

@@ -6,8 +6,9 @@ changes that API. The private hooks of LightningCLI are in :mod:`project.runtime
 
 from __future__ import annotations
 
+import itertools
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -117,6 +118,35 @@ class ModelCheckpointOfCandidates(ModelCheckpoint):
 
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         return self.monitored(super()._monitor_candidates(trainer))
+
+
+def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], None]) -> None:
+    """Run the validation step on all validation batches of a fit, without callbacks, logs and progress.
+
+    Call it after a validation, on all ranks; the step must not log. Relies on ``val_loop._combined_loader``, and on how
+    the loop prepares a batch: ``convert_input()``, ``_on_before_batch_transfer()``, ``batch_to_device()``.
+
+    Args:
+        trainer: The fit's trainer.
+        on_output: Called with each batch, on the device, and the output of its step.
+    """
+    module, strategy, precision = trainer.lightning_module, trainer.strategy, trainer.precision_plugin
+    stage, was_training = trainer.state.stage, module.training
+    (loader,) = trainer.fit_loop.epoch_loop.val_loop._combined_loader.flattened  # type: ignore[union-attr]
+    (count,) = trainer.num_val_batches
+    trainer.validating = True
+    module.eval()
+    try:
+        with torch.no_grad():
+            for index, batch in enumerate(itertools.islice(loader, None if count == float("inf") else int(count))):
+                batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+                batch = strategy.batch_to_device(batch, dataloader_idx=0)
+                with precision.val_step_context():
+                    output = module.validation_step(batch, index)
+                on_output(batch, output)
+    finally:
+        module.train(was_training)
+        trainer.state.stage = stage
 
 
 class _FitLoopWithEpochZero(_FitLoop):

@@ -14,6 +14,7 @@ from tests.conftest import SMALL, STORED
     ("flags", "text"),
     [
         (["--trainer.max_steps", "9"], "sweep does not support trainer.max_steps, which its candidates would not have"),
+        (["--model.interpolate", "auto"], "sweep does not support model.interpolate"),
         (["--trainer.max_time", "00:01:00:00"], "sweep does not support trainer.max_time"),
         (["--space.head", "[nope]"], "error: space.head: there is no class nope."),
         (["--space.head", "[MLPHead, LinaerHead]"], "there is no class LinaerHead. Did you mean 'LinearHead'"),

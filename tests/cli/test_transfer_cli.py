@@ -35,10 +35,13 @@ ALL_VERBS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({}, ["RunSummary", "LearningRateMonitor", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        ({"limit_val_batches": 0}, ["RunSummary", "LearningRateMonitor", "LastCheckpoint", "ModelCardCallback"]),
-        ({"logger": False}, ["RunSummary", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        ({"enable_checkpointing": False}, ["RunSummary", "LearningRateMonitor"]),
+        ({}, ["RunSummary", "Drift", "LearningRateMonitor", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
+        (
+            {"limit_val_batches": 0},
+            ["RunSummary", "Drift", "LearningRateMonitor", "LastCheckpoint", "ModelCardCallback"],
+        ),
+        ({"logger": False}, ["RunSummary", "Drift", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
+        ({"enable_checkpointing": False}, ["RunSummary", "Drift", "LearningRateMonitor"]),
         ({"fast_dev_run": True}, ["RunSummary"]),
     ],
 )

@@ -140,3 +140,17 @@ def test_groups_of_names_with_the_same_difference_get_unique_labels(names: list[
     labels = plots.disambiguate(names, length)
     assert len(set(labels)) == len(names)
     assert max(map(len, labels)) <= length + 2
+
+
+def test_the_curve_of_interpolated_weights_shows_interval_loss_and_choice() -> None:
+    alphas = [step / 10 for step in range(11)]
+    accuracies, losses = np.linspace(0.8, 0.9, 11).tolist(), np.linspace(0.7, 0.4, 11).tolist()
+    figure = plots.interpolation(alphas, accuracies, losses, 200, 0.7, "epoch 3")
+    left, right = figure.axes
+    (band,) = left.collections
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    assert low == pytest.approx(0.739, abs=1e-3) and high == pytest.approx(0.934, abs=1e-3)
+    assert right.lines[0].get_ydata().tolist() == losses
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == ["95 % interval (Wilson)", "accuracy", "chosen: 0.7", "loss"]
+    assert plots.render(figure).width < 900

@@ -132,6 +132,29 @@ def test_a_validation_before_training_runs_all_hooks_and_leaves_no_trace(trainer
     assert counts.results["on_train_end"] == [BATCHES], why
 
 
+class Returning(TinyModel):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.training, torch.is_grad_enabled(), self.trainer.training, self.trainer.validating, batch_idx
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val", 0.0)
+
+
+def test_validation_steps_run_without_hooks(trainer: Any) -> None:
+    outputs: list[Any] = []
+    calls = Recorder(
+        on_train_end=lambda trainer: lightning_internals.run_validation_steps(
+            trainer, lambda batch, output: outputs.append((len(batch), *output))
+        ),
+        on_validation_batch_start=lambda trainer: None,
+    )
+    after = Recorder(on_train_end=lambda trainer: (trainer.training, trainer.lightning_module.training))
+    trainer(calls, after, max_epochs=1, limit_val_batches=3).fit(Returning(), datamodule=TinyData())
+    assert outputs == [(1, False, False, False, True, index) for index in range(3)], f"{CHANGED}val_loop"
+    assert len(calls.results["on_validation_batch_start"]) == 2 + 3, "those of the sanity check and of the epoch"
+    assert after.results["on_train_end"] == [(True, True)]
+
+
 def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path: Path) -> None:
     for name, allowed in (("without", False), ("with", True)):
         checkpoint = ModelCheckpoint(

@@ -1,0 +1,42 @@
+"""The pretrained weights of stages that a fit trains."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+
+from project.errors import ProjectError
+from project.models.backbone import Backbone, load_backbone
+from project.models.fingerprint import fingerprint
+
+
+def pretrained_stages(backbone: Backbone, names: Sequence[str]) -> dict[str, nn.Module] | None:
+    """Copy stages with their pretrained weights, frozen and in ``eval()`` mode.
+
+    If the weights of the backbone have changed since it was loaded, they are loaded again.
+
+    Args:
+        backbone: The backbone.
+        names: Names of the stages to copy.
+
+    Returns:
+        The copies by name, in memory format and device of the originals; ``None`` if the weights have changed and
+        cannot be loaded again.
+    """
+    stages = {name: copy.deepcopy(backbone.stages[name]) for name in names}
+    if fingerprint(backbone.stages.items()) != backbone.sha256:
+        origin = backbone.origin
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the same warnings as at the first time
+                loaded = load_backbone(backbone.name, origin.weights, origin.image_size)
+        except ProjectError:
+            return None
+        if loaded.sha256 != backbone.sha256:
+            return None
+        for name, stage in stages.items():
+            stage.load_state_dict(loaded.stages[name].state_dict())  # keeps the memory format
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
