@@ -26,7 +26,7 @@ from project.models.backbone import Backbone, load_backbone
 from project.models.heads import HeadCallable, LinearHead
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
-from project.models.readout import FeatureKind
+from project.models.readout import FeatureKind, validate_features
 from project.models.schedules import Interval
 from project.runtime import lightning_internals
 from project.runtime.distributed import world_size
@@ -68,7 +68,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             :class:`~project.models.backbone.Backbone`; its frozen stages are shared, not copied.
         weights: A name of torchvision's or timm's weights, a file, ``pkg:NAME`` of an installed package, or null for
             random weights.
-        trainable: First stage to train: head (the head only), a stage such as layer4 (it and all later ones), or all.
+        trainable: First stage to train: head (the head only), a stage such as layer4 or blocks.10 (it and all later
+            ones), or all; -2 trains the last two stages. The head is always trained.
         image_size: Image size in pixels; by default that of the weights.
         head: Class of the head; it is called with the width of the features and the number of classes.
         optimizer: Class and arguments of the optimizer.
@@ -99,7 +100,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self,
         backbone: BackboneName = "resnet50",
         weights: str | None = "IMAGENET1K_V1",
-        trainable: str = "head",
+        trainable: str | int = "head",
         image_size: int | None = None,
         head: HeadCallable = LinearHead,
         optimizer: OptimizerCallable = ArticleSGD,
@@ -123,12 +124,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
-        self.cut = loaded.cut_at(trainable)
-        if features == "stages" and self.cut.frozen and self.cut.trainable:
-            raise ConfigError(
-                "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
-                "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
-            )
+        self.hparams["trainable"] = str(trainable)
+        self.cut = loaded.cut_at(str(trainable))
+        validate_features(features, self.cut)
         if loaded is backbone:
             self.backbone = loaded.specialized(self.cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
@@ -226,7 +224,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
 
         Returns:
-            Features ``(B, D)`` if only the head trains, else maps ``(B, K, h, w)``.
+            Features ``(B, D)`` if only the head trains, else maps ``(B, K, h, w)`` or tokens ``(B, N, K)``.
         """
         return self.backbone.encode(images.contiguous(memory_format=self._layout), self.cut)
 
