@@ -45,7 +45,7 @@ def test_checkpoint_of_a_head_is_loaded_resumed_and_a_start_of_other_fits(
     two = ["--model.trainable", "-2", "--trainer.max_epochs", "1", *NO_STEP]
     assert main([*MORE, "--data.root", str(photos), *two]) == 0
     assert "Stages: blocks.4, blocks.5 now trained, from the pretrained weights" in capsys.readouterr().out
-    started = torch.load("runs/photos/version_1/checkpoints/last.ckpt", weights_only=True)
+    started = torch.load("runs/photos/version_2/checkpoints/last.ckpt", weights_only=True)
     assert started["hyper_parameters"]["trainable"] == "-2"
     assert {name.split(".")[2] for name in started["state_dict"] if "stages" in name} == {"blocks_4", "blocks_5"}
 

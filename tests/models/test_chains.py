@@ -73,13 +73,14 @@ LONG_CASES = [
     Case("timm/pit_ti_224", THREE, 224),
     Case("timm/hiera_tiny_224", "", 224),
     Case("timm/sam2_hiera_tiny", "", 224),
-    Case("timm/convmixer_768_32", TWO_BLOCKS, 56, {"depth": 2}),
-    Case("timm/mixer_s32_224", TWO_BLOCKS, 224, {"num_blocks": 2}),
-    Case("timm/gmlp_s16_224", TWO_BLOCKS, 224, {"num_blocks": 2}),
+    Case("timm/convmixer_768_32", "", 56),
+    Case("timm/mixer_s32_224", "", 224),
+    Case("timm/gmlp_s16_224", "", 224),
     Case("timm/swinv2_tiny_window8_256", STAGES, 256, {"depths": (1, 1, 1, 1)}),
     Case("timm/swinv2_cr_tiny_224", STAGES, 224, {"depths": (1, 1, 1, 1)}),
     Case("timm/focalnet_tiny_srf", STAGES),
     Case("timm/levit_128s", THREE, 224),
+    Case("timm/levit_128s", THREE, 224, {"distilled": False}),
     Case("timm/levit_conv_128s", THREE, 224),
     Case("timm/nest_tiny", THREE, 224),
     Case("timm/sequencer2d_s", STAGES, 224, {"layers": (1, 1, 1, 1)}),
@@ -136,7 +137,6 @@ LONG_CASES = [
     Case("timm/inception_v4", THREE, 96),
     Case("timm/inception_resnet_v2", STAGES, 96),
     Case("timm/inception_v3", STAGES, 96),
-    Case("timm/levit_128s", THREE, 224),
 ]
 
 

@@ -115,6 +115,10 @@ TIMM = [
     "samvit_base_patch16",
 ]
 #: One of each kind, for the default tests.
+TORCHVISION_SAMPLE = set(
+    "alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2 "
+    "mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_0 swin_t vgg11 vit_b_32".split()
+)
 SAMPLE = {"resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "mobileone_s0", "hgnetv2_b0"}
 
 
@@ -141,8 +145,10 @@ def timm_network(name: str) -> nn.Module:
         return network
 
 
-def test_all_networks_of_torchvision_have_stages() -> None:
-    names = [name for name in TORCHVISION if not name.startswith("regnet_y_128gf")]
+@pytest.mark.parametrize(
+    "names", [pytest.param(sorted(TORCHVISION_SAMPLE)), pytest.param(TORCHVISION, marks=pytest.mark.long)]
+)
+def test_all_networks_of_torchvision_have_stages(names: list[str]) -> None:
     rows = table(names, torchvision_network)
     assert len(TORCHVISION) >= 80
     assert {name: row for name, row in rows.items() if row.startswith("single stage")} == {}
