@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -215,6 +216,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load parameters, see :meth:`torch.nn.Module.load_state_dict`; the head is no longer new."""
         self.head_is_new = False
+        if not hasattr(state_dict, "_metadata"):  # a checkpoint has no version numbers, which MNASNet reads
+            state_dict = OrderedDict(state_dict)
+            vars(state_dict)["_metadata"] = vars(self.state_dict())["_metadata"]
         return super().load_state_dict(state_dict, strict, assign)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def _side(count: int) -> int:
 # torchvision's vision transformer
 
 
-def _torchvision_tokens(network: Any, patches: torch.Tensor) -> torch.Tensor:
+def _torchvision_tokens(network: Any, patches: torch.Tensor) -> Any:
     tokens = torch.cat([network.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
     return tokens + network.encoder.pos_embedding
 
@@ -78,7 +78,7 @@ def _eva_reason(network: Any) -> str | None:
 
 
 def _sam_positions(network: Any, maps: torch.Tensor) -> torch.Tensor:
-    from timm.layers import resample_abs_pos_embed_nhwc
+    from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 
     return maps if network.pos_embed is None else maps + resample_abs_pos_embed_nhwc(network.pos_embed, maps.shape[1:3])
 
