@@ -50,6 +50,18 @@ def test_checkpoint_of_a_head_is_loaded_resumed_and_a_start_of_other_fits(
     assert {name.split(".")[2] for name in started["state_dict"] if "stages" in name} == {"blocks_4", "blocks_5"}
 
 
+def test_config_names_the_number_of_trained_stages(fit: Fit) -> None:
+    Path("two.yaml").write_text("model:\n  trainable: -2\n")
+    assert fit("--config", "two.yaml") == 0
+    model = ImageClassifier.load_from_checkpoint(CHECKPOINT)
+    assert model.cut.trainable == ("layer3", "layer4") and model.hparams["trainable"] == "-2"
+
+
+def test_state_without_version_numbers_is_loaded() -> None:
+    model = ImageClassifier("mnasnet0_5", None, "stage4", 32, classes=["a", "b"])
+    model.load_state_dict(dict(model.state_dict()))  # MNASNet refuses tensors without the version of its layers
+
+
 def test_checkpoint_of_a_trained_network_is_loaded_but_not_resumed(
     fit: Fit, photos: Path, refused: Callable[[int], str]
 ) -> None:

@@ -115,10 +115,25 @@ TIMM = [
     "samvit_base_patch16",
 ]
 #: One of each kind, for the default tests.
-TORCHVISION_SAMPLE = set(
-    "alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2 "
-    "mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_0 swin_t vgg11 vit_b_32".split()
-)
+TORCHVISION_SAMPLE = {
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "swin_t",
+    "vgg11",
+    "vit_b_32",
+}
 SAMPLE = {"resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "mobileone_s0", "hgnetv2_b0"}
 
 
