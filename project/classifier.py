@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -28,7 +29,7 @@ from project.models.heads import HeadCallable, LinearHead
 from project.models.l2_sp import L2SP
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
-from project.models.readout import FeatureKind
+from project.models.readout import FeatureKind, validate_features
 from project.models.schedules import Interval, frequency_of, validate_steps
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
@@ -75,7 +76,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             :class:`~project.models.backbone.Backbone`; its frozen stages are shared, not copied.
         weights: A name of torchvision's or timm's weights, a file, ``pkg:NAME`` of an installed package, or null for
             random weights.
-        trainable: First stage to train: head (the head only), a stage such as layer4 (it and all later ones), or all.
+        trainable: First stage to train: head (the head only), a stage such as layer4 or blocks.10 (it and all later
+            ones), or all; -2 trains the last two stages. The head is always trained.
         image_size: Image size in pixels; by default that of the weights.
         head: Class of the head; it is called with the width of the features and the number of classes.
         optimizer: Class and arguments of the optimizer.
@@ -117,7 +119,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self,
         backbone: BackboneName = "resnet50",
         weights: str | None = "IMAGENET1K_V1",
-        trainable: str = "head",
+        trainable: str | int = "head",
         image_size: int | None = None,
         head: HeadCallable = LinearHead,
         optimizer: OptimizerCallable = ArticleSGD,
@@ -157,17 +159,14 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.hparams["interpolate"] = interpolate or "off"  # YAML parses off as a boolean
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
-        self.cut = loaded.cut_at(trainable)
+        self.hparams["trainable"] = str(trainable)
+        self.cut = loaded.cut_at(str(trainable))
         if lr_decay != 1 and not self.cut.trainable:
             raise ConfigError(
                 "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
                 "as layer4, or remove lr_decay."
             )
-        if features == "stages" and self.cut.frozen and self.cut.trainable:
-            raise ConfigError(
-                "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
-                "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
-            )
+        validate_features(features, self.cut)
         if loaded is backbone:
             self.backbone = loaded.specialized(self.cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
@@ -288,6 +287,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load parameters, see :meth:`torch.nn.Module.load_state_dict`; the head is no longer new."""
         self.head_is_new = False
+        if not hasattr(state_dict, "_metadata"):  # a checkpoint has no version numbers, which MNASNet reads
+            state_dict = OrderedDict(state_dict)
+            vars(state_dict)["_metadata"] = vars(self.state_dict())["_metadata"]
         return super().load_state_dict(state_dict, strict, assign)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -297,7 +299,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
 
         Returns:
-            Features ``(B, D)`` if only the head trains, else maps ``(B, K, h, w)``.
+            Features ``(B, D)`` if only the head trains, else maps ``(B, K, h, w)`` or tokens ``(B, N, K)``.
         """
         return self.backbone.encode(images.contiguous(memory_format=self._layout), self.cut)
 

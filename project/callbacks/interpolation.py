@@ -19,6 +19,7 @@ from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.candidates import STAGES
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.evaluation.summary import EvaluationSummary
+from project.models.backbone import stage_prefix
 from project.models.pretrained import pretrained_stages
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -81,7 +82,7 @@ class Interpolation(pl.Callback):
         # Before Lightning restores a checkpoint, so that the pretrained weights are usually still in place.
         stages = pretrained_stages(pl_module.backbone, pl_module.cut.trainable) or {}
         self._pretrained = {
-            f"backbone.stages.{name}.{key}": tensor.cpu()
+            f"{stage_prefix(name)}{key}": tensor.cpu()
             for name, module in stages.items()
             for key, tensor in module.state_dict().items()
         }

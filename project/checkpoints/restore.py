@@ -25,10 +25,11 @@ from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
 from project.checkpoints.resume_checks import copy_groups, refuse_interpolated, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
+from project.checkpoints.undivided import divided_tensors, frozen_stages, require_divided
 from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
-from project.models.backbone import Backbone
+from project.models.backbone import Backbone, stage_prefix
 from project.models.cut import Cut
 from project.models.heads import ResizableHead
 from project.models.parameter_groups import ALL, arrange_groups, stage_groups
@@ -227,7 +228,7 @@ class CheckpointMixin(Module):
         return dict(vars(data.hold_out)) if hasattr(data, "hold_out") else {}
 
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        frozen = tuple(f"backbone.stages.{name}." for name in self.cut.frozen)
+        frozen = tuple(stage_prefix(name) for name in self.cut.frozen)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
     def trained_tensors(self, detached: bool = True) -> dict[str, torch.Tensor]:
@@ -236,7 +237,7 @@ class CheckpointMixin(Module):
         Args:
             detached: Return detached tensors; otherwise, return the parameters and buffers themselves.
         """
-        stages = [(f"backbone.stages.{name}.", self.backbone.stages[name]) for name in self.cut.trainable]
+        stages = [(stage_prefix(name), self.backbone.stages[name]) for name in self.cut.trainable]
         return {
             name: tensor
             for prefix, module in [*stages, ("head.", self.head)]
@@ -261,7 +262,7 @@ class CheckpointMixin(Module):
                 checkpoint has trained a stage that is now frozen, or its head is another one, is not trained, or
                 cannot get more classes.
         """
-        saved, tensors, state = checkpoint["transfer"], checkpoint["state_dict"], self.state_dict()
+        saved, tensors, state = checkpoint["transfer"], divided_tensors(checkpoint, self.backbone), self.state_dict()
         before, new = saved["classes"], added_classes(saved["classes"], self.classes)
         validate_identity(saved, {**self.identity(), "classes": before if new else list(self.classes)})
         if not self.trains_head:
@@ -272,7 +273,7 @@ class CheckpointMixin(Module):
         fresh = self._without_frozen(state)
         if checkpoint["hyper_parameters"]["head"] == self.hparams["head"]:
             require_extendable(type(self.head).__name__, fresh, tensors, len(before), len(self.classes))
-        frozen = [stage for stage in saved["frozen"]["stages"] if stage in self.cut.trainable]
+        frozen = [stage for stage in frozen_stages(checkpoint, self.backbone) if stage in self.cut.trainable]
         self.load_state_dict({**state, **starting_tensors(fresh, tensors, frozen, before, self.classes)})
         self.head_is_new = bool(new)
         names = f"{len(new)} new ({', '.join(new)})" if new else "the same"
@@ -314,13 +315,16 @@ class CheckpointMixin(Module):
         if isinstance(self.head, ResizableHead):
             tensors = checkpoint["state_dict"].items()
             self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})
-        state, trainer = self.state_dict(), attached_trainer(self)
+        trainer = attached_trainer(self)
         resumes = trainer is not None and trainer.state.fn == "fit"
+        if resumes:
+            require_divided(checkpoint, self.backbone)
+            refuse_interpolated(checkpoint["transfer"])
         if resumes and checkpoint["transfer"].get("weights") == "ema":
             exchange(checkpoint)  # training continues from the raw weights
+        checkpoint["state_dict"] = divided_tensors(checkpoint, self.backbone)
+        state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
-        if resumes:
-            refuse_interpolated(checkpoint["transfer"])
         if resumes and self.average is not None:
             restore_average(checkpoint, self._without_frozen(state), self.average)
         if trainer is not None:

@@ -8,6 +8,7 @@ import torch
 
 from project.checkpoints.compatibility import validate_tensors
 from project.errors import CheckpointError
+from project.models.backbone import stage_prefix
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -35,7 +36,7 @@ def starting_tensors(
     Raises:
         CheckpointError: A tensor is missing or unexpected, or has another shape or type.
     """
-    stages = tuple(f"backbone.stages.{name}." for name in frozen)
+    stages = tuple(stage_prefix(name) for name in frozen)
     pretrained = {name: tensor for name, tensor in fresh.items() if name.startswith(stages)}
     expected = {name: tensor for name, tensor in fresh.items() if name not in pretrained}
     rows = torch.tensor([now.index(name) for name in before])

@@ -76,7 +76,7 @@ class EngineFactory:
         self.network: dict[str, Any] = {
             "format": FORMAT,
             "backbone": backbone.name,
-            "stages": list(cut.frozen),
+            "stages": backbone.recorded_stages(cut),
             "sha256": backbone.fingerprint(cut),
             # Omitted for last, so that rows stay valid that were stored before there were other features.
             **({} if backbone.features == "last" else {"features": backbone.features}),

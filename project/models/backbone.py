@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from project.errors import ModelError
 from project.models import weights as weight_files
-from project.models.cut import Cut
-from project.models.fingerprint import fingerprint
+from project.models.cut import WHOLE, Cut
+from project.models.fingerprint import fingerprint, fingerprint_tensors
+from project.models.network_parts import Part, whole_tensors
 from project.models.readout import FeatureKind, Readout, available_features, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
@@ -46,8 +47,15 @@ class Origin:
     image_size: int | None = None
 
 
+def stage_prefix(name: str) -> str:
+    """Prefix of a stage's tensors in the state dict of a classifier: a module's name must not contain a dot."""
+    return f"backbone.stages.{name.replace('.', '_')}."
+
+
 class Stages(nn.ModuleDict):
     """Stages by name, in order. ``train()`` leaves the ``frozen`` ones in ``eval()`` mode.
+
+    The stage ``blocks.0`` is the submodule ``blocks_0``: the name of a module must not contain a dot.
 
     Attributes:
         frozen: Names of the frozen stages.
@@ -56,9 +64,27 @@ class Stages(nn.ModuleDict):
     """
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
-        super().__init__(stages)
+        super().__init__({name.replace(".", "_"): stage for name, stage in stages.items()})
+        self.names = tuple(stages)
         self.frozen: tuple[str, ...] = ()
         self.trains_batch_norm = True
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return super().__getitem__(name.replace(".", "_"))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def keys(self) -> KeysView[str]:
+        """Names of the stages."""
+        return dict.fromkeys(self.names).keys()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        """Names and stages."""
+        return dict(zip(self.names, self.values(), strict=True)).items()
 
     def train(self, mode: bool = True) -> Stages:
         """Set the mode of the stages that are not frozen."""
@@ -122,8 +148,9 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self.sha256 = sha256 or fingerprint(self.stages.items())
-        self.freeze(Cut(tuple(self.stages)))
+        everything = Cut(tuple(self.stages))
+        self.sha256 = sha256 or self.fingerprint(everything)
+        self.freeze(everything)
 
     def cut_at(self, trainable: str) -> Cut:
         """Create the cut before a stage, see :meth:`project.models.cut.Cut.at`."""
@@ -169,8 +196,8 @@ class Backbone(nn.Module):
         return available_features(self.stages)
 
     def readout(self, names: Sequence[str]) -> Readout:
-        """How to run some stages: all of them give the features, others the output of the last one."""
-        return self._readout if len(names) == len(self.stages) else run_stages
+        """How to run some stages: if they include the last one, their output are the features."""
+        return self._readout if names and names[-1] == self.stages.names[-1] else run_stages
 
     def specialized(self, cut: Cut) -> Backbone:
         """Create a backbone that shares the frozen stages and copies the trainable ones.
@@ -189,7 +216,22 @@ class Backbone(nn.Module):
 
     def fingerprint(self, cut: Cut) -> str:
         """SHA-256 of the current parameters and buffers of the frozen stages."""
+        if self._is_divided and not cut.trainable:
+            return fingerprint_tensors(whole_tensors(self.stages.values()))
         return fingerprint((name, self.stages[name]) for name in cut.frozen)
+
+    def recorded_stages(self, cut: Cut) -> list[str]:
+        """Names of the frozen stages in the keys of stored features.
+
+        All parts of a network together have one name, because earlier versions did not divide these networks: their
+        features and fingerprints stay valid.
+        """
+        return [WHOLE] if self._is_divided and not cut.trainable else list(cut.frozen)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether the stages are parts of a network."""
+        return all(isinstance(stage, Part) for stage in self.stages.values())
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize images ``(B, 3, H, W)``, uint8 or float in [0, 1], with the mean and std of the weights."""
@@ -205,7 +247,8 @@ class Backbone(nn.Module):
             cut: End of the prefix.
 
         Returns:
-            Rows at the cut: features ``(B, D)`` or maps ``(B, K, h, w)``, without a gradient graph.
+            Rows at the cut: features ``(B, D)``, maps ``(B, K, h, w)`` or tokens ``(B, N, K)``, without a gradient
+            graph.
         """
         for name in cut.frozen:
             self.stages[name].eval()  # train() may have been called on the stage itself

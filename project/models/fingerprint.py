@@ -21,10 +21,18 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return fingerprint_tensors(
+        (f"{prefix}.{name}", tensor)
+        for prefix, module in modules
+        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+    )
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash the names, shapes, dtypes and bytes of tensors, see :func:`fingerprint`."""
     digest = hashlib.sha256()
-    for prefix, module in modules:
-        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-            value = tensor.detach().cpu().contiguous()
-            digest.update(f"{prefix}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

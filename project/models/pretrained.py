@@ -10,7 +10,7 @@ from torch import nn
 
 from project.errors import ProjectError
 from project.models.backbone import Backbone, load_backbone
-from project.models.fingerprint import fingerprint
+from project.models.cut import Cut
 
 
 def pretrained_stages(backbone: Backbone, names: Sequence[str]) -> dict[str, nn.Module] | None:
@@ -27,7 +27,7 @@ def pretrained_stages(backbone: Backbone, names: Sequence[str]) -> dict[str, nn.
         cannot be loaded again.
     """
     stages = {name: copy.deepcopy(backbone.stages[name]) for name in names}
-    if fingerprint(backbone.stages.items()) != backbone.sha256:
+    if backbone.fingerprint(Cut(tuple(backbone.stages))) != backbone.sha256:
         origin = backbone.origin
         try:
             with warnings.catch_warnings():

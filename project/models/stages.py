@@ -1,7 +1,8 @@
 """Split networks into named stages.
 
-Running the stages in sequence gives bit-identical results to the network's own ``forward``. Families that are not in
-the table are a single stage, ``body``.
+Running the stages in sequence gives bit-identical results to the network's own ``forward``. A family whose networks are
+a sequence of modules is in :data:`FAMILIES`, and one with other operations between them in
+:data:`project.models.chains.CHAINS`. Other networks are a single stage, ``body``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-#: Whether a new stage starts at a child, given its path, the child and the previous child.
-StartsStage = Callable[[str, nn.Module, nn.Module | None], bool]
+from project.models.chains import CHAINS, REASONS
+from project.models.cut import WHOLE
+from project.models.network_parts import divide
+from project.models.stage_starts import (
+    STAGE_NAMES,
+    StageNames,
+    StartsStage,
+    after_pooling,
+    at,
+    downsampling,
+    numbered,
+    vgg_blocks,
+)
 
 
 class Stage(nn.Sequential):
@@ -27,19 +39,6 @@ class Stage(nn.Sequential):
     def __init__(self, modules: OrderedDict[str, nn.Module], channels_last: bool = False) -> None:
         super().__init__(modules)
         self.channels_last = channels_last
-
-
-def _at(*prefixes: str) -> StartsStage:
-    return lambda path, child, previous: path.startswith(prefixes)
-
-
-def _after_pooling(path: str, child: nn.Module, previous: nn.Module | None) -> bool:
-    return isinstance(previous, nn.MaxPool2d)
-
-
-def _downsampling(path: str, child: nn.Module, previous: nn.Module | None) -> bool:
-    """Whether a child contains a strided convolution."""
-    return any(isinstance(module, nn.Conv2d) and max(module.stride) > 1 for module in child.modules())
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Family:
     starts_stage: StartsStage
     expanded: tuple[str, ...] = ()
     functional: Mapping[str, tuple[Callable[[], nn.Module], ...]] = field(default_factory=dict)
-    names: Callable[[int], str] = lambda index: f"stage{index}" if index else "stem"
+    names: StageNames = STAGE_NAMES
     channels_last: bool = False
 
     def children(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -76,41 +75,29 @@ def _pool() -> nn.Module:
     return nn.AdaptiveAvgPool2d(1)
 
 
-def _layer(index: int) -> str:
-    return f"layer{index}" if index else "stem"
-
-
-def _block(index: int) -> str:
-    return f"block{index}" if index else "stem"
-
-
-def _vgg_block(index: int) -> str:
-    return f"block{index + 1}" if index < 5 else "fc"
-
-
 #: First child of each stage after the stem in torchvision's ConvNeXt and Swin.
 FOUR_STAGES = ("features.1", "features.2", "features.4", "features.6")
 
 #: Families by package and class name of the network.
 FAMILIES: dict[str, Family] = {
-    "torchvision.ResNet": Family(_at("layer"), functional={"fc": (nn.Flatten,)}, names=_layer),
-    "torchvision.VGG": Family(_after_pooling, ("features",), {"classifier": (nn.Flatten,)}, _vgg_block),
+    "torchvision.ResNet": Family(at("layer"), functional={"fc": (nn.Flatten,)}, names=numbered("layer")),
+    "torchvision.VGG": Family(after_pooling, ("features",), {"classifier": (nn.Flatten,)}, vgg_blocks(5)),
     "torchvision.DenseNet": Family(
-        _at("features.denseblock"), ("features",), {"classifier": (nn.ReLU, _pool, nn.Flatten)}, _block
+        at("features.denseblock"), ("features",), {"classifier": (nn.ReLU, _pool, nn.Flatten)}, numbered("block")
     ),
-    "torchvision.MobileNetV2": Family(_downsampling, ("features",), {"classifier": (_pool, nn.Flatten)}),
-    "torchvision.MobileNetV3": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
-    "torchvision.EfficientNet": Family(_downsampling, ("features",), {"classifier": (nn.Flatten,)}),
-    "torchvision.ConvNeXt": Family(_at(*FOUR_STAGES), ("features",)),
-    "torchvision.RegNet": Family(_at("trunk_output.block"), ("trunk_output",), {"fc": (nn.Flatten,)}, _block),
-    "torchvision.SwinTransformer": Family(_at(*FOUR_STAGES), ("features",), channels_last=True),
-    "timm.ResNet": Family(_at("layer"), names=_layer),
-    "timm.VGG": Family(_after_pooling, ("features",), names=_vgg_block),
-    "timm.DenseNet": Family(_at("features.denseblock"), ("features",), names=_block),
-    "timm.EfficientNet": Family(_downsampling, ("blocks",)),
-    "timm.MobileNetV3": Family(_downsampling, ("blocks",)),
-    "timm.ConvNeXt": Family(_at("stages."), ("stages",)),
-    "timm.RegNet": Family(_at("s1", "s2", "s3", "s4"), names=_block),
+    "torchvision.MobileNetV2": Family(downsampling, ("features",), {"classifier": (_pool, nn.Flatten)}),
+    "torchvision.MobileNetV3": Family(downsampling, ("features",), {"classifier": (nn.Flatten,)}),
+    "torchvision.EfficientNet": Family(downsampling, ("features",), {"classifier": (nn.Flatten,)}),
+    "torchvision.ConvNeXt": Family(at(*FOUR_STAGES), ("features",)),
+    "torchvision.RegNet": Family(at("trunk_output.block"), ("trunk_output",), {"fc": (nn.Flatten,)}, numbered("block")),
+    "torchvision.SwinTransformer": Family(at(*FOUR_STAGES), ("features",), channels_last=True),
+    "timm.ResNet": Family(at("layer"), names=numbered("layer")),
+    "timm.VGG": Family(after_pooling, ("features",), names=vgg_blocks(5)),
+    "timm.DenseNet": Family(at("features.denseblock"), ("features",), names=numbered("block")),
+    "timm.EfficientNet": Family(downsampling, ("blocks",)),
+    "timm.MobileNetV3": Family(downsampling, ("blocks",)),
+    "timm.ConvNeXt": Family(at("stages."), ("stages",)),
+    "timm.RegNet": Family(at("s1", "s2", "s3", "s4"), names=numbered("block")),
 }
 
 
@@ -123,9 +110,13 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
     Returns:
         The stages in order. The last one outputs pooled features ``(B, D)``. They share the model's parameters.
     """
-    family = FAMILIES.get(f"{type(model).__module__.split('.')[0]}.{type(model).__name__}")
+    family_name = _family_name(model)
+    chain = CHAINS.get(family_name)
+    if chain is not None and chain.indivisible(model) is None:
+        return divide(model, chain)
+    family = FAMILIES.get(family_name)
     if family is None:
-        return OrderedDict(body=model)
+        return OrderedDict({WHOLE: model})
     groups: list[OrderedDict[str, nn.Module]] = [OrderedDict()]
     previous: nn.Module | None = None
     for path, child in family.children(model):
@@ -134,3 +125,14 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
         groups[-1][path.replace(".", "_")] = child
         previous = child
     return OrderedDict((family.names(index), Stage(group, family.channels_last)) for index, group in enumerate(groups))
+
+
+def reason_for_single_stage(model: nn.Module) -> str | None:
+    """Why a network is a single stage; ``None`` if it has several, or if its family is not known."""
+    family_name = _family_name(model)
+    chain = CHAINS.get(family_name)
+    return chain.indivisible(model) if chain is not None else REASONS.get(family_name)
+
+
+def _family_name(model: nn.Module) -> str:
+    return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"

@@ -240,7 +240,7 @@ def _stage_table(model: ImageClassifier) -> Table:
     table.add_column("")
     table.add_column("parameters", justify="right")
     table.add_column("kB", justify="right")
-    for name, part in [*parts.items(), ("total", nn.ModuleDict(parts))]:
+    for name, part in [*parts.items(), ("total", nn.ModuleList(parts.values()))]:
         count = sum(parameter.numel() for parameter in part.parameters())
         size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
         state = "" if name == "total" else "frozen" if name in model.cut.frozen else "trainable"

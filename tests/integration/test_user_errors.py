@@ -139,6 +139,7 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     "weights file with a wrong hash": (_wrong_hash, ("net-0123abcd.pth", "SHA-256", "Delete it")),
     "weights file with code": (_weights_with_code, ("net.pth", "contains code")),
     "weights of another network": (_weights_of_another_network, (BACKBONE, "conv1.weight")),
+    "number of stages out of range": (_flags("--model.trainable", "-9"), ("has 5 stages", "Use -1 to -5 for the last")),
     "unknown stage": (_flags("--model.trainable", "layer5"), ("'layer5'", "'layer4'", "head or all")),
     "unknown key": (_config("model: {weigths: null}"), ("'model.weigths'", "'model.weights'")),
     "unknown section": (_config("modle: {weights: null}"), ("'modle'", "'model'")),

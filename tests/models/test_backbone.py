@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torchvision.ops import StochasticDepth
 
 from project.errors import ModelError
 from project.models.backbone import Backbone, Origin, SkipRandomInit, load_backbone
+from project.models.cut import Cut
 from project.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.weights is null")
@@ -35,10 +37,10 @@ def changed_tensors(before, module):
     return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
 
 
-def step(backbone):
+def step(backbone, images=None):
     """One training step of all trainable parameters."""
     backbone.zero_grad()
-    features = backbone(random_images())
+    features = backbone(random_images() if images is None else images)
     features.square().mean().backward()
     torch.optim.SGD([p for p in backbone.parameters() if p.grad is not None], lr=0.1).step()
 
@@ -145,6 +147,29 @@ def test_full_training_changes_every_stage():
     assert {name.split(".")[1] for name in changed_tensors(before, backbone)} == set(backbone.stages)
 
 
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/vit_small_patch16_dinov3"])
+def test_cut_inside_a_transformer_trains_its_last_blocks(name):
+    backbone = load_backbone(name, None)
+    images, whole = (
+        random_images(2, backbone.preprocessing.crop),
+        backbone.eval()(random_images(2, backbone.preprocessing.crop)),
+    )
+    cut = backbone.cut_at("-2")
+    last = len(backbone.stages) - 2
+    assert cut.trainable == (f"blocks.{last - 1}", f"blocks.{last}")
+    copied = backbone.specialized(cut)
+    rows = copied.eval().encode(images, cut)
+    assert rows.dim() == 3 and len(rows) == 2 and rows.grad_fn is None
+    assert torch.equal(copied.refine(rows, cut), whole)
+    before, sha256 = snapshot(copied), copied.fingerprint(cut)
+    copied.train()
+    step(copied, images)
+    assert {name.split(".")[1] for name in changed_tensors(before, copied)} == {f"blocks_{last - 1}", f"blocks_{last}"}
+    assert copied.fingerprint(cut) == sha256
+    assert torch.equal(backbone.eval()(images), whole)
+    assert {name for name, stage in copied.stages.items() if stage.training} == set(cut.trainable)
+
+
 @pytest.mark.parametrize(
     ("trainable", "frozen", "training"),
     [
@@ -196,10 +221,31 @@ def test_unknown_stage_is_rejected_with_similar_names(stage, message):
 
 
 def test_single_stage_network_can_be_frozen_or_trained_as_a_whole():
-    assert load_backbone("shufflenet_v2_x0_5", None).cut.frozen == ("body",)
-    assert frozen_before("all", "shufflenet_v2_x0_5").cut.trainable == ("body",)
+    assert load_backbone("timm/tnt_s_legacy_patch16_224", None).cut.frozen == ("body",)
+    for trainable in ("all", "body", "-1"):
+        assert frozen_before(trainable, "timm/tnt_s_legacy_patch16_224").cut.trainable == ("body",)
     with pytest.raises(ModelError, match=r"Use one of body, head or all\."):
-        frozen_before("layer4", "shufflenet_v2_x0_5")
+        frozen_before("layer4", "timm/tnt_s_legacy_patch16_224")
+
+
+def test_negative_number_trains_the_last_stages():
+    stages = ("stem", "blocks.0", "blocks.1", "blocks.2")
+    for trainable, count in {"-1": 1, "-2": 2, "-4": 4, "blocks.2": 1, "head": 0, "all": 4}.items():
+        cut = Cut.at(stages, trainable, "net")
+        assert cut.frozen + cut.trainable == stages and len(cut.trainable) == count
+    # Earlier versions did not divide all networks: this name still trains the whole network.
+    assert Cut.at(stages, "body", "net").trainable == stages
+
+
+@pytest.mark.parametrize("number", ["-5", "0", "2", "-0", "+1"])
+def test_number_out_of_range_is_rejected(number):
+    stages = ("stem", "blocks.0", "blocks.1", "blocks.2")
+    with pytest.raises(
+        ModelError, match=rf"net has 4 stages, so {re.escape(number)} is out of range. Use -1 to -4 for the last"
+    ):
+        Cut.at(stages, number, "net")
+    with pytest.raises(ModelError, match=r"has 1 stage, so -2 is out of range. Use -1 for the last stages, a stage"):
+        Cut.at(["body"], "-2", "net")
 
 
 def test_fingerprint_covers_the_frozen_stages_and_sha256_all_stages():

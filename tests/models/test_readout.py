@@ -10,9 +10,11 @@ from timm.models import generate_default_cfgs, register_model
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ModelError
 from project.features.frozen_prefix import FrozenPrefix
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import RANDOM_SEED, Backbone, load_backbone
 from project.models.grad_cam import heat_maps
 from project.models.heads import LinearHead
+from project.models.readout import read_tokens
+from project.models.registry import architecture
 from project.task import SingleLabel
 from tests.features.test_engines import relative_error
 
@@ -28,6 +30,20 @@ def vit_with_registers(pretrained: bool = False, **options: Any) -> torch.nn.Mod
     """A small transformer with a class token and two register tokens, as DINOv2 with registers has."""
     network: torch.nn.Module = timm.create_model("test_vit", pretrained, reg_tokens=2, **options)
     return network
+
+
+def undivided_tokens(kind: Any, network: Any, images: torch.Tensor) -> torch.Tensor:
+    """Token features of a network that is a single stage."""
+    if hasattr(network, "forward_intermediates"):
+        return read_tokens(kind, [network], images)
+    tokens = torch.cat([network.class_token.expand(len(images), -1, -1), network._process_input(images)], 1)
+    tokens, outputs = tokens + network.encoder.pos_embedding, []
+    for layer in network.encoder.layers:
+        tokens = layer(tokens)
+        outputs.append(network.encoder.ln(tokens))
+    parts = {"cls": [tokens[:, 0] for tokens in outputs[-1:]], "mean": [outputs[-1][:, 1:].mean(1)]}
+    parts |= {"cls+mean": parts["cls"] + parts["mean"], "last4": [tokens[:, 0] for tokens in outputs[-4:]]}
+    return torch.cat(parts[kind], 1)
 
 
 def noise(backbone: Backbone) -> torch.Tensor:
@@ -85,18 +101,42 @@ def test_tokens_of_transformers(name: str, own: str) -> None:
         values[kind] = backbone(images)
         assert values[kind].shape == (2, backbone.feature_dim)
     assert torch.equal(values[own], values["last"])
+    # The rows of earlier versions, which did not divide the network.
+    with torch.random.fork_rng():
+        torch.manual_seed(RANDOM_SEED)
+        network = architecture(name).build(None)[0].eval()
+    for kind in ("cls", "mean", "cls+mean", "last4"):
+        assert torch.equal(values[kind], undivided_tokens(kind, network, backbone.normalize(images)))
+    # The same features from the tokens at a cut, if the blocks after it are read.
+    cut = backbone.cut_at("-4")
+    assert torch.equal(backbone.refine(backbone.encode(images, cut), cut), values["last4"])
     assert torch.equal(values["cls+mean"], torch.cat([values["cls"], values["mean"]], 1))
     assert torch.equal(values["last4"].chunk(4, 1)[3], values["cls"])
     assert not torch.equal(values["last4"].chunk(4, 1)[2], values["cls"])
 
 
 @torch.no_grad()
+def test_stages_of_a_transformer_are_the_means_of_its_tokens() -> None:
+    backbone = load_backbone("timm/test_vit", None).eval()
+    backbone.set_features("stages")
+    values, expected = backbone.normalize(noise(backbone)), []
+    for stage in backbone.stages.values():
+        values = stage(values)
+        expected.append(values.mean(1) if values.dim() == 3 else values)
+    assert len(expected) == 7
+    assert torch.equal(backbone(noise(backbone)), torch.cat(expected, 1))
+
+
+@torch.no_grad()
 def test_mean_of_patch_tokens_without_a_class_token() -> None:
     backbone = load_backbone("timm/vit_base_patch32_siglip_256", None).eval()
     backbone.set_features("mean")
-    tokens = backbone.stages["body"].forward_features(backbone.normalize(noise(backbone)))
+    with torch.random.fork_rng():
+        torch.manual_seed(RANDOM_SEED)
+        network: Any = architecture(backbone.name).build(None)[0].eval()
+    tokens = network.forward_features(backbone.normalize(noise(backbone)))
     torch.testing.assert_close(backbone(noise(backbone)), tokens.mean(1))
-    with pytest.raises(ModelError, match=r"'cls'\. It provides last, mean:"):
+    with pytest.raises(ModelError, match=r"'cls'\. It provides last, stages, mean:"):
         backbone.set_features("cls")
 
 
@@ -104,8 +144,8 @@ def test_mean_of_patch_tokens_without_a_class_token() -> None:
     ("name", "kind", "available"),
     [
         ("resnet18", "cls", "last, stages"),
-        ("inception_v3", "stages", "last"),
-        ("timm/vit_tiny_patch16_224", "stages", r"last, cls, mean, cls\+mean, last4"),
+        ("timm/selecsls42", "stages", "last"),
+        ("timm/levit_128s", "mean", "last, stages"),
     ],
 )
 def test_features_that_a_network_does_not_provide(name: str, kind: str, available: str) -> None:
@@ -113,6 +153,17 @@ def test_features_that_a_network_does_not_provide(name: str, kind: str, availabl
     with pytest.raises(ModelError, match=f"model.features: {name} does not provide '{kind}'. It provides {available}:"):
         backbone.set_features(kind)  # type: ignore[arg-type]
     assert backbone.features == "last"
+
+
+def test_last4_needs_four_trainable_blocks_or_none() -> None:
+    with pytest.raises(
+        ConfigError, match=r"last4 reads the last 4 blocks, but a row at the cut lacks .* before blocks\.3"
+    ):
+        ImageClassifier("timm/test_vit", None, -3, features="last4")
+    for trainable in ("head", "-4", "all"):
+        model = ImageClassifier("timm/test_vit", None, trainable, features="last4", classes=["a", "b"])
+        assert model.hparams["trainable"] == trainable
+        assert model(noise(model.backbone)).shape == (2, 2)
 
 
 def test_stages_need_all_stages_on_one_side_of_the_cut() -> None:

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from project.models.registry import architecture
-from project.models.stages import FAMILIES, split_into_stages
+from project.models.stages import FAMILIES, reason_for_single_stage, split_into_stages
 from tests.models.fast_init import FastInit
 
 RESNET = ["stem", "layer1", "layer2", "layer3", "layer4"]
@@ -45,24 +45,15 @@ NAMES = {
     "timm/regnetx_002": BLOCKS,
     "timm/regnety_002": BLOCKS,
 }
-#: Networks with a single stage: their forward is not a chain, or their family is not in the table.
-SINGLE_STAGE = (
-    "alexnet",
-    "squeezenet1_1",
-    "shufflenet_v2_x0_5",
-    "mnasnet0_5",
-    "googlenet",
-    "timm/test_vit",
-    "timm/test_mambaout",
-)
+#: Networks with a single stage: their forward is not a chain.
+SINGLE_STAGE = ("timm/tnt_s_legacy_patch16_224", "timm/crossvit_tiny_240", "timm/selecsls42")
 
 
 def whole_network(name):
     with FastInit():
         if name.startswith("timm/"):
             return timm.create_model(name.removeprefix("timm/")).eval()
-        options = {"init_weights": False, "transform_input": True} if name == "googlenet" else {}
-        return torchvision.models.get_model(name, weights=None, **options).eval()
+        return torchvision.models.get_model(name, weights=None).eval()
 
 
 def backbone_of(network, name):
@@ -97,8 +88,7 @@ def classifier_input(network, images):
     return inputs[0]
 
 
-def images_for(name):
-    size = 160 if name == "timm/test_vit" else 64
+def images_for(name, size=64):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -145,17 +135,17 @@ def assert_each_stage_halves_the_resolution(stages, channels_last):
 
 
 @pytest.mark.parametrize("name", SINGLE_STAGE)
-def test_network_of_another_family_is_a_single_stage(name):
+def test_network_that_is_not_a_chain_is_a_single_stage(name):
     torch.manual_seed(0)
-    original, images = whole_network(name), images_for(name)
+    original, images = whole_network(name), images_for(name, 240 if "240" in name else 224)
     model, width = backbone_of(original, name)
     stages = split_into_stages(model.eval())
     assert list(stages) == ["body"]
+    assert reason_for_single_stage(model)
     with torch.no_grad():
         features = stages["body"](images)
     assert features.shape == (2, width)
-    if name != "squeezenet1_1":  # its classifier is a convolution before pooling
-        assert torch.equal(features, classifier_input(original, images))
+    assert torch.equal(features, model(images))
 
 
 @pytest.mark.parametrize(
