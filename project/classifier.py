@@ -22,6 +22,7 @@ from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
+from project.models.adapters import AdapterName, make_adapter
 from project.models.backbone import Backbone, load_backbone
 from project.models.heads import HeadCallable, LinearHead
 from project.models.loss import global_mean_loss
@@ -59,7 +60,7 @@ class StepOutput(NamedTuple):
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
-    """A pretrained backbone and a new head. The frozen stages are bit-identical after training.
+    """A pretrained backbone and a new head. What is frozen of the backbone is bit-identical after training.
 
     ``encode`` maps images to rows at the cut, ``classify`` maps rows to logits.
 
@@ -88,6 +89,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
+        adapter: What is trained of the stages that trainable names: none, all of it; bias, the biases; norm, the scales
+            and biases of normalization layers; lora, low-rank updates of the weights of linear layers and convolutions.
+        lora_rank: Rank of the updates of lora; 8 by default.
+        lora_targets: Parts of the names of the layers that lora updates, such as qkv or layer4.0; by default all linear
+            layers, and all convolutions that are not grouped.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -112,6 +118,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: list[str] | None = None,
         head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
         features: FeatureKind = "last",
+        adapter: AdapterName = "none",
+        lora_rank: int | None = None,
+        lora_targets: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -121,23 +130,29 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
+        adapts = make_adapter(adapter, lora_rank, lora_targets)
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
+        if adapts is not None and not self.cut.trainable:
+            raise ConfigError(
+                f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
+                f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
+            )
+        self.backbone = loaded.specialized(self.cut, adapts) if loaded is backbone else loaded
+        if adapts is not None:
+            self.cut = self.backbone.adapt(adapts, self.cut)
         if features == "stages" and self.cut.frozen and self.cut.trainable:
             raise ConfigError(
                 "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
                 "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
             )
         if loaded is backbone:
-            self.backbone = loaded.specialized(self.cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
-        else:
-            self.backbone = loaded
-            self.backbone.freeze(self.cut)
+        self.backbone.freeze(self.cut)
         self.backbone.set_features(features)
-        #: SHA-256 of the frozen stages as loaded.
-        self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
+        #: SHA-256 of what is frozen, as loaded.
+        self.frozen_sha256 = self.backbone.frozen_fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
         self.hparams["weights"] = loaded.origin.weights  # absolute path of a file, valid in any working directory
@@ -194,7 +209,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             DataError: The classes of the data differ from those of the model.
             ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
-        if precision.endswith("-true") and precision != "32-true" and self.cut.frozen:
+        if precision.endswith("-true") and precision != "32-true" and self.has_frozen_tensors:
             raise ConfigError(
                 f"trainer.precision {precision} would round the frozen weights. Use {precision.split('-')[0]}-mixed."
                 if precision != "64-true"
@@ -213,6 +228,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.loss_weights = torch.tensor(balanced_weights, device=self.device)
         if not self.classes:
             raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
+
+    @property
+    def has_frozen_tensors(self) -> bool:
+        """Whether a part of the backbone is not trained."""
+        return bool(self.cut.frozen) or self.backbone.adapter is not None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load parameters, see :meth:`torch.nn.Module.load_state_dict`; the head is no longer new."""
@@ -336,7 +356,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        """Check that the frozen stages are unchanged since loading.
+        """Check that the frozen tensors are unchanged since loading.
 
         Raises:
             FrozenError: They have changed.
@@ -346,7 +366,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:
-        """Check that the frozen stages are unchanged after training.
+        """Check that the frozen tensors are unchanged after training.
 
         Raises:
             FrozenError: They have changed.
@@ -355,9 +375,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.head_is_new = False
 
     def _check_frozen(self, when: str) -> None:
-        loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)
+        loaded, now = self.frozen_sha256, self.backbone.frozen_fingerprint(self.cut)
         if now != loaded:
+            part = "stages" if self.backbone.adapter is None else "tensors"
             raise FrozenError(
-                f"The frozen stages of {self.backbone.name} changed {when}: SHA-256 {loaded} as loaded, {now} now."
+                f"The frozen {part} of {self.backbone.name} changed {when}: SHA-256 {loaded} as loaded, {now} now."
                 "\nA callback or other code modifies them. Fix it, and discard the checkpoints of this run."
             )

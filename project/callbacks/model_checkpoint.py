@@ -22,7 +22,7 @@ from project.runtime.console import print_rank_zero
 KEY = "best"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
-SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
+SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen", "adapter")
 
 
 class _EpochCheckpoint(ModelCheckpoint):

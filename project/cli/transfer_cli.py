@@ -161,7 +161,9 @@ class TransferCLI(CheckpointCLI):
         if verb == "sweep":
             validate_sweep(config)
         if verb == "check":
-            config.model["trainable"] = "head"  # suspects are found with features of the whole backbone
+            # Suspects are found with features of the whole backbone.
+            for key, value in (("trainable", "head"), ("adapter", "none"), ("lora_rank", None), ("lora_targets", None)):
+                config.model[key] = value
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from project.errors import ModelError
+from project.errors import ConfigError, ModelError
 from project.models import weights as weight_files
+from project.models.adapters import Adapter, fix_statistics, merge_updates
 from project.models.cut import Cut
-from project.models.fingerprint import fingerprint
+from project.models.fingerprint import fingerprint, hash_tensors, named_tensors
 from project.models.readout import FeatureKind, Readout, available_features, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
 from project.models.stages import split_into_stages
@@ -43,17 +44,23 @@ class Origin:
 
 
 class Stages(nn.ModuleDict):
-    """Stages by name, in order. ``train()`` leaves the ``frozen`` ones in ``eval()`` mode."""
+    """Stages by name, in order. ``train()`` leaves the ``frozen`` ones in ``eval()`` mode.
+
+    With ``fixed_statistics``, BatchNorm of the other stages uses its running statistics and does not update them.
+    """
 
     def __init__(self, stages: Mapping[str, nn.Module]) -> None:
         super().__init__(stages)
         self.frozen: tuple[str, ...] = ()
+        self.fixed_statistics = False
 
     def train(self, mode: bool = True) -> Stages:
         """Set the mode of the stages that are not frozen."""
         super().train(mode)
         for name in self.frozen:
             self[name].eval()
+        if self.fixed_statistics:
+            fix_statistics(self)
         return self
 
 
@@ -75,6 +82,7 @@ class Backbone(nn.Module):
     Attributes:
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
+        adapter: What is trained of the stages after the cut, see :meth:`adapt`; ``None`` for everything.
         features: Which outputs are the features, see :meth:`set_features`.
         feature_dim: Width D of the features.
     """
@@ -91,6 +99,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.stages = Stages(stages)
+        self.adapter: Adapter | None = None
         self.output_dim = self.feature_dim = output_dim
         self.features: FeatureKind = "last"
         self._readout: Readout = run_stages  # of all stages
@@ -108,12 +117,50 @@ class Backbone(nn.Module):
         return Cut.at(list(self.stages), trainable, self.name)
 
     def freeze(self, cut: Cut) -> None:
-        """Freeze the stages before the cut and unfreeze the others."""
+        """Freeze the stages before the cut and unfreeze the others, or what the adapter trains of them."""
         self.cut = cut
         self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
             stage.requires_grad_(name in cut.trainable)
+        for _, tensor in self.frozen_tensors(cut, self.adapter):
+            tensor.requires_grad_(False)
         self.train(self.training)
+
+    def adapt(self, adapter: Adapter, cut: Cut) -> Cut:
+        """Train only a part of the stages after a cut. Their other tensors, buffers included, stay bit-identical.
+
+        Args:
+            adapter: What is trained.
+            cut: Its trainable stages are adapted.
+
+        Returns:
+            The new cut, before the first stage of which a part is trained.
+
+        Raises:
+            ConfigError: No parameter would be trained.
+        """
+        adapter.attach({name: self.stages[name] for name in cut.trainable})
+        adapted = [name for name in cut.trainable if adapter.trained(self.stages[name])]
+        if not adapted:
+            raise ConfigError(
+                f"model.adapter {adapter.description}: {', '.join(cut.trainable)} of {self.name} has no "
+                "such parameters. Use another adapter, or train more stages (--model.trainable)."
+            )
+        self.adapter, self.stages.fixed_statistics = adapter, True
+        self.freeze(self.cut_at(adapted[0]))
+        return self.cut
+
+    def frozen_tensors(self, cut: Cut, adapter: Adapter | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that training must not change, by name.
+
+        These are all of the stages before the cut, and with an adapter those of later stages that it does not train.
+        """
+        for name, stage in self.stages.items():
+            if name in cut.frozen:
+                yield from named_tensors(name, stage)
+            elif adapter is not None:
+                trained = {f"{name}.{parameter}" for parameter in adapter.trained(stage)}
+                yield from (pair for pair in named_tensors(name, stage) if pair[0] not in trained)
 
     def set_features(self, features: FeatureKind) -> None:
         """Set which outputs are the features.
@@ -140,12 +187,28 @@ class Backbone(nn.Module):
         """How to run some stages: all of them give the features, others the output of the last one."""
         return self._readout if len(names) == len(self.stages) else run_stages
 
-    def specialized(self, cut: Cut) -> Backbone:
+    def specialized(self, cut: Cut, adapter: Adapter | None = None) -> Backbone:
         """Create a backbone that shares the frozen stages and copies the trainable ones.
 
         Several classifiers can share one frozen network. Moving one of them to a device moves the shared stages.
+
+        Args:
+            cut: The cut of the new backbone.
+            adapter: An adapter that :meth:`adapt` will attach. Tensors that it does not train are shared.
+
+        Raises:
+            ConfigError: This backbone has an adapter.
         """
-        stages = {name: copy.deepcopy(stage) if name in cut.trainable else stage for name, stage in self.stages.items()}
+        if self.adapter is not None:
+            raise ConfigError(
+                f"The backbone {self.name} is adapted already ({self.adapter.description}). "
+                "Load another one, or pass merge_adapters(backbone)."
+            )
+        shared = {id(tensor): tensor for _, tensor in self.frozen_tensors(cut, adapter)}
+        stages = {
+            name: copy.deepcopy(stage, dict(shared)) if name in cut.trainable else stage
+            for name, stage in self.stages.items()
+        }
         backbone = Backbone(self.name, stages, self.output_dim, self.preprocessing, self.origin, self.sha256)
         backbone.freeze(cut)
         return backbone
@@ -158,6 +221,10 @@ class Backbone(nn.Module):
     def fingerprint(self, cut: Cut) -> str:
         """SHA-256 of the current parameters and buffers of the frozen stages."""
         return fingerprint((name, self.stages[name]) for name in cut.frozen)
+
+    def frozen_fingerprint(self, cut: Cut) -> str:
+        """SHA-256 of :meth:`frozen_tensors`; without an adapter, that of the frozen stages."""
+        return hash_tensors(self.frozen_tensors(cut, self.adapter))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize images ``(B, 3, H, W)``, uint8 or float in [0, 1], with the mean and std of the weights."""
@@ -195,6 +262,23 @@ class Backbone(nn.Module):
 
     def _run(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         return self.readout(names)([self.stages[name] for name in names], rows)
+
+
+def merge_adapters(backbone: Backbone) -> Backbone:
+    """Copy a backbone, with its low-rank updates added to the weights, for export or faster inference.
+
+    Outputs are equal up to rounding.
+
+    Args:
+        backbone: With or without an adapter; it is not changed.
+
+    Returns:
+        A frozen backbone of plain layers, on the same device. Its ``sha256`` is that of the merged weights.
+    """
+    stages = {name: merge_updates(stage) for name, stage in backbone.stages.items()}
+    merged = Backbone(backbone.name, stages, backbone.output_dim, backbone.preprocessing, backbone.origin)
+    merged.to(backbone.mean.device).set_features(backbone.features)
+    return merged.eval()
 
 
 def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -11,9 +11,7 @@ from torch import nn
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """Hash the names, shapes, dtypes and bytes of all parameters and buffers.
-
-    The hash does not depend on device or memory format.
+    """Hash all parameters and buffers of modules, see :func:`hash_tensors`.
 
     Args:
         modules: Named modules, in a fixed order.
@@ -21,10 +19,29 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return hash_tensors(pair for prefix, module in modules for pair in named_tensors(prefix, module))
+
+
+def named_tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module by name, with a prefix."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        yield f"{prefix}.{name}", tensor
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash the names, shapes, dtypes and bytes of tensors.
+
+    The hash does not depend on device or memory format.
+
+    Args:
+        tensors: Named tensors, in a fixed order.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    for prefix, module in modules:
-        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-            value = tensor.detach().cpu().contiguous()
-            digest.update(f"{prefix}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
