@@ -24,6 +24,7 @@ from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
+from project.models.adapters import AdapterName, make_adapter
 from project.models.backbone import Backbone, BatchNormMode, load_backbone
 from project.models.heads import HeadCallable, LinearHead
 from project.models.l2_sp import L2SP
@@ -67,7 +68,7 @@ class StepOutput(NamedTuple):
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
-    """A pretrained backbone and a new head. The frozen stages are bit-identical after training.
+    """A pretrained backbone and a new head. What is frozen of the backbone is bit-identical after training.
 
     ``encode`` maps images to rows at the cut, ``classify`` maps rows to logits.
 
@@ -108,6 +109,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             pretrained ones (L2-SP); 0 for none.
         interpolate: After a fit that trains stages of the backbone: off keeps the best epoch; auto also validates
             weights between the start of the fit and the best epoch (WiSE-FT), and keeps the best.
+        adapter: What is trained of the stages that trainable names: none, all of it; bias, the biases; norm, the scales
+            and biases of normalization layers; lora, low-rank updates of the weights of linear layers and convolutions.
+        lora_rank: Rank of the updates of lora; 8 by default.
+        lora_targets: Parts of the names of the layers that lora updates, such as qkv or layer4.0; by default all linear
+            layers, and all convolutions that are not grouped.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -138,6 +144,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         batch_norm: BatchNormMode = "frozen",
         l2_sp: float = 0.0,
         interpolate: Literal["off", "auto"] | bool = "off",
+        adapter: AdapterName = "none",
+        lora_rank: int | None = None,
+        lora_targets: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -157,10 +166,29 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         if interpolate is True:
             raise ConfigError("model.interpolate must be off or auto, not true.")
         self.hparams["interpolate"] = interpolate or "off"  # YAML parses off as a boolean
+        adapts = make_adapter(adapter, lora_rank, lora_targets)
+        if adapts is not None and batch_norm == "train":
+            raise ConfigError(
+                f"model.batch_norm train would change running statistics, which model.adapter {adapter} keeps.\n"
+                "Use --model.batch_norm frozen, or --model.adapter none."
+            )
+        if adapter == "lora" and l2_sp:
+            raise ConfigError(
+                "model.l2_sp pulls trained weights towards the pretrained ones, and model.adapter lora trains none of "
+                "them.\nRemove model.l2_sp, or use --model.adapter none."
+            )
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.hparams["trainable"] = str(trainable)
         self.cut = loaded.cut_at(str(trainable))
+        if adapts is not None and not self.cut.trainable:
+            raise ConfigError(
+                f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
+                f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
+            )
+        self.backbone = loaded.specialized(self.cut, adapts) if loaded is backbone else loaded
+        if adapts is not None:
+            self.cut = self.backbone.adapt(adapts, self.cut)
         if lr_decay != 1 and not self.cut.trainable:
             raise ConfigError(
                 "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
@@ -168,15 +196,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             )
         validate_features(features, self.cut)
         if loaded is backbone:
-            self.backbone = loaded.specialized(self.cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
-        else:
-            self.backbone = loaded
-            self.backbone.freeze(self.cut)
+        self.backbone.freeze(self.cut)
         self.backbone.set_features(features)
         self.backbone.set_batch_norm(batch_norm)
-        #: SHA-256 of the frozen stages as loaded.
-        self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
+        #: SHA-256 of what is frozen, as loaded.
+        self.frozen_sha256 = self.backbone.frozen_fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
         # Before a checkpoint is loaded, the weights are the pretrained ones.
@@ -264,7 +289,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             DataError: The classes of the data differ from those of the model.
             ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
-        if precision.endswith("-true") and precision != "32-true" and self.cut.frozen:
+        if precision.endswith("-true") and precision != "32-true" and self.has_frozen_tensors:
             raise ConfigError(
                 f"trainer.precision {precision} would round the frozen weights. Use {precision.split('-')[0]}-mixed."
                 if precision != "64-true"
@@ -283,6 +308,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.loss_weights = torch.tensor(balanced_weights, device=self.device)
         if not self.classes:
             raise ConfigError("Class names are unknown. Pass --data.root PATH to train, or --ckpt_path X.ckpt.")
+
+    @property
+    def has_frozen_tensors(self) -> bool:
+        """Whether a part of the backbone is not trained."""
+        return bool(self.cut.frozen) or self.backbone.adapter is not None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load parameters, see :meth:`torch.nn.Module.load_state_dict`; the head is no longer new."""
@@ -367,7 +397,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
 
     def _suffix_parameters(self) -> dict[str, nn.Parameter]:
         stages = ((name, self.backbone.stages[name]) for name in self.cut.trainable)
-        return {f"{stage}.{name}": value for stage, module in stages for name, value in module.named_parameters()}
+        return {
+            f"{stage}.{name}": value
+            for stage, module in stages
+            for name, value in module.named_parameters()
+            if value.requires_grad
+        }
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``.
@@ -461,7 +496,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_fit_start(self) -> None:
-        """Check that the frozen stages are unchanged since loading.
+        """Check that the frozen tensors are unchanged since loading.
 
         Raises:
             FrozenError: They have changed.
@@ -473,7 +508,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self._check_frozen("before training")
 
     def on_train_end(self) -> None:
-        """Check that the frozen stages are unchanged after training.
+        """Check that the frozen tensors are unchanged after training.
 
         Raises:
             FrozenError: They have changed.
@@ -482,9 +517,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.head_is_new = False
 
     def _check_frozen(self, when: str) -> None:
-        loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)
+        loaded, now = self.frozen_sha256, self.backbone.frozen_fingerprint(self.cut)
         if now != loaded:
+            part = "stages" if self.backbone.adapter is None else "tensors"
             raise FrozenError(
-                f"The frozen stages of {self.backbone.name} changed {when}: SHA-256 {loaded} as loaded, {now} now."
+                f"The frozen {part} of {self.backbone.name} changed {when}: SHA-256 {loaded} as loaded, {now} now."
                 "\nA callback or other code modifies them. Fix it, and discard the checkpoints of this run."
             )

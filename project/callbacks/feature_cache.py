@@ -107,7 +107,7 @@ class FeatureCache(pl.Callback):
         if data.source.decoder.read is not Source.read:
             return f"{data.source.decoder.__name__} overrides read(), and only what decode() returns can be cached"
         if not module.cut.frozen:
-            return "model.trainable is all, so nothing is frozen"
+            return "model.trainable is all, so no stage is frozen"
         if getattr(trainer, "fast_dev_run", False):
             return "trainer.fast_dev_run runs only a few batches"
         if data.mixes:

@@ -29,7 +29,7 @@ BEST = "best.ckpt"
 BEST_EPOCH = "best_epoch.ckpt"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
-SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen")
+SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen", "adapter")
 
 
 class _EpochCheckpoint(lightning_internals.ModelCheckpointOfCandidates):

@@ -31,7 +31,7 @@ def validate_identity(saved: Any, model: Mapping[str, Any]) -> None:
         model: Identity of the model that the checkpoint is loaded into.
 
     Raises:
-        CheckpointError: The format, backbone, preprocessing or classes differ.
+        CheckpointError: The format, backbone, preprocessing, features, adapter or classes differ.
     """
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(
@@ -58,6 +58,12 @@ def validate_identity(saved: Any, model: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"model.features differs: it is {features} in the checkpoint and {model['features']} in the model.\n"
             "Omit --model.features to use the checkpoint's."
+        )
+    adapter = saved.get("adapter", "none")  # earlier versions had no others
+    if adapter != model["adapter"]:
+        raise CheckpointError(
+            f"model.adapter differs: it is {adapter} in the checkpoint and {model['adapter']} in the model.\n"
+            "Omit --model.adapter, --model.lora_rank and --model.lora_targets to use the checkpoint's."
         )
     if saved["classes"] != model["classes"]:
         raise CheckpointError(

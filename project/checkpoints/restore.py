@@ -95,7 +95,7 @@ class CheckpointMixin(Module):
         backbone: The pretrained network.
         cut: Separates its frozen stages from the trainable ones.
         head: Maps features to logits.
-        frozen_sha256: SHA-256 of the frozen stages as they were loaded.
+        frozen_sha256: SHA-256 of the frozen tensors as they were loaded.
         head_is_new: Whether the head has initial weights, at least for one class: neither trained nor loaded.
         average: Moving average of the trained weights in a fit; ``None`` for none.
     """
@@ -118,6 +118,11 @@ class CheckpointMixin(Module):
     def trains_head(self) -> bool:
         """Whether the head has parameters to train."""
         return any(parameter.requires_grad for parameter in self.head.parameters())
+
+    @property
+    def adapter_description(self) -> str:
+        """Name and settings of the adapter, or "none"."""
+        return "none" if self.backbone.adapter is None else self.backbone.adapter.description
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -219,6 +224,7 @@ class CheckpointMixin(Module):
                 "sha256": self.backbone.sha256,
             },
             "frozen": {"stages": list(self.cut.frozen), "sha256": self.frozen_sha256},
+            "adapter": self.adapter_description,
             "versions": dict(versions()),
         }
 
@@ -229,20 +235,23 @@ class CheckpointMixin(Module):
 
     def _without_frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
         frozen = tuple(stage_prefix(name) for name in self.cut.frozen)
-        return {name: value for name, value in state.items() if not name.startswith(frozen)}
+        adapter = self.backbone.adapter
+        base = {
+            stage_prefix(name) + key for name in self.cut.trainable for key in self.backbone.base_tensors(name, adapter)
+        }
+        return {name: value for name, value in state.items() if not name.startswith(frozen) and name not in base}
 
     def trained_tensors(self, detached: bool = True) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint's ``state_dict``: trainable stages, buffers included, and head.
+        """The tensors of a checkpoint's ``state_dict``: trainable stages, buffers included, or an adapter, and head.
 
         Args:
             detached: Return detached tensors; otherwise, return the parameters and buffers themselves.
         """
         stages = [(stage_prefix(name), self.backbone.stages[name]) for name in self.cut.trainable]
-        return {
-            name: tensor
-            for prefix, module in [*stages, ("head.", self.head)]
-            for name, tensor in module.state_dict(prefix=prefix, keep_vars=not detached).items()
-        }
+        tensors: dict[str, torch.Tensor] = {}
+        for prefix, module in [*stages, ("head.", self.head)]:
+            tensors |= module.state_dict(prefix=prefix, keep_vars=not detached)
+        return self._without_frozen(tensors)
 
     def start_from(self, checkpoint: Mapping[str, Any], name: str | Path) -> str:
         """Load the weights of a checkpoint as the start of a new fit, which does not resume the checkpoint's fit.
@@ -264,7 +273,10 @@ class CheckpointMixin(Module):
         """
         saved, tensors, state = checkpoint["transfer"], divided_tensors(checkpoint, self.backbone), self.state_dict()
         before, new = saved["classes"], added_classes(saved["classes"], self.classes)
-        validate_identity(saved, {**self.identity(), "classes": before if new else list(self.classes)})
+        expected = {**self.identity(), "classes": before if new else list(self.classes)}
+        if set(self.cut.trainable) <= set(saved["frozen"]["stages"]):  # the checkpoint has trained its head only
+            expected["adapter"] = saved.get("adapter", "none")
+        validate_identity(saved, expected)
         if not self.trains_head:
             raise CheckpointError(
                 f"{type(self.head).__name__} is computed and not trained, so a fit cannot start from it. "

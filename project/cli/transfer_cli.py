@@ -175,8 +175,10 @@ class TransferCLI(CheckpointCLI):
         if verb == "sweep":
             validate_sweep(config)
         if verb == "check":
-            config.model["trainable"] = "head"  # suspects are found with features of the whole backbone
-            config.model["lr_decay"] = 1.0  # nothing is trained
+            # Suspects are found with features of the whole backbone, and nothing is trained.
+            whole = {"trainable": "head", "lr_decay": 1.0, "adapter": "none", "lora_rank": None, "lora_targets": None}
+            for key, value in whole.items():
+                config.model[key] = value
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from project.errors import ModelError
+from project.errors import ConfigError, ModelError
 from project.models import weights as weight_files
+from project.models.adapters import Adapter, merge_updates
 from project.models.cut import WHOLE, Cut
-from project.models.fingerprint import fingerprint, fingerprint_tensors
+from project.models.fingerprint import fingerprint, fingerprint_tensors, named_tensors
 from project.models.network_parts import Part, whole_tensors
 from project.models.readout import FeatureKind, Readout, available_features, feature_dim, readout_of, run_stages
 from project.models.registry import Architecture, architecture
@@ -123,6 +124,7 @@ class Backbone(nn.Module):
     Attributes:
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
+        adapter: What is trained of the stages after the cut, see :meth:`adapt`; ``None`` for everything.
         features: Which outputs are the features, see :meth:`set_features`.
         feature_dim: Width D of the features.
     """
@@ -139,6 +141,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.stages = Stages(stages)
+        self.adapter: Adapter | None = None
         self.output_dim = self.feature_dim = output_dim
         self.features: FeatureKind = "last"
         self._readout: Readout = run_stages  # of all stages
@@ -157,11 +160,14 @@ class Backbone(nn.Module):
         return Cut.at(list(self.stages), trainable, self.name)
 
     def freeze(self, cut: Cut) -> None:
-        """Freeze the stages before the cut and unfreeze the others."""
+        """Freeze the stages before the cut and unfreeze the others, or what the adapter trains of them."""
         self.cut = cut
         self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
             stage.requires_grad_(name in cut.trainable)
+        for name in cut.trainable:
+            for tensor in self.base_tensors(name, self.adapter).values():
+                tensor.requires_grad_(False)
         self.train(self.training)
 
     @property
@@ -173,6 +179,37 @@ class Backbone(nn.Module):
         """Set whether training changes the running statistics of BatchNorm modules in stages that are not frozen."""
         self.stages.trains_batch_norm = mode == "train"
         self.train(self.training)
+
+    def adapt(self, adapter: Adapter, cut: Cut) -> Cut:
+        """Train only a part of the stages after a cut. Their other tensors, buffers included, stay bit-identical.
+
+        Args:
+            adapter: What is trained.
+            cut: Its trainable stages are adapted.
+
+        Returns:
+            The new cut, before the first stage of which a part is trained.
+
+        Raises:
+            ConfigError: No parameter would be trained.
+        """
+        adapter.attach({name: self.stages[name] for name in cut.trainable})
+        adapted = [name for name in cut.trainable if adapter.trained(self.stages[name])]
+        if not adapted:
+            raise ConfigError(
+                f"model.adapter {adapter.description}: {', '.join(cut.trainable)} of {self.name} has no "
+                "such parameters. Use another adapter, or train more stages (--model.trainable)."
+            )
+        self.adapter, self.stages.trains_batch_norm = adapter, False
+        self.freeze(self.cut_at(adapted[0]))
+        return self.cut
+
+    def base_tensors(self, stage: str, adapter: Adapter | None) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of a trainable stage that an adapter does not train; none without an adapter."""
+        if adapter is None:
+            return {}
+        trained = set(adapter.trained(self.stages[stage]))
+        return {name: tensor for name, tensor in named_tensors(self.stages[stage]) if name not in trained}
 
     def set_features(self, features: FeatureKind) -> None:
         """Set which outputs are the features.
@@ -199,12 +236,28 @@ class Backbone(nn.Module):
         """How to run some stages: if they include the last one, their output are the features."""
         return self._readout if names and names[-1] == self.stages.names[-1] else run_stages
 
-    def specialized(self, cut: Cut) -> Backbone:
+    def specialized(self, cut: Cut, adapter: Adapter | None = None) -> Backbone:
         """Create a backbone that shares the frozen stages and copies the trainable ones.
 
         Several classifiers can share one frozen network. Moving one of them to a device moves the shared stages.
+
+        Args:
+            cut: The cut of the new backbone.
+            adapter: An adapter that :meth:`adapt` will attach. Tensors that it does not train are shared.
+
+        Raises:
+            ConfigError: This backbone has an adapter.
         """
-        stages = {name: copy.deepcopy(stage) if name in cut.trainable else stage for name, stage in self.stages.items()}
+        if self.adapter is not None:
+            raise ConfigError(
+                f"The backbone {self.name} is adapted already ({self.adapter.description}). "
+                "Load another one, or pass merge_adapters(backbone)."
+            )
+        shared = {id(tensor): tensor for name in cut.trainable for tensor in self.base_tensors(name, adapter).values()}
+        stages = {
+            name: copy.deepcopy(stage, dict(shared)) if name in cut.trainable else stage
+            for name, stage in self.stages.items()
+        }
         backbone = Backbone(self.name, stages, self.output_dim, self.preprocessing, self.origin, self.sha256)
         backbone.freeze(cut)
         return backbone
@@ -232,6 +285,16 @@ class Backbone(nn.Module):
     def _is_divided(self) -> bool:
         """Whether the stages are parts of a network."""
         return all(isinstance(stage, Part) for stage in self.stages.values())
+
+    def frozen_fingerprint(self, cut: Cut) -> str:
+        """SHA-256 of all that training must not change: the frozen stages, and the base of adapted ones."""
+        if self.adapter is None:
+            return self.fingerprint(cut)
+        frozen = [(name, dict(named_tensors(self.stages[name]))) for name in cut.frozen]
+        base = [(name, self.base_tensors(name, self.adapter)) for name in cut.trainable]
+        return fingerprint_tensors(
+            (f"{name}.{key}", tensor) for name, tensors in [*frozen, *base] for key, tensor in tensors.items()
+        )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalize images ``(B, 3, H, W)``, uint8 or float in [0, 1], with the mean and std of the weights."""
@@ -271,6 +334,23 @@ class Backbone(nn.Module):
 
     def _run(self, rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         return self.readout(names)([self.stages[name] for name in names], rows)
+
+
+def merge_adapters(backbone: Backbone) -> Backbone:
+    """Copy a backbone, with its low-rank updates added to the weights, for export or faster inference.
+
+    Outputs are equal up to rounding.
+
+    Args:
+        backbone: With or without an adapter; it is not changed.
+
+    Returns:
+        A frozen backbone of plain layers, on the same device. Its ``sha256`` is that of the merged weights.
+    """
+    stages = {name: merge_updates(stage) for name, stage in backbone.stages.items()}
+    merged = Backbone(backbone.name, stages, backbone.output_dim, backbone.preprocessing, backbone.origin)
+    merged.to(backbone.mean.device).set_features(backbone.features)
+    return merged.eval()
 
 
 def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:

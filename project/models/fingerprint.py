@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """Hash the names, shapes, dtypes and bytes of all parameters and buffers.
+    """Hash the names, shapes, dtypes and bytes of all parameters and buffers of modules.
 
     The hash does not depend on device or memory format.
 
@@ -22,14 +22,24 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
         64 hexadecimal digits.
     """
     return fingerprint_tensors(
-        (f"{prefix}.{name}", tensor)
-        for prefix, module in modules
-        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        (f"{prefix}.{name}", tensor) for prefix, module in modules for name, tensor in named_tensors(module)
     )
 
 
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of a module by name."""
+    yield from chain(module.named_parameters(), module.named_buffers())
+
+
 def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash the names, shapes, dtypes and bytes of tensors, see :func:`fingerprint`."""
+    """Hash the names, shapes, dtypes and bytes of tensors, see :func:`fingerprint`.
+
+    Args:
+        tensors: Named tensors, in a fixed order.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors:
         value = tensor.detach().cpu().contiguous()

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from project.errors import ProjectError
@@ -37,6 +38,18 @@ def pretrained_stages(backbone: Backbone, names: Sequence[str]) -> dict[str, nn.
             return None
         if loaded.sha256 != backbone.sha256:
             return None
-        for name, stage in stages.items():
-            stage.load_state_dict(loaded.stages[name].state_dict())  # keeps the memory format
+        if backbone.adapter is not None:  # the pretrained stages have no adapter
+            stages = {name: _like(loaded.stages[name], stage) for name, stage in stages.items()}
+        else:
+            for name, stage in stages.items():
+                stage.load_state_dict(loaded.stages[name].state_dict())  # keeps the memory format
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
+
+
+def _like(stage: nn.Module, other: nn.Module) -> nn.Module:
+    """Move a stage to the device and memory format of another one."""
+    maps = [tensor for tensor in other.parameters() if tensor.dim() == 4]
+    channels_last = any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in maps)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    device = next(other.parameters()).device
+    return stage.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]

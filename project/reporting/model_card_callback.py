@@ -21,6 +21,8 @@ from project.reporting.run_description import (
     format_drift,
     head_method,
     starting_checkpoint,
+    trained_parameters,
+    trained_parts,
 )
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
@@ -105,6 +107,12 @@ def _notes(module: ImageClassifier, data: ImageDataModule, best: BestCheckpoint 
             f"Byte-identical images in both train and val: {stored.overlap:,}. Validation metrics are too optimistic."
         )
     notes.append("Training does not check the data quality. Run python -m project check on the data set.")
+    if module.backbone.adapter is not None:
+        notes.append(
+            f"Only an adapter ({module.adapter_description}) and the head were trained, "
+            f"{pluralize(trained_parameters(module), 'parameter')}. On images that differ much from those of the "
+            "pretraining, training whole stages may be more accurate."
+        )
     if start is not None:
         notes.append(
             "Training started from a checkpoint of another fit, which may have been selected by some of the validation "
@@ -148,10 +156,16 @@ def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
         "Weights": code(Path(weights).name if Path(weights).is_absolute() else weights),
         "Weights file": code(backbone.origin.source),
         "SHA-256 of the backbone": code(backbone.sha256),
-        "Frozen stages": ", ".join(module.cut.frozen) or "none",
-        f"SHA-256 of the frozen stages ({hashed})": code(module.frozen_sha256),
+        **_frozen_rows(module, hashed),
         "Input": f"{resized} {image.resize} px ({image.interpolation}), center crop {image.crop} x {image.crop} px",
     }
+
+
+def _frozen_rows(module: ImageClassifier, hashed: str) -> dict[str, str]:
+    stages, kind = ", ".join(module.cut.frozen) or "none", "stages"
+    if module.backbone.adapter is not None:
+        stages, kind = f"{stages}; in the others, all tensors except the adapter", "tensors"
+    return {"Frozen stages": stages, f"SHA-256 of the frozen {kind} ({hashed})": code(module.frozen_sha256)}
 
 
 def _training_section(
@@ -159,11 +173,11 @@ def _training_section(
 ) -> dict[str, str]:
     hparams, decay = module.hparams, module.hparams["lr_decay"]
     engine = "" if module.stored_features is None else module.stored_features.computed_by
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
     return {
-        "Trained parts": ", ".join([*module.cut.trainable, "head"]),
-        "Trained parameters": f"{trainable:,} of {total:,}",
+        "Trained parts": trained_parts(module),
+        "Adapter": module.adapter_description,
+        "Trained parameters": f"{trained_parameters(module):,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
         "Initial head": _initial_head(trainer, module),
         "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",

@@ -52,6 +52,7 @@ def hyperparameters(trainer: pl.Trainer, module: ImageClassifier) -> dict[str, f
         "backbone": module.backbone.name,
         "weights": module.backbone.origin.weights or "random",
         "trainable": hparams["trainable"],
+        "adapter": module.adapter_description,
         "image_size": module.backbone.preprocessing.crop,
         "head": format_class(hparams["head"], module.head),
         "head_init": hparams["head_init"],
@@ -104,6 +105,29 @@ def format_augmentation(augment: object) -> str:
 def format_weights(weights: Weights) -> str:
     """Describe the weights of ``best.ckpt`` in a fit that averages weights."""
     return "moving average (model.ema)" if weights == "ema" else "raw; their moving average (model.ema) is not better"
+
+
+def trained_parts(module: ImageClassifier) -> str:
+    """What is trained: the stages or an adapter in them, and the head."""
+    stages, adapter = [*module.cut.trainable], module.backbone.adapter
+    if adapter is None:
+        return ", ".join([*stages, "head"])
+    return f"{adapter.description} in {', '.join(stages)}; head"
+
+
+def frozen_parts(module: ImageClassifier) -> str:
+    """What is frozen of the backbone."""
+    name, cut, adapter = module.backbone.name, module.cut, module.backbone.adapter
+    if adapter is not None:
+        return f"all tensors of {name} except the adapter ({adapter.description})"
+    if not cut.frozen:
+        return f"no stage of {name}"
+    return f"{', '.join(cut.frozen) if cut.trainable else 'all stages'} of {name}"
+
+
+def trained_parameters(module: ImageClassifier) -> int:
+    """Number of the trained parameters, head included."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def head_method(trainer: pl.Trainer) -> str | None:

@@ -20,7 +20,14 @@ from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.confidence_intervals import wilson
 from project.reporting.dashboard import Dashboard
 from project.reporting.limitations import pluralize
-from project.reporting.run_description import format_drift, format_weights, starting_checkpoint
+from project.reporting.run_description import (
+    format_drift,
+    format_weights,
+    frozen_parts,
+    starting_checkpoint,
+    trained_parameters,
+    trained_parts,
+)
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, print_table
 from project.runtime.logger_adapters import log_text
@@ -102,12 +109,11 @@ class RunSummary(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, ImageClassifier):
             return
-        trainable = ", ".join([*pl_module.cut.trainable, "head"])
-        count = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        trained = f"{trainable} ({count:,} parameters)" if count else "nothing"
+        count = trained_parameters(pl_module)
+        trained = f"{trained_parts(pl_module)} ({count:,} parameters)" if count else "nothing"
         print_rank_zero(f"Trainable: {trained}, {len(pl_module.classes)} classes")
         print_rank_zero(_stage_table(pl_module))
-        frozen = f"{_frozen_stages(pl_module)}, SHA-256 {pl_module.frozen_sha256}"
+        frozen = f"{frozen_parts(pl_module)}, SHA-256 {pl_module.frozen_sha256}"
         print_rank_zero(f"Frozen: {frozen}")
         log_text(trainer, "frozen", frozen)
 
@@ -143,7 +149,7 @@ class RunSummary(pl.Callback):
             rows["model card"] = str(_relative(card))
         rate = self._dashboard.images_per_second
         rows["time"] = f"{self._seconds:.1f} s{f', {rate:,.0f} training images/s' if rate else ''}"
-        rows["frozen"] = f"{_frozen_stages(model)}{', unchanged' if model.cut.frozen else ''}"
+        rows["frozen"] = f"{frozen_parts(model)}{', unchanged' if model.has_frozen_tensors else ''}"
         rows["SHA-256"] = f"{model.frozen_sha256} before and after"
         if isinstance(trainer.logger, TensorBoardLogger):
             rows["dashboard"] = f"tensorboard --logdir {_relative(Path(trainer.logger.save_dir))}"
@@ -235,6 +241,9 @@ def _relative(path: Path) -> Path:
 
 def _stage_table(model: ImageClassifier) -> Table:
     parts: dict[str, nn.Module] = {**model.backbone.stages, "head": model.head}
+    suffix = "trainable" if model.backbone.adapter is None else "adapted"
+    states = {name: "frozen" if name in model.cut.frozen else suffix for name in model.backbone.stages}
+    states["head"] = "trainable"
     table = Table(box=None)
     table.add_column("stage")
     table.add_column("")
@@ -243,15 +252,5 @@ def _stage_table(model: ImageClassifier) -> Table:
     for name, part in [*parts.items(), ("total", nn.ModuleList(parts.values()))]:
         count = sum(parameter.numel() for parameter in part.parameters())
         size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
-        state = "" if name == "total" else "frozen" if name in model.cut.frozen else "trainable"
-        table.add_row(name, state, f"{count:,}", f"{size / 1000:,.0f}")
+        table.add_row(name, states.get(name, ""), f"{count:,}", f"{size / 1000:,.0f}")
     return table
-
-
-def _frozen_stages(model: ImageClassifier) -> str:
-    backbone = model.backbone
-    if not model.cut.frozen:
-        return f"no stage of {backbone.name}"
-    if not model.cut.trainable:
-        return f"all stages of {backbone.name}"
-    return f"{', '.join(model.cut.frozen)} of {backbone.name}"

@@ -48,6 +48,10 @@ SETUPS = {
         *("--trainer.val_check_interval", "0.5", "--features.engine", "torch"),
         *SCHEDULED,
     ],
+    "images, norm adapter": [*WORKERS, "--model.trainable", "all", "--model.adapter", "norm"],
+    "stored maps, low-rank updates": [
+        *("--model.trainable", "layer3", "--model.adapter", "lora", "--features.engine", "torch"),
+    ],
 }
 
 
