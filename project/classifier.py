@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -28,6 +31,7 @@ from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind
 from project.models.schedules import Interval
+from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, scaled_rates
 from project.runtime import lightning_internals
 from project.runtime.distributed import world_size
 from project.runtime.unsupported import refuse_unsupported
@@ -88,6 +92,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
+        schedule: Staged unfreezing, instead of trainable: the first trainable stage by epoch, as in {0: head, 3:
+            layer4, 6: layer3}, counted from 0; or a list such as [head, layer4, layer3], whose next entry begins when
+            val/loss stops improving.
+        schedule_patience: With a list: the next entry begins after so many validations without a lower val/loss; by
+            default 2.
+        schedule_warmup: The learning rate of a newly trained stage increases linearly over so many epochs.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -112,6 +122,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: list[str] | None = None,
         head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
         features: FeatureKind = "last",
+        schedule: dict[int, str] | list[str] | None = None,
+        schedule_patience: int | None = None,
+        schedule_warmup: float = WARMUP,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -119,22 +132,32 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         for part in ("head", "optimizer", "scheduler"):  # plain types, so that checkpoints load with weights_only
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
+        if isinstance(schedule, dict):  # the command line writes the epochs as strings
+            self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
-        if features == "stages" and self.cut.frozen and self.cut.trainable:
+        #: Staged unfreezing; ``None`` if the cut stays where it is.
+        self.unfreezing = self._unfreezing(loaded)
+        #: Warm-up of each stage that is trained later than the first ones.
+        self.warm_ups: dict[str, WarmUp] = {}
+        #: Whether the fit moves the cut, which :class:`project.trainer.Trainer` does.
+        self.follows_schedule = False
+        if self.unfreezing is not None:
+            self.cut = self.unfreezing.cuts[0]
+        if features == "stages" and any(cut.frozen and cut.trainable for cut in (self.cut, self.last_cut)):
             raise ConfigError(
                 "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
                 "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
             )
         if loaded is backbone:
-            self.backbone = loaded.specialized(self.cut)
+            self.backbone = loaded.specialized(self.last_cut)
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         else:
             self.backbone = loaded
-            self.backbone.freeze(self.cut)
+        self.backbone.freeze(self.cut)
         self.backbone.set_features(features)
         #: SHA-256 of the frozen stages as loaded.
         self.frozen_sha256 = self.backbone.fingerprint(self.cut) if self.cut.trainable else self.backbone.sha256
@@ -151,6 +174,29 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
             self._set_classes(classes)
+
+    def _unfreezing(self, backbone: Backbone) -> UnfreezingSchedule | None:
+        """The schedule of the hyperparameters."""
+        hparams = self.hparams
+        entries, warmup = hparams["schedule"], hparams["schedule_warmup"]
+        if not 0 <= warmup < math.inf:
+            raise ConfigError(f"model.schedule_warmup must be at least 0 epochs, not {warmup}.")
+        if entries is None:
+            unused = {"patience": hparams["schedule_patience"] is not None, "warmup": warmup != WARMUP}
+            for name in (name for name, is_given in unused.items() if is_given):
+                raise ConfigError(f"model.schedule_{name} has no effect without model.schedule. Remove it.")
+            return None
+        if hparams["trainable"] != "head":
+            raise ConfigError(
+                f"model.schedule and model.trainable {hparams['trainable']} exclude each other. Remove one of them "
+                "(--model.trainable head, --model.schedule null)."
+            )
+        if ClassSpec.from_dict(hparams["optimizer"]).name == "LBFGS":
+            raise ConfigError(
+                "model.schedule: LBFGS keeps one history for all parameters, so stages cannot join later. Use another "
+                "optimizer."
+            )
+        return UnfreezingSchedule.parse(entries, hparams["schedule_patience"], backbone.cut_at)
 
     def _set_classes(self, classes: Sequence[str]) -> None:
         """Create the parts that depend on the classes: head, loss weights, metrics."""
@@ -177,6 +223,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
         refuse_unsupported(getattr(self.trainer, "callbacks", []))
+        if stage == "fit" and self.unfreezing is not None and not self.follows_schedule:
+            raise ConfigError("model.schedule needs project.trainer.Trainer, whose callback moves the cut. Use it.")
         self.backbone.freeze(self.cut)  # unfreeze() may have been called
         self.use_data(getattr(self.trainer, "datamodule", None), str(self.trainer.precision), stage == "fit")
         if stage == "fit" and self.classes and not self.parameter_groups():
@@ -335,6 +383,25 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             config["frequency"] = self.trainer.check_val_every_n_epoch
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    def rate_factor(self, stage: str) -> float:
+        """Factor of a stage's learning rate in the next optimizer step: 0 while it is frozen, below 1 in its warm-up.
+
+        Args:
+            stage: Name of a stage, or ``head``.
+        """
+        if stage in self.cut.frozen:
+            return 0.0
+        warm_up = self.warm_ups.get(stage)
+        return 1.0 if warm_up is None else warm_up.factor(self.global_step)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Take an optimizer step with the warm-up of newly trained stages."""
+        wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with scaled_rates(wrapped, self.rate_factor) if self.warm_ups else nullcontext():
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
     def on_fit_start(self) -> None:
         """Check that the frozen stages are unchanged since loading.
 
@@ -343,7 +410,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """
         for stage in ("train", "val", "test"):
             self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
-        self._check_frozen("before training")
+        self.check_frozen("before training")
 
     def on_train_end(self) -> None:
         """Check that the frozen stages are unchanged after training.
@@ -351,10 +418,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         Raises:
             FrozenError: They have changed.
         """
-        self._check_frozen("during training")
+        self.check_frozen("during training")
         self.head_is_new = False
 
-    def _check_frozen(self, when: str) -> None:
+    def check_frozen(self, when: str) -> None:
+        """Check that the frozen stages are as loaded.
+
+        Args:
+            when: When they may have changed, for the message.
+
+        Raises:
+            FrozenError: They have changed.
+        """
         loaded, now = self.frozen_sha256, self.backbone.fingerprint(self.cut)
         if now != loaded:
             raise FrozenError(

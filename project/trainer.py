@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from project.callbacks.exact_resume import ExactResume
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
+from project.callbacks.staged_unfreezing import StagedUnfreezing
 from project.checkpoints.io import AtomicCheckpointIO
 from project.runtime import lightning_internals
 
@@ -42,4 +43,4 @@ def _with_default_callbacks(
     if shows_progress and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(FitProgressBar())
     callbacks.append(SolvedHead())  # the last one, as it runs a validation when training starts
-    return [ExactResume(), *callbacks]
+    return [ExactResume(), StagedUnfreezing(), *callbacks]

@@ -31,6 +31,7 @@ from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.models.heads import ResizableHead
 from project.models.schedules import Interval, interval_of, with_length
+from project.models.unfreezing import UnfreezingSchedule, entry_name
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The classifier's arguments that name a class, each with the required base class.
@@ -85,6 +86,7 @@ class CheckpointMixin(Module):
     Attributes:
         backbone: The pretrained network.
         cut: Separates its frozen stages from the trainable ones.
+        unfreezing: How the cut moves; ``None`` if it does not.
         head: Maps features to logits.
         frozen_sha256: SHA-256 of the frozen stages as they were loaded.
         head_is_new: Whether the head has initial weights, at least for one class: neither trained nor loaded.
@@ -92,6 +94,7 @@ class CheckpointMixin(Module):
 
     backbone: Backbone
     cut: Cut
+    unfreezing: UnfreezingSchedule | None
     head: nn.Module
     frozen_sha256: str
     head_is_new: bool
@@ -102,6 +105,21 @@ class CheckpointMixin(Module):
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits; empty until the data or a checkpoint provides them."""
         return tuple(self.hparams["classes"] or ())
+
+    @property
+    def last_cut(self) -> Cut:
+        """The cut with all stages that a fit trains at its end."""
+        return self.cut if self.unfreezing is None else self.unfreezing.cuts[-1]
+
+    def move_cut(self, cut: Cut) -> None:
+        """Freeze the stages before a cut, and train the others.
+
+        Args:
+            cut: Its frozen stages have the weights that were loaded.
+        """
+        self.cut = cut
+        self.backbone.freeze(cut)
+        self.frozen_sha256 = self.backbone.fingerprint(cut)
 
     @property
     def trains_head(self) -> bool:
@@ -144,11 +162,18 @@ class CheckpointMixin(Module):
         return model if map_location is None else model.to(map_location)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trainable parameters, one group per stage: ``{"name": "layer4", "params": [...]}``; the head is last."""
-        modules = [(name, self.backbone.stages[name]) for name in self.cut.trainable] + [("head", self.head)]
+        """The trainable parameters, one group per stage: ``{"name": "layer4", "params": [...]}``; the head is last.
+
+        With a schedule, these are the parameters of all stages that the fit will train: schedulers and checkpoints
+        do not support groups that are added later. An optimizer skips parameters without a gradient.
+        """
+        now, cut = self.cut, self.last_cut
+        self.backbone.freeze(cut)  # sets requires_grad
+        modules = [(name, self.backbone.stages[name]) for name in cut.trainable] + [("head", self.head)]
         groups = [
             {"name": name, "params": [p for p in module.parameters() if p.requires_grad]} for name, module in modules
         ]
+        self.backbone.freeze(now)
         return [group for group in groups if group["params"]]
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
@@ -198,6 +223,47 @@ class CheckpointMixin(Module):
             "frozen": {"stages": list(self.cut.frozen), "sha256": self.frozen_sha256},
             "versions": dict(versions()),
         }
+
+    def is_fit_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether a fit with a checkpoint resumes the checkpoint's fit. Else it starts from the checkpoint's weights.
+
+        Args:
+            checkpoint: From :func:`project.checkpoints.reader.read_checkpoint`, with the classes of this model.
+        """
+        saved, has_schedule = checkpoint["transfer"], self.unfreezing is not None
+        if has_schedule or saved.get("last_cut") is not None:
+            return has_schedule and saved.get("last_cut") is not None
+        return bool(list(self.cut.frozen) == saved["frozen"]["stages"])
+
+    def _restore_cut(self, checkpoint: Mapping[str, Any], schedule: UnfreezingSchedule, resumes: bool) -> None:
+        """Move the cut to that of a checkpoint, and check that a changed schedule can continue from there.
+
+        Raises:
+            CheckpointError: The schedule has no such cut.
+            ConfigError: A resumed fit cannot follow the schedule.
+        """
+        saved = checkpoint["transfer"]
+        cut = next((cut for cut in schedule.cuts if list(cut.frozen) == saved["frozen"]["stages"]), None)
+        if cut is None:
+            raise CheckpointError(
+                "model.schedule has no entry with the stages that the checkpoint trains. Omit --model.schedule to use "
+                "the checkpoint's."
+            )
+        self.move_cut(cut)
+        if not resumes:
+            return
+        last, epoch = entry_name(schedule.cuts[-1]), completed_epochs(checkpoint)
+        if saved.get("last_cut") != last:
+            raise ConfigError(
+                f"model.schedule ends with {last}, and that of the checkpoint with {saved.get('last_cut')}: a resumed "
+                "fit cannot change which stages it trains.\nKeep the last entry, or start a new fit."
+            )
+        planned = schedule.cut_in(epoch)
+        if planned is not None and len(planned.frozen) > len(cut.frozen):
+            raise ConfigError(
+                f"model.schedule: {entry_name(cut)} would begin after epoch {epoch}, but the checkpoint trains it "
+                "already, and trained stages cannot be frozen again.\nLet it begin earlier, or start a new fit."
+            )
 
     def split(self) -> dict[str, Any]:
         """The settings that split the trainer's data; empty if it does not come from an ImageDataModule."""
@@ -251,7 +317,13 @@ class CheckpointMixin(Module):
         """Remove the frozen tensors, and add the model's identity with their SHA-256."""
         checkpoint["state_dict"] = self._without_frozen(checkpoint["state_dict"])
         schedule = {"length": self.schedule_length()}
-        checkpoint["transfer"] = {**self.identity(), "split": self.split(), "schedule": schedule, "start": self.start}
+        checkpoint["transfer"] = {
+            **self.identity(),
+            "split": self.split(),
+            "schedule": schedule,
+            "start": self.start,
+            "last_cut": None if self.unfreezing is None else entry_name(self.last_cut),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Validate a checkpoint, apply changed arguments, and add the frozen tensors for Lightning's strict load.
@@ -268,9 +340,11 @@ class CheckpointMixin(Module):
         if isinstance(self.head, ResizableHead):
             tensors = checkpoint["state_dict"].items()
             self.head.resize({name.removeprefix("head."): value for name, value in tensors if name.startswith("head.")})
+        trainer = attached_trainer(self)
+        if self.unfreezing is not None:
+            self._restore_cut(checkpoint, self.unfreezing, trainer is not None and trainer.state.fn == "fit")
         state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])
-        trainer = attached_trainer(self)
         if trainer is not None:
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit" and self.parameter_groups():

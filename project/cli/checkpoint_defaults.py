@@ -150,7 +150,7 @@ class CheckpointCLI(VerbCLI):
         elif section.model.classes:
             validate_classes(classes, section.model.classes)
         model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
-        if not grown and list(model.cut.frozen) == transfer["frozen"]["stages"]:
+        if not grown and model.is_fit_of(self._checkpoint):
             self._require_remaining_work(section)
             return model
         try:

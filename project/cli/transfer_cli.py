@@ -38,6 +38,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
+from project.models.unfreezing import WARMUP
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
@@ -162,6 +163,8 @@ class TransferCLI(CheckpointCLI):
             validate_sweep(config)
         if verb == "check":
             config.model["trainable"] = "head"  # suspects are found with features of the whole backbone
+            config.model["schedule"] = config.model["schedule_patience"] = None
+            config.model["schedule_warmup"] = WARMUP
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
 

@@ -21,13 +21,14 @@ class Cut:
     trainable: tuple[str, ...] = ()
 
     @classmethod
-    def at(cls, stages: Sequence[str], trainable: str, network: str) -> Cut:
+    def at(cls, stages: Sequence[str], trainable: str, network: str, setting: str = "model.trainable") -> Cut:
         """Create the cut before a stage.
 
         Args:
             stages: Names of all stages, in order.
             trainable: First trainable stage; ``head`` freezes all stages, ``all`` trains all of them.
             network: Name of the network, for the error message.
+            setting: Name of the setting, for the error message.
 
         Raises:
             ModelError: The stage does not exist.
@@ -35,7 +36,7 @@ class Cut:
         positions = {"head": len(stages), "all": 0} | {name: index for index, name in enumerate(stages)}
         if trainable not in positions:
             raise ModelError(
-                f"model.trainable: {network} has no stage {trainable!r}. {did_you_mean(trainable, positions)}"
+                f"{setting}: {network} has no stage {trainable!r}. {did_you_mean(trainable, positions)}"
                 f"Use one of {', '.join(stages)}, head or all."
             )
         position = positions[trainable]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -66,6 +68,8 @@ def _content(
 ) -> CardContent:
     best = next((item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)), None)
     evaluation = best.evaluation if best is not None else None
+    # Of the checkpoint: with a schedule, fewer stages are frozen at the end of the fit.
+    frozen = best.frozen if best is not None and best.frozen is not None else module.identity()["frozen"]
     return CardContent(
         name=f"{data.name} on {module.backbone.name}",
         dataset=str(data.name),
@@ -73,8 +77,8 @@ def _content(
         class_counts=data.class_counts,
         sections={
             "data": _data_section(module, data),
-            "backbone": _backbone_section(module, hashed),
-            "training": _training_section(trainer, module, data, duration),
+            "backbone": _backbone_section(module, frozen, hashed),
+            "training": _training_section(trainer, module, data, frozen["stages"], duration),
             "versions": _environment_section(trainer),
         },
         evaluation=evaluation,
@@ -130,7 +134,7 @@ def _split_method(data: ImageDataModule) -> str:
     return f"{method}; near-duplicates and images of the same group stay in one split{limit}"
 
 
-def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
+def _backbone_section(module: ImageClassifier, frozen: Mapping[str, Any], hashed: str) -> dict[str, str]:
     backbone, image = module.backbone, module.backbone.preprocessing
     weights = backbone.origin.weights or "random"
     resized = f"resized to {image.resize} x" if image.squash else "shorter edge resized to"
@@ -140,21 +144,25 @@ def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
         "Weights": code(Path(weights).name if Path(weights).is_absolute() else weights),
         "Weights file": code(backbone.origin.source),
         "SHA-256 of the backbone": code(backbone.sha256),
-        "Frozen stages": ", ".join(module.cut.frozen) or "none",
-        f"SHA-256 of the frozen stages ({hashed})": code(module.frozen_sha256),
+        "Frozen stages": ", ".join(frozen["stages"]) or "none",
+        f"SHA-256 of the frozen stages ({hashed})": code(frozen["sha256"]),
         "Input": f"{resized} {image.resize} px ({image.interpolation}), center crop {image.crop} x {image.crop} px",
     }
 
 
 def _training_section(
-    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str
+    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, frozen: Sequence[str], duration: str
 ) -> dict[str, str]:
+    trained = {name: stage for name, stage in module.backbone.stages.items() if name not in frozen}
+    trained["head"] = module.head
     hparams = module.hparams
     engine = "" if module.stored_features is None else module.stored_features.computed_by
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    parameters = (parameter for part in trained.values() for parameter in part.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
     return {
-        "Trained parts": ", ".join([*module.cut.trainable, "head"]),
+        "Trained parts": ", ".join(trained),
+        **({} if module.unfreezing is None else {"Schedule": str(module.unfreezing)}),
         "Trained parameters": f"{trainable:,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
         "Initial head": _initial_head(trainer, module),

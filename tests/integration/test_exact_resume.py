@@ -39,6 +39,11 @@ SETUPS = {
         *("--trainer.val_check_interval", "0.5", "--features.engine", "torch"),
         *SCHEDULED,
     ],
+    "three cuts": [*("--model.schedule", "{0: head, 1: layer4, 2: layer3}"), "--features.engine", "torch"],
+    "three cuts by val/loss": [
+        *("--model.schedule", "[head, layer4, layer3]", "--model.schedule_patience", "1"),
+        *("--trainer.val_check_interval", "0.5", "--features.cache", "off", "--model.schedule_warmup", "1.5"),
+    ],
 }
 
 
@@ -119,8 +124,8 @@ def check_resumed(
     assert resumed.wait() == 0, resumed.output
     last, curves, best = results(folder / "runs/photos/version_1")
     expected_last, expected_curves, expected_best = expected
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops"):
-        assert_identical(last[key], expected_last[key], key)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops", "unfreezing"):
+        assert_identical(last.get(key), expected_last.get(key), key)
     assert_identical(best["state_dict"], expected_best["state_dict"], "best")
     for name, expected_points in expected_curves.items():
         # Other curves are logged only at the start of an epoch.
@@ -156,6 +161,14 @@ def test_resumed_fit_is_bit_identical_to_an_uninterrupted_one(
 ) -> None:
     at, code = INTERRUPTIONS[interruption](setup)
     check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), code)
+
+
+@pytest.mark.parametrize("step", [2, 3, 8])  # before the cut moves, in the first step after it, in the last cut
+def test_resume_after_a_kill_around_a_moving_cut(
+    step: int, uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    setup = "three cuts"
+    check_resumed(setup, tmp_path, photos, weights, {"step": step}, uninterrupted(setup), -signal.SIGKILL)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, Sequence[str]] = {
 }
 #: Refused callbacks, with a text of the message.
 REFUSED = {
-    "BackboneFinetuning": "Use --model.trainable layer4",
+    "BackboneFinetuning": "Use --model.schedule '{0: head, 3: layer4}'",
     "EMAWeightAveraging": "is not supported: the head is created later",
     "LearningRateFinder": "Set --model.optimizer.lr",
     "ModelPruning": "would change frozen weights",
