@@ -92,9 +92,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
-        schedule: Staged unfreezing, instead of trainable: the first trainable stage by epoch, as in {0: head, 3:
-            layer4, 6: layer3}, counted from 0; or a list such as [head, layer4, layer3], whose next entry begins when
-            val/loss stops improving.
+        schedule: Staged unfreezing, instead of trainable: the first trainable stage after so many epochs, as in {0:
+            head, 3: layer4, 6: layer3}; or a list such as [head, layer4, layer3], whose next entry begins when val/loss
+            stops improving.
         schedule_patience: With a list: the next entry begins after so many validations without a lower val/loss; by
             default 2.
         schedule_warmup: The learning rate of a newly trained stage increases linearly over so many epochs.

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, damaged_checkpoint
 from project.models.cut import Cut
-from project.models.unfreezing import UnfreezingSchedule, WarmUp, entry_name
+from project.models.unfreezing import UnfreezingSchedule, WarmUp, count_epochs, entry_name
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
@@ -80,8 +80,8 @@ class StagedUnfreezing(pl.Callback):
         warm_up = WarmUp.of_epochs(module.hparams["schedule_warmup"], trainer.global_step, steps)
         module.warm_ups.update(dict.fromkeys(added, warm_up))
         self._waited = 0
-        ramp = f", with a warm-up of {warm_up.steps} steps" if warm_up.steps else ""
-        print_rank_zero(f"Schedule: {', '.join(added)} now trained, after {trainer.current_epoch} epochs{ramp}")
+        ramp = f", with a warm-up of {warm_up.steps} step{'' if warm_up.steps == 1 else 's'}" if warm_up.steps else ""
+        print_rank_zero(f"Schedule: {', '.join(added)} now trained, after {count_epochs(trainer.current_epoch)}{ramp}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == self._counted:
@@ -107,9 +107,7 @@ class StagedUnfreezing(pl.Callback):
         if _schedule(pl_module) is None or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, ImageClassifier)
-        state = checkpoint.get(KEY)
-        if not _is_valid(state):
-            raise damaged_checkpoint("The checkpoint is damaged: its state of model.schedule is missing or invalid.")
+        state = _validated(checkpoint.get(KEY))
         self._best, self._waited, self._counted = state["best"], state["waited"], state["counted"]
         pl_module.warm_ups = {name: WarmUp(*values) for name, values in state["warm_ups"].items()}
 
@@ -118,14 +116,15 @@ def _schedule(module: pl.LightningModule) -> UnfreezingSchedule | None:
     return module.unfreezing if isinstance(module, ImageClassifier) else None
 
 
-def _is_valid(state: Any) -> bool:
-    """Whether the state of a checkpoint has the right types."""
-    if not isinstance(state, Mapping) or type(state.get("best")) is not float:
-        return False
-    warm_ups = state.get("warm_ups")
-    if not isinstance(warm_ups, Mapping) or any(type(state.get(name)) is not int for name in ("waited", "counted")):
-        return False
-    return all(
-        isinstance(values, list) and len(values) == 2 and all(type(value) is int and value >= 0 for value in values)
-        for values in warm_ups.values()
-    )
+def _validated(state: Any) -> Mapping[str, Any]:
+    """The state of a checkpoint, if it has the right types.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    types = {"best": float, "waited": int, "counted": int, "warm_ups": dict}
+    is_valid = isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in types.items())
+    warm_ups = [*state["warm_ups"].values()] if is_valid else []
+    if not is_valid or any(not isinstance(item, list) or [*map(type, item)] != [int, int] for item in warm_ups):
+        raise damaged_checkpoint("The checkpoint is damaged: its state of model.schedule is missing or invalid.")
+    return dict(state)

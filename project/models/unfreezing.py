@@ -24,7 +24,7 @@ class UnfreezingSchedule:
 
     Attributes:
         cuts: At least two, each with more trainable stages than the one before.
-        epochs: First epoch of each cut, counted from 0; ``None`` if the next cut begins when val/loss does not improve.
+        epochs: Number of epochs after which each cut begins; ``None`` if it begins when val/loss does not improve.
         patience: Number of validations without improvement after which the next cut begins; ``None`` with epochs.
     """
 
@@ -42,7 +42,7 @@ class UnfreezingSchedule:
         """Create a schedule from settings.
 
         Args:
-            entries: First trainable stage by first epoch, or a list of first trainable stages.
+            entries: First trainable stages, by the number of epochs after which they begin, or a list.
             patience: See :attr:`patience`; by default 2 for a list.
             cut_at: Creates the cut before a stage, from its name and the name of the setting.
 
@@ -74,7 +74,7 @@ class UnfreezingSchedule:
                 f"the stages: [{', '.join(map(str, names))}]."
             )
         elif epochs[0] != 0:
-            raise ConfigError(f"model.schedule: the first entry must begin in epoch 0, not {epochs[0]}.")
+            raise ConfigError(f"model.schedule: the first entry must begin after 0 epochs, not {epochs[0]}.")
         elif any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
             raise ConfigError(f"model.schedule: the epochs must increase, not {', '.join(map(str, epochs))}.")
         return cls(cuts, epochs, patience)
@@ -89,10 +89,8 @@ class UnfreezingSchedule:
             ConfigError: A cut would never begin.
         """
         if self.epochs is not None and epochs is not None and 0 < epochs <= self.epochs[-1]:
-            raise ConfigError(
-                f"model.schedule: {entry_name(self.cuts[-1])} would begin in epoch {self.epochs[-1]}, counted from 0, "
-                f"but the fit has {epochs}. Increase --trainer.max_epochs."
-            )
+            begin = f"{entry_name(self.cuts[-1])} would begin after {count_epochs(self.epochs[-1])}"
+            raise ConfigError(f"model.schedule: {begin}, but the fit has {epochs}. Increase --trainer.max_epochs.")
 
     def cut_in(self, epoch: int) -> Cut | None:
         """The cut of an epoch, counted from 0; ``None`` if it depends on val/loss."""
@@ -107,9 +105,15 @@ class UnfreezingSchedule:
     def __str__(self) -> str:
         names = [entry_name(cut) for cut in self.cuts]
         if self.epochs is None:
-            return f"{', then '.join(names)}; each begins after {self.patience} validations without a lower val/loss"
-        later = [f"{name} from epoch {first}" for first, name in zip(self.epochs[1:], names[1:], strict=True)]
-        return ", ".join([names[0], *later])
+            count = f"{self.patience} validation{'' if self.patience == 1 else 's'}"
+            return f"{', then '.join(names)}; each begins after {count} without a lower val/loss"
+        later = zip(names[1:], self.epochs[1:], strict=True)
+        return ", ".join([names[0], *(f"{name} after {count_epochs(first)}" for name, first in later)])
+
+
+def count_epochs(count: int) -> str:
+    """A number of epochs, for a message."""
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def entry_name(cut: Cut) -> str:

@@ -19,16 +19,14 @@ OPTIMIZERS = [name for name in torch.optim.__all__ if name[0].isupper() and name
 
 
 def parse(entries: Any, patience: int | None = None) -> UnfreezingSchedule:
-    return UnfreezingSchedule.parse(
-        entries, patience, lambda name, setting: Cut.at(STAGES, name, "resnet18", setting)
-    )
+    return UnfreezingSchedule.parse(entries, patience, lambda name, setting: Cut.at(STAGES, name, "resnet18", setting))
 
 
 def test_epochs_choose_the_cut() -> None:
     schedule = parse({0: "head", 3: "layer4", 6: "layer3"})
     trained = [schedule.cut_in(epoch).trainable for epoch in (0, 2, 3, 5, 6, 99)]  # type: ignore[union-attr]
     assert trained == [(), (), ("layer4",), ("layer4",), ("layer3", "layer4"), ("layer3", "layer4")]
-    assert str(schedule) == "head, layer4 from epoch 3, layer3 from epoch 6"
+    assert str(schedule) == "head, layer4 after 3 epochs, layer3 after 6 epochs"
 
 
 def test_a_list_has_no_epochs() -> None:
@@ -46,8 +44,8 @@ def test_a_list_has_no_epochs() -> None:
         ({0: "layer3", 2: "layer4"}, None, "layer4 after layer3 trains no more stages than before"),
         (["head", "head"], None, "head after head trains no more stages"),
         ({0: "head", 4: "layer4", 2: "layer3"}, None, "the epochs must increase, not 0, 4, 2"),
-        ({1: "head", 4: "layer4"}, None, "the first entry must begin in epoch 0, not 1"),
-        ({-1: "head", 4: "layer4"}, None, "the first entry must begin in epoch 0, not -1"),
+        ({1: "head", 4: "layer4"}, None, "the first entry must begin after 0 epochs, not 1"),
+        ({-1: "head", 4: "layer4"}, None, "the first entry must begin after 0 epochs, not -1"),
         ({0: "layer4"}, None, "model.schedule has one entry.* Add entries, or use --model.trainable layer4"),
         ([], None, "model.schedule has no entries"),
         (["head", "layer4"], 0, "model.schedule_patience must be at least 1, not 0"),
@@ -64,7 +62,7 @@ def test_a_stage_that_would_never_be_trained_is_refused() -> None:
     schedule = parse({0: "head", 3: "layer4"})
     for epochs in (4, 0, -1, None):
         schedule.validate_length(epochs)
-    with pytest.raises(ProjectError, match="layer4 would begin in epoch 3, counted from 0, but the fit has 3"):
+    with pytest.raises(ProjectError, match="layer4 would begin after 3 epochs, but the fit has 3"):
         schedule.validate_length(3)
 
 
