@@ -35,10 +35,10 @@ ALL_VERBS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({}, ["RunSummary", "LearningRateMonitor", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        ({"limit_val_batches": 0}, ["RunSummary", "LearningRateMonitor", "LastCheckpoint", "ModelCardCallback"]),
+        ({}, ["RunSummary", "LearningRates", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
+        ({"limit_val_batches": 0}, ["RunSummary", "LearningRates", "LastCheckpoint", "ModelCardCallback"]),
         ({"logger": False}, ["RunSummary", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        ({"enable_checkpointing": False}, ["RunSummary", "LearningRateMonitor"]),
+        ({"enable_checkpointing": False}, ["RunSummary", "LearningRates"]),
         ({"fast_dev_run": True}, ["RunSummary"]),
     ],
 )

@@ -408,6 +408,23 @@ def test_other_fits_are_not_changed(trainer: Any) -> None:
     assert len(recorder.results["on_train_epoch_start"]) == 2, CHANGED + "fit_loop.skip"
 
 
+def test_the_next_validation_counts_its_batches_anew(trainer: Any) -> None:
+    batches: list[int] = []
+
+    class Data(TinyData):
+        def val_dataloader(self) -> DataLoader[Any]:
+            batches.append(len(batches) + 1)
+            return DataLoader(TensorDataset(torch.ones(batches[-1], 2)), num_workers=0)
+
+    recorder = Recorder(
+        on_train_epoch_start=lambda fit: fit.current_epoch and lightning_internals.reload_validation_data(fit),
+        on_validation_end=lambda fit: lightning_internals.validation_batches(fit).ready,
+    )
+    fit_trainer = trainer(recorder, num_sanity_val_steps=0)
+    fit_trainer.fit(TinyModel(), datamodule=Data())
+    assert recorder.results["on_validation_end"] == [1, 2], CHANGED + "val_loop._combined_loader"
+
+
 def test_a_module_without_trainable_parameters_is_not_wrapped(trainer: Any) -> None:
     wrapped: list[bool] = []
 
@@ -448,20 +465,3 @@ def test_the_wrapper_of_a_module_is_renewed(trainer: Any) -> None:
     fit_trainer = trainer(strategy="ddp", num_sanity_val_steps=0)
     fit_trainer.fit(Joining(), datamodule=TinyData())
     assert renewed == [True, True], CHANGED + "DDPStrategy.configure_ddp()"
-
-
-def test_the_next_validation_counts_its_batches_anew(trainer: Any) -> None:
-    batches: list[int] = []
-
-    class Data(TinyData):
-        def val_dataloader(self) -> DataLoader[Any]:
-            batches.append(len(batches) + 1)
-            return DataLoader(TensorDataset(torch.ones(batches[-1], 2)), num_workers=0)
-
-    recorder = Recorder(
-        on_train_epoch_start=lambda fit: fit.current_epoch and lightning_internals.reload_validation_data(fit),
-        on_validation_end=lambda fit: lightning_internals.validation_batches(fit).ready,
-    )
-    fit_trainer = trainer(recorder, num_sanity_val_steps=0)
-    fit_trainer.fit(TinyModel(), datamodule=Data())
-    assert recorder.results["on_validation_end"] == [1, 2], CHANGED + "val_loop._combined_loader"
