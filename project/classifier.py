@@ -30,7 +30,7 @@ from project.models.heads import HeadCallable, LinearHead
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind
-from project.models.schedules import Interval
+from project.models.schedules import Interval, frequency_of, validate_steps
 from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, scaled_rates
 from project.runtime import lightning_internals
 from project.runtime.distributed import world_size
@@ -77,9 +77,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         head: Class of the head; it is called with the width of the features and the number of classes.
         optimizer: Class and arguments of the optimizer.
         scheduler: Class and arguments of the learning-rate scheduler. ``T_max`` and ``total_steps`` default to the
-            length of the fit.
+            length of the fit. project.models.schedules.WarmupCosine is a linear warm-up and a cosine.
         scheduler_interval: Step the scheduler every epoch or every step; by default every epoch, but every step for
-            OneCycleLR and CyclicLR.
+            WarmupCosine, OneCycleLR and CyclicLR.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         class_weights: Weight of each class in the loss, in the order of the class names.
         channels_last: Use the channels_last memory format, which is faster on CPUs and tensor cores.
@@ -92,6 +92,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         features: Which outputs of the backbone are the features: last, the output of the last stage; stages, the
             averaged outputs of all stages. For vision transformers: cls, the class token; mean, the mean of the patch
             tokens; cls+mean; last4, the class tokens of the last four blocks.
+        lr_decay: Factor of the learning rate per stage towards the input, in (0, 1]: the head has the optimizer's
+            rate, the last stage lr_decay times this rate, and so on.
+        scheduler_frequency: Step the scheduler only at every so many epochs or steps.
         schedule: Staged unfreezing, instead of trainable: the first trainable stage after so many epochs, as in {0:
             head, 3: layer4, 6: layer3}; or a list such as [head, layer4, layer3], whose next entry begins when val/loss
             stops improving.
@@ -122,6 +125,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         classes: list[str] | None = None,
         head_init: Literal["auto", "solved", "solved_1se", "random"] = "auto",
         features: FeatureKind = "last",
+        lr_decay: float = 1.0,
+        scheduler_frequency: int = 1,
         schedule: dict[int, str] | list[str] | None = None,
         schedule_patience: int | None = None,
         schedule_warmup: float = WARMUP,
@@ -136,6 +141,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
+        if not 0 < lr_decay <= 1:
+            raise ConfigError(f"model.lr_decay must be in (0, 1], not {lr_decay}.")
+        validate_steps(self.hparams)
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.cut = loaded.cut_at(trainable)
@@ -145,9 +153,14 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.warm_ups: dict[str, WarmUp] = {}
         #: Whether the fit moves the cut, which :class:`project.trainer.Trainer` does.
         self.follows_schedule = False
-        if self.unfreezing is not None:
-            self.cut = self.unfreezing.cuts[0]
-        if features == "stages" and any(cut.frozen and cut.trainable for cut in (self.cut, self.last_cut)):
+        cuts = (self.cut,) if self.unfreezing is None else self.unfreezing.cuts
+        self.cut = cuts[0]
+        if lr_decay != 1 and not self.last_cut.trainable:
+            raise ConfigError(
+                "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
+                "as layer4, or remove lr_decay."
+            )
+        if features == "stages" and any(cut.frozen and cut.trainable for cut in cuts):
             raise ConfigError(
                 "model.features stages needs all stages on one side: a row at a cut between stages lacks the outputs "
                 "of earlier ones.\nUse --model.trainable head or all, or --model.features last."
@@ -366,7 +379,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             return optimizer
         validate_scheduler(self.make_optimizer(copy_groups(self.parameter_groups()))[1])
         monitor, interval = getattr(scheduler, "monitor", "val/loss"), self.scheduler_interval()
-        config = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": 1}
+        # lr_scheduler_step() counts the steps, as Lightning would count the batches of each epoch.
+        frequency = frequency_of(self.hparams) if interval == "epoch" else 1
+        config = {"scheduler": scheduler, "monitor": monitor, "interval": interval, "frequency": frequency}
         if isinstance(scheduler, ReduceLROnPlateau):
             config["interval"] = "epoch"
         if isinstance(scheduler, ReduceLROnPlateau) and str(monitor).startswith("val/"):
@@ -382,6 +397,11 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 )
             config["frequency"] = self.trainer.check_val_every_n_epoch
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step the scheduler, if it is its turn: see ``scheduler_frequency``."""
+        if self.scheduler_interval() == "epoch" or self.global_step % frequency_of(self.hparams) == 0:
+            super().lr_scheduler_step(scheduler, metric)
 
     def rate_factor(self, stage: str) -> float:
         """Factor of a stage's learning rate in the next optimizer step: 0 while it is frozen, below 1 in its warm-up.

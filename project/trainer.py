@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.exact_resume import ExactResume
+from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
 from project.callbacks.staged_unfreezing import StagedUnfreezing
@@ -42,5 +43,7 @@ def _with_default_callbacks(
     callbacks = [user_callbacks] if isinstance(user_callbacks, pl.Callback) else [*(user_callbacks or [])]
     if shows_progress and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(FitProgressBar())
-    callbacks.append(SolvedHead())  # the last one, as it runs a validation when training starts
-    return [ExactResume(), StagedUnfreezing(), *callbacks]
+    finders = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
+    callbacks = [callback for callback in callbacks if callback not in finders]
+    callbacks.append(SolvedHead())  # after others, as it runs a validation when training starts
+    return [ExactResume(), StagedUnfreezing(), *callbacks, *finders]  # a finder starts from the solved head

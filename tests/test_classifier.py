@@ -37,7 +37,8 @@ def test_optimizer_gets_only_trainable_parameters(weights: Path) -> None:
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     expected = [*model.backbone.stages["layer4"].parameters(), *model.head.parameters()]
     assert optimized == {id(parameter) for parameter in expected}
-    assert [group["name"] for group in optimizer.param_groups] == ["layer4", "head"]
+    names = ["layer4", "layer4 (no decay)", "head", "head (no decay)"]
+    assert [group["name"] for group in optimizer.param_groups] == names
 
 
 def test_classifier_works_with_a_plain_lightning_trainer(weights: Path, photos: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class ExactResume(Callback):
     ) -> None:
         progress, validation = lightning_internals.epochs(trainer), lightning_internals.validation_batches(trainer)
         within_epoch = progress.processed < progress.ready
-        rank_state: dict[str, Any] = {"chance": _rng_state()}
+        rank_state: dict[str, Any] = {"chance": rng_state()}
         if within_epoch and isinstance(pl_module, ImageClassifier):
             rank_state["train"] = pl_module.epoch_metrics("train").state()
         checkpoint[KEY] = {
@@ -126,7 +126,7 @@ class ExactResume(Callback):
                 if config.reduce_on_plateau and state["watched"] and not state["within"]:
                     config.scheduler.step(state["watched"][str(config.monitor)])
                     lightning_internals.count_scheduler_step(trainer)
-            _restore_rng_state(rank_state["chance"])
+            restore_rng_state(rank_state["chance"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._accumulation = self._validated = None  # not called for the resumed, unfinished epoch
@@ -184,7 +184,7 @@ def _monitored_values(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """RNG states of torch, CUDA, ``random`` and NumPy in this process, in plain types."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
@@ -196,7 +196,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _restore_rng_state(state: Mapping[str, Any]) -> None:
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the RNG states from :func:`rng_state`."""
     torch.set_rng_state(state["torch"].cpu())
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])

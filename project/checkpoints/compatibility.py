@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from project.errors import CheckpointError, DataError, damaged_checkpoint
+from project.models.parameter_groups import ALL, parameter_indices
 
 FORMAT = 1  # version of the checkpoint's "transfer" entry
 
@@ -100,12 +101,18 @@ def validate_tensors(expected: Mapping[str, torch.Tensor], saved: Mapping[str, t
             )
 
 
-def name_parameter_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Split the optimizer state of earlier versions, which had one unnamed group, into this version's named groups.
+def match_parameter_groups(
+    checkpoint: dict[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Regroup the optimizer state of a checkpoint as the optimizer of the fit groups its parameters.
+
+    Earlier versions had one unnamed group, or one per stage. A group of a stage is split, or its parts are joined, if
+    only one of the two optimizers decays weights. Each parameter keeps its state, and each group its settings.
 
     Args:
         checkpoint: Changed in place.
-        groups: The optimizer's groups, each with ``name`` and ``params``.
+        groups: The trainable parameters, see :func:`project.models.parameter_groups.stage_groups`.
+        names: Names of the groups of the fit's optimizer.
 
     Raises:
         CheckpointError: A group's name is not a string.
@@ -113,29 +120,36 @@ def name_parameter_groups(checkpoint: dict[str, Any], groups: Sequence[Mapping[s
     states = checkpoint.get("optimizer_states")
     for state in states if isinstance(states, list) else ():
         saved = state.get("param_groups") if isinstance(state, dict) else None
-        for group in saved if isinstance(saved, list) else ():
-            if isinstance(group, dict) and not isinstance(group.get("name", ""), str):
+        if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
+            continue  # validate_states reports it
+        for group in saved:
+            if not isinstance(group.get("name", ""), str):
                 raise damaged_checkpoint(
                     f"The checkpoint is damaged: a parameter group has the name {group['name']!r:.40}."
                 )
-        if not (isinstance(saved, list) and len(saved) == 1 and isinstance(saved[0], dict)) or "name" in saved[0]:
+        before = [group.get("name", ALL) for group in saved]
+        indices, wanted = parameter_indices(before, groups), parameter_indices(names, groups)
+        ids = [group.get("params") for group in saved]
+        if before == [*names] or indices is None or wanted is None:
             continue
-        ids = saved[0].get("params")
-        if not isinstance(ids, list) or len(ids) != sum(len(group["params"]) for group in groups):
+        group_of = {index: number for number, members in enumerate(indices) for index in members}
+        lengths = [len(item) if isinstance(item, list) else None for item in ids]
+        if lengths != [*map(len, indices)] or len(group_of) != sum(len(group["params"]) for group in groups):
             continue  # validate_states reports it
-        remaining = iter(ids)
+        id_of = dict(zip(itertools.chain(*indices), itertools.chain(*ids), strict=True))
+        origins = [group_of[members[0]] for members in wanted]
         state["param_groups"] = [
-            {**saved[0], "name": group["name"], "params": [*itertools.islice(remaining, len(group["params"]))]}
-            for group in groups
+            {**saved[origin], "name": name, "params": [id_of[index] for index in members]}
+            for origin, name, members in zip(origins, names, wanted, strict=True)
         ]
-        _repeat_per_group(checkpoint.get("lr_schedulers"), len(groups))
+        _rearrange_rates(checkpoint.get("lr_schedulers"), len(saved), origins)
 
 
-def _repeat_per_group(schedulers: Any, groups: int) -> None:
-    """Repeat the single group's learning rates for each group, also in nested schedulers."""
+def _rearrange_rates(schedulers: Any, count: int, origins: Sequence[int]) -> None:
+    """Rearrange the schedulers' values of each of ``count`` groups as the groups, also in nested schedulers."""
     for scheduler in schedulers if isinstance(schedulers, list) else ():
         if isinstance(scheduler, dict):
-            for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
-                if isinstance(scheduler.get(key), list) and len(scheduler[key]) == 1:
-                    scheduler[key] = scheduler[key] * groups
-            _repeat_per_group(scheduler.get("_schedulers"), groups)
+            for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "base_momentums", "max_momentums"):
+                if isinstance(scheduler.get(key), list) and len(scheduler[key]) == count:
+                    scheduler[key] = [scheduler[key][origin] for origin in origins]
+            _rearrange_rates(scheduler.get("_schedulers"), count, origins)

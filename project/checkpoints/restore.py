@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from project.checkpoints.compatibility import (
     FORMAT,
-    name_parameter_groups,
+    match_parameter_groups,
     validate_identity,
     validate_tensors,
     versions,
@@ -30,7 +30,8 @@ from project.errors import CheckpointError, ConfigError, ProjectError, WeightsEr
 from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.models.heads import ResizableHead
-from project.models.schedules import Interval, interval_of, with_length
+from project.models.parameter_groups import ALL, arrange_groups, stage_groups
+from project.models.schedules import Interval, for_groups, frequency_of, interval_of, with_length
 from project.models.unfreezing import UnfreezingSchedule, entry_name
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
@@ -50,23 +51,28 @@ def construct_optimizer(
 
     Args:
         hparams: With ``optimizer`` and ``scheduler``, each as ``{"class_path": ..., "init_args": {...}}``; the
-            scheduler may be ``None``.
-        groups: The parameter groups to optimize.
+            scheduler may be ``None``. Optionally with ``lr_decay``.
+        groups: The parameters to optimize, see :func:`project.models.parameter_groups.stage_groups`.
 
     Raises:
         ConfigError: A class does not accept its arguments, or the optimizer cannot work here.
     """
     spec = ClassSpec.from_dict(hparams["optimizer"])
-    groups = [dict(group) for group in groups]  # copied, as the optimizer adds its settings
+    lr_decay: float = hparams.get("lr_decay", 1.0)  # earlier versions had none
     if spec.name == "SparseAdam":
         raise ConfigError("model.optimizer: SparseAdam needs sparse gradients, and these are dense. Use Adam.")
     if spec.name == "LBFGS":  # it accepts a single group
-        groups = [{"name": "all", "params": [parameter for group in groups for parameter in group["params"]]}]
-    optimizer = spec.construct("model.optimizer", Optimizer, groups)
+        if lr_decay != 1:
+            raise ConfigError("model.lr_decay: LBFGS has one learning rate. Use another optimizer, or lr_decay 1.")
+        groups = [{"name": ALL, "params": [parameter for group in groups for parameter in group["params"]]}]
+    copies = [{"name": group["name"], "params": group["params"]} for group in groups]  # the optimizer adds settings
+    optimizer = spec.construct("model.optimizer", Optimizer, copies)
     _refuse_capturable(optimizer)
+    depths = arrange_groups(optimizer, groups, lr_decay)
     if hparams["scheduler"] is None:
         return optimizer, None
-    return optimizer, ClassSpec.from_dict(hparams["scheduler"]).construct("model.scheduler", LRScheduler, optimizer)
+    schedule = for_groups(ClassSpec.from_dict(hparams["scheduler"]), depths, lr_decay)
+    return optimizer, schedule.construct("model.scheduler", LRScheduler, optimizer)
 
 
 def _refuse_capturable(optimizer: Optimizer) -> None:
@@ -162,19 +168,16 @@ class CheckpointMixin(Module):
         return model if map_location is None else model.to(map_location)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trainable parameters, one group per stage: ``{"name": "layer4", "params": [...]}``; the head is last.
+        """The trainable parameters, one group per stage, see :func:`~project.models.parameter_groups.stage_groups`.
 
         With a schedule, these are the parameters of all stages that the fit will train: schedulers and checkpoints
         do not support groups that are added later. An optimizer skips parameters without a gradient.
         """
         now, cut = self.cut, self.last_cut
         self.backbone.freeze(cut)  # sets requires_grad
-        modules = [(name, self.backbone.stages[name]) for name in cut.trainable] + [("head", self.head)]
-        groups = [
-            {"name": name, "params": [p for p in module.parameters() if p.requires_grad]} for name, module in modules
-        ]
+        groups = stage_groups({**{name: self.backbone.stages[name] for name in cut.trainable}, "head": self.head})
         self.backbone.freeze(now)
-        return [group for group in groups if group["params"]]
+        return groups
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
         """Construct the configured optimizer and scheduler.
@@ -192,10 +195,26 @@ class CheckpointMixin(Module):
         return interval_of(self.hparams)
 
     def schedule_length(self) -> int | None:
-        """Length of the whole fit in the scheduler's unit, epochs or steps; ``None`` if it is unknown."""
+        """Number of the scheduler's steps in the whole fit; ``None`` if it is unknown.
+
+        Raises:
+            ConfigError: The scheduler would never be stepped.
+        """
         trainer = attached_trainer(self)
         if trainer is None or self.hparams["scheduler"] is None:
             return None
+        length, frequency = self._fit_length(trainer), frequency_of(self.hparams)
+        if length is None or frequency == 1:
+            return length
+        if length < frequency and trainer.max_epochs != 0 and not getattr(trainer, "fast_dev_run", False):
+            raise ConfigError(
+                f"model.scheduler_frequency is {frequency}, but the fit has {length} {self.scheduler_interval()}s, so "
+                "the learning rate would never change. Decrease it."
+            )
+        return max(length // frequency, 1)
+
+    def _fit_length(self, trainer: pl.Trainer) -> int | None:
+        """Length of the whole fit in the scheduler's interval, epochs or steps; ``None`` if it is unknown."""
         if trainer.max_epochs == 0:
             return 1  # nothing is stepped, but schedules of length 0 are invalid
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
@@ -349,7 +368,8 @@ class CheckpointMixin(Module):
             validate_progress(checkpoint.get("loops"), loop_state(trainer), "loops")
         if trainer is not None and trainer.state.fn == "fit" and self.parameter_groups():
             groups = copy_groups(self.parameter_groups())
-            name_parameter_groups(checkpoint, groups)
+            optimizer, _ = construct_optimizer({**self.hparams, "scheduler": None}, copy_groups(groups))
+            match_parameter_groups(checkpoint, groups, [group["name"] for group in optimizer.param_groups])
             length = checkpoint["transfer"].get("schedule", {}).get("length")
             apply_changes(
                 checkpoint,

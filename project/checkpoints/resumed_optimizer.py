@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, damaged_checkpoint
-from project.models.schedules import Interval, interval_of
+from project.models.parameter_groups import NO_DECAY
+from project.models.schedules import Interval, frequency_of, interval_of
 from project.runtime.console import print_rank_zero
 
 #: Constructs the optimizer and the scheduler of hyperparameters.
@@ -41,7 +42,8 @@ def apply_changes(
     Args:
         checkpoint: Its ``optimizer_states`` and ``lr_schedulers`` are changed in place.
         saved: The checkpoint's hyperparameters: ``optimizer`` and ``scheduler``, each as
-            ``{"class_path": ..., "init_args": {...}}``, and ``scheduler_interval``; the scheduler may be ``None``.
+            ``{"class_path": ..., "init_args": {...}}``, ``scheduler_interval`` and ``scheduler_frequency``; the
+            scheduler may be ``None``.
         requested: The model's hyperparameters.
         construct: Constructs both over parameters on the meta device.
         position: Number of completed epochs and optimizer steps.
@@ -55,9 +57,11 @@ def apply_changes(
     same_optimizer = _class(saved["optimizer"]) == _class(requested["optimizer"])
     same_scheduler = _class(saved["scheduler"]) == _class(requested["scheduler"])
     if same_scheduler and requested["scheduler"] is not None:
-        same_scheduler = interval_of(saved) == interval_of(requested)
+        steps_of = [(interval_of(hparams), frequency_of(hparams)) for hparams in (saved, requested)]
+        same_scheduler = steps_of[0] == steps_of[1]
     optimizer, scheduler = construct(requested)
     lr_changed = optimizer_changed = True
+    changed: set[str] = set()
     if same_optimizer:
         before, after = (construct({**hparams, "scheduler": None})[0] for hparams in (saved, requested))
         changed = _changed_settings(before.param_groups, after.param_groups)
@@ -80,12 +84,14 @@ def apply_changes(
     elif scheduler is None:
         checkpoint["lr_schedulers"] = []
     else:
-        _advance(scheduler, position[interval_of(requested)])
+        _advance(scheduler, position[interval_of(requested)] // frequency_of(requested))
         checkpoint["lr_schedulers"] = [dict(scheduler.state_dict())]
     fresh = optimizer.state_dict()
     if same_optimizer:
+        # Earlier versions decayed all parameters of a stage, and a fit continues as it started.
+        kept = {"params", "name", "weight_decay"} - (changed & {"weight_decay"})
         for saved_group, group in _matched(saved_groups, fresh["param_groups"]):
-            saved_group.update({key: value for key, value in group.items() if key not in ("params", "name")})
+            saved_group.update({key: value for key, value in group.items() if key not in kept})
         _add_missing_moments(states[0], saved_groups, optimizer)
     else:
         checkpoint["optimizer_states"] = [fresh]
@@ -146,12 +152,15 @@ def _changed_settings(before: Sequence[Mapping[str, Any]], after: Sequence[Mappi
 
 
 def _matched(groups: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Pair each parameter group with the group of the same name among others, or else with that of its index."""
-    by_name = {group.get("name"): group for group in others}
-    return [
-        (group, by_name.get(group.get("name"), others[min(index, len(others) - 1)]))
-        for index, group in enumerate(groups)
-    ]
+    """Pair each parameter group with one of the others: of its name, of its stage, or else of its index."""
+    by_name = {str(group.get("name")): group for group in others}
+    by_stage = {name.removesuffix(NO_DECAY): group for name, group in by_name.items()} | by_name
+    pairs = []
+    for index, group in enumerate(groups):
+        name = str(group.get("name"))
+        fallback = by_stage.get(name.removesuffix(NO_DECAY), others[min(index, len(others) - 1)])
+        pairs.append((group, by_name.get(name, fallback)))
+    return pairs
 
 
 def _tuples_to_lists(value: Any) -> Any:

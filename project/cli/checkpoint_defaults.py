@@ -22,6 +22,7 @@ from project.classifier import ImageClassifier
 from project.cli.argument_order import config_files_first, split_checkpoint_flag, validate_order
 from project.cli.parser_errors import explain, explain_instantiation
 from project.cli.run_folders import CHECKPOINT_ALIASES, RUNS_FOLDER, newest_checkpoint, run_folder
+from project.cli.scheduler_dictionary import expand_scheduler
 from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError, ConfigError, ProjectError, damaged_checkpoint, did_you_mean
 from project.inference.many_tasks import task_names
@@ -85,7 +86,7 @@ class CheckpointCLI(VerbCLI):
             self._set_defaults_from_checkpoint(verb, path)
         try:
             with class_change_resets_arguments(LENGTH_ARGUMENT.values()):
-                self.config = parser.parse_args(config_files_first(args))
+                self.config = parser.parse_args(expand_scheduler(config_files_first(args)))
         except ArgumentError as error:
             raise explain(error, self.verb_parser(verb) if verb else self.parser) from error
         except RecursionError as error:
@@ -190,7 +191,7 @@ class CheckpointCLI(VerbCLI):
 
     def given_settings(self, verb: str) -> dict[str, Any]:
         """The settings of a verb that flags and config files set, without defaults."""
-        given = self.parser.parse_args(config_files_first(self._args), defaults=False)
+        given = self.parser.parse_args(expand_scheduler(config_files_first(self._args)), defaults=False)
         settings: dict[str, Any] = given[verb].as_dict()
         return settings
 

@@ -20,7 +20,7 @@ from project.studies.search_space import SearchSpace
 #: Images per step; more than in a fit, as the optimizer of many heads takes as long as their products.
 BATCH_SIZE = 128
 #: Arguments of the model that a sweep sets.
-SWEPT = ("head", "head_init", "features", "optimizer", "scheduler", "label_smoothing")
+SWEPT = ("head", "head_init", "features", "optimizer", "scheduler", "scheduler_frequency", "label_smoothing")
 
 
 def sweep_defaults() -> dict[str, Any]:

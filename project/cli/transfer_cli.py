@@ -52,12 +52,24 @@ from project.trainer import Trainer
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
 #: Flags of fit that its config.yaml does not contain, as they do not belong to a single fit.
-FLAGS_ONLY = ("folds", "seeds", "debug")
+FLAGS_ONLY = ("folds", "seeds", "lr_find", "debug")
 DESCRIPTIONS = {
     "fit": "Train an image classifier: a new head, and the backbone stages that model.trainable names.",
     "validate": "Evaluate a trained classifier on the validation images.",
     "test": "Evaluate a trained classifier on the test images.",
 }
+
+
+class SaveConfigWithRate(SaveConfigCallback):
+    """Saves the config when training starts, with the learning rate that ``--lr_find`` has found."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Do nothing, as the rate is not known yet."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the config."""
+        self.config["model.optimizer.init_args.lr"] = pl_module.hparams["optimizer"]["init_args"]["lr"]
+        super().setup(trainer, pl_module, "fit")
 
 
 class TransferCLI(CheckpointCLI):
@@ -159,14 +171,24 @@ class TransferCLI(CheckpointCLI):
         if verb == "check" and not config.suspects and "top" in self.given_settings(verb):
             raise ConfigError("--top is the number of suspects. Add --suspects, or remove it.")
         validate_config(verb, config)
+        if verb == "fit" and config.lr_find and self._checkpoint is not None:
+            self._use_rate_of_checkpoint(config.model)
         if verb == "sweep":
             validate_sweep(config)
         if verb == "check":
             config.model["trainable"] = "head"  # suspects are found with features of the whole backbone
+            config.model["lr_decay"] = 1.0  # nothing is trained
             config.model["schedule"] = config.model["schedule_patience"] = None
             config.model["schedule_warmup"] = WARMUP
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
+
+    def _use_rate_of_checkpoint(self, model: Namespace) -> None:
+        """Let a fit that is resumed with ``--lr_find`` continue with the rate that it has found, not the config's."""
+        assert self._checkpoint is not None
+        saved = self._checkpoint["hyper_parameters"]["optimizer"]
+        if saved["class_path"] == model["optimizer"].class_path and "lr" in saved["init_args"]:
+            model["optimizer"].init_args.lr = saved["init_args"]["lr"]
 
     def _make_data(self, cls: type[ImageDataModule], *args: Any, **kwargs: Any) -> ImageDataModule:
         """Create the data module, and check its source before weights are read; ``check`` accepts invalid data."""
@@ -209,6 +231,9 @@ class TransferCLI(CheckpointCLI):
                 "--folds", type=int | None, help="Fit once for each of so many cross-validation folds, and compare."
             )
             parser.add_argument("--seeds", type=int, default=1, help="Fit with so many seeds, and compare.")
+            parser.add_argument(
+                "--lr_find", action="store_true", help="Find the learning rate by a range test, and use it."
+            )
         if verb == "check":
             parser.add_argument("--suspects", action="store_true", help="List images that look like another class.")
 
@@ -304,7 +329,9 @@ class TransferCLI(CheckpointCLI):
             config = self.config[verb].clone()
             for flag in FLAGS_ONLY:
                 config.pop(flag)
-            callbacks.append(SaveConfigCallback(self.verb_parser(verb), config))
+            searches = section.lr_find and not (section.ckpt_path and self._resumes)
+            saves = SaveConfigWithRate if searches else SaveConfigCallback
+            callbacks.append(saves(self.verb_parser(verb), config))
         with removed_on_error(own.get("default_root_dir")):
             trainer = Trainer(**{**options, **own, "callbacks": callbacks})
             if self._is_repetition and trainer.world_size > 1:

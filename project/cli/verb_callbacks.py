@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 
 from project.callbacks.graceful_shutdown import GracefulShutdown
+from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.learning_rates import LearningRates
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
@@ -30,6 +31,8 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     if verb != "fit":
         return callbacks
     callbacks.append(report)
+    if section.lr_find:
+        callbacks.append(LearningRateFinder())
     if not trainer.fast_dev_run:
         if trainer.logger is not False:
             callbacks.append(LearningRates())

@@ -252,6 +252,24 @@ def sweep(trials: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def learning_rates(rates: np.ndarray, changes: np.ndarray, chosen: float) -> Figure:
+    """Plot a learning-rate range test.
+
+    Args:
+        rates: Learning rates ``(N,)``.
+        changes: Change of the loss at each of them ``(N,)``.
+        chosen: The chosen rate.
+    """
+    figure, axes = _blank(6.5, 4)
+    axes.plot(rates, changes, color="#0f7ab8")
+    axes.axvline(chosen, color="#d98a00", linewidth=1, linestyle="--", label=f"chosen: {chosen:g}")
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="change of the training loss")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 @contextmanager
 def _ignore_missing_glyphs() -> Iterator[None]:
     """Suppress warnings about characters that matplotlib's font does not have."""

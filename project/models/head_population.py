@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from project.errors import ModelError
+from project.models.parameter_groups import stage_groups
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults of AdamW
 
@@ -20,7 +21,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults of AdamW
 class HeadPopulation:
     """K heads of one class, each trained by AdamW (Loshchilov and Hutter, arXiv:1711.05101).
 
-    Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`.
+    Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`, with weight decay where
+    :func:`~project.models.parameter_groups.is_decayed` has it.
 
     Args:
         heads: K heads with equal shapes, which stay as they are. Parameters that require no gradient are not trained.
@@ -46,6 +48,9 @@ class HeadPopulation:
         trained = {name for name, parameter in heads[0].named_parameters() if parameter.requires_grad}
         if not trained:
             raise ModelError(f"{type(heads[0]).__name__} has no parameters to train.")
+        groups = stage_groups({"head": heads[0]})[0]
+        names = [name for name, parameter in heads[0].named_parameters() if name in trained]
+        self._decayed = dict(zip(names, groups["decayed"], strict=True))
         self._parameters = {name: parameters[name].detach().requires_grad_() for name in parameters if name in trained}
         self._constants = {name: value.detach() for name, value in parameters.items() if name not in trained} | buffers
         self._means = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
@@ -95,7 +100,9 @@ class HeadPopulation:
                 # In place, and with few passes over the memory: this takes as long as the matrix products.
                 scale = torch.sqrt(square, out=self._scales[name]).add_(EPSILON * second**0.5)
                 scale.div_(rates * (second**0.5 / first))
-                parameter.mul_(1 - rates * decays).addcdiv_(mean, scale, value=-1)
+                if self._decayed[name]:
+                    parameter.mul_(1 - rates * decays)
+                parameter.addcdiv_(mean, scale, value=-1)
 
 
 class _OneProduct(TorchFunctionMode):

@@ -155,7 +155,7 @@ def _training_section(
 ) -> dict[str, str]:
     trained = {name: stage for name, stage in module.backbone.stages.items() if name not in frozen}
     trained["head"] = module.head
-    hparams = module.hparams
+    hparams, decay = module.hparams, module.hparams["lr_decay"]
     engine = "" if module.stored_features is None else module.stored_features.computed_by
     parameters = (parameter for part in trained.values() for parameter in part.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -168,6 +168,7 @@ def _training_section(
         "Initial head": _initial_head(trainer, module),
         "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",
         "Learning rate scheduler": code(format_class(hparams["scheduler"])),
+        **({} if decay == 1 else {"Learning rate by depth": f"times {decay:g} per stage towards the input"}),
         "Loss": f"cross-entropy, label smoothing {hparams['label_smoothing']:g}, class balancing: {data.balance}",
         "Duration": f"{duration}, {pluralize(trainer.global_step, 'step')}",
         "Batch size": f"{data.batch_size} per process, {pluralize(trainer.world_size, 'process', 'processes')}, "

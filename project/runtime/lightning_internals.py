@@ -155,6 +155,12 @@ def accumulates_gradients(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop._should_accumulate())
 
 
+def set_logged_hyperparameter(module: pl.LightningModule, name: str, value: Any) -> None:
+    """Change a hyperparameter that loggers get. Relies on ``LightningModule._hparams_initial``."""
+    initial: Any = module._hparams_initial
+    initial[name] = value
+
+
 def end_restart(trainer: pl.Trainer) -> None:
     """Treat a resumed epoch as an ordinary one. Relies on ``fit_loop._restarting``.
 

@@ -19,7 +19,7 @@ AVERAGING = "is not supported: the head is created later, from the data. Remove 
 #: Why each callback is not supported, and the alternative.
 UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: "would train frozen stages. Use --model.schedule '{0: head, 3: layer4}'",
-    LearningRateFinder: "needs a learning_rate attribute, which the model does not have. Set --model.optimizer.lr",
+    LearningRateFinder: "needs a learning_rate attribute, which the model does not have. Use fit --lr_find",
     ModelPruning: "would change frozen weights. Remove it",
     StochasticWeightAveraging: AVERAGING,
     WeightAveraging: AVERAGING,

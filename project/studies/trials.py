@@ -79,7 +79,7 @@ class Trial:
         """Settings of ``model`` that train this candidate."""
         settings = self.settings
         shared: dict[str, Any] = {"features": settings.features, "label_smoothing": settings.label_smoothing}
-        shared |= {"head": settings.head.as_dict(), "scheduler": None}
+        shared |= {"head": settings.head.as_dict(), "scheduler": None, "scheduler_frequency": 1}
         if settings.lr is None:
             return {**shared, "head_init": "solved"}
         arguments = {"lr": settings.lr, "weight_decay": settings.weight_decay}

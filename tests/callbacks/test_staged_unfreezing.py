@@ -83,13 +83,13 @@ def test_a_checkpoint_has_the_stages_trained_so_far_and_loads_with_equal_probabi
 
 def test_learning_rates_ramp_up_and_schedulers_stay_exact(fit: Fit, every_epoch: list[str]) -> None:
     cosine = ["--model.scheduler", "CosineAnnealingLR", "--model.scheduler_interval", "step"]
-    flags = [*cosine, "--model.schedule_warmup", "1", "--trainer.log_every_n_steps", "1"]
+    flags = [*cosine, "--model.lr_decay", "0.5", "--model.schedule_warmup", "1", "--trainer.log_every_n_steps", "1"]
     assert fit(*ADAM, *SCHEDULE, *STORED, *flags) == 0
     plain = [0.01 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(13)]
     ramps = {
         "head": [1.0] * 12,
-        "layer4": [0.0] * 3 + [0.25, 0.5, 0.75] + [1.0] * 6,
-        "layer3": [0.0] * 6 + [0.25, 0.5, 0.75] + [1.0] * 3,
+        "layer4": [0.0] * 3 + [0.125, 0.25, 0.375] + [0.5] * 6,
+        "layer3": [0.0] * 6 + [0.0625, 0.125, 0.1875] + [0.25] * 3,
     }
     events = scalars(checkpoints().parent)
     for stage, factors in ramps.items():
@@ -98,8 +98,10 @@ def test_learning_rates_ramp_up_and_schedulers_stay_exact(fit: Fit, every_epoch:
         assert [logged[step] for step in range(12)] == pytest.approx(expected, abs=1e-9), stage
     for epoch in (1, 2, 3, 4):  # the optimizer's own rates are those of the scheduler
         saved = read_checkpoint(f"{epoch}.ckpt")
-        rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
-        assert rates == pytest.approx([plain[3 * epoch]] * 3, abs=1e-12)
+        rates = {group["name"]: group["lr"] for group in saved["optimizer_states"][0]["param_groups"]}
+        for depth, stage in enumerate(ramps):
+            for name in (stage, f"{stage} (no decay)"):
+                assert rates[name] == pytest.approx(plain[3 * epoch] * 0.5**depth, abs=1e-12)
     assert [event.value for event in events.Scalars("stage/trainable_stages")] == [0, 1, 2, 2]
 
 
@@ -166,7 +168,10 @@ def test_changed_frozen_weights_are_found_when_the_cut_moves(
         ([*SCHEDULE, "--model.schedule_warmup", "-1"], "model.schedule_warmup must be at least 0 epochs, not -1"),
         ([*PLATEAU, "--trainer.limit_val_batches", "0"], "a list of stages needs validations"),
         ([*SCHEDULE, "--model.optimizer", "LBFGS"], "LBFGS keeps one history for all parameters"),
-        ([*SCHEDULE, "--model.features", "stages"], "model.features stages needs all stages on one side"),
+        (
+            ["--model.schedule", "[head, layer4, all]", "--model.features", "stages"],
+            "model.features stages needs all stages on one side",
+        ),
         ([*SCHEDULE, "--model.head", "project.models.heads.PrototypeHead"], "model.schedule changes the features"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

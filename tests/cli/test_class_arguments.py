@@ -217,8 +217,8 @@ def test_group_flag_is_merged_with_flags_of_other_keys(here: Path, photos: Path)
 def test_fit_trains_with_the_optimizer_of_the_flags(fit: Callable[..., int]) -> None:
     assert fit("--model.optimizer", "AdamW", "--model.optimizer.lr", "0.0625") == 0
     checkpoint = torch.load("runs/photos/version_0/checkpoints/last.ckpt", weights_only=True)
-    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
-    assert (group["lr"], group["weight_decay"]) == (0.0625, 0.01)
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.0625, 0.01), (0.0625, 0)]
 
 
 def test_flags_override_config_files_in_any_order(here: Path, photos: Path) -> None:

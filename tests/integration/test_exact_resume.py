@@ -34,6 +34,11 @@ SETUPS = {
     "images, partly frozen": [*WORKERS, "--model.trainable", "layer4"],
     "stored maps, partly frozen": ["--model.trainable", "layer4", "--features.engine", "torch"],
     "accumulated gradients": ["--trainer.accumulate_grad_batches", "2", "--features.engine", "torch"],
+    "accumulated gradients, stages by depth, warm-up": [
+        *("--model.trainable", "layer3", "--model.lr_decay", "0.5", "--model.optimizer.weight_decay", "0.1"),
+        *("--model.scheduler", "project.models.schedules.WarmupCosine", "--model.scheduler_frequency", "3"),
+        *("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5", "--features.engine", "torch"),
+    ],
     "validations within epochs": ["--trainer.val_check_interval", "0.5", "--features.engine", "torch"],
     "validations within epochs, plateau schedule": [
         *("--trainer.val_check_interval", "0.5", "--features.engine", "torch"),

@@ -28,7 +28,7 @@ ARGUMENTS: dict[str, Sequence[str]] = {
 REFUSED = {
     "BackboneFinetuning": "Use --model.schedule '{0: head, 3: layer4}'",
     "EMAWeightAveraging": "is not supported: the head is created later",
-    "LearningRateFinder": "Set --model.optimizer.lr",
+    "LearningRateFinder": "Use fit --lr_find",
     "ModelPruning": "would change frozen weights",
     "StochasticWeightAveraging": "is not supported: the head is created later",
     "WeightAveraging": "is not supported: the head is created later",

@@ -8,12 +8,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from project.checkpoints.restore import construct_optimizer
 from project.errors import ModelError
 from project.models.head_population import HeadPopulation
 from project.models.heads import CosineHead, LinearHead, MLPHead
+from project.models.parameter_groups import stage_groups
 
 CPU = torch.device("cpu")
 RATES, DECAYS = [0.001, 0.01, 0.05], [0.0, 0.1, 0.01]
+
+
+def adamw(head: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
+    """The optimizer of a fit."""
+    spec = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": decay}}
+    return construct_optimizer({"optimizer": spec, "scheduler": None}, stage_groups({"head": head}))[0]
 
 
 class Normalized(nn.Sequential):
@@ -38,10 +46,7 @@ def test_each_head_is_trained_as_if_alone(cls: type[nn.Module], arguments: dict[
     heads = [cls(12, 4, **arguments) for _ in RATES]
     alone = copy.deepcopy(heads)
     population = HeadPopulation(heads, RATES, DECAYS, CPU)
-    optimizers = [
-        torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
-        for head, lr, decay in zip(alone, RATES, DECAYS, strict=True)
-    ]
+    optimizers = [adamw(head, lr, decay) for head, lr, decay in zip(alone, RATES, DECAYS, strict=True)]
     for _ in range(20):
         features, labels = torch.randn(8, 12), torch.randint(0, 4, (8,))
         population.step(
@@ -92,7 +97,7 @@ def test_only_used_parameters_with_a_gradient_are_trained() -> None:
     torch.manual_seed(0)
     head = PartlyFrozen()
     population = HeadPopulation([head, copy.deepcopy(head)], [0.1, 0.2], [0.1, 0.1], CPU)
-    optimizer = torch.optim.AdamW(head.parameters(), 0.1, weight_decay=0.1)
+    optimizer = adamw(head, 0.1, 0.1)
     features, labels = torch.randn(8, 12), torch.randint(0, 4, (8,))
     for _ in range(3):
         population.step(

@@ -284,6 +284,17 @@ def test_early_stopping_can_be_evaluated_for_a_value() -> None:
     assert decisions == [False, False, True], f"{CHANGED}EarlyStopping._evaluate_stopping_criteria()"
 
 
+def test_logged_hyperparameter_can_be_changed() -> None:
+    class Model(pl.LightningModule):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    model = Model(0.1)
+    lightning_internals.set_logged_hyperparameter(model, "rate", 0.2)
+    assert model.hparams_initial == {"rate": 0.2}, CHANGED + "LightningModule._hparams_initial"
+
+
 def test_attached_trainer_is_none_without_a_trainer(trainer: Any) -> None:
     module, fit_trainer = TinyModel(), trainer(max_epochs=1)
     assert lightning_internals.attached_trainer(module) is None, f"{CHANGED}LightningModule.trainer"

@@ -362,7 +362,8 @@ def test_each_head_is_trained_as_if_alone(
     order = EpochOrder(len(train), True, recipe.seed, None if sampling is None else sampling[train], batch_size=16)
     weights = importance[rows.labels[held_out]].double()
     for (lr, decay, smoothing), head, scores in zip(combinations, heads, together, strict=True):
-        optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+        groups = [{"params": [head.weight]}, {"params": [head.bias], "weight_decay": 0}]
+        optimizer = torch.optim.AdamW(groups, lr, weight_decay=decay)
         for epoch in range(recipe.epochs):
             for batch in torch.split(train[order(epoch).indices], recipe.batch_size):
                 optimizer.zero_grad()
