@@ -22,6 +22,7 @@ def callback_names(verb: str, **trainer: Any) -> list[str]:
         features=FeatureCache(),
         dashboard=dashboard,
         output="predictions.csv",
+        lr_find=False,
     )
     before = section.clone()
     callbacks = build_callbacks(verb, section, GracefulShutdown(SignalHandler(), ""), RunSummary(dashboard))
