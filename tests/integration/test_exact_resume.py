@@ -3,7 +3,7 @@
 import functools
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def check_resumed(
     expected: Any,
     code: int,
     epochs: int = EPOCHS,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Interrupt a fit, resume it, and compare it with the results of an uninterrupted one.
 
@@ -121,11 +122,12 @@ def check_resumed(
         expected: Results of the uninterrupted fit.
         code: Expected exit code of the interrupted fit.
         epochs: Number of epochs.
+        environment: Additional environment variables.
     """
     flags = [*command(photos, weights, *SETUPS[setup]), "--trainer.max_epochs", str(epochs)]
-    stopped = start(folder, flags, at)
+    stopped = start(folder, flags, at, environment)
     assert stopped.wait() == code, stopped.output
-    resumed = start(folder, [*flags, "--ckpt_path", "last"])
+    resumed = start(folder, [*flags, "--ckpt_path", "last"], environment=environment)
     assert resumed.wait() == 0, resumed.output
     last, curves, best = results(folder / "runs/photos/version_1")
     expected_last, expected_curves, expected_best = expected
@@ -168,12 +170,18 @@ def test_resumed_fit_is_bit_identical_to_an_uninterrupted_one(
     check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), code)
 
 
-@pytest.mark.parametrize("step", [2, 3, 8])  # before the cut moves, in the first step after it, in the last cut
+@pytest.mark.parametrize(
+    "at",
+    # Before the cut moves, while rows at the new cut are computed, in the first step after it, and in the last cut.
+    [{"step": 2}, {"reads": 90}, {"step": 3}, {"step": 8}],
+    ids=str,
+)
 def test_resume_after_a_kill_around_a_moving_cut(
-    step: int, uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
+    at: dict[str, Any], uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
 ) -> None:
     setup = "three cuts"
-    check_resumed(setup, tmp_path, photos, weights, {"step": step}, uninterrupted(setup), -signal.SIGKILL)
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # rows are computed, not reused
+    check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), -signal.SIGKILL, environment=environment)
 
 
 @pytest.mark.long
