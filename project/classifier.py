@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -26,12 +28,14 @@ from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.adapters import AdapterName, make_adapter
 from project.models.backbone import Backbone, BatchNormMode, load_backbone
+from project.models.cut import Cut
 from project.models.heads import HeadCallable, LinearHead
 from project.models.l2_sp import L2SP
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind, validate_features
 from project.models.schedules import Interval, frequency_of, validate_steps
+from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, scaled_rates
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -114,6 +118,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         lora_rank: Rank of the updates of lora; 8 by default.
         lora_targets: Parts of the names of the layers that lora updates, such as qkv or layer4.0; by default all linear
             layers, and all convolutions that are not grouped.
+        schedule: Staged unfreezing, instead of trainable: the first trainable stage after so many epochs, as in {0:
+            head, 3: layer4, 6: layer3}; or a list such as [head, layer4, layer3], whose next entry begins when val/loss
+            stops improving.
+        schedule_patience: With a list: the next entry begins after so many validations without a lower val/loss; by
+            default 2.
+        schedule_warmup: The learning rate of a newly trained stage increases linearly over so many epochs.
 
     Raises:
         ModelError: Unknown backbone or stage.
@@ -147,6 +157,9 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         adapter: AdapterName = "none",
         lora_rank: int | None = None,
         lora_targets: list[str] | None = None,
+        schedule: dict[int, str] | list[str] | None = None,
+        schedule_patience: int | None = None,
+        schedule_warmup: float = WARMUP,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Backbone) else [])
@@ -154,6 +167,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         for part in ("head", "optimizer", "scheduler"):  # plain types, so that checkpoints load with weights_only
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
+        if isinstance(schedule, dict):  # the command line writes the epochs as strings
+            self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
         if not 0 < lr_decay <= 1:
@@ -181,20 +196,30 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
         self.hparams["trainable"] = str(trainable)
         self.cut = loaded.cut_at(str(trainable))
+        #: Staged unfreezing; ``None`` if the cut stays where it is.
+        self.unfreezing = self._unfreezing(loaded)
+        #: Warm-up of each stage that is trained later than the first ones.
+        self.warm_ups: dict[str, WarmUp] = {}
+        #: Whether the fit moves the cut, which :class:`project.trainer.Trainer` does.
+        self.follows_schedule = False
+        cuts = (self.cut,) if self.unfreezing is None else self.unfreezing.cuts
+        self.cut = cuts[0]
         if adapts is not None and not self.cut.trainable:
             raise ConfigError(
                 f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
                 f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
             )
-        self.backbone = loaded.specialized(self.cut, adapts) if loaded is backbone else loaded
+        self.backbone = loaded.specialized(self.last_cut, adapts) if loaded is backbone else loaded
         if adapts is not None:
             self.cut = self.backbone.adapt(adapts, self.cut)
-        if lr_decay != 1 and not self.cut.trainable:
+            cuts = (self.cut,)
+        if lr_decay != 1 and not self.last_cut.trainable:
             raise ConfigError(
                 "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
                 "as layer4, or remove lr_decay."
             )
-        validate_features(features, self.cut)
+        for cut in cuts:
+            validate_features(features, cut)
         if loaded is backbone:
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         self.backbone.freeze(self.cut)
@@ -205,7 +230,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self._layout)
         # Before a checkpoint is loaded, the weights are the pretrained ones.
-        self._l2_sp = L2SP(l2_sp, self._suffix_parameters().items()) if l2_sp and self.cut.trainable else None
+        self._l2_sp = L2SP(l2_sp, self._parameters_of(self.last_cut).items()) if l2_sp else None
         self.hparams["weights"] = loaded.origin.weights  # absolute path of a file, valid in any working directory
         if compile:
             self.backbone.compile_halves()
@@ -219,6 +244,35 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
             self._set_classes(classes)
+
+    def _unfreezing(self, backbone: Backbone) -> UnfreezingSchedule | None:
+        """The schedule of the hyperparameters."""
+        hparams = self.hparams
+        entries, warmup = hparams["schedule"], hparams["schedule_warmup"]
+        if not 0 <= warmup < math.inf:
+            raise ConfigError(f"model.schedule_warmup must be at least 0 epochs, not {warmup}.")
+        if entries is None:
+            unused = {"patience": hparams["schedule_patience"] is not None, "warmup": warmup != WARMUP}
+            for name in (name for name, is_given in unused.items() if is_given):
+                raise ConfigError(f"model.schedule_{name} has no effect without model.schedule. Remove it.")
+            return None
+        if hparams["trainable"] != "head":
+            raise ConfigError(
+                f"model.schedule and model.trainable {hparams['trainable']} exclude each other. Remove one of them "
+                "(--model.trainable head, --model.schedule null)."
+            )
+        others = {"adapter": hparams["adapter"] != "none", "interpolate": hparams["interpolate"] != "off"}
+        for name in (name for name, is_given in others.items() if is_given):
+            raise ConfigError(
+                f"model.schedule and model.{name} {hparams[name]} exclude each other. Remove one of them, or set "
+                "model.trainable instead of model.schedule."
+            )
+        if ClassSpec.from_dict(hparams["optimizer"]).name == "LBFGS":
+            raise ConfigError(
+                "model.schedule: LBFGS keeps one history for all parameters, so stages cannot join later. Use another "
+                "optimizer."
+            )
+        return UnfreezingSchedule.parse(entries, hparams["schedule_patience"], backbone.cut_at)
 
     def _set_classes(self, classes: Sequence[str]) -> None:
         """Create the parts that depend on the classes: head, loss weights, metrics."""
@@ -245,6 +299,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             ConfigError: The classes are unknown, or the precision would change the frozen weights.
         """
         refuse_unsupported(getattr(self.trainer, "callbacks", []))
+        if stage == "fit" and self.unfreezing is not None and not self.follows_schedule:
+            raise ConfigError("model.schedule needs project.trainer.Trainer, whose callback moves the cut. Use it.")
         self.backbone.freeze(self.cut)  # unfreeze() may have been called
         self.use_data(getattr(self.trainer, "datamodule", None), str(self.trainer.precision), stage == "fit")
         self.average = None
@@ -257,7 +313,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
     def _refuse_without_effect(self) -> None:
         """Refuse, or report, settings of training that cannot take effect in this fit."""
         given = {"l2_sp": self.hparams["l2_sp"] > 0, "batch_norm train": self.hparams["batch_norm"] == "train"}
-        for name in (name for name, is_given in given.items() if is_given and not self.cut.trainable):
+        for name in (name for name, is_given in given.items() if is_given and not self.last_cut.trainable):
             raise ConfigError(
                 f"model.{name} has no effect: no stage of {self.backbone.name} is trained.\n"
                 f"Remove it, or train stages with --model.trainable {[*self.backbone.stages][-1]}."
@@ -389,20 +445,22 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 f"Training diverged in epoch {self.current_epoch + 1}: the loss is NaN or inf.\n"
                 "Lower the learning rate (model.optimizer.lr). Checkpoints of earlier epochs are intact."
             )
-        if stage == "train" and self._l2_sp is not None:
-            values["train/l2_sp"] = self._l2_sp(self._suffix_parameters()).detach()
+        penalty = self._l2_sp_penalty() if stage == "train" else None
+        if penalty is not None:
+            values["train/l2_sp"] = penalty.detach()
         if stage == "val_ema":
             values = {name: value for name, value in values.items() if "_of/" not in name}
         log_epoch(self, values)
 
-    def _suffix_parameters(self) -> dict[str, nn.Parameter]:
-        stages = ((name, self.backbone.stages[name]) for name in self.cut.trainable)
-        return {
-            f"{stage}.{name}": value
-            for stage, module in stages
-            for name, value in module.named_parameters()
-            if value.requires_grad
-        }
+    def _parameters_of(self, cut: Cut) -> dict[str, nn.Parameter]:
+        """Parameters of the trainable stages of a cut, by name."""
+        stages = ((name, self.backbone.stages[name]) for name in cut.trainable)
+        return {f"{stage}.{name}": value for stage, module in stages for name, value in module.named_parameters()}
+
+    def _l2_sp_penalty(self) -> torch.Tensor | None:
+        """The L2-SP penalty of the trained stages, a float32 scalar; ``None`` if there is none."""
+        trained = {name: value for name, value in self._parameters_of(self.cut).items() if value.requires_grad}
+        return self._l2_sp(trained) if self._l2_sp is not None and trained else None
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Mean loss of a batch of images ``(B, 3, H, W)`` or stored rows, and labels ``(B,)``.
@@ -410,13 +468,21 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         The L2-SP penalty is added; the metric ``train/loss`` does not contain it.
         """
         loss = global_mean_loss(*self._step(batch, "train").loss)
-        return loss if self._l2_sp is None else loss + self._l2_sp(self._suffix_parameters())
+        penalty = self._l2_sp_penalty()
+        return loss if penalty is None else loss + penalty
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take a step, and update the averaged weights, unless the gradient scaler skips the step."""
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Take a step with the warm-up of newly trained stages, and update the averaged weights.
+
+        The average ignores a step that the gradient scaler skips.
+        """
+        wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         scaler = None if self.average is None else getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 0.0 if scaler is None else scaler.get_scale()
-        super().optimizer_step(*args, **kwargs)
+        with scaled_rates(wrapped, self.rate_factor) if self.warm_ups else nullcontext():
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         skipped = scaler is not None and scaler.get_scale() < scale  # the scaler then decreases its scale
         if self.average is not None and not skipped:
             self.average.update(self.trained_tensors())
@@ -495,6 +561,17 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         if self.scheduler_interval() == "epoch" or self.global_step % frequency_of(self.hparams) == 0:
             super().lr_scheduler_step(scheduler, metric)
 
+    def rate_factor(self, stage: str) -> float:
+        """Factor of a stage's learning rate in the next optimizer step: 0 while it is frozen, below 1 in its warm-up.
+
+        Args:
+            stage: Name of a stage, or ``head``.
+        """
+        if stage in self.cut.frozen:
+            return 0.0
+        warm_up = self.warm_ups.get(stage)
+        return 1.0 if warm_up is None else warm_up.factor(self.global_step)
+
     def on_fit_start(self) -> None:
         """Check that the frozen tensors are unchanged since loading.
 
@@ -505,7 +582,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
         if self.average is not None:
             self.average.place(self.trained_tensors())
-        self._check_frozen("before training")
+        self.check_frozen("before training")
 
     def on_train_end(self) -> None:
         """Check that the frozen tensors are unchanged after training.
@@ -513,10 +590,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         Raises:
             FrozenError: They have changed.
         """
-        self._check_frozen("during training")
+        self.check_frozen("during training")
         self.head_is_new = False
 
-    def _check_frozen(self, when: str) -> None:
+    def check_frozen(self, when: str) -> None:
+        """Check that the frozen tensors are as loaded.
+
+        Args:
+            when: When they may have changed, for the message.
+
+        Raises:
+            FrozenError: They have changed.
+        """
         loaded, now = self.frozen_sha256, self.backbone.frozen_fingerprint(self.cut)
         if now != loaded:
             part = "stages" if self.backbone.adapter is None else "tensors"

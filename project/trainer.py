@@ -13,6 +13,7 @@ from project.callbacks.interpolation import Interpolation
 from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
+from project.callbacks.staged_unfreezing import StagedUnfreezing
 from project.checkpoints.io import AtomicCheckpointIO
 from project.runtime import lightning_internals
 
@@ -47,4 +48,4 @@ def _with_default_callbacks(
     callbacks = [callback for callback in callbacks if callback not in finders]
     callbacks.append(Interpolation())
     callbacks.append(SolvedHead())  # after others, as it runs a validation when training starts
-    return [ExactResume(), *callbacks, *finders]  # a finder starts from the solved head
+    return [ExactResume(), StagedUnfreezing(), *callbacks, *finders]  # a finder starts from the solved head

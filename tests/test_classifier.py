@@ -142,3 +142,20 @@ def test_optimizers_with_one_parameter_group_also_train_stages(optimizer: type, 
     model = build(weights, trainable="layer4", classes=["a", "b"], optimizer=partial(optimizer, lr=0.1))
     count = sum(len(group["params"]) for group in model.configure_optimizers().param_groups)
     assert count == len([*model.backbone.stages["layer4"].parameters(), *model.head.parameters()])
+
+
+def test_a_schedule_copies_the_stages_that_it_will_train(weights: Path) -> None:
+    shared = load_backbone(BACKBONE, str(weights))
+    model = ImageClassifier(shared, schedule={0: "head", 2: "layer3"}, classes=["a", "b"])
+    assert not model.cut.trainable and model.hparams["schedule"] == {0: "head", 2: "layer3"}
+    own = [name for name in shared.stages if model.backbone.stages[name] is not shared.stages[name]]
+    assert own == ["layer3", "layer4"]
+    assert [group["name"] for group in model.parameter_groups()] == ["layer3", "layer4", "head"]
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
+def test_a_plain_lightning_trainer_cannot_follow_a_schedule(weights: Path, photos: Path) -> None:
+    model = build(weights, schedule=["head", "layer4"])
+    trainer = pl.Trainer(max_epochs=1, enable_progress_bar=False, logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"model.schedule needs project.trainer.Trainer"):
+        trainer.fit(model, datamodule=ImageDataModule(str(photos), num_workers=0))

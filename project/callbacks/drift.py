@@ -47,6 +47,9 @@ class Drift(pl.Callback):
         self._reset()
         if stage != "fit" or not trainer.enable_validation or not isinstance(pl_module, ImageClassifier):
             return
+        if pl_module.unfreezing is not None:
+            print_rank_zero("Drift: not measured with model.schedule, whose rows change with the cut")
+            return
         if not pl_module.cut.trainable:
             return
         # Before Lightning restores a checkpoint, so that the pretrained weights are usually still in place.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +25,8 @@ from project.features.provider import (
     calibration_subset,
     row_memory_budget,
 )
+from project.models.cut import Cut
+from project.models.unfreezing import entry_name
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
@@ -73,10 +77,29 @@ class FeatureCache(pl.Callback):
         #: Provides rows of images; shared with other callbacks.
         self.provider = RowProvider(engine, precision, budget, Path(folder).expanduser() if folder else cache_folder())
         self._in_use: tuple[ImageDataModule, Rows, StoredFeatures] | None = None
+        self._cut: Cut | None = None  # of the rows, or of live computation
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, ImageClassifier) and self._is_required(trainer):
+            self._validate_later_cuts(trainer, pl_module)
+        self._provide(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Follow a cut that has moved: see :class:`~project.callbacks.staged_unfreezing.StagedUnfreezing`."""
+        if isinstance(pl_module, ImageClassifier) and pl_module.cut != self._cut:
+            self.teardown()  # frees the memory of the earlier rows
+            start = time.perf_counter()
+            self._provide(trainer, pl_module)
+            if self._in_use is not None:
+                rows, seconds = self._in_use[1], time.perf_counter() - start
+                size = len(rows) * rows.row_bytes / 1e6
+                print_rank_zero(f"Features: {size:,.1f} MB of rows at the new cut, after {seconds:.1f} s")
+            lightning_internals.reload_validation_data(trainer)  # batches of rows may have another size
+
+    def _provide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train on rows at the cut, or compute them in every epoch."""
         if isinstance(pl_module, ImageClassifier):
-            pl_module.stored_features = None
+            pl_module.stored_features, self._cut = None, pl_module.cut
         if self._cache == "off":
             return
         from project.features.builder import OverBudgetError
@@ -90,13 +113,49 @@ class FeatureCache(pl.Callback):
                 return
             except OverBudgetError as error:
                 reason = str(error)
-        requested = self._cache == "on" or (self._views or 1) > 1 or self._options_given
-        if requested and not getattr(trainer, "fast_dev_run", False):
-            raise ConfigError(
-                f"Feature caching is not possible: {reason}. Remove the options that require it: features.views, "
-                "engine, precision, cache on."
-            )
-        print_rank_zero(f"Features: computed in every epoch, because {reason}")
+        if self._is_required(trainer):
+            raise _not_possible(reason)
+        print_rank_zero(f"Features: computed in every epoch, because {reason}{self._live_cost(pl_module, data)}")
+
+    def _is_required(self, trainer: pl.Trainer) -> bool:
+        """Whether options require stored features."""
+        is_required = self._cache == "on" or (self._views or 1) > 1 or self._options_given
+        return is_required and self._cache != "off" and not getattr(trainer, "fast_dev_run", False)
+
+    def _validate_later_cuts(self, trainer: pl.Trainer, module: ImageClassifier) -> None:
+        """Check before training that the rows of each cut of a schedule can be stored."""
+        data: Any = getattr(trainer, "datamodule", None)
+        cuts = () if module.unfreezing is None else module.unfreezing.cuts
+        for cut in cuts if self._obstacle(trainer, module, data) is None else ():
+            if len(cut.frozen) >= len(module.cut.frozen):
+                continue
+            name = f"model.schedule {entry_name(cut)}"
+            if not cut.frozen:
+                raise _not_possible(f"{name} leaves no stage frozen")
+            prefix = replace(module.prefix_spec(trainer.strategy.root_device, str(trainer.precision)), cut=cut)
+            count = len(data.splits["train"]) * self._view_count(trainer, data) + len(data.splits["val"])
+            size, budget = count * self.provider.row_bytes(prefix), self.provider.budget
+            if size > budget:
+                raise _not_possible(
+                    f"the rows of {name} take about {size / 1e9:.3g} GB, and features.budget is {budget / 1e9:.3g}"
+                )
+
+    def _view_count(self, trainer: pl.Trainer, data: ImageDataModule) -> int:
+        """Number of stored views per training image."""
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
+        return (self._views or min(VIEWS, epochs)) if data.augment != "none" else 1
+
+    def _live_cost(self, module: pl.LightningModule, data: Any) -> str:
+        """What live computation after a move costs; empty if the cut does not move or there is nothing to compute."""
+        if not (isinstance(module, ImageClassifier) and module.unfreezing and module.cut.frozen):
+            return ""
+        size = module.backbone.preprocessing.crop
+        images = torch.zeros(min(data.batch_size, 16), 3, size, size, dtype=torch.uint8, device=module.device)
+        start = time.perf_counter()
+        float(module.encode(images).sum())  # waits for the device
+        count = len(data.splits["train"]) + len(data.splits["val"])
+        seconds = (time.perf_counter() - start) * count / len(images)
+        return f"; the frozen stages take about {seconds:.1f} s per epoch"
 
     def _obstacle(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> str | None:
         """Why features cannot be cached; ``None`` if they can."""
@@ -107,7 +166,7 @@ class FeatureCache(pl.Callback):
         if data.source.decoder.read is not Source.read:
             return f"{data.source.decoder.__name__} overrides read(), and only what decode() returns can be cached"
         if not module.cut.frozen:
-            return "model.trainable is all, so no stage is frozen"
+            return "no stage is frozen" if module.unfreezing else "model.trainable is all, so no stage is frozen"
         if getattr(trainer, "fast_dev_run", False):
             return "trainer.fast_dev_run runs only a few batches"
         if data.mixes:
@@ -133,9 +192,7 @@ class FeatureCache(pl.Callback):
         stored = module.stored_features = StoredFeatures(fingerprints, overlap)
         if overlap:
             print_rank_zero(f"Data: {overlap} images are in both train and val; python -m project check lists them")
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else VIEWS
-        count = self._views or min(VIEWS, epochs)
-        names = [f"view {n}" for n in range(1, count)] if data.augment != "none" else []
+        names = [f"view {n}" for n in range(1, self._view_count(trainer, data))]
         views = image_views(source, train, digests["train"], data.evaluation_transform(), [""])
         views += image_views(source, train, digests["train"], data.training_transform(), names)
         (plain,) = image_views(source, val, digests["val"], data.evaluation_transform(), [""])
@@ -175,6 +232,13 @@ class FeatureCache(pl.Callback):
             stored.examples = ()
 
     on_exception = teardown
+
+
+def _not_possible(reason: str) -> ConfigError:
+    return ConfigError(
+        f"Feature caching is not possible: {reason}. Remove the options that require it: features.views, engine, "
+        "precision, cache on."
+    )
 
 
 def _log(trainer: pl.Trainer, provided: BuildResult) -> None:

@@ -29,7 +29,7 @@ BEST = "best.ckpt"
 BEST_EPOCH = "best_epoch.ckpt"
 #: Entries of a checkpoint's identity that all runs of a fit have in common. A resumed fit may have another length, and
 #: other versions of the libraries.
-SAME_FIT = ("classes", "preprocessing", "features", "backbone", "frozen", "adapter")
+SAME_FIT = ("classes", "preprocessing", "features", "backbone", "adapter", "last_cut")
 
 
 class _EpochCheckpoint(lightning_internals.ModelCheckpointOfCandidates):
@@ -61,6 +61,7 @@ class BestCheckpoint(_EpochCheckpoint):
         initial: Which validation images the initial head classifies correctly, in epoch 0; ``None`` if the fit did not
             validate it, or did so on other loaders than those of an ImageDataModule.
         validations: Number of validations from which the best was chosen; one of averaged weights counts, too.
+        frozen: Names and SHA-256 of the frozen stages in that epoch, as in checkpoints; ``None`` if unknown.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class BestCheckpoint(_EpochCheckpoint):
         self.initial: CorrectImages | None = None
         self._correct: CorrectImages | None = None  # of the latest validation
         self.validations = 0
+        self.frozen: Mapping[str, Any] | None = None
         self._previous_epochs = 0
         self._previous_evaluation: EvaluationSummary | None = None
         self._evaluated_score: torch.Tensor | None = None
@@ -105,6 +107,7 @@ class BestCheckpoint(_EpochCheckpoint):
             self._evaluated_score = self.best_model_score
             self.evaluation = _evaluation(trainer, pl_module, self._correct)
             checkpoint["weights"] = self.evaluation.weights  # this checkpoint is best.ckpt
+            self.frozen = pl_module.identity()["frozen"] if isinstance(pl_module, ImageClassifier) else None
         if self.evaluation is not None and self.evaluation.epoch is not None:
             checkpoint[KEY] = self.evaluation.state()
 
@@ -123,12 +126,15 @@ class BestCheckpoint(_EpochCheckpoint):
             score = best["callbacks"][self.state_key]["best_model_score"]
             saved, found = checkpoint["transfer"], best["transfer"]
             same = all(found.get(key) == saved.get(key) for key in SAME_FIT)
+            # With a schedule, the cut moves during the fit.
+            same = same and (found["frozen"] == saved["frozen"] or saved.get("last_cut") is not None)
             if isinstance(pl_module, ImageClassifier):  # accuracies of other validation images cannot be compared
                 same = same and _has_same_validation(found.get("split") or {}, pl_module.split())
         except (CheckpointError, AttributeError, KeyError, TypeError):
             same = False
         if same and isinstance(score, torch.Tensor) and score.numel() == 1:
             self._previous, self._previous_epochs = (path, score), completed_epochs(checkpoint)
+            self.frozen = found["frozen"]
             self._previous_evaluation = EvaluationSummary.from_state(best.get(KEY), len(best["transfer"]["classes"]))
         else:
             print_rank_zero(

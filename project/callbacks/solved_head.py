@@ -169,10 +169,13 @@ def _refuse_settings_of_training(module: ImageClassifier, data: Any) -> None:
         "model.label_smoothing": bool(module.hparams["label_smoothing"]),
         "model.ema": module.hparams["ema"] is not None,
     }
-    if module.cut.trainable:
+    if module.last_cut.trainable:
+        setting, fix = f"trainable {module.hparams['trainable']}", "trainable head"
+        if module.unfreezing is not None:
+            setting, fix = "schedule", "schedule null"
         raise ConfigError(
-            f"model.trainable {module.hparams['trainable']} changes the features, and {type(module.head).__name__} is "
-            "computed from them before training. Use --model.trainable head, or another model.head."
+            f"model.{setting} changes the features, and {type(module.head).__name__} is computed from them before "
+            f"training. Use --model.{fix}, or another model.head."
         )
     refused = [name for name, is_given in given.items() if is_given]
     if refused:

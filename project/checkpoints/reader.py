@@ -193,13 +193,18 @@ def _mismatch(value: Any, schema: Any, place: str = "") -> str | None:
 
 
 def _is_instance(value: Any, hint: Any) -> bool:
-    """Whether a value has an annotated type: a scalar, a list of them, or a union of these."""
+    """Whether a value has an annotated type: a scalar, a list or dict of them, or a union of these."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_instance(value, member) for member in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_is_instance(item, typing.get_args(hint)[0]) for item in value)
+    if typing.get_origin(hint) is dict:
+        key_hint, value_hint = typing.get_args(hint)
+        return isinstance(value, dict) and all(
+            _is_instance(key, key_hint) and _is_instance(item, value_hint) for key, item in value.items()
+        )
     kinds: Callable[..., Any] | tuple[type, ...] = (int, float) if hint is float else hint
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))  # type: ignore[arg-type]
 

@@ -34,6 +34,7 @@ from project.models.cut import Cut
 from project.models.heads import ResizableHead
 from project.models.parameter_groups import ALL, arrange_groups, stage_groups
 from project.models.schedules import Interval, for_groups, frequency_of, interval_of, with_length
+from project.models.unfreezing import UnfreezingSchedule, entry_name
 from project.models.weight_average import WeightAverage
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
@@ -94,6 +95,7 @@ class CheckpointMixin(Module):
     Attributes:
         backbone: The pretrained network.
         cut: Separates its frozen stages from the trainable ones.
+        unfreezing: How the cut moves; ``None`` if it does not.
         head: Maps features to logits.
         frozen_sha256: SHA-256 of the frozen tensors as they were loaded.
         head_is_new: Whether the head has initial weights, at least for one class: neither trained nor loaded.
@@ -102,6 +104,7 @@ class CheckpointMixin(Module):
 
     backbone: Backbone
     cut: Cut
+    unfreezing: UnfreezingSchedule | None
     head: nn.Module
     frozen_sha256: str
     head_is_new: bool
@@ -113,6 +116,21 @@ class CheckpointMixin(Module):
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits; empty until the data or a checkpoint provides them."""
         return tuple(self.hparams["classes"] or ())
+
+    @property
+    def last_cut(self) -> Cut:
+        """The cut with all stages that a fit trains at its end."""
+        return self.cut if self.unfreezing is None else self.unfreezing.cuts[-1]
+
+    def move_cut(self, cut: Cut) -> None:
+        """Freeze the stages before a cut, and train the others.
+
+        Args:
+            cut: Its frozen stages have the weights that were loaded.
+        """
+        self.cut = cut
+        self.backbone.freeze(cut)
+        self.frozen_sha256 = self.backbone.fingerprint(cut)
 
     @property
     def trains_head(self) -> bool:
@@ -160,8 +178,16 @@ class CheckpointMixin(Module):
         return model if map_location is None else model.to(map_location)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trainable parameters, one group per stage, see :func:`~project.models.parameter_groups.stage_groups`."""
-        return stage_groups({**{name: self.backbone.stages[name] for name in self.cut.trainable}, "head": self.head})
+        """The trainable parameters, one group per stage, see :func:`~project.models.parameter_groups.stage_groups`.
+
+        With a schedule, these are the parameters of all stages that the fit will train: schedulers and checkpoints
+        do not support groups that are added later. An optimizer skips parameters without a gradient.
+        """
+        now, cut = self.cut, self.last_cut
+        self.backbone.freeze(cut)  # sets requires_grad
+        groups = stage_groups({**{name: self.backbone.stages[name] for name in cut.trainable}, "head": self.head})
+        self.backbone.freeze(now)
+        return groups
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
         """Construct the configured optimizer and scheduler.
@@ -227,6 +253,47 @@ class CheckpointMixin(Module):
             "adapter": self.adapter_description,
             "versions": dict(versions()),
         }
+
+    def is_fit_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether a fit with a checkpoint resumes the checkpoint's fit. Else it starts from the checkpoint's weights.
+
+        Args:
+            checkpoint: From :func:`project.checkpoints.reader.read_checkpoint`, with the classes of this model.
+        """
+        saved, has_schedule = checkpoint["transfer"], self.unfreezing is not None
+        if has_schedule or saved.get("last_cut") is not None:
+            return has_schedule and saved.get("last_cut") is not None
+        return list(self.cut.frozen) == frozen_stages(checkpoint, self.backbone)
+
+    def _restore_cut(self, checkpoint: Mapping[str, Any], schedule: UnfreezingSchedule, resumes: bool) -> None:
+        """Move the cut to that of a checkpoint, and check that a changed schedule can continue from there.
+
+        Raises:
+            CheckpointError: The schedule has no such cut.
+            ConfigError: A resumed fit cannot follow the schedule.
+        """
+        saved = checkpoint["transfer"]
+        cut = next((cut for cut in schedule.cuts if list(cut.frozen) == saved["frozen"]["stages"]), None)
+        if cut is None:
+            raise CheckpointError(
+                "model.schedule has no entry with the stages that the checkpoint trains. Omit --model.schedule to use "
+                "the checkpoint's."
+            )
+        self.move_cut(cut)
+        if not resumes:
+            return
+        last, epoch = entry_name(schedule.cuts[-1]), completed_epochs(checkpoint)
+        if saved.get("last_cut") != last:
+            raise ConfigError(
+                f"model.schedule ends with {last}, and that of the checkpoint with {saved.get('last_cut')}: a resumed "
+                "fit cannot change which stages it trains.\nKeep the last entry, or start a new fit."
+            )
+        planned = schedule.cut_in(epoch)
+        if planned is not None and len(planned.frozen) > len(cut.frozen):
+            raise ConfigError(
+                f"model.schedule: {entry_name(cut)} would begin after epoch {epoch}, but the checkpoint trains it "
+                "already, and trained stages cannot be frozen again.\nLet it begin earlier, or start a new fit."
+            )
 
     def split(self) -> dict[str, Any]:
         """The settings that split the trainer's data; empty if it does not come from an ImageDataModule."""
@@ -310,6 +377,7 @@ class CheckpointMixin(Module):
             "schedule": schedule,
             "start": self.start,
             "weights": weights,
+            "last_cut": None if self.unfreezing is None else entry_name(self.last_cut),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -334,6 +402,8 @@ class CheckpointMixin(Module):
             refuse_interpolated(checkpoint["transfer"])
         if resumes and checkpoint["transfer"].get("weights") == "ema":
             exchange(checkpoint)  # training continues from the raw weights
+        if self.unfreezing is not None:
+            self._restore_cut(checkpoint, self.unfreezing, resumes)
         checkpoint["state_dict"] = divided_tensors(checkpoint, self.backbone)
         state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])

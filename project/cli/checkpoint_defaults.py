@@ -17,7 +17,6 @@ from project.checkpoints.compatibility import validate_classes
 from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, require_file
 from project.checkpoints.restore import CLASS_ARGUMENTS
-from project.checkpoints.undivided import frozen_stages
 from project.checkpoints.warm_start import added_classes
 from project.classifier import ImageClassifier
 from project.cli.argument_order import config_files_first, split_checkpoint_flag, validate_order
@@ -152,7 +151,7 @@ class CheckpointCLI(VerbCLI):
         elif section.model.classes:
             validate_classes(classes, section.model.classes)
         model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
-        if not grown and list(model.cut.frozen) == frozen_stages(self._checkpoint, model.backbone):
+        if not grown and model.is_fit_of(self._checkpoint):
             self._require_remaining_work(section)
             return model
         try:

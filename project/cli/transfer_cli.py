@@ -38,6 +38,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
+from project.models.unfreezing import WARMUP
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
@@ -177,6 +178,7 @@ class TransferCLI(CheckpointCLI):
         if verb == "check":
             # Suspects are found with features of the whole backbone, and nothing is trained.
             whole = {"trainable": "head", "lr_decay": 1.0, "adapter": "none", "lora_rank": None, "lora_targets": None}
+            whole |= {"schedule": None, "schedule_patience": None, "schedule_warmup": WARMUP}
             for key, value in whole.items():
                 config.model[key] = value
         if verb == "demo":

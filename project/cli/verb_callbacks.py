@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor
 
 from project.callbacks.drift import Drift
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.learning_rate_finder import LearningRateFinder
+from project.callbacks.learning_rates import LearningRates
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.callbacks.prediction_writer import PredictionWriter
 from project.reporting.model_card_callback import ModelCardCallback
@@ -37,7 +37,7 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     if not trainer.fast_dev_run:
         callbacks.append(Drift())
         if trainer.logger is not False:
-            callbacks.append(LearningRateMonitor())
+            callbacks.append(LearningRates())
         if trainer.enable_checkpointing is not False:
             callbacks += [
                 *([BestCheckpoint()] if trainer.limit_val_batches != 0 else []),

@@ -63,8 +63,22 @@ class RowProvider:
             raise ConfigError(f"features.budget must be more than 0 gigabytes, not {budget:g}.")
         self._engine = engine
         self._precision = None if precision == "auto" else precision
-        self._budget = round(budget * 1e9)
+        #: Bytes that the store may take.
+        self.budget = round(budget * 1e9)
         self._root = root
+
+    def row_bytes(self, prefix: PrefixSpec) -> int:
+        """Bytes that a row takes at least.
+
+        Args:
+            prefix: The frozen prefix.
+        """
+        from project.features.engine_selection import cost
+        from project.features.engines import DTYPES
+
+        precision = self._precision or ("fp32" if prefix.precision == "32-true" else "bf16")
+        itemsize = DTYPES[precision].itemsize if precision in DTYPES else 4
+        return math.prod(cost(prefix.backbone, prefix.cut, prefix.device).shape) * itemsize
 
     def provide(
         self, prefix: PrefixSpec, source: Source, views: Views, calibration_views: Views
@@ -99,7 +113,7 @@ class RowProvider:
         options = self._options(engines, ranks)
         with progress_counter("Features", ranks.rank == 0) as on_progress:
             result = RowBuilder(
-                views, source, options, prefix, self._root, self._budget, ranks, on_progress, engines.skipped
+                views, source, options, prefix, self._root, self.budget, ranks, on_progress, engines.skipped
             ).build()
         if result.corrupt:
             print_rank_zero(f"Features: {result.corrupt} corrupt cache files were discarded and recomputed")

@@ -155,9 +155,9 @@ class Backbone(nn.Module):
         self.sha256 = sha256 or self.fingerprint(everything)
         self.freeze(everything)
 
-    def cut_at(self, trainable: str) -> Cut:
+    def cut_at(self, trainable: str, setting: str = "model.trainable") -> Cut:
         """Create the cut before a stage, see :meth:`project.models.cut.Cut.at`."""
-        return Cut.at(list(self.stages), trainable, self.name)
+        return Cut.at(list(self.stages), trainable, self.name, setting)
 
     def freeze(self, cut: Cut) -> None:
         """Freeze the stages before the cut and unfreeze the others, or what the adapter trains of them."""

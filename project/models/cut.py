@@ -25,7 +25,7 @@ class Cut:
     trainable: tuple[str, ...] = ()
 
     @classmethod
-    def at(cls, stages: Sequence[str], trainable: str, network: str) -> Cut:
+    def at(cls, stages: Sequence[str], trainable: str, network: str, setting: str = "model.trainable") -> Cut:
         """Create the cut before a stage.
 
         Args:
@@ -33,6 +33,7 @@ class Cut:
             trainable: First trainable stage; ``head`` freezes all stages, ``all`` trains all of them, and ``-2`` trains
                 the last two.
             network: Name of the network, for the error message.
+            setting: Name of the setting, for the error message.
 
         Raises:
             ModelError: The stage does not exist, or there are fewer stages.
@@ -50,7 +51,7 @@ class Cut:
             )
         if position is None:
             raise ModelError(
-                f"model.trainable: {network} has no stage {trainable!r}. {did_you_mean(trainable, positions)}"
+                f"{setting}: {network} has no stage {trainable!r}. {did_you_mean(trainable, positions)}"
                 f"Use one of {', '.join(stages)}, head or all."
             )
         return cls(tuple(stages[:position]), tuple(stages[position:]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -75,6 +77,8 @@ def _content(
 ) -> CardContent:
     best = next((item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)), None)
     evaluation = best.evaluation if best is not None else None
+    # Of the checkpoint: with a schedule, fewer stages are frozen at the end of the fit.
+    frozen = best.frozen if best is not None and best.frozen is not None else module.identity()["frozen"]
     return CardContent(
         name=f"{data.name} on {module.backbone.name}",
         dataset=str(data.name),
@@ -82,8 +86,9 @@ def _content(
         class_counts=data.class_counts,
         sections={
             "data": _data_section(module, data),
-            "backbone": _backbone_section(module, hashed),
-            "training": _training_section(trainer, module, data, duration) | _specialization(evaluation),
+            "backbone": _backbone_section(module, frozen, hashed),
+            "training": _training_section(trainer, module, data, frozen["stages"], duration)
+            | _specialization(evaluation),
             "versions": _environment_section(trainer),
         },
         evaluation=evaluation,
@@ -146,7 +151,7 @@ def _split_method(data: ImageDataModule) -> str:
     return f"{method}; near-duplicates and images of the same group stay in one split{limit}"
 
 
-def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
+def _backbone_section(module: ImageClassifier, frozen: Mapping[str, Any], hashed: str) -> dict[str, str]:
     backbone, image = module.backbone, module.backbone.preprocessing
     weights = backbone.origin.weights or "random"
     resized = f"resized to {image.resize} x" if image.squash else "shorter edge resized to"
@@ -156,28 +161,29 @@ def _backbone_section(module: ImageClassifier, hashed: str) -> dict[str, str]:
         "Weights": code(Path(weights).name if Path(weights).is_absolute() else weights),
         "Weights file": code(backbone.origin.source),
         "SHA-256 of the backbone": code(backbone.sha256),
-        **_frozen_rows(module, hashed),
+        **_frozen_rows(module, frozen, hashed),
         "Input": f"{resized} {image.resize} px ({image.interpolation}), center crop {image.crop} x {image.crop} px",
     }
 
 
-def _frozen_rows(module: ImageClassifier, hashed: str) -> dict[str, str]:
-    stages, kind = ", ".join(module.cut.frozen) or "none", "stages"
+def _frozen_rows(module: ImageClassifier, frozen: Mapping[str, Any], hashed: str) -> dict[str, str]:
+    stages, kind = ", ".join(frozen["stages"]) or "none", "stages"
     if module.backbone.adapter is not None:
         stages, kind = f"{stages}; in the others, all tensors except the adapter", "tensors"
-    return {"Frozen stages": stages, f"SHA-256 of the frozen {kind} ({hashed})": code(module.frozen_sha256)}
+    return {"Frozen stages": stages, f"SHA-256 of the frozen {kind} ({hashed})": code(frozen["sha256"])}
 
 
 def _training_section(
-    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str
+    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, frozen: Sequence[str], duration: str
 ) -> dict[str, str]:
     hparams, decay = module.hparams, module.hparams["lr_decay"]
     engine = "" if module.stored_features is None else module.stored_features.computed_by
     total = sum(parameter.numel() for parameter in module.parameters())
     return {
-        "Trained parts": trained_parts(module),
+        "Trained parts": trained_parts(module, frozen),
+        **({} if module.unfreezing is None else {"Schedule": str(module.unfreezing)}),
         "Adapter": module.adapter_description,
-        "Trained parameters": f"{trained_parameters(module):,} of {total:,}",
+        "Trained parameters": f"{trained_parameters(module, frozen):,} of {total:,}",
         "Head": code(format_class(hparams["head"])),
         "Initial head": _initial_head(trainer, module),
         "Optimizer": code(format_class(hparams["optimizer"])) if module.parameter_groups() else "none",

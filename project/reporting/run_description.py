@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -107,9 +107,15 @@ def format_weights(weights: Weights) -> str:
     return "moving average (model.ema)" if weights == "ema" else "raw; their moving average (model.ema) is not better"
 
 
-def trained_parts(module: ImageClassifier) -> str:
-    """What is trained: the stages or an adapter in them, and the head."""
-    stages, adapter = [*module.cut.trainable], module.backbone.adapter
+def trained_parts(module: ImageClassifier, frozen: Sequence[str] | None = None) -> str:
+    """What is trained: the stages or an adapter in them, and the head.
+
+    Args:
+        module: The model.
+        frozen: Names of the frozen stages; by default those of the current cut.
+    """
+    frozen, adapter = module.cut.frozen if frozen is None else frozen, module.backbone.adapter
+    stages = [name for name in module.backbone.stages if name not in frozen]
     if adapter is None:
         return ", ".join([*stages, "head"])
     return f"{adapter.description} in {', '.join(stages)}; head"
@@ -125,9 +131,17 @@ def frozen_parts(module: ImageClassifier) -> str:
     return f"{', '.join(cut.frozen) if cut.trainable else 'all stages'} of {name}"
 
 
-def trained_parameters(module: ImageClassifier) -> int:
-    """Number of the trained parameters, head included."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def trained_parameters(module: ImageClassifier, frozen: Sequence[str] | None = None) -> int:
+    """Number of the trained parameters, head included.
+
+    Args:
+        module: The model.
+        frozen: Names of the frozen stages; by default those of the current cut.
+    """
+    frozen = module.cut.frozen if frozen is None else frozen
+    parts = [stage for name, stage in module.backbone.stages.items() if name not in frozen]
+    parameters = (parameter for part in [*parts, module.head] for parameter in part.parameters())
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def head_method(trainer: pl.Trainer) -> str | None:

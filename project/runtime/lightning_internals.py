@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Progress(NamedTuple):
@@ -177,6 +178,24 @@ def skip_ddp(trainer: pl.Trainer) -> None:
     """
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+
+
+def renew_ddp(trainer: pl.Trainer) -> None:
+    """Wrap the module in DistributedDataParallel again: it registers only parameters that require gradients.
+
+    Relies on ``DDPStrategy.configure_ddp()``, which wraps ``strategy.model``, and on
+    ``DistributedDataParallel.reducer``, whose hooks on the parameters end with it.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        del strategy.model.reducer
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def reload_validation_data(trainer: pl.Trainer) -> None:
+    """Let the next validation of a fit count its batches anew. Relies on ``val_loop._combined_loader``."""
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
 def accumulates_gradients(trainer: pl.Trainer) -> bool:

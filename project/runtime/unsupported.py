@@ -18,7 +18,7 @@ from project.errors import ConfigError
 AVERAGING = "is not supported: the head is created later, from the data. Use --model.ema 0.999 instead"
 #: Why each callback is not supported, and the alternative.
 UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: "would train frozen stages. Use --model.trainable layer4",
+    BaseFinetuning: "would train frozen stages. Use --model.schedule '{0: head, 3: layer4}'",
     LearningRateFinder: "needs a learning_rate attribute, which the model does not have. Use fit --lr_find",
     ModelPruning: "would change frozen weights. Remove it",
     StochasticWeightAveraging: AVERAGING,

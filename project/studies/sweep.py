@@ -117,7 +117,7 @@ def _validate(model: ImageClassifier, data: ImageDataModule, count: int, epochs:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
     if folds is not None and not 1 <= folds <= FOLDS:
         raise ConfigError(f"--folds must be from 1 to {FOLDS}, not {folds}.")
-    if model.cut.trainable:
+    if model.last_cut.trainable:
         raise ConfigError("sweep trains heads on features of the frozen backbone. Use --model.trainable head.")
     if data.mixes or data.augment != "none":
         raise ConfigError(

@@ -22,6 +22,7 @@ def callback_names(verb: str, **trainer: Any) -> list[str]:
         features=FeatureCache(),
         dashboard=dashboard,
         output="predictions.csv",
+        lr_find=False,
     )
     before = section.clone()
     callbacks = build_callbacks(verb, section, GracefulShutdown(SignalHandler(), ""), RunSummary(dashboard))
@@ -35,13 +36,10 @@ ALL_VERBS = ["FeatureCache", "Dashboard", "GracefulShutdown"]
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({}, ["RunSummary", "Drift", "LearningRateMonitor", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        (
-            {"limit_val_batches": 0},
-            ["RunSummary", "Drift", "LearningRateMonitor", "LastCheckpoint", "ModelCardCallback"],
-        ),
+        ({}, ["RunSummary", "Drift", "LearningRates", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
+        ({"limit_val_batches": 0}, ["RunSummary", "Drift", "LearningRates", "LastCheckpoint", "ModelCardCallback"]),
         ({"logger": False}, ["RunSummary", "Drift", "BestCheckpoint", "LastCheckpoint", "ModelCardCallback"]),
-        ({"enable_checkpointing": False}, ["RunSummary", "Drift", "LearningRateMonitor"]),
+        ({"enable_checkpointing": False}, ["RunSummary", "Drift", "LearningRates"]),
         ({"fast_dev_run": True}, ["RunSummary"]),
     ],
 )

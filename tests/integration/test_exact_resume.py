@@ -3,7 +3,7 @@
 import functools
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ SETUPS = {
     "images, norm adapter": [*WORKERS, "--model.trainable", "all", "--model.adapter", "norm"],
     "stored maps, low-rank updates": [
         *("--model.trainable", "layer3", "--model.adapter", "lora", "--features.engine", "torch"),
+    ],
+    "three cuts": [*("--model.schedule", "{0: head, 1: layer4, 2: layer3}"), "--features.engine", "torch"],
+    "three cuts, averaged weights": [
+        *("--model.schedule", "{0: head, 1: layer4, 2: layer3}", "--model.ema", "0.9", "--features.engine", "torch"),
+    ],
+    "three cuts by val/loss": [
+        *("--model.schedule", "[head, layer4, layer3]", "--model.schedule_patience", "1"),
+        *("--trainer.val_check_interval", "0.5", "--features.cache", "off", "--model.schedule_warmup", "1.5"),
     ],
 }
 
@@ -112,6 +120,7 @@ def check_resumed(
     expected: Any,
     code: int,
     epochs: int = EPOCHS,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Interrupt a fit, resume it, and compare it with the results of an uninterrupted one.
 
@@ -124,15 +133,17 @@ def check_resumed(
         expected: Results of the uninterrupted fit.
         code: Expected exit code of the interrupted fit.
         epochs: Number of epochs.
+        environment: Additional environment variables.
     """
     flags = [*command(photos, weights, *SETUPS[setup]), "--trainer.max_epochs", str(epochs)]
-    stopped = start(folder, flags, at)
+    stopped = start(folder, flags, at, environment)
     assert stopped.wait() == code, stopped.output
-    resumed = start(folder, [*flags, "--ckpt_path", "last"])
+    resumed = start(folder, [*flags, "--ckpt_path", "last"], environment=environment)
     assert resumed.wait() == 0, resumed.output
     last, curves, best = results(folder / "runs/photos/version_1")
     expected_last, expected_curves, expected_best = expected
-    for key in ("state_dict", "average", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops"):
+    keys = ("state_dict", "average", "optimizer_states", "lr_schedulers", "global_step", "resume", "loops")
+    for key in (*keys, "unfreezing"):
         assert_identical(last.get(key), expected_last.get(key), key)
     for key in ("state_dict", "average"):
         assert_identical(best.get(key), expected_best.get(key), f"best: {key}")
@@ -170,6 +181,20 @@ def test_resumed_fit_is_bit_identical_to_an_uninterrupted_one(
 ) -> None:
     at, code = INTERRUPTIONS[interruption](setup)
     check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), code)
+
+
+@pytest.mark.parametrize(
+    "at",
+    # Before the cut moves, while rows at the new cut are computed, in the first step after it, and in the last cut.
+    [{"step": 2}, {"reads": 90}, {"step": 3}, {"step": 8}],
+    ids=str,
+)
+def test_resume_after_a_kill_around_a_moving_cut(
+    at: dict[str, Any], uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    setup = "three cuts"
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # rows are computed, not reused
+    check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), -signal.SIGKILL, environment=environment)
 
 
 @pytest.mark.long

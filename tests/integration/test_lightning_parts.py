@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, Sequence[str]] = {
 }
 #: Refused callbacks, with a text of the message.
 REFUSED = {
-    "BackboneFinetuning": "Use --model.trainable layer4",
+    "BackboneFinetuning": "Use --model.schedule '{0: head, 3: layer4}'",
     "EMAWeightAveraging": "Use --model.ema 0.999 instead",
     "LearningRateFinder": "Use fit --lr_find",
     "ModelPruning": "would change frozen weights",

@@ -29,6 +29,11 @@ FITS: dict[str, tuple[int, str]] = {
     "accumulate_grad_batches": (4, "--trainer.accumulate_grad_batches 2"),
     "overfit_batches": (6, "--trainer.overfit_batches 2"),
     "one validation image": (8, "--data.root few"),
+    "three cuts": (
+        8,
+        "--model.backbone timm/test_convnext --model.weights null --trainer.max_epochs 3 --model.schedule "
+        + '{"0":"head","1":"stage4","2":"stage2"}',
+    ),
     "mixup": (8, "--features.cache off --data.mixup 0.4 --data.cutmix 1.0"),
     "solved, not stored": (8, f"{LIVE} --trainer.max_epochs 1"),
     "computed, not stored": (8, f"{LIVE} --trainer.max_epochs 1 --model.head project.models.heads.CosineHead"),

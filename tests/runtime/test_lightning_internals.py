@@ -453,6 +453,23 @@ def test_other_fits_are_not_changed(trainer: Any) -> None:
     assert len(recorder.results["on_train_epoch_start"]) == 2, CHANGED + "fit_loop.skip"
 
 
+def test_the_next_validation_counts_its_batches_anew(trainer: Any) -> None:
+    batches: list[int] = []
+
+    class Data(TinyData):
+        def val_dataloader(self) -> DataLoader[Any]:
+            batches.append(len(batches) + 1)
+            return DataLoader(TensorDataset(torch.ones(batches[-1], 2)), num_workers=0)
+
+    recorder = Recorder(
+        on_train_epoch_start=lambda fit: fit.current_epoch and lightning_internals.reload_validation_data(fit),
+        on_validation_end=lambda fit: lightning_internals.validation_batches(fit).ready,
+    )
+    fit_trainer = trainer(recorder, num_sanity_val_steps=0)
+    fit_trainer.fit(TinyModel(), datamodule=Data())
+    assert recorder.results["on_validation_end"] == [1, 2], CHANGED + "val_loop._combined_loader"
+
+
 def test_a_module_without_trainable_parameters_is_not_wrapped(trainer: Any) -> None:
     wrapped: list[bool] = []
 
@@ -469,3 +486,27 @@ def test_a_module_without_trainable_parameters_is_not_wrapped(trainer: Any) -> N
     fit_trainer = trainer(strategy="ddp", max_epochs=0, num_sanity_val_steps=0)
     fit_trainer.fit(Unwrapped(), datamodule=TinyData())
     assert wrapped == [False], CHANGED + "DDPStrategy.configure_ddp()"
+
+
+def test_the_wrapper_of_a_module_is_renewed(trainer: Any) -> None:
+    renewed: list[bool] = []
+
+    class Joining(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer.weight.requires_grad_(False)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.layer(batch[0]).mean(), sync_dist=True)
+
+        def on_train_epoch_start(self) -> None:
+            before = self.trainer.strategy.model
+            self.layer.weight.requires_grad_(self.current_epoch > 0)
+            lightning_internals.renew_ddp(self.trainer)
+            model: Any = self.trainer.strategy.model
+            assert not hasattr(before, "reducer") and model.module is self, CHANGED + "DistributedDataParallel.reducer"
+            renewed.append(model is not before)
+
+    fit_trainer = trainer(strategy="ddp", num_sanity_val_steps=0)
+    fit_trainer.fit(Joining(), datamodule=TinyData())
+    assert renewed == [True, True], CHANGED + "DDPStrategy.configure_ddp()"
