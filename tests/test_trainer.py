@@ -12,6 +12,7 @@ from project.callbacks.exact_resume import ExactResume
 from project.callbacks.interpolation import Interpolation
 from project.callbacks.progress_bar import FitProgressBar
 from project.callbacks.solved_head import SolvedHead
+from project.callbacks.staged_unfreezing import StagedUnfreezing
 from project.checkpoints.io import AtomicCheckpointIO
 from project.data.datamodule import ImageDataModule
 from project.trainer import Trainer
@@ -50,7 +51,7 @@ def test_trainer_adds_its_callbacks_to_the_users(options: dict[str, object]) -> 
     user_callbacks = [Timer(), pl.Callback()]
     trainer = Trainer(**options, callbacks=user_callbacks)
     types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    assert types == [ExactResume, Timer, pl.Callback, FitProgressBar, Interpolation, SolvedHead]
+    assert types == [ExactResume, StagedUnfreezing, Timer, pl.Callback, FitProgressBar, Interpolation, SolvedHead]
     assert len(user_callbacks) == 2, "the caller's list is unchanged"
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
