@@ -56,4 +56,4 @@ def require_divided(checkpoint: Mapping[str, Any], backbone: Backbone) -> None:
 
 def _has_trained_whole(checkpoint: Mapping[str, Any], backbone: Backbone) -> bool:
     prefix = stage_prefix(WHOLE)
-    return WHOLE not in backbone.stages and any(name.startswith(prefix) for name in checkpoint["state_dict"])
+    return WHOLE not in backbone.stages and any(str(name).startswith(prefix) for name in checkpoint["state_dict"])

@@ -85,8 +85,10 @@ def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 def trained(backbone: Backbone) -> set[str]:
     assert backbone.adapter is not None
-    stages = backbone.cut.trainable
-    return {f"{name}.{parameter}" for name in stages for parameter in backbone.adapter.trained(backbone.stages[name])}
+    stages = {name: name.replace(".", "_") for name in backbone.cut.trainable}
+    return {
+        f"{key}.{name}" for stage, key in stages.items() for name in backbone.adapter.trained(backbone.stages[stage])
+    }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -103,9 +105,10 @@ def test_training_changes_the_adapter_only(name: str, adapter: AdapterName) -> N
     assert not torch.equal(features(backbone), features(original))
     for stage in original.stages:
         for key, tensor in original.stages[stage].state_dict().items():
-            path, _, parameter = f"{stage}.{key}".rpartition(".")
+            whole = f"{stage.replace('.', '_')}.{key}"
+            path, _, parameter = whole.rpartition(".")
             same = f"{path}.parametrizations.{parameter}.original"
-            name_now = same if same in after else f"{stage}.{key}"
+            name_now = same if same in after else whole
             assert name_now in trained(backbone) or torch.equal(after[name_now], tensor), key
     assert original.fingerprint(original.cut) == original.sha256, "shared tensors are not trained"
 
