@@ -131,6 +131,8 @@ class CheckpointMixin(Module):
         self.cut = cut
         self.backbone.freeze(cut)
         self.frozen_sha256 = self.backbone.fingerprint(cut)
+        if self.average is not None and self.average.updates:
+            self.average.add(self.trained_tensors())
 
     @property
     def trains_head(self) -> bool:

@@ -60,6 +60,16 @@ class WeightAverage:
             get_ema_multi_avg_fn(self.next_decay)(averages, values, self.updates)  # type: ignore[no-untyped-call]
         self.updates += 1
 
+    def add(self, tensors: Tensors) -> None:
+        """Start the averages of tensors with a new name: their values until now, as they were frozen.
+
+        Args:
+            tensors: Detached tensors by name.
+        """
+        for name, tensor in tensors.items():
+            if name not in self.tensors:
+                self.tensors[name] = tensor.to(_average_dtype(tensor), copy=True)
+
     def restore(self, updates: int, tensors: Tensors) -> None:
         """Replace the averages and the number of updates."""
         self.updates, self.tensors = updates, dict(tensors)

@@ -197,6 +197,15 @@ def test_resume_after_a_kill_around_a_moving_cut(
     check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), -signal.SIGKILL, environment=environment)
 
 
+def test_resume_after_a_stop_between_a_moved_cut_and_its_first_step(
+    uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
+) -> None:
+    """The signal comes while rows at the new cut are computed. No step has averaged the weights of the new stage."""
+    setup, environment = "three cuts, averaged weights", {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    at = {"reads": 90, "number": signal.SIGTERM}
+    check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), 143, environment=environment)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("setup", SETUPS)
 def test_resume_after_a_kill_at_twenty_random_steps(

@@ -39,3 +39,13 @@ def test_average_of_bfloat16_weights_is_float32_and_applied_as_bfloat16() -> Non
     torch.testing.assert_close(average.tensors["weight"], torch.full((2,), 1.001))
     with average.applied({"weight": weight}):
         assert weight.dtype == torch.bfloat16
+
+
+def test_the_average_of_an_added_tensor_starts_with_its_value() -> None:
+    average = WeightAverage(0.5)
+    average.update({"head": torch.zeros(1)})
+    average.add({"head": torch.ones(1), "layer4": torch.ones(1)})
+    assert {name: float(value) for name, value in average.tensors.items()} == {"head": 0, "layer4": 1}
+    decay = average.next_decay
+    average.update({"head": torch.zeros(1), "layer4": torch.zeros(1)})
+    assert float(average.tensors["layer4"]) == pytest.approx(decay)
