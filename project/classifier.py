@@ -157,7 +157,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         adapter: AdapterName = "none",
         lora_rank: int | None = None,
         lora_targets: list[str] | None = None,
-        schedule: dict[int, str] | list[str] | None = None,
+        schedule: dict[int, str | int] | list[str | int] | None = None,
         schedule_patience: int | None = None,
         schedule_warmup: float = WARMUP,
     ) -> None:
@@ -169,6 +169,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if isinstance(schedule, dict):  # the command line writes the epochs as strings
             self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
+        elif schedule is not None:
+            self.hparams["schedule"] = [*map(str, schedule)]
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
         if not 0 < lr_decay <= 1:

@@ -118,7 +118,7 @@ def test_a_stage_begins_when_the_validation_loss_stops_improving(
         end(self, SimpleNamespace(**seen, callback_metrics={"val/loss": torch.tensor(next(losses))}), module)
 
     monkeypatch.setattr(StagedUnfreezing, "on_validation_end", validated)
-    flags = ["--model.schedule", "[head, layer4, layer3]", "--trainer.max_epochs", "8"]
+    flags = ["--model.schedule", "[head, -1, -2]", "--trainer.max_epochs", "8"]
     assert fit(*ADAM, *STORED, *flags) == 0
     assert every_epoch == ["head"] * 4 + ["layer4"] * 3 + ["layer3"]
 
