@@ -36,12 +36,12 @@ Section = Callable[[Scale, Path, Path, FigureFile], None]
 #: Function and time limit in seconds of each section; together less than eight minutes.
 SECTIONS = {
     "extraction": ("extraction.extraction", 105),
-    "fit": ("stored_fit.stored_fit", 75),
-    "correctness": ("correctness.correctness", 95),
+    "fit": ("stored_fit.stored_fit", 65),
+    "correctness": ("correctness.correctness", 120),
     "finetune": ("finetune.finetune", 60),
     "inference": ("inference.inference", 20),
     "config": ("shipped_config.shipped_config", 55),
-    "finetune_compiled": ("finetune.finetune_compiled", 60),
+    "finetune_compiled": ("finetune.finetune_compiled", 55),
 }
 TOTAL = 470  # time limit in seconds of all sections
 

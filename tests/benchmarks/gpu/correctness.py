@@ -87,9 +87,14 @@ def resume_flags(scale: Scale) -> dict[str, tuple[str, ...]]:
     live = ("--features.cache", "off", "--model.trainable", "layer4", "--trainer.precision")
     # A fixed precision: automatic selection depends on a measurement and may differ between the two fits.
     stored = ("--features.engine", "torch", "--features.precision", "bf16", "--trainer.precision", scale.mixed[0])
+    mixed = ("--trainer.precision", scale.mixed[0])
+    schedule = ("--model.schedule", "{0: head, 1: layer4}", "--model.ema", "0.9", "--features.cache", "off", *mixed)
+    low_rank = ("--model.trainable", "layer4", "--model.adapter", "lora", "--features.cache", "off", *mixed)
     return {
         f"stored rows, {scale.mixed[0]}": stored,
         **{f"live layer4, {precision}": (*live, precision) for precision in scale.mixed},
+        f"schedule and average, {scale.mixed[0]}": schedule,
+        f"low-rank updates, {scale.mixed[0]}": low_rank,
     }
 
 
@@ -119,8 +124,8 @@ def check_exact_resume(scale: Scale, photographs: Path, folder: Path, flags: Seq
         torch.load(sorted((run_folder / "runs").rglob("last.ckpt"))[-1], map_location="cpu", weights_only=True)
         for run_folder in (uninterrupted, killed)
     )
-    for key in ("state_dict", "optimizer_states"):
-        if difference := _first_difference(expected[key], actual[key], key):
+    for key in ("state_dict", "average", "optimizer_states"):
+        if difference := _first_difference(expected.get(key), actual.get(key), key):
             return False, f"differs at {difference}"
     return True, f"killed in step {step}"
 
