@@ -355,6 +355,8 @@ OTHER_LIBRARIES = {
     "_sample_dirichlet",
     "_standard_gamma",
     "_get_file_writer",
+    *("_parameters", "_buffers", "_modules"),  # torch.nn.Module
+    "_pos_embed",  # timm
 }
 
 
