@@ -211,17 +211,23 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
                 f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
             )
+        for cut in cuts:
+            validate_features(features, cut)
         self.backbone = loaded.specialized(self.last_cut, adapts) if loaded is backbone else loaded
         if adapts is not None:
             self.cut = self.backbone.adapt(adapts, self.cut)
-            cuts = (self.cut,)
+            try:
+                validate_features(features, self.cut)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"model.features {features} reads stages before {self.cut.trainable[0]}, the first one of which "
+                    f"model.adapter {adapter} trains a part.\nUse --model.features last, or another adapter."
+                ) from error
         if lr_decay != 1 and not self.last_cut.trainable:
             raise ConfigError(
                 "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
                 "as layer4, or remove lr_decay."
             )
-        for cut in cuts:
-            validate_features(features, cut)
         if loaded is backbone:
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         self.backbone.freeze(self.cut)
@@ -325,7 +331,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 "model.ema has no effect without validation, which decides between the average and the last weights.\n"
                 "Remove it, or remove trainer.limit_val_batches 0."
             )
-        has_norms = self.backbone.has_trainable_batch_norm
+        has_norms = self.backbone.has_trainable_batch_norm(self.last_cut)
         if given["batch_norm train"] and not has_norms:
             name = self.backbone.name
             print_rank_zero(f"BatchNorm: the trained stages of {name} have none; model.batch_norm has no effect")

@@ -65,6 +65,22 @@ def test_checkpoint_holds_adapter_and_head_and_restores_the_model(
     assert len(Path("predictions.csv").read_text().splitlines()) == 13
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter_in_blocks_of_a_transformer(
+    name: str, fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its stages are parts of one network, whose fingerprint covers all of them; drift compares it."""
+    network = ["--model.backbone", "timm/test_vit", "--model.weights", "null", "--model.image_size", "160"]
+    with pytest.warns(UserWarning, match="random weights"):
+        code = fit(*adapter(name, "-2"), *network, "--model.ema", "0.9", "--model.interpolate", "auto")
+        assert code == 0
+        classifier = load(last(0))
+    assert classifier.model.cut.trainable == ("blocks.4", "blocks.5")
+    assert "Interpolation: alpha" in " ".join(capsys.readouterr().out.split())
+    assert 0 < scalars(last(0).parents[1]).Scalars("drift/cka")[0].value <= 1
+    assert classifier.predict_proba([photos / "val/red/0.png"]).shape == (1, 3)
+
+
 def test_card_and_dashboard_name_the_adapter_and_its_parameters(fit: Fit) -> None:
     assert fit(*adapter("lora", "layer3"), "--model.lora_rank", "2", "--model.lora_targets", "[conv1]") == 0
     run = last(0).parents[1]
@@ -131,6 +147,10 @@ def test_another_adapter_than_that_of_the_checkpoint_is_refused(fit: Fit, refuse
         ([*adapter("lora"), "--model.lora_targets", "[conf1]"], "is called 'conf1'"),
         ([*adapter("lora"), "--trainer.precision", "bf16-true"], "would round the frozen weights"),
         ([*adapter("norm"), "--features.cache", "on"], "model.trainable is all, so no stage is frozen"),
+        (
+            [*adapter("lora"), "--model.lora_targets", "[layer4]", "--model.features", "stages"],
+            "model.features stages reads stages before layer4, the first one of which model.adapter lora trains",
+        ),
     ],
 )
 def test_mistakes_are_refused(flags: list[str], text: str, fit: Fit, refused: Callable[[int], str]) -> None:
