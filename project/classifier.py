@@ -35,7 +35,7 @@ from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind, validate_features
 from project.models.schedules import Interval, frequency_of, validate_steps
-from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, scaled_rates
+from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, count_of_epochs, scaled_rates
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -157,7 +157,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         adapter: AdapterName = "none",
         lora_rank: int | None = None,
         lora_targets: list[str] | None = None,
-        schedule: dict[int, str | int] | list[str | int] | None = None,
+        schedule: dict[int | str, str | int] | list[str | int] | None = None,
         schedule_patience: int | None = None,
         schedule_warmup: float = WARMUP,
     ) -> None:
@@ -168,7 +168,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if isinstance(schedule, dict):  # the command line writes the epochs as strings
-            self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
+            self.hparams["schedule"] = {count_of_epochs(epoch): str(name) for epoch, name in schedule.items()}
         elif schedule is not None:
             self.hparams["schedule"] = [*map(str, schedule)]
         if not 0 <= label_smoothing < 1:

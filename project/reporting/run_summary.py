@@ -139,7 +139,7 @@ class RunSummary(pl.Callback):
             path = _relative(Path(best.best_model_path))
             rows |= _best_epoch(best)
             if isinstance(best, BestCheckpoint):
-                if model.hparams["ema"] is not None and best.evaluation is not None:
+                if model.validates_average and best.evaluation is not None:
                     rows.setdefault("weights", format_weights(best.evaluation.weights))
                 rows |= _selection(self.figures(trainer, model), best.validations)
                 rows |= {} if best.gain is None else {"gain over the initial head": str(best.gain)}
