@@ -11,6 +11,9 @@ import torch
 
 from project import ImageClassifier, load
 from project.cli.main import main
+from project.features.provider import RowProvider
+from project.inference import demo
+from project.inference.gallery import Gallery, data_of
 from project.models.backbone import load_backbone, merge_adapters
 from project.reporting.run_description import trained_parameters
 from tests.checkpoints.test_warm_start import NO_STEP, add_class, last, read
@@ -63,6 +66,18 @@ def test_checkpoint_holds_adapter_and_head_and_restores_the_model(
     predict = ["--data.predict", str(photos / "val"), "--data.num_workers", "0", "--ckpt_path", str(last(0))]
     assert main(["predict", *predict, "--trainer.accelerator", "cpu"]) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("flags", [adapter("lora", "layer4"), adapter("norm", "all"), ["--model.trainable", "all"]])
+def test_demo_shows_the_heat_map_and_the_nearest_images(flags: list[str], fit: Fit, photos: Path) -> None:
+    """A low-rank update of a 3 x 3 kernel is no feature map. Without frozen stages, no rows are stored."""
+    assert fit(*flags) == 0
+    classifier = load(last(0))
+    gallery = Gallery(classifier, data_of(last(0)), provider=RowProvider("torch", "auto", 1.0, Path("store")))
+    file = photos / "train/red/0.png"
+    assert classifier.heat_map([file]).shape == (1, 32, 32)
+    assert demo.classify_file(classifier, gallery, str(file)).html.count("<img") == 2 + demo.NEAREST
+    np.testing.assert_allclose(gallery.features[-8:], classifier.features([*sorted(file.parent.iterdir())]), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
