@@ -336,9 +336,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             name = self.backbone.name
             print_rank_zero(f"BatchNorm: the trained stages of {name} have none; model.batch_norm has no effect")
         elif has_norms and self.hparams["weights"] is None and not given["batch_norm train"]:
+            remedy = "--model.batch_norm train" if self.backbone.adapter is None else "pretrained weights"
             print_rank_zero(
                 "BatchNorm: the running statistics of random weights mean nothing, and model.batch_norm frozen keeps "
-                "them; use --model.batch_norm train"
+                f"them; use {remedy}"
             )
 
     def use_data(self, data: Any, precision: str, trains: bool) -> None:

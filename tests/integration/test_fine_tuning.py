@@ -223,3 +223,6 @@ def test_random_weights_and_networks_without_batch_norm_are_reported(
     with pytest.warns(UserWarning, match="random weights"):
         assert fit("--model.weights", "null", "--model.trainable", "layer4") == 0
     assert "BatchNorm: the running statistics of random weights mean nothing" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="random weights"):
+        assert fit("--model.weights", "null", "--model.trainable", "layer4", "--model.adapter", "bias") == 0
+    assert "keeps them; use pretrained weights" in " ".join(capsys.readouterr().out.split())
