@@ -35,7 +35,7 @@ from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind, validate_features
 from project.models.schedules import Interval, frequency_of, validate_steps
-from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, scaled_rates
+from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, count_of_epochs, scaled_rates
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -157,7 +157,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         adapter: AdapterName = "none",
         lora_rank: int | None = None,
         lora_targets: list[str] | None = None,
-        schedule: dict[int, str | int] | list[str | int] | None = None,
+        schedule: dict[int | str, str | int] | list[str | int] | None = None,
         schedule_patience: int | None = None,
         schedule_warmup: float = WARMUP,
     ) -> None:
@@ -168,7 +168,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
         if isinstance(schedule, dict):  # the command line writes the epochs as strings
-            self.hparams["schedule"] = {int(epoch): str(name) for epoch, name in schedule.items()}
+            self.hparams["schedule"] = {count_of_epochs(epoch): str(name) for epoch, name in schedule.items()}
         elif schedule is not None:
             self.hparams["schedule"] = [*map(str, schedule)]
         if not 0 <= label_smoothing < 1:
@@ -211,17 +211,23 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
                 f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
             )
+        for cut in cuts:
+            validate_features(features, cut)
         self.backbone = loaded.specialized(self.last_cut, adapts) if loaded is backbone else loaded
         if adapts is not None:
             self.cut = self.backbone.adapt(adapts, self.cut)
-            cuts = (self.cut,)
+            try:
+                validate_features(features, self.cut)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"model.features {features} reads stages before {self.cut.trainable[0]}, the first one of which "
+                    f"model.adapter {adapter} trains a part.\nUse --model.features last, or another adapter."
+                ) from error
         if lr_decay != 1 and not self.last_cut.trainable:
             raise ConfigError(
                 "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
                 "as layer4, or remove lr_decay."
             )
-        for cut in cuts:
-            validate_features(features, cut)
         if loaded is backbone:
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         self.backbone.freeze(self.cut)
@@ -325,14 +331,15 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                 "model.ema has no effect without validation, which decides between the average and the last weights.\n"
                 "Remove it, or remove trainer.limit_val_batches 0."
             )
-        has_norms = self.backbone.has_trainable_batch_norm
+        has_norms = self.backbone.has_trainable_batch_norm(self.last_cut)
         if given["batch_norm train"] and not has_norms:
             name = self.backbone.name
             print_rank_zero(f"BatchNorm: the trained stages of {name} have none; model.batch_norm has no effect")
         elif has_norms and self.hparams["weights"] is None and not given["batch_norm train"]:
+            remedy = "--model.batch_norm train" if self.backbone.adapter is None else "pretrained weights"
             print_rank_zero(
                 "BatchNorm: the running statistics of random weights mean nothing, and model.batch_norm frozen keeps "
-                "them; use --model.batch_norm train"
+                f"them; use {remedy}"
             )
 
     def use_data(self, data: Any, precision: str, trains: bool) -> None:

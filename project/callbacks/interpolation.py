@@ -16,7 +16,7 @@ from project.checkpoints.compatibility import validate_tensors
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError, damaged_checkpoint
-from project.evaluation.candidates import STAGES
+from project.evaluation.candidates import STAGES, Weights
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.evaluation.summary import EvaluationSummary
 from project.models.backbone import stage_prefix
@@ -136,11 +136,13 @@ class Interpolation(pl.Callback):
         if start_is_best:
             epoch = lightning_internals.epochs(trainer).ready - 1
         end = last if start_is_best else _read_trained_part(best.best_model_path)
+        # The moving average, if it is the better one of the best epoch.
+        weights = "raw" if start_is_best or best.evaluation is None else best.evaluation.weights
         evaluations = []
         try:
             for alpha in ALPHAS:
                 _copy(interpolate(start, end, alpha), state)
-                evaluations.append(_evaluate(trainer, module, epoch, alpha))
+                evaluations.append(_evaluate(trainer, module, epoch, alpha, weights))
         finally:
             _copy(last, state)
         chosen = max(evaluations, key=lambda evaluation: (*_quality(evaluation), -(evaluation.interpolated or 0.0)))
@@ -226,7 +228,9 @@ def _copy(values: Tensors, targets: Tensors) -> None:
         tensor.copy_(values[name])
 
 
-def _evaluate(trainer: pl.Trainer, module: ImageClassifier, epoch: int | None, alpha: float) -> EvaluationSummary:
+def _evaluate(
+    trainer: pl.Trainer, module: ImageClassifier, epoch: int | None, alpha: float, weights: Weights
+) -> EvaluationSummary:
     """Validate the current weights, without logs. Collective: all ranks must call it."""
     metrics = EpochMetrics("val", module.task, module.classes)
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -248,7 +252,7 @@ def _evaluate(trainer: pl.Trainer, module: ImageClassifier, epoch: int | None, a
         values[METRIC] = similarity
     assert metrics.counts is not None
     correct = correct_images(trainer, metrics)
-    return EvaluationSummary.of(epoch, values, metrics.counts, correct=correct, interpolated=alpha)
+    return EvaluationSummary.of(epoch, values, metrics.counts, weights=weights, correct=correct, interpolated=alpha)
 
 
 def _quality(evaluation: EvaluationSummary) -> tuple[float, float]:

@@ -54,6 +54,15 @@ class StagedUnfreezing(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         schedule = _schedule(pl_module)
         if schedule is not None:
+            assert isinstance(pl_module, ImageClassifier)
+            if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
+                epochs = math.ceil(trainer.max_steps / _steps_per_epoch(trainer))
+                schedule.validate_length(epochs, "max_steps")
+            if math.isinf(_steps_per_epoch(trainer)) and pl_module.hparams["schedule_warmup"]:
+                raise ConfigError(
+                    "model.schedule_warmup is a number of epochs, but the length of an epoch is unknown. Set it to 0, "
+                    "or set trainer.limit_train_batches to a number."
+                )
             print_rank_zero(f"Schedule: {schedule}")
             log_text(trainer, "schedule", str(schedule))
 
@@ -76,8 +85,7 @@ class StagedUnfreezing(pl.Callback):
         added = [name for name in cut.trainable if name in module.cut.frozen]
         module.move_cut(cut)
         lightning_internals.renew_ddp(trainer)
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        warm_up = WarmUp.of_epochs(module.hparams["schedule_warmup"], trainer.global_step, steps)
+        warm_up = WarmUp.of_epochs(module.hparams["schedule_warmup"], trainer.global_step, _steps_per_epoch(trainer))
         module.warm_ups.update(dict.fromkeys(added, warm_up))
         self._waited = 0
         ramp = f", with a warm-up of {warm_up.steps} step{'' if warm_up.steps == 1 else 's'}" if warm_up.steps else ""
@@ -110,6 +118,12 @@ class StagedUnfreezing(pl.Callback):
         state = _validated(checkpoint.get(KEY))
         self._best, self._waited, self._counted = state["best"], state["waited"], state["counted"]
         pl_module.warm_ups = {name: WarmUp(*values) for name, values in state["warm_ups"].items()}
+
+
+def _steps_per_epoch(trainer: pl.Trainer) -> float:
+    """Number of optimizer steps in an epoch; infinite if it is unknown."""
+    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return math.ceil(batches) if math.isfinite(batches) else batches
 
 
 def _schedule(module: pl.LightningModule) -> UnfreezingSchedule | None:

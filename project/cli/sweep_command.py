@@ -30,7 +30,7 @@ def sweep_defaults() -> dict[str, Any]:
 
 
 def validate_sweep(config: Namespace) -> None:
-    """Refuse settings of the trainer and of the stored features that the candidates would not have.
+    """Refuse settings of the model, the trainer and the stored features that the candidates would not have.
 
     Args:
         config: Configuration of the verb, before classes are instantiated.
@@ -41,6 +41,10 @@ def validate_sweep(config: Namespace) -> None:
     trainer = config.trainer
     refused = {
         "model.interpolate": config.model["interpolate"] not in ("off", False),
+        "model.schedule": config.model["schedule"] is not None,
+        "model.ema": config.model["ema"] is not None,
+        "model.batch_norm train": config.model["batch_norm"] == "train",
+        "model.l2_sp": config.model["l2_sp"] != 0,
         "features.cache off": config.features["cache"] in ("off", False),
         "trainer.fast_dev_run": bool(trainer["fast_dev_run"]),
         "trainer.overfit_batches": bool(trainer["overfit_batches"]),

@@ -31,7 +31,8 @@ class EvaluationSummary:
             :class:`~project.evaluation.confusion.ConfusionCounts`; ``None`` if unknown.
         calibration: Images, summed confidence and correct predictions per confidence bin, ``(15, 3)``; ``(10, 3)`` in
             checkpoints of earlier versions; ``None`` if unknown.
-        weights: The weights that were validated: those of the optimizer, or their average.
+        weights: The weights that were validated: those of the optimizer, or their average. Of interpolated weights,
+            those at the end of the interpolation.
         correct: Which images are classified correctly; ``None`` if unknown.
         interpolated: Position of the evaluated weights between the start of the fit, 0, and the epoch, 1; ``None`` for
             the weights of the epoch itself.

@@ -92,11 +92,13 @@ def _attach_updates(rank: int, targets: Sequence[str] | None, stages: Mapping[st
                 f"model.lora_targets: no linear layer or convolution of {', '.join(stages)} is called {target!r}. "
                 f"Use parts of names such as {join_names([*layers][-3:])}."
             )
-    for name, (module, weight) in layers.items():
-        # An update of a grouped convolution, such as a depthwise one, is hardly smaller than its weight.
-        by_default = targets is None and getattr(module, "groups", 1) == 1
-        if by_default or any(_matches(name, target) for target in targets or ()):
-            parametrize.register_parametrization(module, weight, LowRankUpdate(getattr(module, weight), rank))
+    # The head gets the same initial weights as without updates, also if Lightning seeds again before it, as for DDP.
+    with torch.random.fork_rng(devices=[]):
+        for name, (module, weight) in layers.items():
+            # An update of a grouped convolution, such as a depthwise one, is hardly smaller than its weight.
+            by_default = targets is None and getattr(module, "groups", 1) == 1
+            if by_default or any(_matches(name, target) for target in targets or ()):
+                parametrize.register_parametrization(module, weight, LowRankUpdate(getattr(module, weight), rank))
 
 
 def _matches(name: str, target: str) -> bool:

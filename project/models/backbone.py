@@ -170,10 +170,9 @@ class Backbone(nn.Module):
                 tensor.requires_grad_(False)
         self.train(self.training)
 
-    @property
-    def has_trainable_batch_norm(self) -> bool:
-        """Whether a trainable stage has BatchNorm modules."""
-        return any(True for name in self.cut.trainable for _ in self.stages.batch_norms(name))
+    def has_trainable_batch_norm(self, cut: Cut) -> bool:
+        """Whether a trainable stage of a cut has BatchNorm modules."""
+        return any(True for name in cut.trainable for _ in self.stages.batch_norms(name))
 
     def set_batch_norm(self, mode: BatchNormMode) -> None:
         """Set whether training changes the running statistics of BatchNorm modules in stages that are not frozen."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
 
 from project.errors import ModelError
 from project.models.backbone import Backbone
@@ -70,7 +71,11 @@ def _last_maps(network: nn.Module, image: torch.Tensor, name: str) -> tuple[nn.M
         if (len(shape) == 4 and max(shape[2:]) > 1) or (len(shape) == 3 and shape[1] > 1):
             outputs.append((module, shape))
 
-    hooks = [module.register_forward_hook(record) for module in network.modules()]
+    # The outputs of parametrizations, such as low-rank updates, are weights: they look like maps if kernels are square.
+    weights = {
+        part for module in network.modules() if isinstance(module, ParametrizationList) for part in module.modules()
+    }
+    hooks = [module.register_forward_hook(record) for module in network.modules() if module not in weights]
     with torch.no_grad():
         network(image)
     for hook in hooks:

@@ -183,14 +183,18 @@ def divide(network: nn.Module, chain: Chain) -> OrderedDict[str, nn.Module]:
 
 
 def whole_tensors(parts: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers of all parts of a network, with the names and in the order of the network."""
+    """Parameters and buffers of all parts of a network, with the names and in the order of the network.
+
+    Those that an adapter has added come last.
+    """
     found: dict[str, torch.Tensor] = {}
     names: tuple[str, ...] = ()
     for part in parts:
         assert isinstance(part, Part)
         found |= dict(itertools.chain(part.network.named_parameters(), part.network.named_buffers()))
         names = part.tensors
-    return ((f"{WHOLE}.{name}", found[name]) for name in names)
+    order = dict.fromkeys([*(name for name in names if name in found), *found])
+    return ((f"{WHOLE}.{name}", found[name]) for name in order)
 
 
 def _assign(module: nn.Module, prefix: str, owner: dict[str, int], containers: set[str], current: int) -> int:

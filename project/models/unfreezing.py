@@ -79,18 +79,19 @@ class UnfreezingSchedule:
             raise ConfigError(f"model.schedule: the epochs must increase, not {', '.join(map(str, epochs))}.")
         return cls(cuts, epochs, patience)
 
-    def validate_length(self, epochs: int | None) -> None:
+    def validate_length(self, epochs: int | None, limit: str = "max_epochs") -> None:
         """Check that each cut begins within a fit.
 
         Args:
             epochs: Number of epochs of the fit; ``None``, 0 or negative if nothing is trained or it is unknown.
+            limit: The trainer's setting that limits it.
 
         Raises:
             ConfigError: A cut would never begin.
         """
         if self.epochs is not None and epochs is not None and 0 < epochs <= self.epochs[-1]:
             begin = f"{entry_name(self.cuts[-1])} would begin after {count_epochs(self.epochs[-1])}"
-            raise ConfigError(f"model.schedule: {begin}, but the fit has {epochs}. Increase --trainer.max_epochs.")
+            raise ConfigError(f"model.schedule: {begin}, but the fit has {epochs}. Increase --trainer.{limit}.")
 
     def cut_in(self, epoch: int) -> Cut | None:
         """The cut of an epoch, counted from 0; ``None`` if it depends on val/loss."""
@@ -109,6 +110,19 @@ class UnfreezingSchedule:
             return f"{', then '.join(names)}; each begins after {count} without a lower val/loss"
         later = zip(names[1:], self.epochs[1:], strict=True)
         return ", ".join([names[0], *(f"{name} after {count_epochs(first)}" for name, first in later)])
+
+
+def count_of_epochs(value: object) -> int:
+    """A number of epochs in a schedule, which may be written as a string.
+
+    Raises:
+        ConfigError: It is not an integer.
+    """
+    if type(value) is not int and not (isinstance(value, str) and value.removeprefix("-").isdecimal()):
+        raise ConfigError(
+            f"model.schedule: {value} is not a number of epochs. Use integers, as in {{0: head, 3: layer4}}."
+        )
+    return int(value)
 
 
 def count_epochs(count: int) -> str:
@@ -133,15 +147,15 @@ class WarmUp(NamedTuple):
     steps: int
 
     @classmethod
-    def of_epochs(cls, epochs: float, first: int, steps_per_epoch: int) -> WarmUp:
+    def of_epochs(cls, epochs: float, first: int, steps_per_epoch: float) -> WarmUp:
         """Create the warm-up of a stage.
 
         Args:
             epochs: Length of the warm-up in epochs.
             first: Number of the stage's first optimizer step.
-            steps_per_epoch: Number of optimizer steps of an epoch.
+            steps_per_epoch: Number of optimizer steps of an epoch; it may be infinite if there is no warm-up.
         """
-        return cls(first, math.ceil(epochs * steps_per_epoch))
+        return cls(first, math.ceil(epochs * steps_per_epoch) if epochs else 0)
 
     def factor(self, step: int) -> float:
         """Factor of the learning rate in an optimizer step: above 0, and 1 after the warm-up."""

@@ -205,7 +205,7 @@ def _training_section(
 def _stage_settings(module: ImageClassifier) -> dict[str, str]:
     """How BatchNorm was trained, and whether weights were averaged, if that applies."""
     settings, ema = {}, module.hparams["ema"]
-    if module.backbone.has_trainable_batch_norm:
+    if module.backbone.has_trainable_batch_norm(module.cut):
         mode = module.hparams["batch_norm"]
         settings["BatchNorm of trained stages"] = (
             "batch statistics" if mode == "train" else "pretrained running statistics, unchanged"

@@ -139,8 +139,8 @@ class RunSummary(pl.Callback):
             path = _relative(Path(best.best_model_path))
             rows |= _best_epoch(best)
             if isinstance(best, BestCheckpoint):
-                if model.hparams["ema"] is not None and best.evaluation is not None:
-                    rows["weights"] = format_weights(best.evaluation.weights)
+                if model.validates_average and best.evaluation is not None:
+                    rows.setdefault("weights", format_weights(best.evaluation.weights))
                 rows |= _selection(self.figures(trainer, model), best.validations)
                 rows |= {} if best.gain is None else {"gain over the initial head": str(best.gain)}
             rows["checkpoint"] = f"{path} ({path.stat().st_size / 1000:.0f} kB)"
@@ -209,7 +209,8 @@ def _best_epoch(best: ModelCheckpoint) -> dict[str, str]:
         metrics = [f"{name} {evaluation.metrics[name]:.4f}" for name in names]
         rows["best epoch"] = ", ".join([str(evaluation.epoch + 1), *metrics])
         if evaluation.interpolated is not None:
-            rows["weights"] = f"interpolated: alpha {evaluation.interpolated} between the start (0) and this epoch (1)"
+            end = "the moving average of this epoch" if evaluation.weights == "ema" else "this epoch"
+            rows["weights"] = f"interpolated: alpha {evaluation.interpolated} between the start (0) and {end} (1)"
         similarity = format_drift(evaluation)
         if similarity is not None:
             rows["features"] = similarity

@@ -17,6 +17,7 @@ from project.cli.main import main
 from project.models.backbone import load_backbone
 from tests.conftest import BACKBONE, FIGURES, SMALL, SOLVED, STORED, scalars
 from tests.forked import run_ranks, start
+from tests.integration.test_fine_tuning import SPOILED
 
 Fit = Callable[..., int]
 VERSION = Path("runs/photos/version_0")
@@ -105,6 +106,35 @@ def test_the_chosen_weights_are_those_of_best_ckpt(
     assert (
         main(["predict", "--ckpt_path", path, "--data.predict", str(photos / "test"), "--data.num_workers", "0"]) == 0
     )
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_interpolation_ends_at_the_moving_average_if_it_is_the_best(
+    adapter: str, fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    prefer(monkeypatch, 0.6)
+    flags = [*AUTO, *SPOILED, "--model.adapter", adapter, "--model.ema", "0.9"]
+    assert fit(*flags) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "interpolated: alpha 0.6 between the start (0) and the moving average of this epoch (1)" in output
+    assert "is not better" not in output
+    assert "of the moving average of the weights" in (VERSION / "model_card.md").read_text()
+    best, end, last = checkpoint(), checkpoint("best_epoch"), checkpoint("last")
+    assert [item["transfer"]["weights"] for item in (best, end, last)] == ["ema", "ema", "raw"]
+    assert "average" not in best
+    own = next(value for key, value in last["callbacks"].items() if key.startswith("Interpolation"))["start"]
+    for name, value in own.items():
+        assert torch.equal(best["state_dict"][name], torch.lerp(value, end["state_dict"][name], 0.6)), name
+    load(VERSION / "checkpoints/best.ckpt")
+
+    resumed = []
+    for name in ("best_epoch", "last"):
+        path = str(VERSION / f"checkpoints/{name}.ckpt")
+        assert fit(*flags, "--ckpt_path", path, "--trainer.max_epochs", "3") == 0
+        resumed.append(checkpoint("last", Path(f"runs/photos/version_{1 + len(resumed)}")))
+    for part in ("state_dict", "average"):
+        first, second = (item[part].get("tensors", item[part]) for item in resumed)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_no_fit_resumes_interpolated_weights_but_the_epoch_behind_them(

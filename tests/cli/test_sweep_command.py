@@ -15,6 +15,10 @@ from tests.conftest import SMALL, STORED
     [
         (["--trainer.max_steps", "9"], "sweep does not support trainer.max_steps, which its candidates would not have"),
         (["--model.interpolate", "auto"], "sweep does not support model.interpolate"),
+        (["--model.schedule", "[head, layer4]"], "sweep does not support model.schedule"),
+        (["--model.ema", "0.9"], "sweep does not support model.ema"),
+        (["--model.batch_norm", "train"], "sweep does not support model.batch_norm train"),
+        (["--model.l2_sp", "0.1"], "sweep does not support model.l2_sp"),
         (["--trainer.max_time", "00:01:00:00"], "sweep does not support trainer.max_time"),
         (["--space.head", "[nope]"], "error: space.head: there is no class nope."),
         (["--space.head", "[MLPHead, LinaerHead]"], "there is no class LinaerHead. Did you mean 'LinearHead'"),

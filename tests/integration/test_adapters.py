@@ -11,6 +11,9 @@ import torch
 
 from project import ImageClassifier, load
 from project.cli.main import main
+from project.features.provider import RowProvider
+from project.inference import demo
+from project.inference.gallery import Gallery, data_of
 from project.models.backbone import load_backbone, merge_adapters
 from project.reporting.run_description import trained_parameters
 from tests.checkpoints.test_warm_start import NO_STEP, add_class, last, read
@@ -63,6 +66,34 @@ def test_checkpoint_holds_adapter_and_head_and_restores_the_model(
     predict = ["--data.predict", str(photos / "val"), "--data.num_workers", "0", "--ckpt_path", str(last(0))]
     assert main(["predict", *predict, "--trainer.accelerator", "cpu"]) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("flags", [adapter("lora", "layer4"), adapter("norm", "all"), ["--model.trainable", "all"]])
+def test_demo_shows_the_heat_map_and_the_nearest_images(flags: list[str], fit: Fit, photos: Path) -> None:
+    """A low-rank update of a 3 x 3 kernel is no feature map. Without frozen stages, no rows are stored."""
+    assert fit(*flags) == 0
+    classifier = load(last(0))
+    gallery = Gallery(classifier, data_of(last(0)), provider=RowProvider("torch", "auto", 1.0, Path("store")))
+    file = photos / "train/red/0.png"
+    assert classifier.heat_map([file]).shape == (1, 32, 32)
+    assert demo.classify_file(classifier, gallery, str(file)).html.count("<img") == 2 + demo.NEAREST
+    np.testing.assert_allclose(gallery.features[-8:], classifier.features([*sorted(file.parent.iterdir())]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter_in_blocks_of_a_transformer(
+    name: str, fit: Fit, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its stages are parts of one network, whose fingerprint covers all of them; drift compares it."""
+    network = ["--model.backbone", "timm/test_vit", "--model.weights", "null", "--model.image_size", "160"]
+    with pytest.warns(UserWarning, match="random weights"):
+        code = fit(*adapter(name, "-2"), *network, "--model.ema", "0.9", "--model.interpolate", "auto")
+        assert code == 0
+        classifier = load(last(0))
+    assert classifier.model.cut.trainable == ("blocks.4", "blocks.5")
+    assert "Interpolation: alpha" in " ".join(capsys.readouterr().out.split())
+    assert 0 < scalars(last(0).parents[1]).Scalars("drift/cka")[0].value <= 1
+    assert classifier.predict_proba([photos / "val/red/0.png"]).shape == (1, 3)
 
 
 def test_card_and_dashboard_name_the_adapter_and_its_parameters(fit: Fit) -> None:
@@ -131,6 +162,10 @@ def test_another_adapter_than_that_of_the_checkpoint_is_refused(fit: Fit, refuse
         ([*adapter("lora"), "--model.lora_targets", "[conf1]"], "is called 'conf1'"),
         ([*adapter("lora"), "--trainer.precision", "bf16-true"], "would round the frozen weights"),
         ([*adapter("norm"), "--features.cache", "on"], "model.trainable is all, so no stage is frozen"),
+        (
+            [*adapter("lora"), "--model.lora_targets", "[layer4]", "--model.features", "stages"],
+            "model.features stages reads stages before layer4, the first one of which model.adapter lora trains",
+        ),
     ],
 )
 def test_mistakes_are_refused(flags: list[str], text: str, fit: Fit, refused: Callable[[int], str]) -> None:

@@ -49,12 +49,14 @@ SETUPS = {
         *SCHEDULED,
     ],
     "images, norm adapter": [*WORKERS, "--model.trainable", "all", "--model.adapter", "norm"],
-    "stored maps, low-rank updates": [
+    "stored maps, low-rank updates, averaged and interpolated": [
         *("--model.trainable", "layer3", "--model.adapter", "lora", "--features.engine", "torch"),
+        *("--model.ema", "0.9", "--model.interpolate", "auto", "--model.lr_decay", "0.5"),
     ],
     "three cuts": [*("--model.schedule", "{0: head, 1: layer4, 2: layer3}"), "--features.engine", "torch"],
-    "three cuts, averaged weights": [
+    "three cuts, averaged weights, BatchNorm, L2-SP, rates by depth": [
         *("--model.schedule", "{0: head, 1: layer4, 2: layer3}", "--model.ema", "0.9", "--features.engine", "torch"),
+        *("--model.batch_norm", "train", "--model.l2_sp", "0.01", "--model.lr_decay", "0.5"),
     ],
     "three cuts by val/loss": [
         *("--model.schedule", "[head, layer4, layer3]", "--model.schedule_patience", "1"),
@@ -201,7 +203,10 @@ def test_resume_after_a_stop_between_a_moved_cut_and_its_first_step(
     uninterrupted: Any, tmp_path: Path, photos: Path, weights: Path
 ) -> None:
     """The signal comes while rows at the new cut are computed. No step has averaged the weights of the new stage."""
-    setup, environment = "three cuts, averaged weights", {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    setup, environment = (
+        "three cuts, averaged weights, BatchNorm, L2-SP, rates by depth",
+        {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
     at = {"reads": 90, "number": signal.SIGTERM}
     check_resumed(setup, tmp_path, photos, weights, at, uninterrupted(setup), 143, environment=environment)
 

@@ -205,9 +205,24 @@ def test_average_skips_the_steps_that_the_gradient_scaler_skips(weights: Path, p
     assert model.average is not None and model.average.updates == 6 - skipped
 
 
+def test_batch_norm_trains_in_stages_that_join_later(
+    fit: Fit, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = ["--model.schedule", "{0: head, 1: layer4}", "--trainer.max_epochs", "2"]
+    assert fit(*STORED, *schedule, "--model.batch_norm", "train") == 0
+    assert "model.batch_norm has no effect" not in " ".join(capsys.readouterr().out.split())
+    pretrained = load_backbone(BACKBONE, str(weights), 32).stages.state_dict()
+    trained = {name.removeprefix("backbone.stages."): value for name, value in read()["state_dict"].items()}
+    names = [name for name in trained if name.endswith("running_mean")]
+    assert names and not any(torch.equal(trained[name], pretrained[name]) for name in names)
+
+
 def test_random_weights_and_networks_without_batch_norm_are_reported(
     fit: Fit, here: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.warns(UserWarning, match="random weights"):
         assert fit("--model.weights", "null", "--model.trainable", "layer4") == 0
     assert "BatchNorm: the running statistics of random weights mean nothing" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="random weights"):
+        assert fit("--model.weights", "null", "--model.trainable", "layer4", "--model.adapter", "bias") == 0
+    assert "keeps them; use pretrained weights" in " ".join(capsys.readouterr().out.split())

@@ -39,6 +39,10 @@ FITS: dict[str, tuple[int, str]] = {
     "computed, not stored": (8, f"{LIVE} --trainer.max_epochs 1 --model.head project.models.heads.CosineHead"),
     "BatchNorm": (4, "--model.trainable layer4 --model.batch_norm train --model.ema 0.9 --trainer.max_epochs 1"),
     "average": (4, "--model.trainable layer4 --model.ema 0.9 --model.l2_sp 0.01"),
+    "low-rank updates, averaged": (
+        8,
+        "--model.trainable layer3 --model.adapter lora --model.ema 0.9 --model.interpolate auto --model.lr_decay 0.5",
+    ),
 }
 #: Fits that depend on the number of processes: mixup pairs images, and BatchNorm computes statistics, per process.
 DIFFERENT = ("mixup", "BatchNorm")
@@ -155,11 +159,12 @@ def test_fits_that_depend_on_the_number_of_processes_have_finite_metrics(name: s
         assert all(torch.tensor(values).isfinite())
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "average"])
+@pytest.mark.parametrize("name", ["BatchNorm", "average", "low-rank updates, averaged"])
 def test_averaged_weights_are_equal_on_all_ranks(name: str, results: Path) -> None:
     first, second = (json.loads((results / "2" / f"{name}-{rank}.json").read_text()) for rank in range(2))
     averages = {key: value for key, value in first.items() if key.startswith(("average/", "val_ema/"))}
-    assert any(key.endswith("running_mean") for key in averages) and "val_ema/accuracy" in averages
+    tensor = ".0.up" if name.startswith("low-rank") else "running_mean"
+    assert any(key.endswith(tensor) for key in averages) and "val_ema/accuracy" in averages
     assert averages == {key: second[key] for key in averages}
 
 
