@@ -30,7 +30,8 @@ from project.runtime.seeding import reseed, run_seed
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.8  # of the exponential moving average of the changes
 COMPLETE = 0.9  # of the largest decrease of the loss
-MIN_DESCENT = 0.01  # of the loss: a smaller one is no descent
+MIN_CHANGE = 0.01  # of the loss: a smaller change is noise
+MIN_LOSS = 0.1  # loss to which the smallest change is relative, if that of the initial weights is lower
 SAFETY = 10.0  # the rate is this factor below that of a rising loss, where the loss does not descend
 
 
@@ -90,10 +91,11 @@ def suggest(test: RangeTest) -> tuple[float, str]:
     """
     lowest = test.changes.min()
     end = int(np.flatnonzero(test.changes <= COMPLETE * lowest)[0]) if lowest < 0 else 0
-    if lowest < -MIN_DESCENT * test.start and end > 0:
+    noise = MIN_CHANGE * max(test.start, MIN_LOSS)
+    if lowest < -noise and end > 0:
         slopes = np.gradient(test.changes[: end + 1])
         return _two_digits(test.rates[slopes.argmin()]), "the loss decreases fastest at this rate"
-    rising = np.flatnonzero(test.changes > MIN_DESCENT * test.start)
+    rising = np.flatnonzero(test.changes > noise)
     limit = test.rates[rising[0] if len(rising) else -1]
     return _two_digits(limit / SAFETY), f"a tenth of {limit:.2g}, where the loss rises; it decreases at no rate"
 

@@ -101,3 +101,10 @@ def test_suggestion_at_an_optimum_is_a_tenth_of_the_rate_at_which_the_loss_rises
     changes = np.where(RATES > 0.0099, 1.0, 0.0) - 1e-4 * np.sin(np.arange(81))
     rate, reason = suggest(RangeTest(RATES, changes, 1.0))
     assert rate == pytest.approx(1e-3, rel=0.3) and "decreases at no rate" in reason
+
+
+def test_descent_of_a_loss_that_is_zero_already_does_not_count() -> None:
+    rates = np.logspace(-7, 1, 100)
+    changes = np.where(rates < 0.01, -1e-4, 0.5)
+    rate, reason = suggest(RangeTest(rates, changes, 2e-4))
+    assert rate == pytest.approx(0.001, rel=0.2) and "it decreases at no rate" in reason

@@ -35,9 +35,9 @@ from tests.benchmarks.measure import ROOT
 Section = Callable[[Scale, Path, Path, FigureFile], None]
 #: Function and time limit in seconds of each section; together less than eight minutes.
 SECTIONS = {
-    "extraction": ("extraction.extraction", 105),
+    "extraction": ("extraction.extraction", 100),
     "fit": ("stored_fit.stored_fit", 65),
-    "correctness": ("correctness.correctness", 120),
+    "correctness": ("correctness.correctness", 115),
     "finetune": ("finetune.finetune", 60),
     "inference": ("inference.inference", 20),
     "config": ("shipped_config.shipped_config", 55),
