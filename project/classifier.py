@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,8 +33,9 @@ from project.models.l2_sp import L2SP
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind, validate_features
-from project.models.schedules import Interval, frequency_of, validate_steps
-from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, count_of_epochs, scaled_rates
+from project.models.schedules import Interval, frequency_of
+from project.models.training_settings import validate_training_settings
+from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, plain_entries, scaled_rates
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
@@ -167,39 +167,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         for part in ("head", "optimizer", "scheduler"):  # plain types, so that checkpoints load with weights_only
             if self.hparams[part] is not None:
                 self.hparams[part] = ClassSpec.of(self.hparams[part]).as_dict()
-        if isinstance(schedule, dict):  # the command line writes the epochs as strings
-            self.hparams["schedule"] = {count_of_epochs(epoch): str(name) for epoch, name in schedule.items()}
-        elif schedule is not None:
-            self.hparams["schedule"] = [*map(str, schedule)]
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"model.label_smoothing must be in [0, 1), not {label_smoothing}.")
-        if not 0 < lr_decay <= 1:
-            raise ConfigError(f"model.lr_decay must be in (0, 1], not {lr_decay}.")
-        validate_steps(self.hparams)
-        if ema is not None and not 0 < ema < 1:
-            raise ConfigError(f"model.ema is a decay between 0 and 1, such as 0.999, not {ema}. Null disables it.")
-        if not 0 <= l2_sp < math.inf:
-            raise ConfigError(f"model.l2_sp must be at least 0, not {l2_sp}.")
-        if interpolate is True:
-            raise ConfigError("model.interpolate must be off or auto, not true.")
+        self.hparams["trainable"] = str(trainable)
         self.hparams["interpolate"] = interpolate or "off"  # YAML parses off as a boolean
+        self.hparams["schedule"] = plain_entries(schedule)
+        validate_training_settings(self.hparams)
         adapts = make_adapter(adapter, lora_rank, lora_targets)
-        if adapts is not None and batch_norm == "train":
-            raise ConfigError(
-                f"model.batch_norm train would change running statistics, which model.adapter {adapter} keeps.\n"
-                "Use --model.batch_norm frozen, or --model.adapter none."
-            )
-        if adapter == "lora" and l2_sp:
-            raise ConfigError(
-                "model.l2_sp pulls trained weights towards the pretrained ones, and model.adapter lora trains none of "
-                "them.\nRemove model.l2_sp, or use --model.adapter none."
-            )
 
         loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, weights, image_size)
-        self.hparams["trainable"] = str(trainable)
         self.cut = loaded.cut_at(str(trainable))
         #: Staged unfreezing; ``None`` if the cut stays where it is.
-        self.unfreezing = self._unfreezing(loaded)
+        self.unfreezing: UnfreezingSchedule | None = None
+        if self.hparams["schedule"] is not None:
+            self.unfreezing = UnfreezingSchedule.parse(self.hparams["schedule"], schedule_patience, loaded.cut_at)
         #: Warm-up of each stage that is trained later than the first ones.
         self.warm_ups: dict[str, WarmUp] = {}
         #: Whether the fit moves the cut, which :class:`project.trainer.Trainer` does.
@@ -252,35 +231,6 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
             self._set_classes(classes)
-
-    def _unfreezing(self, backbone: Backbone) -> UnfreezingSchedule | None:
-        """The schedule of the hyperparameters."""
-        hparams = self.hparams
-        entries, warmup = hparams["schedule"], hparams["schedule_warmup"]
-        if not 0 <= warmup < math.inf:
-            raise ConfigError(f"model.schedule_warmup must be at least 0 epochs, not {warmup}.")
-        if entries is None:
-            unused = {"patience": hparams["schedule_patience"] is not None, "warmup": warmup != WARMUP}
-            for name in (name for name, is_given in unused.items() if is_given):
-                raise ConfigError(f"model.schedule_{name} has no effect without model.schedule. Remove it.")
-            return None
-        if hparams["trainable"] != "head":
-            raise ConfigError(
-                f"model.schedule and model.trainable {hparams['trainable']} exclude each other. Remove one of them "
-                "(--model.trainable head, --model.schedule null)."
-            )
-        others = {"adapter": hparams["adapter"] != "none", "interpolate": hparams["interpolate"] != "off"}
-        for name in (name for name, is_given in others.items() if is_given):
-            raise ConfigError(
-                f"model.schedule and model.{name} {hparams[name]} exclude each other. Remove one of them, or set "
-                "model.trainable instead of model.schedule."
-            )
-        if ClassSpec.from_dict(hparams["optimizer"]).name == "LBFGS":
-            raise ConfigError(
-                "model.schedule: LBFGS keeps one history for all parameters, so stages cannot join later. Use another "
-                "optimizer."
-            )
-        return UnfreezingSchedule.parse(entries, hparams["schedule_patience"], backbone.cut_at)
 
     def _set_classes(self, classes: Sequence[str]) -> None:
         """Create the parts that depend on the classes: head, loss weights, metrics."""

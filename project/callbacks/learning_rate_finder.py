@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from project.callbacks.exact_resume import restore_rng_state, rng_state
-from project.checkpoints.restore import construct_optimizer
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError
+from project.models.optimizers import construct_optimizer
 from project.models.schedules import RATES
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write

@@ -27,13 +27,13 @@ from project.checkpoints.resume_checks import copy_groups, refuse_interpolated, 
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.checkpoints.undivided import divided_tensors, frozen_stages, require_divided
 from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
-from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
 from project.models.backbone import Backbone, stage_prefix
 from project.models.cut import Cut
 from project.models.heads import ResizableHead
-from project.models.parameter_groups import ALL, arrange_groups, stage_groups
-from project.models.schedules import Interval, for_groups, frequency_of, interval_of, with_length
+from project.models.optimizers import construct_optimizer
+from project.models.parameter_groups import stage_groups
+from project.models.schedules import Interval, frequency_of, interval_of, with_length
 from project.models.unfreezing import UnfreezingSchedule, entry_name
 from project.models.weight_average import WeightAverage
 from project.runtime.lightning_internals import attached_trainer, loop_state
@@ -45,48 +45,6 @@ if TYPE_CHECKING:
     Module = pl.LightningModule
 else:
     Module = object
-
-
-def construct_optimizer(
-    hparams: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> tuple[Optimizer, LRScheduler | None]:
-    """Construct the optimizer and the scheduler from hyperparameters.
-
-    Args:
-        hparams: With ``optimizer`` and ``scheduler``, each as ``{"class_path": ..., "init_args": {...}}``; the
-            scheduler may be ``None``. Optionally with ``lr_decay``.
-        groups: The parameters to optimize, see :func:`project.models.parameter_groups.stage_groups`.
-
-    Raises:
-        ConfigError: A class does not accept its arguments, or the optimizer cannot work here.
-    """
-    spec = ClassSpec.from_dict(hparams["optimizer"])
-    lr_decay: float = hparams.get("lr_decay", 1.0)  # earlier versions had none
-    if spec.name == "SparseAdam":
-        raise ConfigError("model.optimizer: SparseAdam needs sparse gradients, and these are dense. Use Adam.")
-    if spec.name == "LBFGS":  # it accepts a single group
-        if lr_decay != 1:
-            raise ConfigError("model.lr_decay: LBFGS has one learning rate. Use another optimizer, or lr_decay 1.")
-        groups = [{"name": ALL, "params": [parameter for group in groups for parameter in group["params"]]}]
-    copies = [{"name": group["name"], "params": group["params"]} for group in groups]  # the optimizer adds settings
-    optimizer = spec.construct("model.optimizer", Optimizer, copies)
-    _refuse_capturable(optimizer)
-    depths = arrange_groups(optimizer, groups, lr_decay)
-    if hparams["scheduler"] is None:
-        return optimizer, None
-    schedule = for_groups(ClassSpec.from_dict(hparams["scheduler"]), depths, lr_decay)
-    return optimizer, schedule.construct("model.scheduler", LRScheduler, optimizer)
-
-
-def _refuse_capturable(optimizer: Optimizer) -> None:
-    """Refuse ``capturable`` on devices without CUDA graphs: torch raises an AssertionError in the first step."""
-    for group in optimizer.param_groups:
-        devices = {parameter.device.type for parameter in group["params"]}
-        if group.get("capturable") and not group.get("fused") and devices & {"cpu", "mps"}:
-            raise ConfigError(
-                f"model.optimizer: {type(optimizer).__name__} with capturable true needs a GPU.\n"
-                "Set --model.optimizer.capturable false, or train on a GPU."
-            )
 
 
 class CheckpointMixin(Module):

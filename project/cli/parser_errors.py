@@ -61,6 +61,8 @@ IMPORT_DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied
 URL = re.compile(
     r"(?:config|exist|import path\S*|accessible|format:?|class|path):? ['\"]?(?P<url>\w[\w.+:]*://[^\s'\"]*)"
 )
+#: The key of an invalid value.
+PARSER_KEY = re.compile(r"Parser key \"(?P<key>[\w.]+)\":")
 #: A class name that does not exist.
 UNKNOWN_CLASS = re.compile(
     r"Parser key \"(?P<key>[\w.]+)\".*?"
@@ -74,6 +76,20 @@ MISSING_ARGUMENTS = re.compile(
 #: The class without its arguments, where the parser names it.
 INCOMPLETE_CLASS = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+the following arguments are required")
 GIVEN_VALUE = re.compile(r"\n *Given value: (.*)")
+#: A value of a wrong type.
+WRONG_TYPE = re.compile(
+    r"^ *(?:- )?Expected an? (?:<class ')?(?P<type>\w+)(?:'>)?(?:\. Got value: (?P<value>.*))?$", re.MULTILINE
+)
+#: Plain words for the types of values.
+TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list such as [a, b]",
+    "dict": "a mapping such as {a: b}",
+    "NoneType": "null",
+}
 #: Errors of union members that the user did not mean.
 OTHER_MEMBERS = re.compile(
     r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w"
@@ -118,9 +134,23 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
         return _unknown_key(unknown, parser)
     if missing := MISSING_ARGUMENTS.search(message):
         return _missing_arguments(missing, message)
+    if wrong_type := _wrong_type(message):
+        return wrong_type
     plain = _plain_text(message)
     unknown_class = UNKNOWN_CLASS.search(message) if "there is no class" in plain else None
     return _unknown_class(unknown_class["key"], unknown_class["path"], parser) if unknown_class else ConfigError(plain)
+
+
+def _wrong_type(message: str) -> ConfigError | None:
+    """Explain a value of a wrong type; ``None`` if the message has other errors."""
+    key, matches = PARSER_KEY.search(message), [*WRONG_TYPE.finditer(message)]
+    known = [match["type"] for match in matches if match["type"] in TYPES]
+    others = len(re.findall(r"^ *- ", message, re.MULTILINE)) - len(matches)
+    if key is None or not known or len(known) < len(matches) or others > 0:
+        return None
+    value = _given_value(message) or matches[-1]["value"]
+    types = " or ".join(dict.fromkeys(TYPES[name] for name in known))
+    return ConfigError(f"{key['key']}: expected {types}{f', not {value}' if value else ''}.")
 
 
 def explain_instantiation(error: Exception) -> ConfigError:

@@ -90,6 +90,5 @@ class Gain(NamedTuple):
             return f"none: no epoch is better on {images}"
         points, low, high = (f"{round(value, 1) + 0.0:+.1f}" for value in (self.points, self.low, self.high))
         text = f"{points} points (95 % interval {low} to {high}, paired on {images})"
-        if self.low <= 0 <= self.high:
-            return f"{text}, so the two cannot be told apart, although these images chose the epoch"
-        return f"{text}, optimistic because these images chose the epoch"
+        doubt = ", not significant" if self.low <= 0 <= self.high else ""
+        return f"{text}{doubt}; optimistic, because the epoch is chosen on these images"

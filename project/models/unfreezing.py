@@ -112,12 +112,20 @@ class UnfreezingSchedule:
         return ", ".join([names[0], *(f"{name} after {count_epochs(first)}" for name, first in later)])
 
 
-def count_of_epochs(value: object) -> int:
-    """A number of epochs in a schedule, which may be written as a string.
+def plain_entries(
+    entries: Mapping[int | str, str | int] | Sequence[str | int] | None,
+) -> dict[int, str] | list[str] | None:
+    """The entries of a schedule in plain types. The command line writes epochs as strings.
 
     Raises:
-        ConfigError: It is not an integer.
+        ConfigError: A number of epochs is not an integer.
     """
+    if isinstance(entries, Mapping):
+        return {_epochs(epoch): str(name) for epoch, name in entries.items()}
+    return None if entries is None else [*map(str, entries)]
+
+
+def _epochs(value: object) -> int:
     if type(value) is not int and not (isinstance(value, str) and value.removeprefix("-").isdecimal()):
         raise ConfigError(
             f"model.schedule: {value} is not a number of epochs. Use integers, as in {{0: head, 3: layer4}}."

@@ -1,4 +1,4 @@
-"""Table of the fits of a series: what each measured, and which figures the validation images chose."""
+"""Table of the fits of a series: what each measured, and which figures are chosen on the validation images."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from project.checkpoints.restore import construct_optimizer
 from project.checkpoints.resume_checks import copy_groups, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
 from project.errors import CheckpointError, ConfigError
+from project.models.optimizers import construct_optimizer
 from project.models.schedules import Interval
 
 Spec = tuple[str, dict[str, Any]]

@@ -23,7 +23,7 @@ from tests.conftest import SMALL, STORED
         (["--space.head", "[nope]"], "error: space.head: there is no class nope."),
         (["--space.head", "[MLPHead, LinaerHead]"], "there is no class LinaerHead. Did you mean 'LinearHead'"),
         (["--space.head", "[{class_path: MLPHaed}]"], "there is no class MLPHaed. Did you mean 'MLPHead'"),
-        (["--space.head", "MLPHead"], "space.head: expected list"),
+        (["--space.head", "MLPHead"], "space.head: expected a list such as [a, b], not MLPHead."),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -58,12 +58,14 @@ def results(correct: np.ndarray, split: str = "a") -> CorrectImages:
 def test_the_gain_as_text() -> None:
     best, initial = pair(36, 12, 2, 0)
     assert str(Gain.between(results(best), results(initial))) == (
-        "+20.0 points (95 % interval +5.7 to +34.0, paired on 50 images), optimistic because these images chose the "
-        "epoch"
+        "+20.0 points (95 % interval +5.7 to +34.0, paired on 50 images); optimistic, because the epoch is chosen on "
+        "these images"
     )
     best, initial = pair(5, 3, 1, 1)
     text = str(Gain.between(results(best), results(initial)))
-    assert text.startswith("+20.0 points (95 % interval -18.7 to +52.1, paired on 10 images), so the two cannot be")
+    assert text.startswith(
+        "+20.0 points (95 % interval -18.7 to +52.1, paired on 10 images), not significant; optimistic"
+    )
     assert str(Gain.between(results(best), results(best), True)) == "none: no epoch is better on 10 images"
     one = np.ones(1, bool)
     assert "paired on 1 image)" in str(Gain.between(results(one), results(~one)))

@@ -180,7 +180,22 @@ USER_ERRORS: dict[str, tuple[MakeFlags, tuple[str, ...]]] = {
     ),
     "no steps": (_flags("--trainer.max_steps", "0"), ("trainer.max_steps is 0, so fit would do nothing",)),
     "traceback requested in a config": (_config("debug: true"), ("debug has no effect in a config", "--debug")),
-    "value of another type": (_flags("--data.batch_size", "many"), ("data.batch_size", "expected int", "many")),
+    "value of another type": (
+        _flags("--data.batch_size", "many"),
+        ("data.batch_size: expected an integer, not many.",),
+    ),
+    "truth value in the place of a number": (
+        _flags("--model.ema", "true"),
+        ("model.ema: expected a number or null, not true.",),
+    ),
+    "text in the place of a list": (
+        _flags("--model.lora_targets", "qkv"),
+        ("model.lora_targets: expected a list such as [a, b] or null, not qkv.",),
+    ),
+    "mapping without a space": (
+        _flags("--model.schedule", "{0:head,3:layer4}"),
+        ("model.schedule: expected a mapping such as {a: b} or a list such as [a, b] or null, not {0:head,3:layer4}.",),
+    ),
     "value that is not a choice": (_flags("--data.augment", "wild"), ("data.augment", "standard")),
     "ambiguous class name": (_flags("--model.scheduler", "ReduceLROnPlateau"), ("give the whole path",)),
     "scheduler without its argument": (_flags("--model.scheduler", "StepLR"), ("model.scheduler", "step_size")),

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from project.checkpoints.restore import construct_optimizer
 from project.errors import ModelError
 from project.models.head_population import HeadPopulation
 from project.models.heads import CosineHead, LinearHead, MLPHead
+from project.models.optimizers import construct_optimizer
 from project.models.parameter_groups import stage_groups
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from project.checkpoints.restore import construct_optimizer
 from project.errors import ConfigError
 from project.models.heads import CosineHead, LinearHead, MLPHead
+from project.models.optimizers import construct_optimizer
 from project.models.parameter_groups import stage_groups
 
 

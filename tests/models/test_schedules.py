@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from project.checkpoints.restore import construct_optimizer
 from project.errors import ConfigError
+from project.models.optimizers import construct_optimizer
 from project.models.schedules import WarmupCosine
 
 #: Two stages and the head, each with a decayed and another parameter.
