@@ -265,6 +265,8 @@ def learning_rates(rates: np.ndarray, changes: np.ndarray, chosen: float) -> Fig
     axes.plot(rates, changes, color="#0f7ab8")
     axes.axvline(chosen, color="#d98a00", linewidth=1, linestyle="--", label=f"chosen: {chosen:g}")
     axes.set_xscale("log")
+    depth = max(-float(changes.min()), 0.01)
+    axes.set_ylim(-1.5 * depth, 3 * depth)  # the rise after the descent is many times higher
     axes.set(xlabel="learning rate", ylabel="change of the training loss")
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
