@@ -54,7 +54,8 @@ def validate_config(verb: str, config: Namespace) -> None:
         )
     if trainer["sync_batchnorm"] and model["backbone"].startswith("timm/"):
         raise ConfigError("trainer.sync_batchnorm would remove the activations in timm's BatchNorm. Remove it.")
-    if trainer["sync_batchnorm"] and verb == "fit" and model["trainable"] != "head" and model["batch_norm"] == "frozen":
+    trains_stages = model["trainable"] != "head" or model["schedule"] is not None
+    if trainer["sync_batchnorm"] and verb == "fit" and trains_stages and model["batch_norm"] == "frozen":
         raise ConfigError(
             "trainer.sync_batchnorm has no effect, because BatchNorm does not train. Add --model.batch_norm train, or "
             "remove it."

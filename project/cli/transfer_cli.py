@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,6 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo
 from project.inference.many_tasks import ManyTasks
-from project.models.unfreezing import WARMUP
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
@@ -51,6 +51,11 @@ from project.trainer import Trainer
 
 PROGRAM = "python -m project"
 USAGE = f"{PROGRAM} VERB [-c config.yaml] [--allow_imports PACKAGE] [flags]"
+#: Settings of the model that say what is trained of the backbone.
+SETTINGS_OF_CUT = (
+    *("trainable", "lr_decay", "adapter", "lora_rank", "lora_targets"),
+    *("schedule", "schedule_patience", "schedule_warmup"),
+)
 #: Flags of fit that its config.yaml does not contain, as they do not belong to a single fit.
 FLAGS_ONLY = ("folds", "seeds", "lr_find", "debug")
 DESCRIPTIONS = {
@@ -177,10 +182,9 @@ class TransferCLI(CheckpointCLI):
             validate_sweep(config)
         if verb == "check":
             # Suspects are found with features of the whole backbone, and nothing is trained.
-            whole = {"trainable": "head", "lr_decay": 1.0, "adapter": "none", "lora_rank": None, "lora_targets": None}
-            whole |= {"schedule": None, "schedule_patience": None, "schedule_warmup": WARMUP}
-            for key, value in whole.items():
-                config.model[key] = value
+            arguments = inspect.signature(ImageClassifier).parameters
+            for name in SETTINGS_OF_CUT:
+                config.model[name] = arguments[name].default
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
 
