@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from project.callbacks.exact_resume import restore_rng_state, rng_state
 from project.checkpoints.restore import construct_optimizer
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
@@ -25,7 +24,7 @@ from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import add_image
-from project.runtime.seeding import reseed, run_seed
+from project.runtime.seeding import reseed, restore_rng_state, rng_state, run_seed
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.8  # of the exponential moving average of the changes
@@ -130,7 +129,7 @@ def _trained(module: ImageClassifier) -> list[nn.Module]:
 @contextmanager
 def _restored(module: ImageClassifier) -> Iterator[None]:
     """Restore the trained part, its gradients and the random numbers on exit."""
-    chance = rng_state()
+    random_state = rng_state()
     tensors = [tensor for part in _trained(module) for tensor in (*part.parameters(), *part.buffers())]
     copies = [tensor.detach().clone() for tensor in tensors]
     mode = module.training
@@ -143,7 +142,7 @@ def _restored(module: ImageClassifier) -> Iterator[None]:
                 tensor.copy_(copy)
         module.zero_grad()
         module.train(mode)
-        restore_rng_state(chance)
+        restore_rng_state(random_state)
 
 
 def _range_test(trainer: pl.Trainer, module: ImageClassifier) -> RangeTest:
