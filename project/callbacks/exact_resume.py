@@ -78,8 +78,7 @@ class ExactResume(Callback):
         """Check that the fit can be resumed with the current settings, and correct the EarlyStopping states."""
         with _report_damage():
             saved, current, described = state["batches_of"], _batch_settings(trainer), _describe(state["batches_of"])
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        if lightning_internals.find_callback(trainer, GradientAccumulationScheduler):
             current["accumulated"] = saved["accumulated"]
             # The scheduler sets it only when an epoch starts.
             self._accumulation = saved["accumulated"] if state["within"] else None
