@@ -1,4 +1,4 @@
-"""A head that is fitted to the features of training images has the parameters of the solver."""
+"""Heads are fitted to the features of training images: the parameters are those of the solver."""
 
 import pytest
 import torch
