@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from project.classifier import ImageClassifier, StepOutput
-from project.data.datamodule import ImageDataModule
 from project.evaluation.cka import linear_cka
+from project.evaluation.validation_data import validation_module
 from project.features.row_loader import RowBatch, RowLoader
 from project.models.pretrained import pretrained_stages
-from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 from project.runtime.seeding import run_seed
@@ -62,7 +61,7 @@ class Drift(pl.Callback):
         self._pretrained, self._is_active = stages, True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._is_active and not isinstance(lightning_internals.validation_data(trainer), ImageDataModule):
+        if self._is_active and validation_module(trainer) is None:
             print_rank_zero("Drift: not measured, because the validation images do not come from an ImageDataModule")
             self._reset()
         for stage in self._pretrained.values():
@@ -145,7 +144,8 @@ def _concatenate(per_rank: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 def _sample(trainer: pl.Trainer) -> torch.Tensor:
     """Whether each validated image of the split is in the sample, bool ``(N,)``. It depends only on the seed and N."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = validation_module(trainer)
+    assert data is not None  # see on_fit_start
     rows = data.loaders["val"].rows
     size = rows.batch_size if isinstance(rows, RowLoader) else data.batch_size
     count = min(len(data.splits["val"]), int(sum(trainer.num_val_batches)) * size * trainer.world_size)

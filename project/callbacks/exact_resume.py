@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from project.callbacks import early_stopping_resume
@@ -21,7 +18,7 @@ from project.errors import CheckpointError, ConfigError, abbreviate, damaged_che
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
-from project.runtime.seeding import reseed, run_seed
+from project.runtime.seeding import reseed, restore_rng_state, rng_state, run_seed
 
 KEY = "resume"
 
@@ -81,8 +78,7 @@ class ExactResume(Callback):
         """Check that the fit can be resumed with the current settings, and correct the EarlyStopping states."""
         with _report_damage():
             saved, current, described = state["batches_of"], _batch_settings(trainer), _describe(state["batches_of"])
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        if lightning_internals.find_callback(trainer, GradientAccumulationScheduler):
             current["accumulated"] = saved["accumulated"]
             # The scheduler sets it only when an epoch starts.
             self._accumulation = saved["accumulated"] if state["within"] else None
@@ -182,26 +178,3 @@ def _monitored_values(trainer: pl.Trainer) -> dict[str, float]:
     names = [str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
     names += [callback.monitor for callback in early_stopping_resume.early_stopping_callbacks(trainer)]
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-
-
-def rng_state() -> dict[str, Any]:
-    """RNG states of torch, CUDA, ``random`` and NumPy in this process, in plain types."""
-    version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "random": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore the RNG states from :func:`rng_state`."""
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
-    version, words, gauss = state["random"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -125,8 +125,9 @@ class FeatureCache(pl.Callback):
     def _validate_later_cuts(self, trainer: pl.Trainer, module: ImageClassifier) -> None:
         """Check before training that the rows of each cut of a schedule can be stored."""
         data: Any = getattr(trainer, "datamodule", None)
-        cuts = () if module.unfreezing is None else module.unfreezing.cuts
-        for cut in cuts if self._obstacle(trainer, module, data) is None else ():
+        if module.unfreezing is None or self._obstacle(trainer, module, data) is not None:
+            return
+        for cut in module.unfreezing.cuts:
             if len(cut.frozen) >= len(module.cut.frozen):
                 continue
             name = f"model.schedule {entry_name(cut)}"
@@ -146,8 +147,10 @@ class FeatureCache(pl.Callback):
         return (self._views or min(VIEWS, epochs)) if data.augment != "none" else 1
 
     def _live_cost(self, module: pl.LightningModule, data: Any) -> str:
-        """What live computation after a move costs; empty if the cut does not move or there is nothing to compute."""
-        if not (isinstance(module, ImageClassifier) and module.unfreezing and module.cut.frozen):
+        """The estimated time of the frozen stages per epoch, for a fit whose cut moves; empty if it is unknown."""
+        if not isinstance(module, ImageClassifier) or not isinstance(data, ImageDataModule):
+            return ""
+        if module.unfreezing is None or not module.cut.frozen:
             return ""
         size = module.backbone.preprocessing.crop
         images = torch.zeros(min(data.batch_size, 16), 3, size, size, dtype=torch.uint8, device=module.device)

@@ -118,7 +118,7 @@ class Interpolation(pl.Callback):
         if not self._is_active:
             return
         assert isinstance(pl_module, ImageClassifier)
-        best = _best_checkpoint(trainer)
+        best = lightning_internals.find_callback(trainer, BestCheckpoint)
         assert best is not None  # see _refuse_without_effect
         if not best.best_model_path or not trainer.global_step:
             print_rank_zero("Interpolation: none, because the fit has ended before its first validation or step")
@@ -197,19 +197,16 @@ def interpolate(start: Tensors, end: Tensors, alpha: float) -> dict[str, torch.T
 
 def _refuse_without_effect(trainer: pl.Trainer, module: ImageClassifier) -> None:
     """Raise if the fit cannot interpolate."""
+    best = lightning_internals.find_callback(trainer, BestCheckpoint)
     reasons = {
         "only the head is trained. Set --model.trainable, such as layer4": not module.cut.trainable,
         "this fit has no validation (trainer.limit_val_batches=0) to choose by. Add it": not trainer.enable_validation,
         "nothing is trained (trainer.max_epochs=0). Increase it": trainer.max_epochs == 0,
-        "this fit writes no best.ckpt. Set --trainer.enable_checkpointing true": _best_checkpoint(trainer) is None,
+        "this fit writes no best.ckpt. Set --trainer.enable_checkpointing true": best is None,
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
     if reason is not None:
         raise ConfigError(f"model.interpolate auto has no effect, because {reason}, or remove model.interpolate.")
-
-
-def _best_checkpoint(trainer: pl.Trainer) -> BestCheckpoint | None:
-    return next((item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)), None)
 
 
 def _read_trained_part(path: str) -> Tensors:
@@ -233,8 +230,7 @@ def _evaluate(
 ) -> EvaluationSummary:
     """Validate the current weights, without logs. Collective: all ranks must call it."""
     metrics = EpochMetrics("val", module.task, module.classes)
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    drift = next((item for item in callbacks if isinstance(item, Drift)), None)
+    drift = lightning_internals.find_callback(trainer, Drift)
 
     def update(batch: Any, output: StepOutput) -> None:
         metrics.update(output.loss, output.probabilities, output.labels)
@@ -279,7 +275,7 @@ def _print_cost(trainer: pl.Trainer, module: ImageClassifier, seconds: float) ->
 def _report(trainer: pl.Trainer, curve: Curve) -> None:
     """Print the choice, and log the curve as a table."""
     accuracies = [evaluation.metrics["val/accuracy"] for evaluation in curve.evaluations]
-    best = _best_checkpoint(trainer)
+    best = lightning_internals.find_callback(trainer, BestCheckpoint)
     is_kept = best is not None and best.evaluation is curve.chosen
     print_rank_zero(
         f"Interpolation: alpha {curve.chosen.interpolated} between the start (0) and {curve.end} (1) has the best "

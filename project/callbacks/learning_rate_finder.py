@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import nn
 
-from project.callbacks.exact_resume import restore_rng_state, rng_state
 from project.classifier import ImageClassifier
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError
@@ -25,7 +23,7 @@ from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import add_image
-from project.runtime.seeding import reseed, run_seed
+from project.runtime.seeding import reseed, restore_rng_state, rng_state, run_seed
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.8  # of the exponential moving average of the changes
@@ -39,8 +37,9 @@ class RangeTest(NamedTuple):
     """Curve of a range test.
 
     Attributes:
-        rates: Learning rates, increasing ``(N,)``.
-        changes: For each of them, the loss of its batch minus the loss of the initial weights on it, smoothed ``(N,)``.
+        rates: Learning rates, increasing, float64 ``(N,)``.
+        changes: For each of them, the loss of a batch minus the loss of the initial weights on the same batch,
+            smoothed, float64 ``(N,)``.
         start: Mean loss of the initial weights.
     """
 
@@ -52,10 +51,10 @@ class RangeTest(NamedTuple):
 class LearningRateFinder(pl.Callback):
     """Finds the learning rate of a fit by a range test (Smith, arXiv:1506.01186), and uses it.
 
-    Before the first step, the rate increases exponentially over the training batches, on a copy of the trained part. It
-    is compared with the initial weights on the same batch, because the losses of different batches differ more than
-    those of a solved head and a slightly changed one. The fit is afterwards identical to one with this rate in
-    ``model.optimizer.lr``. A resumed fit keeps the rate of its checkpoint.
+    Before the first step, the trained part is trained on training batches while the rate increases exponentially, and
+    is then restored. Its loss is compared with that of the initial weights on the same batch, because the losses of
+    different batches differ more than those of a solved head and a slightly changed one. The fit is afterwards
+    identical to one with this rate in ``model.optimizer.lr``. A resumed fit keeps the rate of its checkpoint.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,11 +82,17 @@ class LearningRateFinder(pl.Callback):
 
 
 def suggest(test: RangeTest) -> tuple[float, str]:
-    """Choose a rate, with two digits, and describe why.
+    """Choose a rate with two significant digits.
 
-    It is the rate of the steepest descent, as in Lightning, before most of the descent is complete: after it, the
-    differences between batches remain. Where the loss does not descend, as the initial weights are an optimum, it is a
-    tenth of the rate at which the loss rises.
+    It is the rate of the steepest descent, as in Lightning, before most of the descent is complete: after that, the
+    curve shows mainly the differences between batches. If the loss does not decrease, because the initial weights are
+    at an optimum, it is a tenth of the rate at which the loss rises.
+
+    Args:
+        test: The curve.
+
+    Returns:
+        The rate, and why it was chosen, as a clause.
     """
     lowest = test.changes.min()
     end = int(np.flatnonzero(test.changes <= COMPLETE * lowest)[0]) if lowest < 0 else 0
@@ -123,15 +128,12 @@ def _require_effect(trainer: pl.Trainer, module: ImageClassifier, optimizer: Cla
         )
 
 
-def _trained(module: ImageClassifier) -> list[nn.Module]:
-    return [*(module.backbone.stages[name] for name in module.cut.trainable), module.head]
-
-
 @contextmanager
 def _restored(module: ImageClassifier) -> Iterator[None]:
     """Restore the trained part, its gradients and the random numbers on exit."""
-    chance = rng_state()
-    tensors = [tensor for part in _trained(module) for tensor in (*part.parameters(), *part.buffers())]
+    random_state = rng_state()
+    trained = [*(module.backbone.stages[name] for name in module.cut.trainable), module.head]
+    tensors = [tensor for part in trained for tensor in (*part.parameters(), *part.buffers())]
     copies = [tensor.detach().clone() for tensor in tensors]
     mode = module.training
     try:
@@ -143,7 +145,7 @@ def _restored(module: ImageClassifier) -> Iterator[None]:
                 tensor.copy_(copy)
         module.zero_grad()
         module.train(mode)
-        restore_rng_state(chance)
+        restore_rng_state(random_state)
 
 
 def _range_test(trainer: pl.Trainer, module: ImageClassifier) -> RangeTest:
@@ -173,15 +175,15 @@ def _range_test(trainer: pl.Trainer, module: ImageClassifier) -> RangeTest:
         module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         optimizer.step()
     if len(rates) < 2:
-        raise ConfigError("--lr_find: the loss is not finite at any rate. Set --model.optimizer.lr instead.")
-    # The change of a step follows from the rates before it.
+        raise ConfigError("--lr_find: the loss diverges at the lowest rates already. Set --model.optimizer.lr instead.")
+    # A loss is computed before the step with its rate, so it shows the effect of the previous rate.
     return RangeTest(np.array(rates[:-1]), np.array(changes[1:]), float(np.mean(losses)))
 
 
 def _batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Training batches on the device, epoch after epoch; all in the order of the first epoch."""
+    """Training batches on the device, without end; those of an ImageDataModule repeat the first epoch."""
     while True:
-        for batch in trainer.datamodule.loaders["train"]:  # type: ignore[attr-defined]
+        for batch in lightning_internals.training_loader(trainer):
             yield trainer.strategy.batch_to_device(batch)
 
 
@@ -193,7 +195,7 @@ def _loss(trainer: pl.Trainer, module: ImageClassifier, batch: Any, step: int) -
 
 @contextmanager
 def _swapped(groups: Sequence[Any], values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Give the parameters other values."""
+    """Context in which the parameters have other values."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     own = [parameter.data for parameter in parameters]
     try:
@@ -207,7 +209,7 @@ def _swapped(groups: Sequence[Any], values: Sequence[torch.Tensor]) -> Iterator[
 
 def _report(trainer: pl.Trainer, test: RangeTest, rate: float) -> None:
     """Log the curve as a figure, and write it to the run folder."""
-    if not trainer.loggers and trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if not trainer.loggers and trainer.fast_dev_run:  # type: ignore[attr-defined]  # there is no run folder
         return
     from project.evaluation import plots
 

@@ -12,12 +12,12 @@ import torch
 from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
-from project.data.datamodule import ImageDataModule
 from project.errors import CheckpointError
 from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.evaluation.gain import CorrectImages, Gain
 from project.evaluation.summary import EvaluationSummary
+from project.evaluation.validation_data import validation_module
 from project.runtime import lightning_internals
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
@@ -54,7 +54,7 @@ class _EpochCheckpoint(lightning_internals.ModelCheckpointOfCandidates):
 class BestCheckpoint(_EpochCheckpoint):
     """Writes ``best.ckpt`` at the epoch with the best validation accuracy, including epochs before a resume.
 
-    If a validation also evaluates averaged weights, the better of the two are the weights of the checkpoint.
+    If a validation also evaluates averaged weights, the checkpoint has the better of the two.
 
     Attributes:
         evaluation: Validation results of that epoch; ``None`` if they are unknown.
@@ -93,7 +93,7 @@ class BestCheckpoint(_EpochCheckpoint):
 
     @property
     def gain(self) -> Gain | None:
-        """What the best epoch has gained over the initial head; ``None`` if unknown, or if there is no epoch yet."""
+        """Gain in accuracy of the best epoch over the initial head; ``None`` if unknown, or without an epoch."""
         if self.evaluation is None or self.validations < 2:
             return None
         if self._correct and self.initial and self._correct.split != self.initial.split:  # no epoch to compare
@@ -212,9 +212,9 @@ def correct_images(trainer: pl.Trainer, metrics: EpochMetrics) -> CorrectImages 
         trainer: The trainer of the fit.
         metrics: Metrics of a whole validation.
     """
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, ImageDataModule) or lightning_internals.validation_data(trainer) is not data:
-        return None  # their images may have another order in each epoch
+    data = validation_module(trainer)
+    if data is None:  # the images may have another order in each epoch
+        return None
     return CorrectImages.gather(metrics.predictions, data.validation_fingerprint)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
+from project.evaluation.candidates import STAGES
 from project.runtime import lightning_internals
 from project.runtime.console import Bar, EtaEstimator, format_duration, is_terminal, print_rank_zero
 
 MAX_LINES = 40  # of a fit with a known number of epochs; longer fits print only every n-th epoch
 GROWTH = 1.2  # ratio of the epochs of successive lines, if the number of epochs is unknown
-VALIDATED = ("val/", "val_ema/")  # prefixes of validation metrics
+VALIDATED = tuple(f"{stage}/" for stage in STAGES.values())  # prefixes of validation metrics
 
 
 class FitProgressBar(ProgressBar):

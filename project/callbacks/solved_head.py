@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
@@ -18,46 +17,16 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.features.computed_features import ComputedFeatures, compute_features
 from project.features.feature_reader import FeatureReader
+from project.features.head_fitting import call_fit, solve_linear_head
 from project.features.provider import row_memory_budget
 from project.features.row_loader import RowLoader
-from project.models.head_bank import TrainingRows
-from project.models.head_solver import COPIES, FOLDS, HeadSolution, solve_head, solver_device, standard_error
+from project.models.head_solver import COPIES, FOLDS, HeadSolution, solver_device, standard_error
 from project.models.heads import FittedHead
 from project.models.lbfgs import HISTORY
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, progress_counter
 from project.runtime.distributed import ProcessGroup
 from project.runtime.logger_adapters import log_text
-
-#: Images x classes x features that cross-validation takes at most: with more, a sample of the images chooses.
-MAX_WORK = {"cpu": 2**31, "cuda": 2**36}
-MIN_SAMPLE = 1000  # images
-
-
-class Choice(NamedTuple):
-    """How the penalty of a solved head was chosen.
-
-    Attributes:
-        penalty: L2 penalty.
-        folds: Number of cross-validation folds; 0 if nothing could be held out, so that the penalty is fixed.
-        sample: Number of images that were used; 0 for all training images.
-    """
-
-    penalty: float
-    folds: int
-    sample: int
-
-    def __str__(self) -> str:
-        if not self.folds:
-            return (
-                f"logistic regression with L2 penalty {self.penalty:.3g}, fixed, because no class has two images to "
-                "cross-validate with (near-duplicates and images of one group count as one)"
-            )
-        sample = f" on a sample of {self.sample:,} images" if self.sample else ""
-        return (
-            f"logistic regression with L2 penalty {self.penalty:.3g}, chosen by {self.folds}-fold "
-            f"cross-validation{sample}"
-        )
 
 
 class SolvedHead(pl.Callback):
@@ -115,12 +84,21 @@ class SolvedHead(pl.Callback):
         with _feature_reader(trainer, module, data) as reader:
             start = time.perf_counter()  # computing the features is logged on its own
             if isinstance(module.head, FittedHead):
-                _fit(module.head, reader)
+                call_fit(module.head, reader)
                 rows = f"{len(reader):,} rows of {len(data.splits['train']):,} training images"
                 self.method = f"{type(module.head).__name__} computed from {rows}"
                 print_rank_zero(f"Head: computed in {time.perf_counter() - start:.1f} s from {rows}")
             else:
-                solution, choice = _solve(trainer, module, data, reader)
+                assert isinstance(module.head, nn.Linear)
+                solution, choice = solve_linear_head(
+                    module.head,
+                    reader,
+                    _folds(data),
+                    module.task,
+                    _target_weights(module, data, reader),
+                    _budget(trainer, data)[1],
+                    module.hparams["head_init"] == "solved_1se",
+                )
                 self.method = f"solved by {choice}"
                 seconds, count = time.perf_counter() - start, len(data.splits["train"])
                 print_rank_zero(f"Head: solved in {seconds:.1f} s on {count:,} training images: {choice}")
@@ -281,18 +259,6 @@ def _folds(data: ImageDataModule) -> torch.Tensor:
     return folds
 
 
-def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(tensor)
-    return tensor
-
-
-def _from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of rank zero: ranks may have different processors, which round differently."""
-    if ProcessGroup().size > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
-
-
 @contextmanager
 def _feature_reader(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule) -> Iterator[FeatureReader]:
     stored, was_training, device = data.loaders["train"].rows, module.training, trainer.strategy.root_device
@@ -336,73 +302,19 @@ def _compute_features(trainer: pl.Trainer, module: ImageClassifier, data: ImageD
     return ComputedFeatures(features, data.training_labels, part.start)
 
 
-def _fit(head: nn.Module, reader: FeatureReader) -> None:
-    """Let a head compute itself. Each rank reads all rows; processors may round differently."""
-    assert isinstance(head, FittedHead)
-    with ProcessGroup().propagate_errors():
-        head.fit(reader)
-    for tensor in head.state_dict().values():
-        _from_rank_zero(tensor)
-
-
-def _solve(
-    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, reader: FeatureReader
-) -> tuple[HeadSolution, Choice]:
-    """Solve the head and set its parameters."""
-    ranks, folds = ProcessGroup(), _folds(data)
-    count, views, width = len(folds), reader.rows.view_count, module.backbone.feature_dim
-    classes, smoothing, weights = len(module.classes), module.hparams["label_smoothing"], module.loss_weights
-    device = reader.device
-    weights = None if weights is None else weights.to(device)
-    draws = data.class_balance.draws.to(device)
+def _target_weights(
+    module: ImageClassifier, data: ImageDataModule, reader: FeatureReader
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Maps labels ``(B,)`` of rows to target weights ``(B, C)``. All views of an image together count as one image."""
+    smoothing, weights = module.hparams["label_smoothing"], module.loss_weights
+    weights = None if weights is None else weights.to(reader.device)
+    draws = data.class_balance.draws.to(reader.device)
 
     def targets(labels: torch.Tensor) -> torch.Tensor:
-        target_weights = module.task.target_weights(labels, classes, weights, smoothing)
-        return target_weights * (draws[labels] / views)[:, None]
+        target_weights = module.task.target_weights(labels, len(module.classes), weights, smoothing)
+        return target_weights * (draws[labels] / reader.rows.view_count)[:, None]
 
-    def training_rows(images: torch.Tensor, in_memory: bool) -> TrainingRows:
-        """This rank's rows of images, bool ``(N,)``: its part of all rows, of which it may hold only these."""
-        share = ranks.rank_slice(count * views)
-        indices = torch.arange(share.start, share.stop)
-        indices = indices[images[indices % count]]
-        own, kept = indices % count, None
-        if in_memory:
-            with ranks.propagate_errors():
-                kept = reader.read(indices)
-        return TrainingRows(
-            (lambda part: reader.read(indices[part])) if kept is None else kept.__getitem__,
-            reader.rows.labels[own].to(device),
-            folds[own].to(device),
-            targets,
-            in_memory,
-            _sum_over_ranks if ranks.size > 1 else None,
-            _from_rank_zero if ranks.size > 1 else None,
-        )
-
-    fitting = _budget(trainer, data)[1] // (views * width)  # images whose features fit in memory
-    quick = MAX_WORK.get(device.type, MAX_WORK["cpu"]) * ranks.size // (views * width * classes)
-    most, sample = max(min(fitting, quick), MIN_SAMPLE), None
-    if count > most:
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
-        sample = torch.zeros(count, dtype=torch.bool).index_fill(0, drawn, True)
-    fold_count = int(folds.max()) + 1
-    with progress_counter("Head", ranks.rank == 0) as on_progress:
-        solution = solve_head(
-            training_rows(torch.ones(count, dtype=torch.bool), count <= max(fitting, MIN_SAMPLE)),
-            module.task,
-            classes,
-            fold_count,
-            module.head.bias is not None,
-            module.hparams["head_init"] == "solved_1se",
-            None if sample is None else training_rows(sample, True),
-            on_progress,
-        )
-    for parameter, value in ((module.head.weight, solution.weight), (module.head.bias, solution.bias)):
-        if value is not None:
-            assert isinstance(parameter, torch.Tensor)
-            parameter.data.copy_(value)
-            _from_rank_zero(parameter.data)
-    return solution, Choice(solution.penalty, fold_count if fold_count > 1 else 0, 0 if sample is None else most)
+    return targets
 
 
 def _report(trainer: pl.Trainer, solution: HeadSolution) -> None:

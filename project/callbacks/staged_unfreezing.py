@@ -48,7 +48,7 @@ class StagedUnfreezing(pl.Callback):
             )
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise ConfigError(
-                f"model.schedule does not support {type(trainer.strategy).__name__}. Use --trainer.strategy ddp"
+                f"model.schedule does not support {type(trainer.strategy).__name__}. Use --trainer.strategy ddp."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,10 +131,10 @@ def _schedule(module: pl.LightningModule) -> UnfreezingSchedule | None:
 
 
 def _validated(state: Any) -> Mapping[str, Any]:
-    """The state of a checkpoint, if it has the right types.
+    """Check the types of the state in a checkpoint.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: The state is missing or invalid.
     """
     types = {"best": float, "waited": int, "counted": int, "warm_ups": dict}
     is_valid = isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in types.items())

@@ -1,4 +1,4 @@
-"""The weights of which a validation measures the accuracy: the raw ones, and their moving average."""
+"""The weights that a validation evaluates: those of the optimizer, and their moving average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training has gained over the initial head, measured on the same validation images."""
+"""Gain in accuracy over the initial head, paired on the same validation images."""
 
 from __future__ import annotations
 

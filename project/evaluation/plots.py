@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # importing matplotlib takes 0.2 s, so the functions import i
     from matplotlib.figure import Figure
 
 DPI = 100
+BLUE, ORANGE = "#0f7ab8", "#d98a00"
 #: Maximum number of classes for numbers in the cells of a confusion matrix.
 ANNOTATED = 25
 #: Maximum number of classes that are all labeled.
@@ -138,7 +139,7 @@ def per_class(scores: dict[str, np.ndarray], images: np.ndarray, classes: Sequen
     lines = np.arange(len(order))
     axes.hlines(lines, 0, 1, colors="#e4e4e4", linewidth=0.8, zorder=0)
     size = (4.5 * font / 7) ** 2
-    for name, marker, color in (("precision", ">", "#d98a00"), ("recall", "<", "#0f7ab8"), ("f1", "o", "#222222")):
+    for name, marker, color in (("precision", ">", ORANGE), ("recall", "<", BLUE), ("f1", "o", "#222222")):
         axes.scatter(scores[name][order], lines, s=size, marker=marker, color=color, label=name, alpha=0.85)
     names = disambiguate([classes[index] for index in order], 28)
     labels = [f"{name} ({images[index]:,})" for name, index in zip(names, order, strict=True)]
@@ -171,7 +172,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Figure:
     filled = count > 0
     upper.bar(middle[filled], accuracy[filled], width, color="#8fc1e3", edgecolor="white", label="accuracy")
     upper.plot(mean[filled], accuracy[filled], "o", color="#222222", markersize=3, label="at the mean confidence")
-    upper.plot([0, 1], [0, 1], color="#d98a00", linestyle="--", linewidth=1, label="perfect calibration")
+    upper.plot([0, 1], [0, 1], color=ORANGE, linestyle="--", linewidth=1, label="perfect calibration")
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     figure.legend(loc="lower center", ncols=3, fontsize=8, frameon=False)
     upper.set_title(f"Reliability: expected calibration error {error:.3f}", fontsize=10)
@@ -232,7 +233,7 @@ def sweep(trials: Sequence[Mapping[str, Any]]) -> Figure:
     trained = [trial for trial in trials if trial["lr"] != "solved"]
     heads = [*dict.fromkeys(trial["head"] for trial in trained)]
     kinds = [*dict.fromkeys(trial["features"] for trial in trials)]
-    colors = dict(zip(kinds, itertools.cycle(("#0f7ab8", "#d98a00", "#2f8f4e", "#8a4fa3")), strict=False))
+    colors = dict(zip(kinds, itertools.cycle((BLUE, ORANGE, "#2f8f4e", "#8a4fa3")), strict=False))
     markers = dict(zip(heads, itertools.cycle("os^Dvx"), strict=False))
     for head, kind in itertools.product(heads, kinds):
         chosen = [trial for trial in trained if (trial["head"], trial["features"]) == (head, kind)]
@@ -262,8 +263,8 @@ def learning_rates(rates: np.ndarray, changes: np.ndarray, chosen: float) -> Fig
         chosen: The chosen rate.
     """
     figure, axes = _blank(6.5, 4)
-    axes.plot(rates, changes, color="#0f7ab8")
-    axes.axvline(chosen, color="#d98a00", linewidth=1, linestyle="--", label=f"chosen: {chosen:g}")
+    axes.plot(rates, changes, color=BLUE)
+    axes.axvline(chosen, color=ORANGE, linewidth=1, linestyle="--", label=f"chosen: {chosen:g}")
     axes.set_xscale("log")
     depth = max(-float(changes.min()), 0.01)
     axes.set_ylim(-1.5 * depth, 3 * depth)  # the rise after the descent is many times higher
@@ -288,12 +289,11 @@ def interpolation(
     """
     figure, axes = _blank(7.5, 4.5)
     low, high = zip(*(wilson(accuracy * images, images) for accuracy in accuracies), strict=True)
-    blue, orange = "#0f7ab8", "#d98a00"
-    axes.fill_between(alphas, low, high, color=blue, alpha=0.15, linewidth=0, label="95 % interval (Wilson)")
-    axes.plot(alphas, accuracies, "o-", color=blue, markersize=4, label="accuracy")
+    axes.fill_between(alphas, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval (Wilson)")
+    axes.plot(alphas, accuracies, "o-", color=BLUE, markersize=4, label="accuracy")
     axes.axvline(chosen, color="#999999", linestyle="--", linewidth=1, label=f"chosen: {chosen}")
     right = axes.twinx()
-    right.plot(alphas, losses, "s-", color=orange, markersize=3, label="loss")
+    right.plot(alphas, losses, "s-", color=ORANGE, markersize=3, label="loss")
     axes.set(xlabel=f"alpha: 0 is the start of the fit, 1 is {end}", ylabel="val/accuracy")
     right.set_ylabel("val/loss")
     axes.set_title(f"Interpolated weights on {images:,} validation images", fontsize=10, loc="left")

@@ -15,7 +15,8 @@ from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError
 from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
-from project.reporting.figure_logger import FigureLogger, uses_datamodule_for_validation
+from project.evaluation.validation_data import validation_module
+from project.reporting.figure_logger import FigureLogger
 from project.reporting.run_description import format_weights, hyperparameters
 from project.runtime import lightning_internals, logger_adapters
 from project.runtime.distributed import ProcessGroup
@@ -191,10 +192,9 @@ class Dashboard(pl.Callback):
             if not self._drawn:
                 self._figure_logger.log_predictions(*self._best_predictions, trainer.current_epoch)
             self._figure_logger.log_projector(*self._best_predictions)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        curve = next((item.curve for item in callbacks if isinstance(item, Interpolation)), None)
-        if self._figures and self._figure_logger is not None and curve is not None:
-            self._figure_logger.log_interpolation(curve, trainer.global_step)
+        interpolation = lightning_internals.find_callback(trainer, Interpolation)
+        if self._figures and self._figure_logger and interpolation and interpolation.curve:
+            self._figure_logger.log_interpolation(interpolation.curve, trainer.global_step)
         self._log_result(trainer, pl_module)
         self._best_predictions = None  # frees its tensors
 
@@ -230,9 +230,10 @@ class Dashboard(pl.Callback):
 
 def _validation_images(trainer: pl.Trainer) -> int | None:
     """Number of images that this rank validates, including padding; ``None`` if unknown."""
-    if not uses_datamodule_for_validation(trainer):
+    data = validation_module(trainer)
+    if data is None:
         return None
-    count: int = len(trainer.datamodule.order("val"))  # type: ignore[attr-defined]
+    count = len(data.order("val"))
     batches, size = sum(trainer.num_val_batches), getattr(trainer.val_dataloaders, "batch_size", None)
     return min(count, int(batches) * size) if size and math.isfinite(batches) else count
 

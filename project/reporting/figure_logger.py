@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +16,10 @@ from project.callbacks.interpolation import ALPHAS, Curve
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.predictions import ValidationPredictions
+from project.evaluation.validation_data import validation_module
 from project.reporting.run_description import data_report
 from project.reporting.thumbnails import Thumbnails
-from project.runtime import lightning_internals, logger_adapters
+from project.runtime import logger_adapters
 
 #: Share of the elapsed time that drawing may take before the fit ends.
 TIME_SHARE = 0.05
@@ -169,17 +169,11 @@ class FigureLogger:
 
     def _thumbnails(self) -> Thumbnails | None:
         """Thumbnails of the validation images; ``None`` if these come from the user's own loaders."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if not uses_datamodule_for_validation(self._trainer) or data.source is None:
+        data = validation_module(self._trainer)
+        if data is None or data.source is None:
             return None
         return Thumbnails(data.source, data.splits["val"])
 
     def _log(self, name: str, image: Image.Image, step: int | None = None) -> None:
         for logger in self._trainer.loggers:
             logger_adapters.add_image(logger, name, image, self._trainer.global_step if step is None else step)
-
-
-def uses_datamodule_for_validation(trainer: pl.Trainer) -> bool:
-    """Whether the validation images come from an ImageDataModule rather than from the user's own loaders."""
-    data = getattr(trainer, "datamodule", None)
-    return isinstance(data, ImageDataModule) and lightning_internals.validation_data(trainer) is data

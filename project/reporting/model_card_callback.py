@@ -28,6 +28,7 @@ from project.reporting.run_description import (
 )
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
+from project.runtime.lightning_internals import find_callback
 from project.runtime.logger_adapters import log_text
 from project.runtime.seeding import run_seed
 from project.runtime.signals import Interrupted
@@ -68,14 +69,14 @@ class ModelCardCallback(pl.Callback):
 
 def card_path(trainer: pl.Trainer) -> Path | None:
     """Path of the model card of a fit; ``None`` if the fit saves no checkpoints."""
-    last = next((item for item in trainer.checkpoint_callbacks if isinstance(item, LastCheckpoint)), None)
+    last = find_callback(trainer, LastCheckpoint)
     return None if last is None else last.path.parent.parent / FILENAME
 
 
 def _content(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str, hashed: str
 ) -> CardContent:
-    best = next((item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)), None)
+    best = find_callback(trainer, BestCheckpoint)
     evaluation = best.evaluation if best is not None else None
     # Of the checkpoint: with a schedule, fewer stages are frozen at the end of the fit.
     frozen = best.frozen if best is not None and best.frozen is not None else module.identity()["frozen"]

@@ -16,6 +16,7 @@ from project.data.datamodule import ImageDataModule
 from project.evaluation.candidates import Weights
 from project.evaluation.summary import EvaluationSummary
 from project.reporting.limitations import pluralize
+from project.runtime import lightning_internals
 from project.runtime.seeding import run_seed
 
 MAX_TABLE_ROWS = 200
@@ -146,8 +147,8 @@ def trained_parameters(module: ImageClassifier, frozen: Sequence[str] | None = N
 
 def head_method(trainer: pl.Trainer) -> str | None:
     """How the initial head of a fit was computed; ``None`` if it was not."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((item.method for item in callbacks if isinstance(item, SolvedHead)), None)
+    callback = lightning_internals.find_callback(trainer, SolvedHead)
+    return None if callback is None else callback.method
 
 
 def starting_checkpoint(trainer: pl.Trainer, module: ImageClassifier) -> str | None:

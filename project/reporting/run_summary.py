@@ -132,8 +132,7 @@ class RunSummary(pl.Callback):
         rows = {} if reason is None else {"stopped early": reason}
         load_command = None
         # Prefer ours: the user's own checkpoint callbacks come first in the list.
-        callbacks = [item for item in trainer.checkpoint_callbacks if isinstance(item, BestCheckpoint)]
-        best = callbacks[0] if callbacks else trainer.checkpoint_callback
+        best = lightning_internals.find_callback(trainer, BestCheckpoint) or trainer.checkpoint_callback
         # A resumed fit may name the best checkpoint of an earlier run, which may have been deleted.
         if isinstance(best, ModelCheckpoint) and Path(best.best_model_path).is_file():
             path = _relative(Path(best.best_model_path))

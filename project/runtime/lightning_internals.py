@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,8 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
+
+C = TypeVar("C", bound=pl.Callback)
 
 
 class Progress(NamedTuple):
@@ -300,6 +302,12 @@ def loop_state(trainer: pl.Trainer) -> dict[str, Any]:
     """
     name = f"{trainer.state.fn.value}_loop" if trainer.state.fn is not None else ""
     return {name: getattr(trainer, name).state_dict()} if name else {}
+
+
+def find_callback(trainer: pl.Trainer, kind: type[C]) -> C | None:
+    """The first callback of a class; ``None`` without one. Relies on ``Trainer.callbacks``, which is not annotated."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def training_loader(trainer: pl.Trainer) -> Any:

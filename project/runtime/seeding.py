@@ -1,10 +1,12 @@
-"""Seeds derived from a position, such as an epoch and a batch, independent of earlier random draws."""
+"""Seeds derived from a position, such as an epoch and a batch, and the states of the random number generators."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,3 +58,26 @@ def reseed(device: torch.device, *key: object) -> None:
         torch.get_device_module(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def rng_state() -> dict[str, Any]:
+    """RNG states of torch, CUDA, ``random`` and NumPy in this process, in plain types."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the RNG states from :func:`rng_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
+    version, words, gauss = state["random"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

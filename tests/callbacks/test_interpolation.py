@@ -41,6 +41,13 @@ def checkpoint(name: str = "best", version: Path = VERSION) -> dict[str, Any]:
     return state
 
 
+def start_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the start that a checkpoint contains."""
+    (key,) = (key for key in state["callbacks"] if key.startswith("Interpolation"))
+    start: dict[str, torch.Tensor] = state["callbacks"][key]["start"]
+    return start
+
+
 def table(version: Path = VERSION) -> str:
     text: str = scalars(version).Tensors("interpolation/text_summary")[0].tensor_proto.string_val[0].decode()
     return text
@@ -82,7 +89,7 @@ def test_the_chosen_weights_are_those_of_best_ckpt(
     best, end, last, (curve,) = checkpoint(), checkpoint("best_epoch"), checkpoint("last"), curves
     assert best["transfer"]["interpolated"] == best["best"]["interpolated"] == 0.6
     assert "interpolated" not in end["transfer"]
-    own = next(value for key, value in last["callbacks"].items() if key.startswith("Interpolation"))["start"]
+    own = start_of(last)
     assert own.keys() == {"head.weight", "head.bias"}, "pretrained tensors are not stored again"
     pretrained = load_backbone(BACKBONE, str(weights), 32).stages.state_dict()
     for name, value in best["state_dict"].items():
@@ -122,7 +129,7 @@ def test_interpolation_ends_at_the_moving_average_if_it_is_the_best(
     best, end, last = checkpoint(), checkpoint("best_epoch"), checkpoint("last")
     assert [item["transfer"]["weights"] for item in (best, end, last)] == ["ema", "ema", "raw"]
     assert "average" not in best
-    own = next(value for key, value in last["callbacks"].items() if key.startswith("Interpolation"))["start"]
+    own = start_of(last)
     for name, value in own.items():
         assert torch.equal(best["state_dict"][name], torch.lerp(value, end["state_dict"][name], 0.6)), name
     load(VERSION / "checkpoints/best.ckpt")
@@ -207,10 +214,10 @@ def test_a_start_that_is_not_pretrained_survives_a_resume(
     warm = [*AUTO, "--data.root", str(album), "--ckpt_path"]
     assert fit(*warm, str(old), "--trainer.max_epochs", "2") == 0
     last = Path("runs/album/version_1/checkpoints/last.ckpt")
-    own = next(v for k, v in checkpoint("last", last.parents[1])["callbacks"].items() if k.startswith("Interpolation"))
+    own = start_of(checkpoint("last", last.parents[1]))
     trained = torch.load(old, weights_only=True)["state_dict"]
     name = next(key for key in trained if key.startswith("backbone.stages.layer4.") and key.endswith("conv1.weight"))
-    assert torch.equal(own["start"][name], trained[name])
+    assert torch.equal(own[name], trained[name])
     assert fit(*warm, str(last), "--trainer.max_epochs", "3") == 0
     before, after = (curve.evaluations[0].metrics for curve in curves)
     assert before == after

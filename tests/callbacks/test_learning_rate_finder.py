@@ -10,8 +10,11 @@ import torch
 import yaml
 from PIL import Image
 
-from project.callbacks.learning_rate_finder import RangeTest, suggest
-from tests.conftest import SOLVED, STORED, scalars
+from project.callbacks.learning_rate_finder import LearningRateFinder, RangeTest, suggest
+from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
+from project.trainer import Trainer
+from tests.conftest import BACKBONE, COLOURS, SOLVED, STORED, scalars
 from tests.integration.test_exact_resume import assert_identical
 
 Fit = Callable[..., int]
@@ -108,3 +111,16 @@ def test_descent_of_a_loss_that_is_zero_already_does_not_count() -> None:
     changes = np.where(rates < 0.01, -1e-4, 0.5)
     rate, reason = suggest(RangeTest(rates, changes, 2e-4))
     assert rate == pytest.approx(0.001, rel=0.2) and "it decreases at no rate" in reason
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_own_loaders_are_searched(photos: Path, weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ImageClassifier(BACKBONE, str(weights), image_size=32, classes=list(COLOURS))
+    data = ImageDataModule(str(photos), num_workers=0)
+    data.preprocessing = model.backbone.preprocessing
+    loader = data.training_images(slice(24))
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=1, callbacks=[LearningRateFinder()], enable_checkpointing=False, **options)
+    trainer.fit(model, loader, loader)
+    rate = model.hparams["optimizer"]["init_args"]["lr"]
+    assert f"Learning rate: {rate:g} instead of 0.001" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from project import load
-from project.callbacks import solved_head
 from project.cli.main import main
+from project.features import head_fitting
 from project.models.head_solver import HeadSolution
 from project.reporting.dashboard import Dashboard
 from tests import forked
@@ -227,7 +227,7 @@ def test_a_fit_that_is_interrupted_in_epoch_0_validates_it_when_resumed(
 
 def kill_in_the_solver() -> None:
     """Kill the process with SIGKILL once half of the penalties are solved."""
-    solve = solved_head.solve_head
+    solve = head_fitting.solve_head
 
     def killed(*arguments: Any) -> HeadSolution:
         def on_progress(done: int, total: int) -> None:
@@ -236,7 +236,7 @@ def kill_in_the_solver() -> None:
 
         return solve(*arguments[:-1], on_progress)
 
-    solved_head.solve_head = killed  # type: ignore[assignment]
+    head_fitting.solve_head = killed  # type: ignore[assignment]
 
 
 def test_a_fit_killed_in_the_solver_repeats_with_equal_bits(here: Path, photos: Path, weights: Path) -> None:
@@ -274,20 +274,18 @@ def test_balancing_applies_to_the_solved_head(
 def test_the_sampler_class_weights_and_label_smoothing_apply_together(
     fit: Fit, photos: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from project.callbacks import solved_head
-
     imbalanced = here / "few/photos"
     shutil.copytree(photos, imbalanced)
     for number in range(2, 8):
         (imbalanced / f"train/red/{number}.png").unlink()  # 8, 8 and 2 images
     seen: list[torch.Tensor] = []
-    solve = solved_head.solve_head
+    solve = head_fitting.solve_head
 
     def record(rows: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(rows.targets(torch.arange(3)))
         return solve(rows, *args, **kwargs)
 
-    monkeypatch.setattr(solved_head, "solve_head", record)
+    monkeypatch.setattr(head_fitting, "solve_head", record)
     flags = ["--data.balance", "sampler", "--model.class_weights", "[1, 2, 3]", "--model.label_smoothing", "0.3"]
     assert fit("--data.root", str(imbalanced), *DEFAULT, *flags) == 0
     smoothed = torch.eye(3) * torch.tensor([1.0, 2, 3])[:, None] * 0.7 + 0.1 * torch.tensor([1.0, 2, 3])
@@ -315,10 +313,8 @@ def test_a_fit_without_validation_does_not_validate_epoch_0_when_resumed(
 
 
 def test_all_views_count(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from project.callbacks import solved_head
-
     seen: list[tuple[int, float]] = []
-    solve = solved_head.solve_head
+    solve = head_fitting.solve_head
 
     def record(rows: Any, *args: Any, **kwargs: Any) -> Any:
         features = rows.read(slice(None))
@@ -328,7 +324,7 @@ def test_all_views_count(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypat
         seen.append((len(features), float(rows.targets(rows.labels).sum())))
         return solve(rows, *args, **kwargs)
 
-    monkeypatch.setattr(solved_head, "solve_head", record)
+    monkeypatch.setattr(head_fitting, "solve_head", record)
     assert fit(*DEFAULT, "--data.augment", "standard", "--features.views", "3") == 0
     assert seen == [(72, pytest.approx(24))]
 
@@ -384,8 +380,8 @@ def test_heads_that_compute_themselves_need_no_stored_features(fit: Fit, kind: s
 def test_a_sample_of_features_that_are_not_stored(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("project.callbacks.solved_head.MAX_WORK", {"cpu": 12 * FEATURES * 3})
-    monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
+    monkeypatch.setattr("project.features.head_fitting.MAX_WORK", {"cpu": 12 * FEATURES * 3})
+    monkeypatch.setattr("project.features.head_fitting.MIN_SAMPLE", 1)
     assert fit(*LIVE) == 0
     assert "on a sample of 12 images" in capsys.readouterr().out
 
@@ -413,7 +409,7 @@ def test_rows_that_exceed_the_memory_are_sampled(
     capsys.readouterr()
     monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1_000_000)
     monkeypatch.setattr("project.callbacks.solved_head.COPIES", 1_000_000 // (4 * 12 * FEATURES))
-    monkeypatch.setattr("project.callbacks.solved_head.MIN_SAMPLE", 1)
+    monkeypatch.setattr("project.features.head_fitting.MIN_SAMPLE", 1)
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     assert "chosen by 5-fold cross-validation on a sample of 12 images" in capsys.readouterr().out
 

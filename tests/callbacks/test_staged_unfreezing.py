@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from project import load
+from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.staged_unfreezing import StagedUnfreezing
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.cli.main import main
+from project.data.datamodule import ImageDataModule
 from project.models.backbone import load_backbone
-from tests.conftest import BACKBONE, SOLVED, STORED, row_counts, scalars
+from project.trainer import Trainer
+from tests.conftest import BACKBONE, COLOURS, SOLVED, STORED, row_counts, scalars
 
 Fit = Callable[..., int]
 ADAM = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01", "--data.batch_size", "8"]  # 3 steps an epoch
@@ -226,3 +229,18 @@ def test_a_damaged_state_is_refused(fit: Fit, every_epoch: list[str], refused: C
         torch.save(checkpoint, "damaged.ckpt")
         message = refused(fit(*ADAM, *STORED, "--ckpt_path", "damaged.ckpt", "--trainer.max_epochs", "5"))
         assert "its state of model.schedule is missing or invalid" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_fit_on_own_loaders_follows_the_schedule(
+    photos: Path, weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = {0: "head", 1: "layer4"}
+    model = ImageClassifier(BACKBONE, str(weights), image_size=32, classes=list(COLOURS), schedule=schedule)
+    data = ImageDataModule(str(photos), num_workers=0)
+    data.preprocessing = model.backbone.preprocessing
+    loader = data.training_images(slice(24))
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_epochs=2, callbacks=[FeatureCache()], enable_checkpointing=False, **options).fit(model, loader, loader)
+    assert model.cut.trainable == ("layer4",)
+    assert "because the data does not come from an ImageDataModule\n" in capsys.readouterr().out

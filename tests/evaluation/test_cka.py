@@ -34,7 +34,7 @@ def test_it_is_low_for_unrelated_features_and_symmetric() -> None:
 
 
 def test_small_differences_of_large_features_are_not_lost() -> None:
-    """In float32, centering features with a mean of 10,000 would lose them."""
+    """In float32, centering features with a mean of a million would lose them."""
     x = features(0).double()
     assert linear_cka(x + 1e6, x) == pytest.approx(1, abs=1e-6)
 

@@ -329,6 +329,13 @@ def test_logged_hyperparameter_can_be_changed() -> None:
     assert model.hparams_initial == {"rate": 0.2}, CHANGED + "LightningModule._hparams_initial"
 
 
+def test_callbacks_are_found_by_class(trainer: Any) -> None:
+    recorder = Recorder()
+    fit_trainer = trainer(pl.Callback(), recorder, Recorder(), max_epochs=1)
+    assert lightning_internals.find_callback(fit_trainer, Recorder) is recorder, f"{CHANGED}Trainer.callbacks"
+    assert lightning_internals.find_callback(fit_trainer, EarlyStopping) is None
+
+
 def test_attached_trainer_is_none_without_a_trainer(trainer: Any) -> None:
     module, fit_trainer = TinyModel(), trainer(max_epochs=1)
     assert lightning_internals.attached_trainer(module) is None, f"{CHANGED}LightningModule.trainer"

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from project.runtime.seeding import derive_seed, reseed
+from project.runtime.seeding import derive_seed, reseed, restore_rng_state, rng_state
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,11 @@ def test_different_keys_give_different_seeds() -> None:
         for rank in (0, 1)
     ]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
+
+
+def test_restored_generators_repeat_their_draws() -> None:
+    state = rng_state()
+    first = draw()
+    assert draw() != first
+    restore_rng_state(state)
+    assert draw() == first
