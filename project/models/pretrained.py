@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from project.errors import ProjectError
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
 from project.models.cut import Cut
+from project.models.loading import load_backbone
 
 
 def pretrained_stages(backbone: Backbone, names: Sequence[str]) -> dict[str, nn.Module] | None:

@@ -15,7 +15,7 @@ from project.callbacks.staged_unfreezing import StagedUnfreezing
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.cli.main import main
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, SOLVED, STORED, row_counts, scalars
 
 Fit = Callable[..., int]

@@ -11,8 +11,9 @@ from torch import nn
 from project.classifier import ImageClassifier
 from project.errors import ConfigError
 from project.models.adapters import AdapterName, make_adapter
-from project.models.backbone import Backbone, load_backbone, merge_adapters
+from project.models.backbone import Backbone, merge_adapters
 from project.models.cut import Cut
+from project.models.loading import load_backbone
 from project.preprocessing import Preprocessing
 from tests.conftest import BACKBONE
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
+from project.models.loading import load_backbone
 from project.models.pretrained import pretrained_stages
 from tests.conftest import BACKBONE
 
