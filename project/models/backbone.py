@@ -117,7 +117,7 @@ class Backbone(nn.Module):
     Attributes:
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
-        adapter: What is trained of the stages after the cut, see :meth:`adapt`; ``None`` for everything.
+        adapter: Selects the parameters that are trained after the cut, see :meth:`adapt`; ``None`` for all.
         features: Which outputs are the features, see :meth:`set_features`.
         feature_dim: Width D of the features.
     """
@@ -153,7 +153,7 @@ class Backbone(nn.Module):
         return Cut.at(list(self.stages), trainable, self.name, setting)
 
     def freeze(self, cut: Cut) -> None:
-        """Freeze the stages before the cut and unfreeze the others, or what the adapter trains of them."""
+        """Freeze the stages before the cut. Unfreeze the others, or only the parameters that the adapter trains."""
         self.cut = cut
         self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
@@ -173,14 +173,14 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def adapt(self, adapter: Adapter, cut: Cut) -> Cut:
-        """Train only a part of the stages after a cut. Their other tensors, buffers included, stay bit-identical.
+        """Train only some parameters of the stages after a cut. All other tensors, buffers too, stay bit-identical.
 
         Args:
-            adapter: What is trained.
+            adapter: Selects or adds the parameters.
             cut: Its trainable stages are adapted.
 
         Returns:
-            The new cut, before the first stage of which a part is trained.
+            The new cut, before the first stage with a trained parameter.
 
         Raises:
             ConfigError: No parameter would be trained.
@@ -225,7 +225,7 @@ class Backbone(nn.Module):
         return available_features(self.stages)
 
     def readout(self, names: Sequence[str]) -> Readout:
-        """How to run some stages: if they include the last one, their output are the features."""
+        """How to run some stages: if they include the last one, their output is the features."""
         return self._readout if names and names[-1] == self.stages.names[-1] else run_stages
 
     def specialized(self, cut: Cut, adapter: Adapter | None = None) -> Backbone:
@@ -275,17 +275,17 @@ class Backbone(nn.Module):
 
     @property
     def _is_divided(self) -> bool:
-        """Whether the stages are parts of a network."""
+        """Whether the stages are parts of a network that earlier versions did not divide."""
         return all(isinstance(stage, Part) for stage in self.stages.values())
 
     def frozen_fingerprint(self, cut: Cut) -> str:
-        """SHA-256 of all that training must not change: the frozen stages, and the base of adapted ones."""
+        """SHA-256 of all tensors that training must not change: frozen stages, and the base tensors of adapted ones."""
         if self.adapter is None:
             return self.fingerprint(cut)
-        frozen = [(name, dict(named_tensors(self.stages[name]))) for name in cut.frozen]
-        base = [(name, self.base_tensors(name, self.adapter)) for name in cut.trainable]
+        tensors = {name: dict(named_tensors(self.stages[name])) for name in cut.frozen}
+        tensors |= {name: self.base_tensors(name, self.adapter) for name in cut.trainable}
         return fingerprint_tensors(
-            (f"{name}.{key}", tensor) for name, tensors in [*frozen, *base] for key, tensor in tensors.items()
+            (f"{name}.{key}", tensor) for name, stage in tensors.items() for key, tensor in stage.items()
         )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
