@@ -61,7 +61,7 @@ class LowRankUpdate(nn.Module):
 
     Args:
         weight: The pretrained weight ``(out, ...)``.
-        rank: Rank R of the product, at most that of the weight.
+        rank: Rank R of the product; it is limited to that of the weight.
 
     Attributes:
         down: Trained matrix ``(R, in * h * w)``, in the dtype of the weight.

@@ -105,7 +105,7 @@ def parameter_indices(names: Sequence[str], groups: Sequence[Mapping[str, Any]])
         groups: From :func:`stage_groups`.
 
     Returns:
-        For each name, the indices among the parameters of all groups; ``None`` if no group has one of the names.
+        For each name, the indices among the parameters of all groups; ``None`` if a name is of none of the groups.
     """
     indices: dict[str, list[int]] = {ALL: []}
     for group in groups:
