@@ -26,10 +26,11 @@ from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
 from project.models.adapters import AdapterName, make_adapter
-from project.models.backbone import Backbone, BatchNormMode, load_backbone
+from project.models.backbone import Backbone, BatchNormMode
 from project.models.cut import Cut
 from project.models.heads import HeadCallable, LinearHead
 from project.models.l2_sp import L2SP
+from project.models.loading import load_backbone
 from project.models.loss import global_mean_loss
 from project.models.optimizers import ArticleSGD
 from project.models.readout import FeatureKind, validate_features

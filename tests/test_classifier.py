@@ -8,8 +8,8 @@ import torch
 from project import ImageClassifier, ImageDataModule
 from project.errors import ConfigError
 from project.evaluation.epoch_metrics import EpochMetrics
-from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, MLPHead
+from project.models.loading import load_backbone
 from project.task import SingleLabel
 from tests.conftest import BACKBONE, FEATURES
 

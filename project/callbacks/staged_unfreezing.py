@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, damaged_checkpoint
 from project.models.cut import Cut
-from project.models.unfreezing import UnfreezingSchedule, WarmUp, count_epochs, entry_name
+from project.models.unfreezing import UnfreezingSchedule, WarmUp, entry_name, format_epochs
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
 from project.runtime.logger_adapters import log_text
@@ -89,7 +89,7 @@ class StagedUnfreezing(pl.Callback):
         module.warm_ups.update(dict.fromkeys(added, warm_up))
         self._waited = 0
         ramp = f", with a warm-up of {warm_up.steps} step{'' if warm_up.steps == 1 else 's'}" if warm_up.steps else ""
-        print_rank_zero(f"Schedule: {', '.join(added)} now trained, after {count_epochs(trainer.current_epoch)}{ramp}")
+        print_rank_zero(f"Schedule: {', '.join(added)} now trained, after {format_epochs(trainer.current_epoch)}{ramp}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == self._counted:

@@ -267,7 +267,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @functools.cached_property
     def validation_fingerprint(self) -> str:
-        """Identifies the validation images and their order, see :func:`name_fingerprint`."""
+        """SHA-256 of the names, labels and order of the validation images, see :func:`name_fingerprint`."""
         return name_fingerprint(self.splits["val"])
 
     def order(self, split_name: str) -> EpochOrder:

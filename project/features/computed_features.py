@@ -16,9 +16,9 @@ class ComputedFeatures:
     """Features of consecutive training images; a :class:`~project.features.feature_reader.RowSource`.
 
     Attributes:
-        features: float32 ``(B, D)``.
+        features: Features of the M images that are held, float32 ``(M, D)``.
         labels: Label of each training image, int64 ``(N,)``, in the order of the split.
-        first: Index of the first image whose features are held: a rank may hold only its part.
+        first: Index of the first of these images: a rank may hold only its part.
     """
 
     features: torch.Tensor
@@ -29,7 +29,7 @@ class ComputedFeatures:
     evaluation_batch_size = ROWS_PER_READ
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        """Features ``(B, D)`` of images by index ``(B,)``."""
+        """Features, float32 ``(B, D)``, of images by index, int64 ``(B,)``."""
         return self.features[(indices - self.first).to(self.features.device)]
 
 

@@ -52,6 +52,16 @@ class EngineOption:
         return f"{self.name} {self.precision}"
 
 
+def allowed_precisions(precision: Precision | None, trainer_precision: str) -> tuple[Precision, ...]:
+    """Precisions that an engine may have.
+
+    Args:
+        precision: The requested one; ``None`` for those that the trainer's precision allows.
+        trainer_precision: Such as ``bf16-mixed``.
+    """
+    return (precision,) if precision else ALLOWED.get(trainer_precision.partition("-")[0], ("fp32",))
+
+
 class EngineFactory:
     """Builds the engines of one frozen prefix.
 
@@ -96,7 +106,7 @@ class EngineFactory:
         """
         device = self._prefix.device.type
         cpu = device == "cpu"
-        wanted = (precision,) if precision else ALLOWED.get(self._prefix.precision.partition("-")[0], ("fp32",))
+        wanted = allowed_precisions(precision, self._prefix.precision)
         if cpu and not precision:
             wanted = tuple(p for p in wanted if p != "fp16")
         supported: dict[EngineName, tuple[Precision, ...]] = {

@@ -23,10 +23,10 @@ class RowSource(Protocol):
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Rows per batch where no gradient is computed."""
+        """Number of rows per batch when no gradient is computed."""
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of all views of all images, by index ``(B,)``: index ``v * N + n`` is view v of image n."""
+        """Rows ``(B, ...)`` by index, int64 ``(B,)``: index ``v * N + n`` is view v of image n."""
 
 
 class FeatureReader:

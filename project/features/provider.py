@@ -68,16 +68,18 @@ class RowProvider:
         self._root = root
 
     def row_bytes(self, prefix: PrefixSpec) -> int:
-        """Bytes that a row takes at least.
+        """Minimum size of a row in bytes.
 
         Args:
             prefix: The frozen prefix.
         """
+        from project.features.engine_options import allowed_precisions
         from project.features.engine_selection import cost
         from project.features.engines import DTYPES
 
-        precision = self._precision or ("fp32" if prefix.precision == "32-true" else "bf16")
-        itemsize = DTYPES[precision].itemsize if precision in DTYPES else 4
+        precisions = allowed_precisions(self._precision, prefix.precision)
+        dtypes = [DTYPES.get(precision, torch.float32) for precision in precisions]  # int8 engines output float32
+        itemsize = min(dtype.itemsize for dtype in dtypes)
         return math.prod(cost(prefix.backbone, prefix.cut, prefix.device).shape) * itemsize
 
     def provide(

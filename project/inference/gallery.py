@@ -81,23 +81,18 @@ class Gallery:
         device = device or torch.device("cpu")
         provider = provider or RowProvider("auto", "auto", 20.0, cache_folder())
         model = classifier.model.to(device)
-        rows = None
         try:
             if model.cut.frozen:
                 rows = provider.encode_samples(model.prefix_spec(device, precision), data.source, self.samples)
-            else:  # no stage is frozen, so that no rows can be stored
-                parts = [
-                    classifier.features([self.read(sample) for sample in self.samples[first : first + 256]])
-                    for first in range(0, len(self.samples), 256)
-                ]
+            else:  # without frozen stages, there are no rows to store
+                batches = (self.samples[first : first + 256] for first in range(0, len(self.samples), 256))
+                parts = [classifier.features([self.read(sample) for sample in batch]) for batch in batches]
+                features = torch.from_numpy(np.concatenate(parts))
         finally:
             model.cpu()
         with torch.inference_mode():
-            features = (
-                torch.from_numpy(np.concatenate(parts))
-                if rows is None
-                else torch.cat([model.refine(batch).float() for batch in torch.split(rows, 256)])
-            )
+            if model.cut.frozen:
+                features = torch.cat([model.refine(batch).float() for batch in torch.split(rows, 256)])
             self.features = features.numpy()
             self.probabilities = model.task.probabilities(model.head(features)).numpy()
         self._predictions = model.task.predict(torch.from_numpy(self.probabilities))

@@ -13,7 +13,7 @@ import torch
 
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 
 
 class ManyTasks(pl.LightningModule):

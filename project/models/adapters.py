@@ -31,12 +31,12 @@ def _attach_nothing(stages: Mapping[str, nn.Module]) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained of the stages after the cut.
+    """Selects the parameters that are trained in the stages after the cut.
 
     Attributes:
         description: Name and settings, for logs and checkpoints.
-        trains: Whether a parameter is trained, given the module that owns it and its name there.
-        attach: Adds parameters to stages, by name, in place.
+        trains: Whether a parameter is trained, given the module that owns it and its name in this module.
+        attach: Adds parameters to stages in place, given the stages by name.
     """
 
     description: str
@@ -61,7 +61,11 @@ class LowRankUpdate(nn.Module):
 
     Args:
         weight: The pretrained weight ``(out, ...)``.
-        rank: Maximum rank of the product; that of the weight may be smaller.
+        rank: Rank R of the product; it is limited to that of the weight.
+
+    Attributes:
+        down: Trained matrix ``(R, in * h * w)``, in the dtype of the weight.
+        up: Trained matrix ``(out, R)``, in the dtype of the weight.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int) -> None:
@@ -77,8 +81,8 @@ class LowRankUpdate(nn.Module):
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def _attach_updates(rank: int, targets: Sequence[str] | None, stages: Mapping[str, nn.Module]) -> None:
-    """Add low-rank updates to the weights of stages, see :func:`make_adapter`."""
+def _attach_updates(rank: int, targets: Sequence[str], stages: Mapping[str, nn.Module]) -> None:
+    """Add low-rank updates to the weights of stages, see :func:`make_adapter`; no targets are the default ones."""
     layers = {
         f"{stage_name}.{path}": (module, weight)
         for stage_name, stage in stages.items()
@@ -86,24 +90,24 @@ def _attach_updates(rank: int, targets: Sequence[str] | None, stages: Mapping[st
         for kind, weight in ADAPTED_WEIGHTS.items()
         if isinstance(module, kind) and getattr(module, weight) is not None
     }
-    for target in targets or ():
+    for target in targets:
         if not any(_matches(name, target) for name in layers):
             raise ConfigError(
                 f"model.lora_targets: no linear layer or convolution of {', '.join(stages)} is called {target!r}. "
                 f"Use parts of names such as {join_names([*layers][-3:])}."
             )
-    # The head gets the same initial weights as without updates, also if Lightning seeds again before it, as for DDP.
+    # The random state is restored, so that the head gets the same initial weights as without updates.
     with torch.random.fork_rng(devices=[]):
         for name, (module, weight) in layers.items():
             # An update of a grouped convolution, such as a depthwise one, is hardly smaller than its weight.
-            by_default = targets is None and getattr(module, "groups", 1) == 1
-            if by_default or any(_matches(name, target) for target in targets or ()):
+            by_default = not targets and getattr(module, "groups", 1) == 1
+            if by_default or any(_matches(name, target) for target in targets):
                 parametrize.register_parametrization(module, weight, LowRankUpdate(getattr(module, weight), rank))
 
 
 def _matches(name: str, target: str) -> bool:
     """Whether a layer's name contains a target as a whole part: ``attn.qkv`` contains ``qkv``, but not ``q``."""
-    # No regular expressions: one of an untrusted checkpoint could take forever.
+    # Not a regular expression: an untrusted checkpoint could contain one that takes exponential time.
     return f".{target}." in f".{name}."
 
 
@@ -142,7 +146,7 @@ def make_adapter(name: AdapterName, rank: int | None = None, targets: Sequence[s
         return Adapter(
             f"lora of rank {rank}{of_targets}",
             lambda module, name: isinstance(module, LowRankUpdate),
-            partial(_attach_updates, rank, targets or None),
+            partial(_attach_updates, rank, targets or ()),
         )
     for key, value in (("lora_rank", rank), ("lora_targets", targets)):
         if value is not None:
@@ -153,19 +157,22 @@ def make_adapter(name: AdapterName, rank: int | None = None, targets: Sequence[s
 
 
 def merge_updates(stage: nn.Module) -> nn.Module:
-    """Copy a stage, with each low-rank update added to its weight for good.
+    """Copy a stage as plain layers, whose weights include the low-rank updates.
 
     Args:
         stage: A stage with or without updates; it is not changed.
 
     Returns:
-        A stage without parametrizations that shares no tensors with the first one.
+        A stage without parametrizations that shares no tensors with the given one.
     """
     merged = copy.deepcopy(stage)
     for module in [*merged.modules()]:
         if parametrize.is_parametrized(module):
             assert isinstance(module.parametrizations, nn.ModuleDict)
-            weights = {name: getattr(module, name).detach() for name in module.parametrizations}
+            weights = {
+                name: torch.empty_like(updates.get_parameter("original")).copy_(getattr(module, name).detach())
+                for name, updates in module.parametrizations.items()  # empty_like keeps the strides
+            }
             # Not remove_parametrizations: it changes the class, which a copy shares with the original module.
             module.__class__ = type(module).__mro__[1]
             del module.parametrizations

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from project.errors import ConfigError, ModelError
-from project.models import weights as weight_files
+from project.errors import ConfigError
 from project.models.adapters import Adapter, merge_updates
 from project.models.cut import WHOLE, Cut
 from project.models.fingerprint import fingerprint, fingerprint_tensors, named_tensors
 from project.models.network_parts import Part, whole_tensors
 from project.models.readout import FeatureKind, Readout, available_features, feature_dim, readout_of, run_stages
-from project.models.registry import Architecture, architecture
-from project.models.stages import split_into_stages
 from project.preprocessing import Preprocessing
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-RANDOM_SEED = 0  # fixed, because checkpoints do not contain frozen weights, random ones included
 #: ``frozen``: keep the pretrained running statistics, and normalize with them; ``train``: normalize with the statistics
 #: of the batch, and update the running ones.
 BatchNormMode = Literal["frozen", "train"]
@@ -124,7 +117,7 @@ class Backbone(nn.Module):
     Attributes:
         sha256: Fingerprint of all stages as loaded.
         cut: The current cut.
-        adapter: What is trained of the stages after the cut, see :meth:`adapt`; ``None`` for everything.
+        adapter: Selects the parameters that are trained after the cut, see :meth:`adapt`; ``None`` for all.
         features: Which outputs are the features, see :meth:`set_features`.
         feature_dim: Width D of the features.
     """
@@ -160,7 +153,7 @@ class Backbone(nn.Module):
         return Cut.at(list(self.stages), trainable, self.name, setting)
 
     def freeze(self, cut: Cut) -> None:
-        """Freeze the stages before the cut and unfreeze the others, or what the adapter trains of them."""
+        """Freeze the stages before the cut. Unfreeze the others, or only the parameters that the adapter trains."""
         self.cut = cut
         self.stages.frozen = cut.frozen
         for name, stage in self.stages.items():
@@ -180,14 +173,14 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def adapt(self, adapter: Adapter, cut: Cut) -> Cut:
-        """Train only a part of the stages after a cut. Their other tensors, buffers included, stay bit-identical.
+        """Train only some parameters of the stages after a cut. All other tensors, buffers too, stay bit-identical.
 
         Args:
-            adapter: What is trained.
+            adapter: Selects or adds the parameters.
             cut: Its trainable stages are adapted.
 
         Returns:
-            The new cut, before the first stage of which a part is trained.
+            The new cut, before the first stage with a trained parameter.
 
         Raises:
             ConfigError: No parameter would be trained.
@@ -232,7 +225,7 @@ class Backbone(nn.Module):
         return available_features(self.stages)
 
     def readout(self, names: Sequence[str]) -> Readout:
-        """How to run some stages: if they include the last one, their output are the features."""
+        """How to run some stages: if they include the last one, their output is the features."""
         return self._readout if names and names[-1] == self.stages.names[-1] else run_stages
 
     def specialized(self, cut: Cut, adapter: Adapter | None = None) -> Backbone:
@@ -282,17 +275,17 @@ class Backbone(nn.Module):
 
     @property
     def _is_divided(self) -> bool:
-        """Whether the stages are parts of a network."""
+        """Whether the stages are parts of a network that earlier versions did not divide."""
         return all(isinstance(stage, Part) for stage in self.stages.values())
 
     def frozen_fingerprint(self, cut: Cut) -> str:
-        """SHA-256 of all that training must not change: the frozen stages, and the base of adapted ones."""
+        """SHA-256 of all tensors that training must not change: frozen stages, and the base tensors of adapted ones."""
         if self.adapter is None:
             return self.fingerprint(cut)
-        frozen = [(name, dict(named_tensors(self.stages[name]))) for name in cut.frozen]
-        base = [(name, self.base_tensors(name, self.adapter)) for name in cut.trainable]
+        tensors = {name: dict(named_tensors(self.stages[name])) for name in cut.frozen}
+        tensors |= {name: self.base_tensors(name, self.adapter) for name in cut.trainable}
         return fingerprint_tensors(
-            (f"{name}.{key}", tensor) for name, tensors in [*frozen, *base] for key, tensor in tensors.items()
+            (f"{name}.{key}", tensor) for name, stage in tensors.items() for key, tensor in stage.items()
         )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
@@ -350,78 +343,3 @@ def merge_adapters(backbone: Backbone) -> Backbone:
     merged = Backbone(backbone.name, stages, backbone.output_dim, backbone.preprocessing, backbone.origin)
     merged.to(backbone.mean.device).set_features(backbone.features)
     return merged.eval()
-
-
-def load_backbone(name: str, weights: str | None = "IMAGENET1K_V1", image_size: int | None = None) -> Backbone:
-    """Build a backbone and load its weights.
-
-    Args:
-        name: A torchvision classifier, or ``timm/NAME``.
-        weights: A name of the zoo, a file, ``pkg:NAME`` of an installed package, or ``None`` for random weights.
-        image_size: Image size in pixels; ``None`` for that of the weights.
-
-    Raises:
-        ModelError: Unknown backbone, or unsupported image size.
-        WeightsError: The weights are unknown, missing, modified, unsafe, or of another network.
-    """
-    if image_size is not None and image_size < 1:
-        raise ModelError(f"model.image_size must be at least 1, not {image_size}.")
-    arch = architecture(name)
-    state, origin = _read(weights, arch)
-    origin = replace(origin, image_size=image_size)
-    with torch.random.fork_rng(devices=[]), SkipRandomInit() if state is not None else nullcontext():
-        torch.manual_seed(RANDOM_SEED)
-        model, output_dim = arch.build(state)
-    preprocessing = arch.preprocessing(weights)
-    fixed_size = arch.fixed_size(model)
-    if fixed_size:
-        if image_size not in (None, fixed_size):
-            raise ModelError(f"model.image_size: {name} supports only images of {fixed_size} px, not {image_size}.")
-        preprocessing = preprocessing.with_image_size(fixed_size)
-    preprocessing = preprocessing.with_image_size(image_size)
-    backbone = Backbone(name, split_into_stages(model), output_dim, preprocessing, origin)
-    if image_size is not None:
-        _validate_image_size(backbone, image_size)
-    return backbone
-
-
-class SkipRandomInit(TorchFunctionMode):
-    """Context in which random initialization has no effect, for networks whose weights are loaded afterwards."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return the tensor of a random initialization unchanged."""
-        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _validate_image_size(backbone: Backbone, image_size: int) -> None:
-    """Run one black image, because no table says which sizes a network supports."""
-    mode = backbone.training
-    try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(
-            f"model.image_size: {backbone.name} does not support images of {image_size} px ({reason}). Change the size."
-        ) from error
-    finally:
-        backbone.train(mode)
-
-
-def _read(weights: str | None, arch: Architecture) -> tuple[weight_files.State | None, Origin]:
-    if weights is None:
-        warnings.warn(
-            f"model.weights is null: {arch.name} has random weights, so its features are random too.", stacklevel=3
-        )
-        return None, Origin(None, f"random, seed {RANDOM_SEED}")
-    if weights.startswith("pkg:"):
-        path = weight_files.from_package(weights.removeprefix("pkg:"))
-        state = weight_files.in_order(weight_files.read_state(path), arch.reference(), weights)
-        return state, Origin(weights, f"{weights}/{path.name}")
-    if weight_files.is_file_name(weights):
-        path = weight_files.from_file(weights)
-        return weight_files.read_state(path), Origin(str(path.resolve()), path.name)
-    path = arch.fetch(weights)
-    return weight_files.read_state(path), Origin(weights, path.name, weight_files.repository_of(path))

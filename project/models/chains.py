@@ -91,8 +91,8 @@ def _xcit_tokens(network: Any, images: torch.Tensor) -> torch.Tensor:
     tokens, (height, width) = network.patch_embed(images)
     if network.pos_embed is None:
         return tokens  # type: ignore[no-any-return]
-    count, channels = tokens.shape[0], tokens.shape[1]
-    positions = network.pos_embed(count, height, width).reshape(count, -1, channels).permute(0, 2, 1)
+    batch, patches, _ = tokens.shape
+    positions = network.pos_embed(batch, height, width).reshape(batch, -1, patches).permute(0, 2, 1)
     return tokens + positions  # type: ignore[no-any-return]
 
 
@@ -106,7 +106,7 @@ def _mvit_tokens(network: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def _mvit_stage(network: Any, stage: Any, tokens: torch.Tensor) -> Any:
-    side = _side(tokens.shape[1])  # the class token is less than a row
+    side = _side(tokens.shape[1])  # rounded down, so a class token does not matter
     return stage(tokens, [side, side])[0]
 
 
@@ -143,7 +143,7 @@ def _nest_norm(network: Any, maps: torch.Tensor) -> Any:
 
 
 def _joined(network: Any, maps: Any) -> torch.Tensor:
-    """The residual and the dense maps of a dual path block, which the next stage reads as one."""
+    """The residual and the dense maps of a dual path block, concatenated to one tensor for the next stage."""
     return torch.cat(maps, dim=1) if isinstance(maps, tuple) else maps
 
 

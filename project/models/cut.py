@@ -46,7 +46,7 @@ class Cut:
         if position is None and re.fullmatch(r"[+-]?\d+", trainable):
             last = "-1" if count == 1 else f"-1 to -{count}"
             raise ModelError(
-                f"model.trainable: {network} has {count} {'stage' if count == 1 else 'stages'}, so {trainable} is out "
+                f"{setting}: {network} has {count} {'stage' if count == 1 else 'stages'}, so {trainable} is out "
                 f"of range. Use {last} for the last stages, a stage ({', '.join(stages)}), head or all."
             )
         if position is None:

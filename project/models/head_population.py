@@ -21,8 +21,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults of AdamW
 class HeadPopulation:
     """K heads of one class, each trained by AdamW (Loshchilov and Hutter, arXiv:1711.05101).
 
-    Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`, with weight decay where
-    :func:`~project.models.parameter_groups.is_decayed` has it.
+    Each head takes the same steps as if it were trained alone by :class:`torch.optim.AdamW`, with weight decay only
+    on the parameters that :func:`~project.models.parameter_groups.is_decayed` selects.
 
     Args:
         heads: K heads with equal shapes, which stay as they are. Parameters that require no gradient are not trained.
@@ -45,12 +45,11 @@ class HeadPopulation:
         parameters, buffers = (
             {name: value.to(device) for name, value in stacked.items()} for stacked in stack_module_state([*heads])
         )
-        trained = {name for name, parameter in heads[0].named_parameters() if parameter.requires_grad}
+        trained = [name for name, parameter in heads[0].named_parameters() if parameter.requires_grad]
         if not trained:
             raise ModelError(f"{type(heads[0]).__name__} has no parameters to train.")
-        groups = stage_groups({"head": heads[0]})[0]
-        names = [name for name, parameter in heads[0].named_parameters() if name in trained]
-        self._decayed = dict(zip(names, groups["decayed"], strict=True))
+        (group,) = stage_groups({"head": heads[0]})
+        self._decayed = dict(zip(trained, group["decayed"], strict=True))
         self._parameters = {name: parameters[name].detach().requires_grad_() for name in parameters if name in trained}
         self._constants = {name: value.detach() for name, value in parameters.items() if name not in trained} | buffers
         self._means = {name: torch.zeros_like(value) for name, value in self._parameters.items()}

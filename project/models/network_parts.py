@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from project.models.cut import WHOLE
+from project.models.fingerprint import named_tensors
 from project.models.stage_starts import STAGE_NAMES, StageNames, StartsStage
 
 #: An operation of the network's ``forward``, given the network and the value.
@@ -28,7 +28,7 @@ ChildCall = Callable[[Any, Any, Any], Any]
 
 
 class Step(NamedTuple):
-    """An operation, and the path of its module; the name of a function that is not a module."""
+    """An operation, and the path of its module or method; for a function, its name."""
 
     path: str
     run: Operation
@@ -49,7 +49,7 @@ class TokenLayout(NamedTuple):
 
 
 def call_child(network: Any, child: Any, value: Any) -> Any:
-    """Call a child with the value alone."""
+    """Call a child with the value as its only argument."""
     return child(value)
 
 
@@ -152,7 +152,7 @@ class Part(nn.Module):
         self._blocks_end = paths.index(tokens.norm) if tokens and tokens.norm in paths else len(steps)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Run the operations."""
+        """Run the operations, on the output of the previous part or, for the first one, on images ``(B, 3, H, W)``."""
         for operation in self.operations:
             value = operation(self.network, value)
         return value
@@ -165,13 +165,21 @@ class Part(nn.Module):
 
 
 def divide(network: nn.Module, chain: Chain) -> OrderedDict[str, nn.Module]:
-    """Divide a network into parts, which share its parameters and buffers."""
+    """Divide a network into parts, which share its parameters and buffers.
+
+    Args:
+        network: The network; it is not changed.
+        chain: Its ``forward``.
+
+    Returns:
+        A :class:`Part` for each stage, by name, in order.
+    """
     stages = chain.stages(network)
     owner = {step.path: index for index, stage in enumerate(stages) for step in stage}
     owner |= dict.fromkeys(chain.last, len(stages) - 1)
     containers = {path[:end] for path in owner for end, letter in enumerate(path) if letter == "."}
     _assign(network, "", owner, containers, 0)
-    tensors = tuple(name for name, _ in itertools.chain(network.named_parameters(), network.named_buffers()))
+    tensors = tuple(name for name, _ in named_tensors(network))
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for index, steps in enumerate(stages):
         kept = {path for path, stage in owner.items() if stage == index} | set(chain.shared)
@@ -185,20 +193,20 @@ def divide(network: nn.Module, chain: Chain) -> OrderedDict[str, nn.Module]:
 def whole_tensors(parts: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of all parts of a network, with the names and in the order of the network.
 
-    Those that an adapter has added come last.
+    Tensors that an adapter has added come last.
     """
     found: dict[str, torch.Tensor] = {}
     names: tuple[str, ...] = ()
     for part in parts:
         assert isinstance(part, Part)
-        found |= dict(itertools.chain(part.network.named_parameters(), part.network.named_buffers()))
+        found |= dict(named_tensors(part.network))
         names = part.tensors
     order = dict.fromkeys([*(name for name in names if name in found), *found])
     return ((f"{WHOLE}.{name}", found[name]) for name in order)
 
 
 def _assign(module: nn.Module, prefix: str, owner: dict[str, int], containers: set[str], current: int) -> int:
-    """Add the stages of the tensors and modules that are not part of a step; returns that of the last module."""
+    """Add to ``owner`` the tensors and modules that no step names, and return the stage of the last module."""
     for name in (*module._parameters, *module._buffers):
         owner.setdefault(prefix + name, current)
     for name, child in module._modules.items():

@@ -47,7 +47,7 @@ def is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
     Args:
         module: The module that it belongs to.
-        name: Its name; the last part counts.
+        name: Its name, or its path, of which only the last part matters.
         parameter: The parameter.
     """
     is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm))  # of maps, it has weights of several dimensions
@@ -84,10 +84,9 @@ def arrange_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], lr
                 )
             group["lr"] *= lr_decay ** (last - number)
         parts = [group]
-        decayed = source.get("decayed", [True] * len(group["params"]))
-        if group.get("weight_decay") and not all(decayed):
+        if group.get("weight_decay") and not all(source["decayed"]):
             kept, exempt = (
-                [parameter for parameter, flag in zip(group["params"], decayed, strict=True) if flag is side]
+                [parameter for parameter, flag in zip(group["params"], source["decayed"], strict=True) if flag is side]
                 for side in (True, False)
             )
             parts = [{**group, "params": kept}] if kept else []
@@ -99,22 +98,21 @@ def arrange_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], lr
 
 
 def parameter_indices(names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> list[list[int]] | None:
-    """Which parameters the groups of an optimizer have.
+    """Positions of the parameters of each group of an optimizer.
 
     Args:
         names: Names of the optimizer's groups.
         groups: From :func:`stage_groups`.
 
     Returns:
-        For each name, the indices among the parameters of all groups; ``None`` if a name is of another model.
+        For each name, the indices among the parameters of all groups; ``None`` if a name is of none of the groups.
     """
     indices: dict[str, list[int]] = {ALL: []}
     for group in groups:
-        name, start, count = group["name"], len(indices[ALL]), len(group["params"])
-        numbers = range(start, start + count)
+        name, exempt_name, start = group["name"], f"{group['name']}{NO_DECAY}", len(indices[ALL])
+        numbers = range(start, start + len(group["params"]))
+        exempt = [index for index, decayed in zip(numbers, group["decayed"], strict=True) if not decayed]
         indices[ALL] += numbers
-        exempt = [index for index in numbers if not group.get("decayed", [True] * count)[index - start]]
-        indices[f"{name}{NO_DECAY}"] = exempt
-        is_split = f"{name}{NO_DECAY}" in names
-        indices[name] = [index for index in numbers if not is_split or index not in exempt]
+        indices[exempt_name] = exempt
+        indices[name] = [index for index in numbers if exempt_name not in names or index not in exempt]
     return [indices[name] for name in names] if all(name in indices for name in names) else None

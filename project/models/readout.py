@@ -117,7 +117,7 @@ def available_features(stages: nn.ModuleDict) -> list[FeatureKind]:
     if not layout.has_class_token:
         return [*kinds, "mean"]
     tokens: list[FeatureKind] = ["cls", "mean", "cls+mean", "last4"]
-    # The stem is no block.
+    # One stage is the stem; the others are blocks.
     return [*kinds, *(kind for kind in tokens if len(stages) == 1 or BLOCKS_READ.get(kind, 1) < len(stages))]
 
 

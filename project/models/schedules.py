@@ -67,9 +67,14 @@ class WarmupCosine(LRScheduler):
     def factor(self, step: int) -> float:
         """Factor of the learning rate in a step, counted from 0."""
         if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)  # the first step has a rate above 0
+            return warm_up_factor(step, self.warmup_steps)
         progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warm_up_factor(step: int, steps: int) -> float:
+    """Factor of the learning rate in a linear warm-up: above 0 in step 0, and 1 from step ``steps`` on."""
+    return min(1.0, (step + 1) / (steps + 1))
 
 
 def interval_of(hparams: Mapping[str, Any]) -> Interval:
@@ -84,7 +89,7 @@ def interval_of(hparams: Mapping[str, Any]) -> Interval:
 
 
 def frequency_of(hparams: Mapping[str, Any]) -> int:
-    """The scheduler is stepped at every so many intervals.
+    """Number of intervals between two steps of the scheduler.
 
     Args:
         hparams: See :func:`interval_of`, with ``scheduler_frequency``; earlier versions had none.
@@ -93,7 +98,7 @@ def frequency_of(hparams: Mapping[str, Any]) -> int:
 
 
 def validate_steps(hparams: Mapping[str, Any]) -> None:
-    """Check when the scheduler is stepped.
+    """Check the interval and frequency at which the scheduler is stepped.
 
     Args:
         hparams: See :func:`frequency_of`; the scheduler may be ``None``.
@@ -124,13 +129,16 @@ def validate_steps(hparams: Mapping[str, Any]) -> None:
 def for_groups(scheduler: ClassSpec, depths: Sequence[int], lr_decay: float) -> ClassSpec:
     """Give a scheduler's arguments a value for each parameter group.
 
-    A list has a value per stage, and a stage may have two groups. A scheduler that replaces the learning rates would
-    otherwise replace those by depth.
+    A list has a value per stage, and a stage may have two groups. A single value that replaces the learning rates is
+    multiplied by the factor of each depth.
 
     Args:
         scheduler: Its class and arguments.
         depths: Depth of each group, see :func:`project.models.parameter_groups.arrange_groups`.
         lr_decay: Factor of the learning rate per stage.
+
+    Returns:
+        The scheduler with new arguments.
     """
     rates, stages = RATES.get(scheduler.name, ()) if lr_decay != 1 else (), max(depths) + 1
     arguments = dict(scheduler.init_args)

@@ -110,11 +110,11 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
     Returns:
         The stages in order. The last one outputs pooled features ``(B, D)``. They share the model's parameters.
     """
-    family_name = _family_name(model)
-    chain = CHAINS.get(family_name)
+    name = family_name(model)
+    chain = CHAINS.get(name)
     if chain is not None and chain.indivisible(model) is None:
         return divide(model, chain)
-    family = FAMILIES.get(family_name)
+    family = FAMILIES.get(name)
     if family is None:
         return OrderedDict({WHOLE: model})
     groups: list[OrderedDict[str, nn.Module]] = [OrderedDict()]
@@ -129,10 +129,11 @@ def split_into_stages(model: nn.Module) -> OrderedDict[str, nn.Module]:
 
 def reason_for_single_stage(model: nn.Module) -> str | None:
     """Why a network is a single stage; ``None`` if it has several, or if its family is not known."""
-    family_name = _family_name(model)
-    chain = CHAINS.get(family_name)
-    return chain.indivisible(model) if chain is not None else REASONS.get(family_name)
+    name = family_name(model)
+    chain = CHAINS.get(name)
+    return chain.indivisible(model) if chain is not None else REASONS.get(name)
 
 
-def _family_name(model: nn.Module) -> str:
+def family_name(model: nn.Module) -> str:
+    """Package and class name of a network: the key of :data:`FAMILIES` and of the chains."""
     return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from project.errors import ConfigError
 from project.models.cut import Cut
+from project.models.schedules import warm_up_factor
 
 PATIENCE = 2  # validations without improvement after which the next entry of a list begins
 WARMUP = 0.1  # epochs
@@ -47,7 +48,7 @@ class UnfreezingSchedule:
             cut_at: Creates the cut before a stage, from its name and the name of the setting.
 
         Raises:
-            ConfigError: The entries are no schedule.
+            ConfigError: The entries or the patience are invalid.
             ModelError: A stage does not exist.
         """
         epochs = tuple(entries) if isinstance(entries, Mapping) else None
@@ -90,7 +91,7 @@ class UnfreezingSchedule:
             ConfigError: A cut would never begin.
         """
         if self.epochs is not None and epochs is not None and 0 < epochs <= self.epochs[-1]:
-            begin = f"{entry_name(self.cuts[-1])} would begin after {count_epochs(self.epochs[-1])}"
+            begin = f"{entry_name(self.cuts[-1])} would begin after {format_epochs(self.epochs[-1])}"
             raise ConfigError(f"model.schedule: {begin}, but the fit has {epochs}. Increase --trainer.{limit}.")
 
     def cut_in(self, epoch: int) -> Cut | None:
@@ -109,7 +110,7 @@ class UnfreezingSchedule:
             count = f"{self.patience} validation{'' if self.patience == 1 else 's'}"
             return f"{', then '.join(names)}; each begins after {count} without a lower val/loss"
         later = zip(names[1:], self.epochs[1:], strict=True)
-        return ", ".join([names[0], *(f"{name} after {count_epochs(first)}" for name, first in later)])
+        return ", ".join([names[0], *(f"{name} after {format_epochs(first)}" for name, first in later)])
 
 
 def plain_entries(
@@ -133,7 +134,7 @@ def _epochs(value: object) -> int:
     return int(value)
 
 
-def count_epochs(count: int) -> str:
+def format_epochs(count: int) -> str:
     """A number of epochs, for a message."""
     return f"{count} epoch{'' if count == 1 else 's'}"
 
@@ -167,14 +168,14 @@ class WarmUp(NamedTuple):
 
     def factor(self, step: int) -> float:
         """Factor of the learning rate in an optimizer step: above 0, and 1 after the warm-up."""
-        return min(1.0, (step - self.first + 1) / (self.steps + 1))
+        return warm_up_factor(step - self.first, self.steps)
 
 
 @contextmanager
 def scaled_rates(optimizer: Optimizer, factor: Callable[[str], float]) -> Iterator[None]:
     """Context in which the learning rates of an optimizer are multiplied.
 
-    Afterwards they are what they were: schedulers compute the next rate from the last one and must not see the product.
+    They are restored afterwards, because schedulers compute the next rate from the last one.
 
     Args:
         optimizer: With a group per stage. A stage may have several groups, ``STAGE`` and ``STAGE (...)``.

@@ -52,7 +52,7 @@ class WeightAverage:
         for name, tensor in tensors.items():
             average = self.tensors.get(name)
             if average is None or not tensor.is_floating_point():
-                self.tensors[name] = tensor.to(_average_dtype(tensor), copy=True)
+                self.tensors[name] = _copy(tensor)
             else:
                 averages.append(average)
                 values.append(tensor.to(average.dtype))
@@ -61,14 +61,14 @@ class WeightAverage:
         self.updates += 1
 
     def add(self, tensors: Tensors) -> None:
-        """Start the averages of tensors with a new name: their values until now, as they were frozen.
+        """Start the averages of tensors with a new name, which were frozen until now, at their values.
 
         Args:
             tensors: Detached tensors by name.
         """
         for name, tensor in tensors.items():
             if name not in self.tensors:
-                self.tensors[name] = tensor.to(_average_dtype(tensor), copy=True)
+                self.tensors[name] = _copy(tensor)
 
     def restore(self, updates: int, tensors: Tensors) -> None:
         """Replace the averages and the number of updates."""
@@ -94,7 +94,9 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, tensors: Tensors) -> Iterator[None]:
-        """Context in which tensors have the averaged values. Their memory is exchanged, and nothing is rounded.
+        """Context in which tensors have the averaged values.
+
+        The memory of the tensors is exchanged, so their own values are bit-identical afterwards.
 
         Args:
             tensors: The averaged tensors, not detached, by name.
@@ -109,5 +111,7 @@ class WeightAverage:
                 tensors[name].data = value
 
 
-def _average_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor; floats are at least float32."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(dtype, copy=True)

@@ -147,7 +147,7 @@ def lightning(options: argparse.Namespace) -> dict[str, Any]:
 def limits(options: argparse.Namespace) -> dict[str, Any]:
     """Measure FLOP/s of a matrix multiplication, and count the FLOP of the frozen prefix per image."""
     from project.features.engine_selection import cost, matmul_flops
-    from project.models.backbone import load_backbone
+    from project.models.loading import load_backbone
 
     cpu = torch.device("cpu")
     backbone = load_backbone(options.network, None, image_size=options.size)

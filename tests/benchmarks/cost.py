@@ -35,7 +35,7 @@ from project.features.frozen_prefix import PrefixSpec
 from project.features.row_loader import RowLoader, Rows
 from project.features.store import Space, as_keys, row_key
 from project.features.views import deduplicate, digest_images, image_views, load_image
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.decoding import decoding_rate, project_dataset
 from tests.benchmarks.measure import print_table, progress, store_bytes, subset

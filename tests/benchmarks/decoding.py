@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from project.data.dataset import ImageDataset
 from project.data.sources.folder import Folder
 from project.data.transforms import Transform, evaluation
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from project.preprocessing import Preprocessing
 from tests.benchmarks.measure import print_table, progress, subset
 

@@ -36,7 +36,8 @@ from project.features.engines import Engine
 from project.features.extraction import compute_rows, extract
 from project.features.frozen_prefix import PrefixSpec
 from project.features.views import View, deduplicate, digest_images, image_views, load_image
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
+from project.models.loading import load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.benchmarks.measure import print_table, progress
 

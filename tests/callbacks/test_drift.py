@@ -11,7 +11,7 @@ import torch
 from project import load
 from project.callbacks import drift
 from project.evaluation.cka import linear_cka
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, SMALL, STORED, scalars
 from tests.forked import start
 

@@ -14,7 +14,7 @@ from project import load
 from project.callbacks import interpolation
 from project.callbacks.interpolation import ALPHAS, Curve, interpolate
 from project.cli.main import main
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, FIGURES, SMALL, SOLVED, STORED, scalars
 from tests.forked import run_ranks, start
 from tests.integration.test_fine_tuning import SPOILED

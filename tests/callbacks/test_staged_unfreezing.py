@@ -17,7 +17,7 @@ from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.data.datamodule import ImageDataModule
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from project.trainer import Trainer
 from tests.conftest import BACKBONE, COLOURS, SOLVED, STORED, row_counts, scalars
 

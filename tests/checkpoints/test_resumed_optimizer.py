@@ -29,7 +29,8 @@ class Fit:
         generator = torch.Generator().manual_seed(0)
         self.layers = [nn.Parameter(torch.rand(4, 4, generator=generator)) for _ in range(2)]
         self.groups = [
-            {"name": name, "params": [layer]} for name, layer in zip(("layer4", "head"), self.layers, strict=True)
+            {"name": name, "params": [layer], "decayed": [True]}
+            for name, layer in zip(("layer4", "head"), self.layers, strict=True)
         ]
         self.hparams = {"optimizer": spec(optimizer), "scheduler": spec(scheduler), "scheduler_interval": "epoch"}
         self.optimizer, self.scheduler = construct_optimizer(self.hparams, self.groups)

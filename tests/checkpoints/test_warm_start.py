@@ -14,8 +14,8 @@ from project import ImageClassifier
 from project.checkpoints.warm_start import added_classes
 from project.cli.main import main
 from project.errors import CheckpointError
-from project.models.backbone import load_backbone
 from project.models.heads import CosineHead, LinearHead, MLPHead
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, FEATURES, SOLVED, STORED, draw, row_counts, scalars
 
 Fit = Callable[..., int]

@@ -12,7 +12,7 @@ from project.errors import ConfigError
 from project.features.engine_options import EngineFactory
 from project.features.engines import Engine
 from project.features.frozen_prefix import PrefixSpec
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, FEATURES
 from tests.features.test_engines import CPU, IMAGES, relative_error
 

@@ -11,7 +11,7 @@ from project.features.engine_options import EngineOption
 from project.features.engine_selection import EngineChoice, RateFile, choose, cost, machine_name, matmul_flops, measure
 from project.features.engines import EngineName
 from project.features.store import Space
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)

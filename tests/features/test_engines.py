@@ -9,7 +9,7 @@ import torch
 
 from project import ImageClassifier
 from project.features.engines import ExactEngine
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import draw
 
 Fit = Callable[..., int]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from project.features.frozen_prefix import FrozenPrefix, fold_batch_norm
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
+from project.models.loading import load_backbone
 from tests.features.test_engines import relative_error
 
 

@@ -14,7 +14,8 @@ from project.cli.main import main
 from project.features.provider import RowProvider
 from project.inference import demo
 from project.inference.gallery import Gallery, data_of
-from project.models.backbone import load_backbone, merge_adapters
+from project.models.backbone import merge_adapters
+from project.models.loading import load_backbone
 from project.reporting.run_description import trained_parameters
 from tests.checkpoints.test_warm_start import NO_STEP, add_class, last, read
 from tests.conftest import BACKBONE, COLOURS, SOLVED, STORED, row_counts, scalars

@@ -23,7 +23,7 @@ from project.data.sources.folder import Folder
 from project.features.engine_options import EngineFactory
 from project.features.frozen_prefix import PrefixSpec
 from project.features.views import digest_images, image_views
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from project.runtime.distributed import ProcessGroup
 from tests.conftest import COLOURS, draw, row_counts, scalars
 

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from project import ImageClassifier, ImageDataModule, Trainer, load
 from project.cli.main import main
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, STORED, scalars
 
 Fit = Callable[..., int]

@@ -13,7 +13,7 @@ from lightning_utilities.core.imports import RequirementCache
 from project import ImageClassifier, load
 from project.cli.main import main
 from project.cli.transfer_cli import reserve_version
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.conftest import BACKBONE, FEATURES, draw, scalars
 
 Fit = Callable[..., int]

@@ -25,7 +25,7 @@ class FastInit(TorchFunctionMode):
                 scale = min(scale, others[1])
             self.filled += 1
             noise = self.NOISE.roll(1009 * self.filled) * scale
-            if func is torch.Tensor.uniform_:  # torch 2.11's trunc_normal_ applies erfinv_, which is NaN outside
+            if func is torch.Tensor.uniform_:  # torch 2.11's trunc_normal_ applies erfinv_, NaN outside [-1, 1]
                 noise = noise.clamp(-0.9, 0.9)
             weights.data.view(-1).copy_(noise.repeat(-(-weights.numel() // 2**16))[: weights.numel()])
             return weights

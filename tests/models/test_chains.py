@@ -14,7 +14,7 @@ from project.models.cut import Cut
 from project.models.fingerprint import fingerprint
 from project.models.network_parts import Part
 from project.models.registry import architecture
-from project.models.stages import split_into_stages
+from project.models.stages import family_name, split_into_stages
 from project.preprocessing import Preprocessing
 from tests.models.fast_init import FastInit
 
@@ -171,7 +171,7 @@ def test_parts_in_sequence_are_bit_identical_to_the_network(case: Case) -> None:
     images = torch.randn(2, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
     expected, before = network(images.clone()), fingerprint([("body", network)])
     stages = split_into_stages(network)
-    chain = CHAINS[f"{type(network).__module__.split('.')[0]}.{type(network).__name__}"]
+    chain = CHAINS[family_name(network)]
     assert len(stages) >= 3
     if case.stages:
         assert list(stages) == case.stages.split()
@@ -214,5 +214,5 @@ def test_every_chain_is_covered() -> None:
                 network: nn.Module = timm.create_model(case.name.removeprefix("timm/"), **(case.options or {}))
             else:
                 network = architecture(case.name).build(None)[0]
-        families.add(f"{type(network).__module__.split('.')[0]}.{type(network).__name__}")
+        families.add(family_name(network))
     assert set(CHAINS) - families == set()

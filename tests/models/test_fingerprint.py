@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from project.models.backbone import load_backbone
 from project.models.fingerprint import fingerprint
+from project.models.loading import load_backbone
 
 RANDOM = pytest.mark.filterwarnings("ignore:model.weights is null")
 
@@ -103,7 +103,7 @@ def test_random_weights_are_equal_in_another_process():
     """Checkpoints do not contain frozen weights, so random ones must be reproducible."""
     code = (
         "import torch; torch.manual_seed(7); torch.rand(5)\n"
-        "from project.models.backbone import load_backbone\n"
+        "from project.models.loading import load_backbone\n"
         "print(load_backbone('shufflenet_v2_x0_5', None).sha256)"
     )
     process = subprocess.run(

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from project.errors import ModelError
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
 from project.models.grad_cam import heat_maps
 from project.models.heads import LinearHead
+from project.models.loading import load_backbone
 from project.preprocessing import Preprocessing
 from project.task import SingleLabel
 

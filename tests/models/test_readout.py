@@ -10,9 +10,10 @@ from timm.models import generate_default_cfgs, register_model
 from project.classifier import ImageClassifier
 from project.errors import ConfigError, ModelError
 from project.features.frozen_prefix import FrozenPrefix
-from project.models.backbone import RANDOM_SEED, Backbone, load_backbone
+from project.models.backbone import Backbone
 from project.models.grad_cam import heat_maps
 from project.models.heads import LinearHead
+from project.models.loading import RANDOM_SEED, load_backbone
 from project.models.readout import read_tokens
 from project.models.registry import architecture
 from project.task import SingleLabel

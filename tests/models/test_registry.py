@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from project.errors import ModelError, WeightsError
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from project.models.registry import architecture
 from tests.models.fast_init import FastInit
 
@@ -126,34 +126,6 @@ def test_file_with_auxiliary_heads_loads(name):
     model, _ = architecture(name).build(dict(original.state_dict()))
     expected = original.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
-
-
-def test_vit_rejects_other_image_sizes():
-    with pytest.raises(ModelError, match=r"model\.image_size: vit_b_32 supports only images of 224 px, not 192\."):
-        load_backbone("vit_b_32", None, image_size=192)
-    assert load_backbone("vit_b_32", None, image_size=224).preprocessing.crop == 224
-
-
-def test_vit_uses_the_image_size_of_its_weight_file(tmp_path):
-    """Some of torchvision's weights, such as SWAG, use 384 or 512 px."""
-    torch.save(torchvision.models.vit_b_32(image_size=64).state_dict(), tmp_path / "small.pth")
-    backbone = load_backbone("vit_b_32", str(tmp_path / "small.pth"))
-    assert backbone.preprocessing.crop == 64
-    assert backbone.eval()(random_images(1, 64)).shape == (1, 768)
-
-
-@pytest.mark.parametrize(("name", "fixed"), [("maxvit_t", 224), ("timm/test_vit", 160)])
-def test_network_with_fixed_size_rejects_other_image_sizes(name, fixed):
-    with pytest.raises(ModelError, match=rf"model\.image_size: {name} supports only images of {fixed} px, not 128\."):
-        load_backbone(name, None, image_size=128)
-    assert load_backbone(name, None).preprocessing.crop == fixed
-    assert load_backbone(name, None, image_size=fixed).preprocessing.crop == fixed
-
-
-def test_other_networks_support_any_image_size():
-    backbone = load_backbone("resnet18", None, image_size=96)
-    assert (backbone.preprocessing.crop, backbone.preprocessing.resize) == (96, 110)
-    assert backbone.eval()(random_images(1, 96)).shape == (1, 512)
 
 
 def test_densenet_file_with_old_names_loads():

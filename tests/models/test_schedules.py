@@ -75,14 +75,12 @@ def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "key", "expected"),
-    [
-        ({"max_lr": 0.8, "total_steps": 4}, "max_lr", [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]),
-        ({"max_lr": [0.1, 0.2, 0.3], "total_steps": 4}, "max_lr", [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]),
-    ],
+    ("max_lr", "expected"),
+    [(0.8, [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]), ([0.1, 0.2, 0.3], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3])],
     ids=["one rate, by depth", "a rate per stage"],
 )
-def test_one_cycle_has_a_rate_per_stage(scheduler: dict[str, Any], key: str, expected: list[float]) -> None:
+def test_one_cycle_has_a_rate_per_stage(max_lr: Any, expected: list[float]) -> None:
+    scheduler = {"max_lr": max_lr, "total_steps": 4}
     made, _ = construct_optimizer(
         {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}},
@@ -91,4 +89,4 @@ def test_one_cycle_has_a_rate_per_stage(scheduler: dict[str, Any], key: str, exp
         },
         GROUPS,
     )
-    assert [group[key] for group in made.param_groups] == expected
+    assert [group["max_lr"] for group in made.param_groups] == expected

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from project.data.transforms import evaluation
 from project.errors import WeightsError
 from project.models import weights as weight_files
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 
 SMALL = "shufflenet_v2_x0_5"
 TIMM = "timm/test_resnet"

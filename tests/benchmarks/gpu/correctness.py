@@ -18,7 +18,7 @@ from project import load
 from project.cli.main import main
 from project.features.engines import DTYPES, ExactEngine, TorchEngine
 from project.features.frozen_prefix import FrozenPrefix
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.finetune import Setting, compare_frozen_fingerprint, run_project
 from tests.benchmarks.gpu.inference import train_head

@@ -21,7 +21,8 @@ from project.features.extraction import extract
 from project.features.frozen_prefix import FrozenPrefix, PrefixSpec
 from project.features.store import Space
 from project.features.views import Views, digest_images, image_views, load_image
-from project.models.backbone import Backbone, load_backbone
+from project.models.backbone import Backbone
+from project.models.loading import load_backbone
 from project.runtime.distributed import ProcessGroup
 from project.runtime.system import cores
 from tests.benchmarks.gpu.figures import FigureFile

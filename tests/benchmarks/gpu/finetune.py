@@ -19,7 +19,7 @@ from project.cli.main import main
 from project.data.dataset import ImageDataset
 from project.data.sources.folder import Folder
 from project.data.transforms import evaluation
-from project.models.backbone import load_backbone
+from project.models.loading import load_backbone
 from tests.benchmarks.gpu.figures import FigureFile
 from tests.benchmarks.gpu.monitor import MONITOR, FitMonitor
 from tests.benchmarks.gpu.photographs import repeat, shrink
