@@ -15,6 +15,7 @@ from project.models.cut import Cut
 from project.models.unfreezing import UnfreezingSchedule, WarmUp, entry_name, format_epochs
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
+from project.runtime.fit_length import steps_per_epoch
 from project.runtime.logger_adapters import log_text
 
 KEY = "unfreezing"
@@ -56,9 +57,9 @@ class StagedUnfreezing(pl.Callback):
         if schedule is not None:
             assert isinstance(pl_module, ImageClassifier)
             if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
-                epochs = math.ceil(trainer.max_steps / _steps_per_epoch(trainer))
+                epochs = math.ceil(trainer.max_steps / steps_per_epoch(trainer))
                 schedule.validate_length(epochs, "max_steps")
-            if math.isinf(_steps_per_epoch(trainer)) and pl_module.hparams["schedule_warmup"]:
+            if math.isinf(steps_per_epoch(trainer)) and pl_module.hparams["schedule_warmup"]:
                 raise ConfigError(
                     "model.schedule_warmup is a number of epochs, but the length of an epoch is unknown. Set it to 0, "
                     "or set trainer.limit_train_batches to a number."
@@ -85,7 +86,7 @@ class StagedUnfreezing(pl.Callback):
         added = [name for name in cut.trainable if name in module.cut.frozen]
         module.move_cut(cut)
         lightning_internals.renew_ddp(trainer)
-        warm_up = WarmUp.of_epochs(module.hparams["schedule_warmup"], trainer.global_step, _steps_per_epoch(trainer))
+        warm_up = WarmUp.of_epochs(module.hparams["schedule_warmup"], trainer.global_step, steps_per_epoch(trainer))
         module.warm_ups.update(dict.fromkeys(added, warm_up))
         self._waited = 0
         ramp = f", with a warm-up of {warm_up.steps} step{'' if warm_up.steps == 1 else 's'}" if warm_up.steps else ""
@@ -118,12 +119,6 @@ class StagedUnfreezing(pl.Callback):
         state = _validated(checkpoint.get(KEY))
         self._best, self._waited, self._counted = state["best"], state["waited"], state["counted"]
         pl_module.warm_ups = {name: WarmUp(*values) for name, values in state["warm_ups"].items()}
-
-
-def _steps_per_epoch(trainer: pl.Trainer) -> float:
-    """Number of optimizer steps in an epoch; infinite if it is unknown."""
-    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return math.ceil(batches) if math.isfinite(batches) else batches
 
 
 def _schedule(module: pl.LightningModule) -> UnfreezingSchedule | None:

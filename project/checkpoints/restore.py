@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +35,7 @@ from project.models.parameter_groups import stage_groups
 from project.models.schedules import Interval, frequency_of, interval_of, with_length
 from project.models.unfreezing import UnfreezingSchedule, entry_name
 from project.models.weight_average import WeightAverage
+from project.runtime.fit_length import fit_length
 from project.runtime.lightning_internals import attached_trainer, loop_state
 
 #: The classifier's arguments that name a class, each with the required base class.
@@ -173,7 +173,7 @@ class CheckpointMixin(Module):
         trainer = attached_trainer(self)
         if trainer is None or self.hparams["scheduler"] is None:
             return None
-        length, frequency = self._fit_length(trainer), frequency_of(self.hparams)
+        length, frequency = fit_length(trainer, self.scheduler_interval()), frequency_of(self.hparams)
         if length is None or frequency == 1:
             return length
         if length < frequency and trainer.max_epochs != 0 and not getattr(trainer, "fast_dev_run", False):
@@ -182,19 +182,6 @@ class CheckpointMixin(Module):
                 "the learning rate would never change. Decrease it."
             )
         return max(length // frequency, 1)
-
-    def _fit_length(self, trainer: pl.Trainer) -> int | None:
-        """Length of the whole fit in the scheduler's interval, epochs or steps; ``None`` if it is unknown."""
-        if trainer.max_epochs == 0:
-            return 1  # nothing is stepped, but schedules of length 0 are invalid
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        if trainer.max_steps <= 0 and (epochs is None or self.scheduler_interval() == "epoch"):
-            return epochs
-        steps = trainer.estimated_stepping_batches
-        if self.scheduler_interval() == "step":
-            return int(steps) if math.isfinite(steps) else None
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        return min(filter(None, (epochs, math.ceil(trainer.max_steps / steps_per_epoch))))
 
     def identity(self) -> dict[str, Any]:
         """Identity of the model, for a checkpoint: classes, preprocessing, backbone and versions, in plain types."""
