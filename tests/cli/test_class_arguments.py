@@ -20,6 +20,7 @@ from project.cli.transfer_cli import TransferCLI
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError
 from project.models.optimizers import ArticleSGD
+from project.models.parameter_groups import stage_groups
 from project.runtime.signals import SignalHandler
 from tests.conftest import SMALL
 
@@ -65,6 +66,11 @@ class ParseOnlyCLI(TransferCLI):
 
 def parameter_groups() -> list[dict[str, Any]]:
     return [{"name": "head", "params": [nn.Parameter(torch.zeros(2, 2))]}]
+
+
+def head_groups() -> list[dict[str, Any]]:
+    """The same parameters as :func:`parameter_groups`, as the classifier passes them."""
+    return stage_groups({"head": nn.ParameterDict({"weight": nn.Parameter(torch.zeros(2, 2))})})
 
 
 def instantiate(args: list[str]) -> Instances:
@@ -125,7 +131,7 @@ def instantiate_all(here: Path, photos: Path, trained: Path) -> Callable[..., li
         ]
         partials = {key: functools.partial(kind, **arguments) for key, (kind, arguments) in classes.items()}
         model = ImageClassifier("shufflenet_v2_x0_5", None, classes=["a"], **partials)
-        return [*map(instantiate, command_lines), model.make_optimizer(parameter_groups())]
+        return [*map(instantiate, command_lines), model.make_optimizer(head_groups())]
 
     return instantiate_each
 
@@ -174,7 +180,7 @@ def test_default_optimizer_is_that_of_the_article(here: Path, photos: Path) -> N
         assert type(optimizer) is ArticleSGD
         (group,) = optimizer.param_groups
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (rate, 0.9, 0)
-    (group,) = ImageClassifier("resnet18", None, classes=["a"]).make_optimizer(parameter_groups())[0].param_groups
+    (group,) = ImageClassifier("resnet18", None, classes=["a"]).make_optimizer(head_groups())[0].param_groups
     assert (group["lr"], group["momentum"]) == (0.001, 0.9)
 
 
