@@ -12,22 +12,27 @@ start from the solved head, so the gain is the difference to epoch 0.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.benchmarks.data_sets import ALL, DIGITS, NETWORKS, data_sets
 from tests.benchmarks.measure import ROOT, print_table, progress, run_module
 
+Fit = tuple[str, int, str, str]
 FINE_TUNE = ("-c", ROOT / "configs/finetune.yaml")
+SGD = ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.01", "--model.optimizer.momentum", "0.9")
 #: Flags of each way.
 WAYS: dict[str, tuple[object, ...]] = {
     "probe": (),
     "biases": (*FINE_TUNE, "--model.trainable", "all", "--model.adapter", "bias"),
     "LoRA": ("-c", ROOT / "configs/lora.yaml"),
     "last stage": (*FINE_TUNE, "--model.trainable", "-1"),
+    "last stage, SGD": (*FINE_TUNE, *SGD),
     "last two stages": (*FINE_TUNE, "--model.trainable", "-2"),
     "all stages": (*FINE_TUNE, "--model.trainable", "all"),
 }
@@ -90,6 +95,34 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
+def cells(results: Sequence[Specialised]) -> list[str]:
+    """Columns of the table.
+
+    Args:
+        results: One for each seed.
+    """
+    first = results[0]
+    return [
+        _spread([result.initial for result in results], 3),
+        _spread([result.last for result in results], 3),
+        _spread([result.best for result in results], 3),
+        f"{first.parameters:,}",
+        f"{first.bytes:,}",
+        _spread([result.seconds for result in results], 0),
+        _spread([result.drift for result in results], 3),
+        str(len(results)),
+    ]
+
+
+def read_results(file: Path) -> dict[Fit, list[Specialised]]:
+    """Results of an earlier command, by data set, number of validation images, network and way."""
+    results: dict[Fit, list[Specialised]] = {}
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        results.setdefault(tuple(record["fit"]), []).append(Specialised(**record["result"]))
+    return results
+
+
 def main() -> None:
     """Print one row per data set, network and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,40 +132,42 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, help="input size in pixels of photographs; default: that of the weights")
+    parser.add_argument("--jobs", type=int, default=1, help="fits that run at once; more than 1 distorts the seconds")
+    parser.add_argument("--json", type=Path, help="file to which each result is appended")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags of all fits; last argument")
     options = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name, root, size in data_sets(options.data, options.sets, Path(temporary)):
-            count = sum(1 for _ in (root / "val").glob("*/*"))
-            pixels = size if name == DIGITS else options.size
-            for network in options.networks:
-                backbone, weights = NETWORKS[network]
-                common = ["--model.backbone", backbone, "--model.weights", weights, "--data.root", root]
-                common += ["--features.folder", Path(temporary, "store")]
-                common += ["--model.image_size", pixels] if pixels else []
-                for way in options.ways:
-                    results = []
-                    for seed in range(options.seeds):
-                        with tempfile.TemporaryDirectory() as runs:
-                            flags = [*WAYS[way], *common, "--seed_everything", seed]
-                            results.append(specialise(flags, Path(runs)))
-                    first = results[0]
-                    rows.append(
-                        [
-                            f"{name}, {network} ({count})",
-                            way,
-                            f"{first.initial:.3f}",
-                            _spread([result.last for result in results], 3),
-                            _spread([result.best for result in results], 3),
-                            f"{first.parameters:,}",
-                            f"{first.bytes:,}",
-                            _spread([result.seconds for result in results], 0),
-                            _spread([result.drift for result in results], 3),
-                        ]
-                    )
-                    progress(" | ".join(rows[-1]))
+        folder = Path(temporary)
+        results_file = options.json or folder / "results.jsonl"
+        results_file.touch()
+        fits = []
+        for seed in range(options.seeds):  # outermost: a stopped command has the same number of seeds for all ways
+            for name, root, size in data_sets(options.data, options.sets, folder):
+                count = sum(1 for _ in (root / "val").glob("*/*"))
+                pixels = size if name == DIGITS else options.size
+                for network in options.networks:
+                    backbone, weights = NETWORKS[network]
+                    flags = ["--model.backbone", backbone, "--model.weights", weights, "--data.root", root]
+                    flags += ["--features.folder", folder / "store", "--seed_everything", seed]
+                    flags += ["--model.image_size", pixels] if pixels else []
+                    for way in options.ways:
+                        fits.append(((name, count, network, way), [*WAYS[way], *flags, *options.flags]))
+
+        def run(fit: Fit, flags: Sequence[object]) -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as runs:
+                result = specialise(flags, Path(runs))
+            line = json.dumps({"fit": fit, "result": asdict(result)})
+            with results_file.open("a") as file:
+                file.write(f"{line}\n")
+            progress(line)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for done in [pool.submit(run, *fit) for fit in fits]:
+                done.result()
+        results = read_results(results_file)
+    rows = [[f"{name}, {network} ({count})", way, *cells(of)] for (name, count, network, way), of in results.items()]
     header = ["data set, network (validation images)", "trained", "epoch 0", "last epoch", "best epoch"]
-    print_table([*header, "trained parameters", "bytes of best.ckpt", "seconds", "CKA with the start"], rows)
+    print_table([*header, "trained parameters", "bytes of best.ckpt", "seconds", "CKA with the start", "seeds"], rows)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 ``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``; ``digits`` are the 1,797 digits of scikit-learn
 at 112 px. All tools use EfficientNet-Lite0 with the ImageNet weights of a Python package. The validation images choose
 nothing: ``ours`` is the solved head with which ``fit`` starts, the others are measured after their last epoch. fastai
-is measured if it can be imported. (fastai 2.8 declares an older torch: ``pip install --no-deps fastai fastcore
-'fastprogress<1.1' plum-dispatch beartype fastdownload fasttransform cloudpickle``.)
+and transformers are measured if they can be imported. (fastai 2.8 declares an older torch: ``pip install --no-deps
+fastai fastcore 'fastprogress<1.1' plum-dispatch beartype fastdownload fasttransform cloudpickle``. transformers:
+``pip install --no-deps transformers accelerate tokenizers regex``.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.data_sets import ALL, NETWORK, data_sets
-from tests.benchmarks.measure import LITE0, print_table, progress, run_module
+from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_module
 
 BATCH = 32
 
@@ -207,19 +208,29 @@ TOOLS: dict[str, Callable[[Path, int, int, Path], Result]] = {
     "fastai_frozen": fastai_frozen,
     "fastai_fine_tune": fastai_fine_tune,
 }
-OURS = {
-    "ours": (),
-    "ours_again": ("--model.optimizer.lr", "0.002"),  # features stored
+#: Package of a tool that may be missing.
+REQUIRED = {
+    "fastai_frozen": "fastai",
+    "fastai_fine_tune": "fastai",
+    "hugging_face": "transformers",
+    "hugging_face_tuned": "transformers",
+}
+#: Flags of ``fit``, and the epoch whose accuracy is reported: the validation images must not choose it.
+OURS: dict[str, tuple[tuple[object, ...], int]] = {
+    "ours": ((), 0),
+    "ours_again": (("--model.optimizer.lr", "0.002"), 0),  # features stored
+    "ours_fine_tuned": (("-c", ROOT / "configs/finetune.yaml"), -1),
 }
 
 
-def run_ours(data: Path, size: int, epochs: int, folder: Path, flags: tuple[str, ...]) -> tuple[Result, float]:
+def run_ours(data: Path, size: int, epochs: int, folder: Path, tool: str) -> tuple[Result, float]:
     """Run ``fit`` in its own process; returns the result and the seconds."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    flags, epoch = OURS[tool]
     runs = Path(tempfile.mkdtemp(dir=folder))
     run = run_module(
-        *("project", "fit", *LITE0, "--data.root", data, "--trainer.max_epochs", epochs, *flags),
+        *("project", "fit", *flags, *LITE0, "--data.root", data, "--trainer.max_epochs", epochs),
         *("--model.image_size", size, "--features.folder", folder / "store", "--trainer.default_root_dir", runs),
         *("--trainer.enable_progress_bar", "false"),
         cache=folder / "compiled",
@@ -228,7 +239,7 @@ def run_ours(data: Path, size: int, epochs: int, folder: Path, flags: tuple[str,
     events = EventAccumulator(str(version))
     events.Reload()
     size_of = (version / "checkpoints/best.ckpt").stat().st_size
-    return Result(events.Scalars("val/accuracy")[0].value, size_of), run.seconds
+    return Result(events.Scalars("val/accuracy")[epoch].value, size_of), run.seconds
 
 
 def main() -> None:
@@ -249,9 +260,9 @@ def main() -> None:
             result = TOOLS[options.run](options.data, options.size, options.epochs, Path(folder, "model"))
         print(json.dumps(asdict(result)))
         return
-    tools = [tool for tool in options.tools if not tool.startswith("fastai") or importlib.util.find_spec("fastai")]
+    tools = [tool for tool in options.tools if importlib.util.find_spec(REQUIRED.get(tool, "torch"))]
     if missing := sorted(set(options.tools) - set(tools)):
-        progress(f"Not measured, fastai is not installed: {', '.join(missing)}")
+        progress(f"Not measured, because a package is not installed: {', '.join(missing)}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, data, size in data_sets(options.data, options.sets, Path(temporary)):
@@ -259,7 +270,7 @@ def main() -> None:
             folder.mkdir()
             for tool in tools:
                 if tool in OURS:
-                    result, seconds = run_ours(data, size, options.epochs, folder, OURS[tool])
+                    result, seconds = run_ours(data, size, options.epochs, folder, tool)
                 else:
                     module = ("tests.benchmarks.tools", "--data", data, "--run", tool, "--size", size)
                     run = run_module(*module, "--epochs", options.epochs)
