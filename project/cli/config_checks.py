@@ -71,7 +71,7 @@ def validate_config(verb: str, config: Namespace) -> None:
     if verb == "demo":
         demo.require(config.port)
     if verb == "export":
-        export.require(config.output, config.split)
+        export.require(config.output, config.split, config.int8)
     name = config.name
     if name and (Path(name).name != name or name == ".."):
         raise ConfigError(
