@@ -10,12 +10,12 @@ from jsonargparse import Namespace
 from project.audit.label_issues import require_scikit_learn
 from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
-from project.inference import demo, export
+from project.inference import demo, export, push
 
 #: Verbs that work without a trained model.
 WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
 #: Verbs that find the data of the run by themselves.
-WITHOUT_DATA = ("demo", "export")
+WITHOUT_DATA = ("demo", "export", "push")
 #: Settings of the trainer with which a verb does nothing if they are 0.
 LIMITS = {
     "fit": ("limit_train_batches", "max_steps"),
@@ -72,6 +72,8 @@ def validate_config(verb: str, config: Namespace) -> None:
         demo.require(config.port)
     if verb == "export":
         export.require(config.output, config.split, config.int8)
+    if verb == "push":
+        push.require(config.repository)
     name = config.name
     if name and (Path(name).name != name or name == ".."):
         raise ConfigError(

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.exports --data DIR
 
-``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``. EfficientNet-Lite0 has ImageNet weights (bicubic
-resize); ResNet50 has random ones (bilinear). Each file runs on the validation photographs one by one, in their own
-sizes; ``load`` gets the same pixels.
+``DIR`` contains data sets such as ``flowers5/{train,val}/CLASS/*.jpg``. EfficientNet-Lite0 has ImageNet weights and a
+bicubic resize; ResNet50 has random weights and a bilinear resize. Each file runs on the validation photographs one by
+one, in their own sizes; ``load`` gets the same pixels.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_preprocessing_of_exports_equals_that_of_pillow(interpolation: str, resi
         pixels = np.asarray(image)[None]
         (by_onnx,) = session.run(None, {"images": pixels})
         by_torch = program(torch.from_numpy(pixels.copy()))
-        for actual, limit in ((torch.from_numpy(by_onnx[0]), 0.01), (by_torch[0], 0.2)):  # torch has fewer bits
+        for actual, limit in ((torch.from_numpy(by_onnx[0]), 0.03), (by_torch[0], 0.2)):  # torch has fewer bits
             assert actual.shape == (3, 32, 32) and actual.dtype == torch.uint8
             assert (actual.int() - expected).abs().max() <= 1
             assert (actual != expected).float().mean() < limit
