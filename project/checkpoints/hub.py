@@ -25,8 +25,8 @@ from project.runtime.process_state import process_state
 SCHEME = "hf://"
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
-#: Entries of a checkpoint that inference needs, besides the tensors.
-ENTRIES = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "transfer")
+#: Entries of a checkpoint that inference and a new fit need, besides the tensors.
+ENTRIES = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "transfer", "loops")
 ADDRESS = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 TIMEOUT = 10  # seconds
 
@@ -130,15 +130,15 @@ def download(address: str) -> dict[str, Any]:
     """
     require_hub()
     repository = Address.parse(address)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         with process_state(log_levels={"huggingface_hub": logging.ERROR}):
-            folder = snapshot_download(
-                repository.name, revision=repository.revision, allow_patterns=[CONFIG, TENSORS], etag_timeout=TIMEOUT
-            )
+            config = Path(hf_hub_download(repository.name, CONFIG, revision=repository.revision, etag_timeout=TIMEOUT))
+            folder = config.parent  # named after the commit, which a push between the two downloads does not change
+            hf_hub_download(repository.name, TENSORS, revision=folder.name, etag_timeout=TIMEOUT)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{address} cannot be downloaded: {reason}") from error
-    return from_files(Path(folder), address)
+    return from_files(folder, address)

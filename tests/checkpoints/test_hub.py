@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = self.path.split("/")
         if self.path == "/api/repos/create":
             self.server.created.append(json.loads(content))
-            self.answer(json.dumps({"url": "http://hub/me/birds"}).encode())
+            self.answer(json.dumps({"url": "https://huggingface.co/me/birds"}).encode())
         elif self.path == "/api/validate-yaml":
             self.answer(b'{"errors": [], "warnings": []}')
         elif parts[5] == "preupload":
@@ -68,7 +68,11 @@ class Handler(BaseHTTPRequestHandler):
             values = [json.loads(line)["value"] for line in content.splitlines() if b'"file"' in line]
             files = {value["path"]: base64.b64decode(value["content"]) for value in values}
             self.server.repositories["/".join(parts[3:5])] = files
-            self.answer(json.dumps({"commitUrl": f"http://hub/commit/{COMMIT}", "commitOid": COMMIT}).encode())
+            self.answer(
+                json.dumps(
+                    {"commitUrl": f"https://huggingface.co/me/birds/commit/{COMMIT}", "commitOid": COMMIT}
+                ).encode()
+            )
 
     def do_GET(self) -> None:
         parts = self.path.split("?")[0].split("/")
@@ -119,7 +123,8 @@ def test_pushed_classifier_gives_the_same_probabilities(
     files = pushed.repositories["me/birds"]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     assert files["README.md"] == (trained / "model_card.md").read_bytes()
-    assert pushed.created[0]["private"] is True
+    (created,) = pushed.created
+    assert created.get("private") is True or created.get("visibility") == "private"  # depends on the version
     paths = sorted(photos.glob("test/*/*.png"))
     classifier = load("hf://me/birds", weights=str(weights))
     np.testing.assert_array_equal(
@@ -136,6 +141,13 @@ def test_predict_accepts_an_address(pushed: StubHub, photos: Path, weights: Path
     flags = ["--ckpt_path", "hf://me/birds@main", "--model.weights", str(weights)]
     assert main(["predict", *flags, "--data.predict", str(photos / "test/red")]) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 5
+
+
+def test_fit_cannot_resume_from_an_address(
+    pushed: StubHub, photos: Path, weights: Path, here: Path, refused: Callable[[int], str]
+) -> None:
+    flags = ["--ckpt_path", "hf://me/birds", "--model.weights", str(weights), "--data.root", str(photos)]
+    assert "hf://me/birds has no optimizer state, so its fit cannot be resumed." in refused(main(["fit", *flags]))
 
 
 def test_damaged_tensors_are_refused(pushed: StubHub, weights: Path) -> None:
