@@ -81,10 +81,9 @@ class WithPreprocessing(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocess and run images."""
         settings = self._preprocessing
-        height, width = images.shape[1:3]
-        shorter = torch.sym_min(height, width)
-        scaled = [settings.resize * side // shorter for side in (height, width)]
-        target = [settings.resize] * 2 if settings.squash else scaled
+        sides = images.shape[1:3]
+        shorter = cast(int, torch.sym_min(*sides))  # a symbol while torch.export traces
+        target = [settings.resize if settings.squash else settings.resize * side // shorter for side in sides]
         resized = functional.interpolate(
             images.permute(0, 3, 1, 2), size=target, mode=settings.interpolation, antialias=True
         )
