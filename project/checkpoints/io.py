@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from project.checkpoints import hub
 from project.errors import CheckpointError
 from project.runtime.atomic_write import atomic_write
 
@@ -49,4 +50,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """Read a checkpoint's tensors and plain types. ``weights_only`` is ignored: no code is ever executed."""
+        if str(path).startswith(hub.SCHEME):  # fsspec has another protocol of this name
+            return hub.download(str(path))
         return super().load_checkpoint(path, map_location, weights_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from project.checkpoints import hub
 from project.config.class_path import ClassSpec
 from project.errors import CheckpointError, ConfigError, abbreviate, damaged_checkpoint
 
@@ -50,28 +51,14 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     """Read a checkpoint's tensors, on the CPU, and plain types; no code in it is executed.
 
     Args:
-        path: A ``.ckpt`` file of this project.
+        path: A ``.ckpt`` file of this project, or ``hf://USER/NAME`` for a repository on the Hugging Face Hub.
         mmap: Map the tensors into memory instead of reading them, for a caller that needs only the rest.
 
     Raises:
         CheckpointError: The file is missing, damaged, contains code, or was not written by this project.
+        ConfigError: The address on the hub is invalid, or huggingface_hub is missing.
     """
-    file = require_file(path)
-    try:
-        with file.open("rb") as opened:
-            if opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                raise ValueError("no zip file")
-        if not mmap:
-            verify_checksums(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tensor types that validate_schema refuses
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged pickle can raise almost anything
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise damaged_checkpoint(
-            f"{path} cannot be loaded as plain tensors: it is damaged or contains code "
-            f"({type(error).__name__}: {reason})."
-        ) from error
+    checkpoint = hub.download(str(path)) if str(path).startswith(hub.SCHEME) else _read_file(path, mmap)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("transfer"), dict):
         raise CheckpointError(
             f"{path} was not written by this project's fit. Use a checkpoint from runs/NAME/version_N/checkpoints."
@@ -81,6 +68,25 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError("{path}: {reason}", path=path, reason=error) from error
     return checkpoint
+
+
+def _read_file(path: str | Path, mmap: bool) -> Any:
+    file = require_file(path)
+    try:
+        with file.open("rb") as opened:
+            if opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+                raise ValueError("no zip file")
+        if not mmap:
+            verify_checksums(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensor types that validate_schema refuses
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise damaged_checkpoint(
+            f"{path} cannot be loaded as plain tensors: it is damaged or contains code "
+            f"({type(error).__name__}: {reason})."
+        ) from error
 
 
 def verify_checksums(file: Path) -> None:

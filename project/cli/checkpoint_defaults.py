@@ -13,6 +13,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from project.checkpoints import hub
 from project.checkpoints.compatibility import validate_classes
 from project.checkpoints.metadata import completed_epochs, fit_seed, split_settings
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, require_file
@@ -152,6 +153,11 @@ class CheckpointCLI(VerbCLI):
             validate_classes(classes, section.model.classes)
         model: ImageClassifier = self.instantiate_model(model_class, applied_instantiation_links, *args, **kwargs)
         if not grown and model.is_fit_of(self._checkpoint):
+            if str(section.ckpt_path).startswith(hub.SCHEME):
+                raise ConfigError(
+                    f"{section.ckpt_path} has no optimizer state, so its fit cannot be resumed.\n"
+                    "Resume from a checkpoint of the run, or train more stages (--model.trainable) in a new fit."
+                )
             self._require_remaining_work(section)
             return model
         try:

@@ -10,10 +10,12 @@ from jsonargparse import Namespace
 from project.audit.label_issues import require_scikit_learn
 from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
-from project.inference import demo
+from project.inference import demo, export, push
 
 #: Verbs that work without a trained model.
 WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
+#: Verbs that find the data of the run by themselves.
+WITHOUT_DATA = ("demo", "export", "push")
 #: Settings of the trainer with which a verb does nothing if they are 0.
 LIMITS = {
     "fit": ("limit_train_batches", "max_steps"),
@@ -68,6 +70,10 @@ def validate_config(verb: str, config: Namespace) -> None:
         require_scikit_learn()
     if verb == "demo":
         demo.require(config.port)
+    if verb == "export":
+        export.require(config.output, config.split, config.int8)
+    if verb == "push":
+        push.require(config.repository)
     name = config.name
     if name and (Path(name).name != name or name == ".."):
         raise ConfigError(
@@ -79,5 +85,5 @@ def validate_config(verb: str, config: Namespace) -> None:
         require_output(config.output)
         if data["predict"] is None:
             raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
-    elif verb != "demo" and data["root"] is None and data["source"] is None:
+    elif verb not in WITHOUT_DATA and data["root"] is None and data["source"] is None:
         raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")

@@ -37,7 +37,7 @@ from project.cli.sweep_command import (
 from project.cli.verb_callbacks import build_callbacks
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
-from project.inference import demo
+from project.inference import demo, export, push
 from project.inference.many_tasks import ManyTasks
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
@@ -166,8 +166,8 @@ class TransferCLI(CheckpointCLI):
         super().before_instantiate_classes()
         verb, config = str(self.subcommand), self.config[self.subcommand]
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
-        # ``check`` without ``--suspects`` needs no model.
-        if verb == "check" and not config.suspects:
+        # ``push`` and ``check`` without ``--suspects`` need no model.
+        if verb == "push" or (verb == "check" and not config.suspects):
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
         if isinstance(config.get("ckpt_path"), list):
             self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
@@ -219,13 +219,16 @@ class TransferCLI(CheckpointCLI):
             "predict": set(),
             "check": {"data", "prefix", "provider"},
             "demo": {"model", "data", "device", "precision", "provider"},
+            "export": {"model", "data"},
+            "push": set(),
             "sweep": {"model", "data", "device", "precision", "provider", "folder"},
         }
 
     def verbs(self) -> dict[str, Verb]:
         """Function or method of each verb, which defines its flags."""
         lightning: dict[str, Verb] = {verb: (Trainer, verb) for verb in ("fit", "validate", "test")}
-        return {**lightning, "predict": (TransferCLI, "predict"), "check": check, "demo": demo.demo, "sweep": sweep}
+        functions: dict[str, Verb] = {"check": check, "demo": demo.demo, "export": export.export, "sweep": sweep}
+        return {**lightning, "predict": (TransferCLI, "predict"), **functions, "push": push.push}
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
         """Add flags that no signature has: those of a series, ``--suspects``, and a sweep's heads in a form to save."""
@@ -264,6 +267,12 @@ class TransferCLI(CheckpointCLI):
                 demo.demo(
                     self.model, data=self.datamodule, device=device, precision=precision, provider=provider, **flags
                 )
+            elif verb == "export":
+                if self.trainer.global_rank == 0:
+                    export.export(self.model, data=self.datamodule, **flags)
+            elif verb == "push":
+                if self.trainer.global_rank == 0:
+                    push.push(**flags)
             elif verb == "sweep":
                 self._sweep(device, precision, flags)
             elif self.trainer.global_rank == 0:  # a single rank checks the data
