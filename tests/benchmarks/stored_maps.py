@@ -64,7 +64,7 @@ def main() -> None:
     differences = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = subset(options.data, folder / "photographs", options.images)
+        data = subset(options.data, options.images, folder / "photographs")
         for _ in range(options.rounds):
             losses = {}
             for cache in CACHES:
