@@ -27,8 +27,8 @@ SUFFIXES = frozenset(
     )
 )
 
-#: Part of the key of stored features. Increase it when any image decodes to other pixels than before.
-DECODING = 3
+#: Part of the key of stored features. Increase it when any image is decoded or resized to other pixels than before.
+DECODING = 4
 ORIENTATION = 0x0112  # EXIF tag
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
 #: Bit depths of cameras that store their pixels in 16-bit files.

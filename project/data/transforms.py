@@ -24,6 +24,16 @@ Augment = Literal["none", "flip", "standard", "trivial", "rand"]
 MIN_AREA = 0.35  # smallest random crop, as a fraction of the image area
 #: A JPEG is decoded at a reduced size of at least this multiple of the resized image's size.
 MARGIN = 2
+#: Pillow's filter of each interpolation.
+FILTERS = {
+    InterpolationMode.NEAREST: Image.Resampling.NEAREST,
+    InterpolationMode.NEAREST_EXACT: Image.Resampling.NEAREST,
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+    InterpolationMode.BOX: Image.Resampling.BOX,
+    InterpolationMode.HAMMING: Image.Resampling.HAMMING,
+    InterpolationMode.LANCZOS: Image.Resampling.LANCZOS,
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,28 @@ def _chain(min_size: int, *steps: Callable[..., Any]) -> Transform:
     return Transform(chain, min_size, repr(chain))
 
 
+class Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
+    """Resize that gives the same pixels with every version of Pillow, and in exported files.
+
+    Pillow resizes in one direction after the other, and rounds in between. Before version 13, it always began with the
+    horizontal direction; since then, the order depends on the sizes.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize an image; tensors, which custom transforms may return, are resized by torchvision."""
+        if not isinstance(inpt, Image.Image):
+            return super().transform(inpt, params)
+        assert self.size is not None
+        shorter, scaled = min(inpt.size), self.size[0]
+        width, height = self.size[::-1] if len(self.size) == 2 else [scaled * side // shorter for side in inpt.size]
+        resampling = FILTERS[InterpolationMode(self.interpolation)]
+        return inpt.resize((width, inpt.height), resampling).resize((width, height), resampling)
+
+
 def _evaluation_steps(preprocessing: Preprocessing) -> list[Callable[..., Any]]:
     size = [preprocessing.resize] * (2 if preprocessing.squash else 1)
     return [
-        v2.Resize(size, InterpolationMode(preprocessing.interpolation), antialias=True),
+        Resize(size, InterpolationMode(preprocessing.interpolation), antialias=True),
         v2.CenterCrop(preprocessing.crop),
         v2.PILToTensor(),
     ]

@@ -43,8 +43,7 @@ def preprocessing_graph(preprocessing: Preprocessing) -> Any:
     """The graph from images ``(N, H, W, 3)`` to the input of the network ``(N, 3, crop, crop)``, both uint8.
 
     The pixels equal those of :func:`project.data.transforms.evaluation`, except for a difference of 1 in about one of
-    ten thousand. More pixels differ in images that Pillow resizes first vertically: Pillow 13 does so with images that
-    are more than twice as high as wide.
+    ten thousand.
 
     Args:
         preprocessing: Preprocessing of the weights.

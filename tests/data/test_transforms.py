@@ -1,4 +1,4 @@
-"""SeededRandom: random transforms depend on the seed only, even while other threads draw."""
+"""Transforms: random ones depend on the seed only, even while other threads draw; the resize has a fixed order."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from project.data.transforms import SeededRandom
+from project.data.transforms import SeededRandom, evaluation
+from project.preprocessing import Preprocessing
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 STEPS = {
@@ -55,3 +56,17 @@ def test_seeds_give_different_images_and_do_not_change_the_global_rng_state(name
     images = {apply(STEPS[name], seed).numpy().tobytes() for seed in range(20)}
     assert len(images) > 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (60, 50)])
+@pytest.mark.parametrize("squash", [False, True])
+def test_evaluation_resizes_horizontally_first(interpolation: str, size: tuple[int, int], squash: bool) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    preprocessing = Preprocessing(36, 32, interpolation, (0.5,) * 3, (0.5,) * 3, squash)
+    width, height = (36, 36) if squash else (36 * size[0] // min(size), 36 * size[1] // min(size))
+    resampling = Image.Resampling[interpolation.upper()]
+    resized = image.resize((width, size[1]), resampling).resize((width, height), resampling)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    expected = np.asarray(resized)[top : top + 32, left : left + 32].transpose(2, 0, 1)
+    assert np.array_equal(evaluation(preprocessing)(image).numpy(), expected)
