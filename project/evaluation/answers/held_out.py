@@ -1,0 +1,133 @@
+"""Predictions of images that a classifier was not trained on: what its answers are calibrated with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from project.evaluation.answers.prediction_sets import class_scores
+
+#: With fewer validation images, out-of-fold predictions of training images are added.
+FEW_IMAGES = 1000
+#: More images are not kept: the intervals are narrow already.
+MAX_IMAGES = 4000
+#: One-sided 5 % quantile of the normal distribution.
+_Z = 1.6448536269514722
+
+
+@dataclass(frozen=True)
+class HeldOutImages:
+    """Predictions of N held-out images.
+
+    Attributes:
+        probabilities: Float32 ``(N, C)``.
+        labels: True classes, int64 ``(N,)``.
+        distances: Distance to the nearest stored rows, float32 ``(N,)``, see
+            :func:`~project.evaluation.answers.unknown_images.distances`.
+    """
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    distances: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Predicted class of each image, int64 ``(N,)``."""
+        classes: np.ndarray = self.probabilities.argmax(1)
+        return classes
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each prediction is right, bool ``(N,)``."""
+        return self.predicted == self.labels
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Probability of each predicted class, float32 ``(N,)``."""
+        values: np.ndarray = self.probabilities.max(1)
+        return values
+
+    @property
+    def true_scores(self) -> np.ndarray:
+        """Conformal score of the true class of each image, float64 ``(N,)``."""
+        scores: np.ndarray = class_scores(self.probabilities)[np.arange(len(self.labels)), self.labels]
+        return scores
+
+    def at(self, index: np.ndarray) -> HeldOutImages:
+        """The images at some indices."""
+        return HeldOutImages(*(values[index] for values in self._fields_in_order()))
+
+    def followed_by(self, other: HeldOutImages) -> HeldOutImages:
+        """These images and those of ``other``."""
+        pairs = zip(self._fields_in_order(), other._fields_in_order(), strict=True)
+        return HeldOutImages(*(np.concatenate(pair) for pair in pairs))
+
+    def limited(self) -> HeldOutImages:
+        """At most :data:`MAX_IMAGES` of the images, drawn at random; always the same ones."""
+        if len(self) <= MAX_IMAGES:
+            return self
+        return self.at(np.sort(np.random.default_rng(0).permutation(len(self))[:MAX_IMAGES]))
+
+    def _fields_in_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.probabilities, self.labels, self.distances
+
+
+class Calibration(NamedTuple):
+    """The images that answers are calibrated with: those of the validation first.
+
+    Attributes:
+        images: All images.
+        validation: Number of validation images.
+        note: Why out-of-fold predictions are not used, a clause; empty if they are, or are not needed.
+    """
+
+    images: HeldOutImages
+    validation: int
+    note: str = ""
+
+    @property
+    def out_of_fold(self) -> int:
+        """Number of training images with out-of-fold predictions."""
+        return len(self.images) - self.validation
+
+
+def combine(validation: HeldOutImages, out_of_fold: HeldOutImages | None) -> Calibration:
+    """Add out-of-fold predictions where the validation images are few, unless they are too optimistic.
+
+    Args:
+        validation: Predictions of validation images.
+        out_of_fold: Predictions of training images by heads that were not trained on them; ``None`` if there are none.
+    """
+    kept = validation.limited()
+    if out_of_fold is None or len(validation) >= FEW_IMAGES:
+        return Calibration(kept, len(kept))
+    if are_harder(validation.true_scores, out_of_fold.true_scores):
+        note = (
+            "the validation images are significantly harder than the training images, so out-of-fold predictions of "
+            "training images would be too optimistic"
+        )
+        return Calibration(kept, len(kept), note)
+    return Calibration(kept.followed_by(out_of_fold.limited()), len(kept))
+
+
+def are_harder(scores: np.ndarray, others: np.ndarray) -> bool:
+    """Whether scores are larger than others: one-sided rank-sum test at 5 %, by its normal approximation.
+
+    Source: H. B. Mann and D. R. Whitney, "On a test of whether one of two random variables is stochastically larger
+    than the other", Annals of Mathematical Statistics 18 (1947).
+
+    Args:
+        scores: ``(N,)``.
+        others: ``(M,)``.
+    """
+    ordered = np.sort(others)
+    below = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / 2
+    count, other = len(scores), len(others)
+    deviation = math.sqrt(count * other * (count + other + 1) / 12)
+    return float(below.sum()) - count * other / 2 > _Z * deviation
