@@ -45,7 +45,8 @@ class HeldOutImages:
     @property
     def correct(self) -> np.ndarray:
         """Whether each prediction is right, bool ``(N,)``."""
-        return self.predicted == self.labels
+        equal: np.ndarray = self.predicted == self.labels
+        return equal
 
     @property
     def confidence(self) -> np.ndarray:
