@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,10 +65,17 @@ class HeldOutImages:
         """The images at some indices."""
         return HeldOutImages(*(values[index] for values in self._fields_in_order()))
 
-    def followed_by(self, other: HeldOutImages) -> HeldOutImages:
-        """These images and those of ``other``."""
-        pairs = zip(self._fields_in_order(), other._fields_in_order(), strict=True)
-        return HeldOutImages(*(np.concatenate(pair) for pair in pairs))
+    @classmethod
+    def concatenated(cls, parts: Sequence[HeldOutImages], classes: int) -> HeldOutImages:
+        """The images of all parts, whose number may be 0.
+
+        Args:
+            parts: Images.
+            classes: Number C of classes.
+        """
+        none = cls(np.empty((0, classes), np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
+        columns = zip(*(part._fields_in_order() for part in (none, *parts)), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
 
     def limited(self) -> HeldOutImages:
         """At most :data:`MAX_IMAGES` of the images, drawn at random; always the same ones."""
@@ -114,7 +122,9 @@ def combine(validation: HeldOutImages, out_of_fold: HeldOutImages | None) -> Cal
             "training images would be too optimistic"
         )
         return Calibration(kept, len(kept), note)
-    return Calibration(kept.followed_by(out_of_fold.limited()), len(kept))
+    return Calibration(
+        HeldOutImages.concatenated([kept, out_of_fold.limited()], kept.probabilities.shape[1]), len(kept)
+    )
 
 
 def are_harder(scores: np.ndarray, others: np.ndarray) -> bool:
