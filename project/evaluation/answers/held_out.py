@@ -63,7 +63,7 @@ class HeldOutImages:
 
     def at(self, index: np.ndarray) -> HeldOutImages:
         """The images at some indices."""
-        return HeldOutImages(*(values[index] for values in self._fields_in_order()))
+        return HeldOutImages(self.probabilities[index], self.labels[index], self.distances[index])
 
     @classmethod
     def concatenated(cls, parts: Sequence[HeldOutImages], classes: int) -> HeldOutImages:
@@ -74,7 +74,7 @@ class HeldOutImages:
             classes: Number C of classes.
         """
         none = cls(np.empty((0, classes), np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
-        columns = zip(*(part._fields_in_order() for part in (none, *parts)), strict=True)
+        columns = zip(*((part.probabilities, part.labels, part.distances) for part in (none, *parts)), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
     def limited(self) -> HeldOutImages:
@@ -82,9 +82,6 @@ class HeldOutImages:
         if len(self) <= MAX_IMAGES:
             return self
         return self.at(np.sort(np.random.default_rng(0).permutation(len(self))[:MAX_IMAGES]))
-
-    def _fields_in_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.probabilities, self.labels, self.distances
 
 
 class Calibration(NamedTuple):
