@@ -207,3 +207,10 @@ def test_fits_that_cannot_calibrate_say_why(fit: Fit, album: Path, capsys: pytes
             (album / f"val/{colour}/{number}.png").unlink()
     assert fit("--data.root", str(album)) == 0
     assert "Answers: not calibrated, because there are 3 held-out images, and at least 10" in capsys.readouterr().out
+
+
+def test_the_model_card_reports_the_answers(fit: Fit) -> None:
+    assert fit(*STORED, *SOLVED, "--trainer.max_epochs", "0") == 0
+    card = BEST.parents[1].joinpath("model_card.md").read_text()
+    assert "### Single predictions" in card and "Calibrated on 12 validation images and 24 training images" in card
+    assert "| 0.01 | none (at least 230 images are needed) | none answered |" in card
