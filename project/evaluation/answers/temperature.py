@@ -6,14 +6,12 @@ Source: C. Guo et al., "On calibration of modern neural networks", ICML 2017, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from project.evaluation.confidence_intervals import DRAWS, LEVEL, SEED, Interval
-from project.evaluation.metrics import calibration_bins, calibration_error
+from project.evaluation.metrics import BINS
 
 #: Temperatures that are searched.
 LOWEST, HIGHEST = 0.05, 20.0
@@ -99,7 +97,9 @@ def random_folds(count: int, folds: int = FOLDS) -> np.ndarray:
 
 
 def calibration_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Estimate]:
-    """Negative log-likelihood, Brier score and expected calibration error, with bootstrap intervals over images.
+    """Negative log-likelihood, Brier score and expected calibration error, with percentile bootstrap intervals.
+
+    The calibration error is that of :func:`~project.evaluation.metrics.calibration_error`.
 
     Args:
         probabilities: ``(N, C)``.
@@ -109,23 +109,24 @@ def calibration_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[st
     true = exact[np.arange(len(labels)), labels]
     likelihood = -np.log(np.maximum(true, SMALLEST))
     brier = (exact**2).sum(1) - 2 * true + 1  # the squared distance from the one-hot target
-    confidence, correct = torch.from_numpy(exact.max(1)), torch.from_numpy(exact.argmax(1) == labels)
-    statistics: dict[str, Callable[[np.ndarray], float]] = {
-        "nll": lambda drawn: float(likelihood[drawn].mean()),
-        "brier": lambda drawn: float(brier[drawn].mean()),
-        "ece": lambda drawn: float(calibration_error(calibration_bins(confidence[drawn], correct[drawn]))),
-    }
-    generator, every = np.random.default_rng(SEED), np.arange(len(labels))
-    draws = [generator.integers(0, len(labels), len(labels)) for _ in range(DRAWS)]
+    confidence = exact.max(1)
+    excess = confidence - (exact.argmax(1) == labels)
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+
+    def statistics(drawn: np.ndarray) -> np.ndarray:
+        """The three scores of several samples of images: indices ``(S, N)`` to ``(3, S)``."""
+        cells = (np.arange(len(drawn))[:, None] * BINS + bins[drawn]).ravel()
+        sums = np.bincount(cells, excess[drawn].ravel(), len(drawn) * BINS).reshape(-1, BINS)
+        return np.stack([likelihood[drawn].mean(1), brier[drawn].mean(1), np.abs(sums).sum(1) / drawn.shape[1]])
+
+    generator, count = np.random.default_rng(SEED), len(labels)
+    parts = [statistics(generator.integers(0, count, (DRAWS // 10, count))) for _ in range(10)]
+    intervals = np.quantile(np.concatenate(parts, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1).T.tolist()
+    values = statistics(np.arange(count)[None])[:, 0].tolist()
     return {
-        name: Estimate(statistic(every), _percentiles([statistic(drawn) for drawn in draws]))
-        for name, statistic in statistics.items()
+        name: Estimate(value, (low, high))
+        for name, value, (low, high) in zip(("nll", "brier", "ece"), values, intervals, strict=True)
     }
-
-
-def _percentiles(values: list[float]) -> Interval:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def calibration_report(probabilities: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> CalibrationReport:

@@ -14,6 +14,7 @@ from project.evaluation.answers.temperature import (
     random_folds,
     scaled,
 )
+from project.evaluation.metrics import calibration_bins, calibration_error
 from tests.evaluation.answers.synthetic import calibrated, sharpened
 
 
@@ -43,6 +44,13 @@ def test_scores_of_hand_computed_predictions() -> None:
     assert scores["nll"].value == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
     assert scores["brier"].value == pytest.approx((2 * 0.2**2 + 2 * 0.6**2) / 2)
     assert scores["ece"].value == pytest.approx((0.2 + 0.6) / 2)
+
+
+def test_the_calibration_error_is_that_of_the_validation() -> None:
+    probabilities, labels = calibrated(500)
+    confidence, correct = torch.from_numpy(probabilities.max(1)), torch.from_numpy(probabilities.argmax(1) == labels)
+    expected = float(calibration_error(calibration_bins(confidence, correct)))
+    assert calibration_scores(probabilities, labels)["ece"].value == pytest.approx(expected, abs=1e-6)
 
 
 def test_cross_fitting_excludes_the_image_itself() -> None:
