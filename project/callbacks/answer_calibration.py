@@ -45,7 +45,7 @@ class AnswerCalibration(pl.Callback):
         best = lightning_internals.find_callback(trainer, BestCheckpoint)
         if best is None or not best.best_model_path or not isinstance(pl_module, ImageClassifier):
             return
-        checkpoint = read_on_rank_zero(best.best_model_path)
+        checkpoint = read_on_rank_zero(best.best_model_path, "state_dict", KEY)
         if KEY in checkpoint:  # the fit had ended before, and no epoch of this run is better
             self.answers = Answers.from_state(checkpoint[KEY], len(pl_module.classes), pl_module.backbone.feature_dim)
             return

@@ -77,21 +77,27 @@ def stored_rows(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataMod
 def validation_images(trainer: pl.Trainer, module: ImageClassifier, rows: np.ndarray) -> HeldOutImages:
     """Predictions of the validation images with the current weights. Collective: all ranks must call it.
 
+    Of many images, a random part is kept, so that the memory is bounded.
+
     Args:
         trainer: The trainer of the fit, after a validation.
         module: Its model.
         rows: Features of training images ``(M, D)``.
     """
     parts: list[HeldOutImages] = []
+    ranks, counts = ProcessGroup(), module.epoch_metrics("val").counts
+    share = 1.1 * MAX_IMAGES / max(counts.images if counts is not None else 0, 1)  # MAX_IMAGES are kept in the end
+    generator = np.random.default_rng(ranks.rank)
 
     def update(batch: Any, output: StepOutput) -> None:
-        if len(output.labels):  # a rank may have only padding
-            features = output.features.float().cpu().numpy()
-            arrays = output.probabilities.cpu().numpy(), output.labels.cpu().numpy(), distances(features, rows)
-            parts.append(HeldOutImages(*arrays))
+        kept = torch.from_numpy(np.flatnonzero(generator.random(len(output.labels)) < share)).to(output.labels.device)
+        if len(kept):  # a rank may have only padding
+            probabilities, labels = output.probabilities[kept].cpu().numpy(), output.labels[kept].cpu().numpy()
+            features = output.features[kept].float().cpu().numpy()
+            parts.append(HeldOutImages(probabilities, labels, distances(features, rows)))
 
     lightning_internals.run_validation_steps(trainer, update)
     for stage in STAGES.values():
         module.epoch_metrics(stage).reset()  # keeps the results of the fit's own validation
-    all_parts = [part for rank in ProcessGroup().gather(parts) for part in rank]
+    all_parts = [part for rank in ranks.gather(parts) for part in rank]
     return HeldOutImages.concatenated(all_parts, len(module.classes))

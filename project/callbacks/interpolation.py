@@ -133,7 +133,7 @@ class Interpolation(pl.Callback):
         start_is_best = epoch == -1
         if start_is_best:
             epoch = lightning_internals.epochs(trainer).ready - 1
-        end = last if start_is_best else read_on_rank_zero(best.best_model_path)["state_dict"]
+        end = last if start_is_best else read_on_rank_zero(best.best_model_path, "state_dict")["state_dict"]
         # The moving average, if it is the better one of the best epoch.
         weights = "raw" if start_is_best or best.evaluation is None else best.evaluation.weights
         evaluations = []

@@ -52,13 +52,21 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ranks = ProcessGroup()
-        for classifier in getattr(pl_module, "classifiers", [pl_module]):
-            if isinstance(classifier, ImageClassifier):
-                classifier.answer_policy = self._limits.policy(classifier)
+        self._set_policies(pl_module)
         with self._ranks.propagate_errors():
             if self._ranks.rank == 0:
                 self._open(pl_module)
         self._peers_waiting = True
+
+    def _set_policies(self, module: Any) -> None:
+        """Let each classifier give the answers that the limits ask for."""
+        if isinstance(module, ImageClassifier):
+            module.answer_policy = self._limits.policy(module)
+        for name, classifier in zip(getattr(module, "names", ()), getattr(module, "classifiers", ()), strict=True):
+            try:
+                classifier.answer_policy = self._limits.policy(classifier)
+            except ConfigError as error:
+                raise ConfigError(f"Task {name}: {error}") from error
 
     def _open(self, module: Any) -> None:
         require_output(self._output)

@@ -14,17 +14,22 @@ from project.runtime.distributed import ProcessGroup
 Tensors = Mapping[str, torch.Tensor]
 
 
-def read_on_rank_zero(path: str) -> dict[str, Any]:
-    """A checkpoint that rank zero reads, on all ranks. Collective: all ranks must call it.
+def read_on_rank_zero(path: str, *keys: str) -> dict[str, Any]:
+    """Entries of a checkpoint that rank zero reads, on all ranks. Collective: all ranks must call it.
+
+    Args:
+        path: The checkpoint.
+        keys: Names of the entries; those that it lacks are left out.
 
     Raises:
         CheckpointError: It cannot be read.
     """
-    ranks, checkpoint = ProcessGroup(), {}
+    ranks, entries = ProcessGroup(), {}
     with ranks.propagate_errors():
         if ranks.rank == 0:
             checkpoint = read_checkpoint(path)
-    return ranks.gather(checkpoint)[0]
+            entries = {key: checkpoint[key] for key in keys if key in checkpoint}
+    return ranks.gather(entries)[0]
 
 
 @torch.no_grad()

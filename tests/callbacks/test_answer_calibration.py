@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from project import load
+from project.callbacks import held_out_predictions
 from project.cli.main import main
 from project.errors import ConfigError
+from project.evaluation.answers import held_out
 from project.evaluation.answers.calibration import Answers
 from project.evaluation.answers.unknown_images import select_rows
 from tests.conftest import COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
@@ -133,6 +135,19 @@ def test_predict_answers_for_several_tasks(calibrated: Path, strange: Path) -> N
     (row, *_) = predict(calibrated, strange, "--ckpt_path", str(copy), "--false_alarms", "0.05")
     assert [name for name in row if name.endswith("/known")] == ["best/known", "other/known"]
     assert row["best/known"] == row["other/known"] == "no"
+
+
+def test_the_task_that_has_no_answers_is_named(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:
+    paths = ["--ckpt_path", str(calibrated), "--ckpt_path", str(without_answers(calibrated))]
+    message = refused(main(["predict", *paths, "--data.predict", str(strange), "--coverage", "0.9"]))
+    assert "Task old: --coverage: the checkpoint has no calibrated answers" in message
+
+
+def test_of_many_validation_images_a_random_part_is_kept(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (held_out, held_out_predictions):
+        monkeypatch.setattr(module, "MAX_IMAGES", 10)
+    assert fit(*STORED) == 0
+    assert len(saved_answers()) == 10
 
 
 def test_load_flags_unknown_images(calibrated: Path, strange: Path) -> None:
