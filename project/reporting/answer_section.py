@@ -48,7 +48,7 @@ def _scores(calibration: Mapping[str, Mapping[str, Sequence[float]]], temperatur
             cells += [f"{value:.3f}", format_interval((low, high))]
         rows.append(cells)
     return [
-        f"Probabilities with a temperature of {temperature:.3f} (Guo et al. 2017); percentile bootstrap intervals:\n",
+        f"Probabilities with a temperature of {temperature:.3f} (Guo et al. 2017); basic bootstrap intervals:\n",
         table(("Score", "Before", "95 % interval", "With temperature", "95 % interval"), rows),
     ]
 

@@ -16,6 +16,7 @@ from project.evaluation.metrics import BINS
 #: Temperatures that are searched.
 LOWEST, HIGHEST = 0.05, 20.0
 STEPS = 60  # of the golden-section search: the last interval is smaller than 1e-11
+DRAWS_AT_ONCE = 100  # resamples: bounds the memory
 SMALLEST = 1e-30  # a probability of 0 has no logarithm
 FOLDS = 5  # of cross-fitting
 
@@ -97,9 +98,13 @@ def random_folds(count: int, folds: int = FOLDS) -> np.ndarray:
 
 
 def calibration_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Estimate]:
-    """Negative log-likelihood, Brier score and expected calibration error, with percentile bootstrap intervals.
+    """Negative log-likelihood, Brier score and expected calibration error, with 95 % intervals.
 
-    The calibration error is that of :func:`~project.evaluation.metrics.calibration_error`.
+    The intervals are basic bootstrap intervals over images (Davison and Hinkley, "Bootstrap methods and their
+    application", 1997, section 5.2). The calibration error is that of
+    :func:`~project.evaluation.metrics.calibration_error`. It is positive also for calibrated predictions: its interval
+    begins at 0 if predictions of these confidences that are right by chance with the stated probability have as large
+    an error (consistency resampling; Bröcker and Smith, "Increasing the reliability of reliability diagrams", 2007).
 
     Args:
         probabilities: ``(N, C)``.
@@ -110,23 +115,40 @@ def calibration_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[st
     likelihood = -np.log(np.maximum(true, SMALLEST))
     brier = (exact**2).sum(1) - 2 * true + 1  # the squared distance from the one-hot target
     confidence = exact.max(1)
-    excess = confidence - (exact.argmax(1) == labels)
+    correct = (exact.argmax(1) == labels).astype(np.float64)
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    generator, every = np.random.default_rng(SEED), np.arange(len(labels))
 
-    def statistics(drawn: np.ndarray) -> np.ndarray:
-        """The three scores of several samples of images: indices ``(S, N)`` to ``(3, S)``."""
+    def errors(drawn: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Calibration error of several samples: images ``(S, N)``, and whether each is right; ``(S,)``."""
         cells = (np.arange(len(drawn))[:, None] * BINS + bins[drawn]).ravel()
-        sums = np.bincount(cells, excess[drawn].ravel(), len(drawn) * BINS).reshape(-1, BINS)
-        return np.stack([likelihood[drawn].mean(1), brier[drawn].mean(1), np.abs(sums).sum(1) / drawn.shape[1]])
+        sums = np.bincount(cells, (confidence[drawn] - right).ravel(), len(drawn) * BINS)
+        return np.abs(sums.reshape(-1, BINS)).sum(1) / drawn.shape[1]
 
-    generator, count = np.random.default_rng(SEED), len(labels)
-    parts = [statistics(generator.integers(0, count, (DRAWS // 10, count))) for _ in range(10)]
-    intervals = np.quantile(np.concatenate(parts, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1).T.tolist()
-    values = statistics(np.arange(count)[None])[:, 0].tolist()
+    parts: dict[str, list[np.ndarray]] = {"nll": [], "brier": [], "ece": [], "calibrated": []}
+    for _ in range(DRAWS // DRAWS_AT_ONCE):
+        drawn = generator.integers(0, len(labels), (DRAWS_AT_ONCE, len(labels)))
+        chance = generator.random(drawn.shape) < confidence  # predictions of these confidences, were they calibrated
+        parts["nll"].append(likelihood[drawn].mean(1))
+        parts["brier"].append(brier[drawn].mean(1))
+        parts["ece"].append(errors(drawn, correct[drawn]))
+        parts["calibrated"].append(errors(np.broadcast_to(every, drawn.shape), chance))
+    draws = {name: np.concatenate(values) for name, values in parts.items()}
+    error = float(errors(every[None], correct[None])[0])
+    low, high = _basic_interval(error, draws["ece"])
+    if error <= np.quantile(draws["calibrated"], (1 + LEVEL) / 2):
+        low = 0.0
     return {
-        name: Estimate(value, (low, high))
-        for name, value, (low, high) in zip(("nll", "brier", "ece"), values, intervals, strict=True)
+        "nll": Estimate(float(likelihood.mean()), _basic_interval(float(likelihood.mean()), draws["nll"])),
+        "brier": Estimate(float(brier.mean()), _basic_interval(float(brier.mean()), draws["brier"])),
+        "ece": Estimate(error, (low, high)),
     }
+
+
+def _basic_interval(value: float, draws: np.ndarray) -> Interval:
+    """Basic bootstrap interval of a score that is at least 0, given its value in resamples."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return max(0.0, 2 * value - float(high)), max(0.0, 2 * value - float(low))
 
 
 def calibration_report(probabilities: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> CalibrationReport:

@@ -70,3 +70,16 @@ def test_the_temperature_repairs_overconfident_probabilities() -> None:
         low, high = report.after[name].interval
         assert low < high
     assert report.after["nll"].value == pytest.approx(calibration_scores(probabilities, labels)["nll"].value, rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_interval_of_the_calibration_error_contains_the_true_one(temperature: float) -> None:
+    probabilities, labels = calibrated(200_000, seed=99)
+    exact = sharpened(probabilities, temperature)
+    bins = calibration_bins(torch.from_numpy(exact.max(1)), torch.from_numpy(exact.argmax(1) == labels))
+    truth, hits = float(calibration_error(bins)), []
+    for seed in range(60):
+        probabilities, labels = calibrated(150, seed=seed)
+        low, high = calibration_scores(sharpened(probabilities, temperature), labels)["ece"].interval
+        hits.append(low <= truth <= high)
+    assert np.mean(hits) > 0.87  # an interval of 95 %; a percentile interval never contains a truth of 0
