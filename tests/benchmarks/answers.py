@@ -119,12 +119,12 @@ def coverage_rows(name: str, trained: Trained) -> list[list[str]]:
             exact.append(covered(measured, threshold, True)[0])
             default.append(covered(measured, threshold, False))
         means, (share, size) = (float(np.mean(exact[:SPLITS])), float(np.mean(exact))), np.mean(default, 0)
-        mean = ", ".join(f"{value:.4f}" for value in means)
+        mean_text = ", ".join(f"{value:.4f}" for value in means)
         is_met = ", ".join("yes" if abs(value - coverage) <= 0.015 else "no" for value in means)
         cells = [
             f"{coverage:.2f}",
             f"{images.correct.mean():.3f}",
-            f"{mean:.4f}",
+            mean_text,
             is_met,
             f"{share:.4f}",
             f"{size:.2f}",

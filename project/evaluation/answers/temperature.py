@@ -123,7 +123,8 @@ def calibration_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[st
         """Calibration error of several samples: images ``(S, N)``, and whether each is right; ``(S,)``."""
         cells = (np.arange(len(drawn))[:, None] * BINS + bins[drawn]).ravel()
         sums = np.bincount(cells, (confidence[drawn] - right).ravel(), len(drawn) * BINS)
-        return np.abs(sums.reshape(-1, BINS)).sum(1) / drawn.shape[1]
+        means: np.ndarray = np.abs(sums.reshape(-1, BINS)).sum(1) / drawn.shape[1]
+        return means
 
     parts: dict[str, list[np.ndarray]] = {"nll": [], "brier": [], "ece": [], "calibrated": []}
     for _ in range(DRAWS // DRAWS_AT_ONCE):
