@@ -104,8 +104,8 @@ def test_fit_on_stored_rows_resumes_bit_identically(earlier: Path, resnet18_weig
         torch.load(path, weights_only=True) for path in (FIXTURES / "head/best.ckpt", run / "checkpoints/best.ckpt")
     )
     assert carried.pop("answers")["validation"] == 12, "answers are added to the checkpoint of an earlier version"
-    with torch.printoptions(profile="full", precision=9):
-        assert repr(carried) == repr(saved), "the best checkpoint is carried over"
+    assert carried.keys() == saved.keys(), "the best checkpoint is carried over"
+    torch.testing.assert_close(carried["state_dict"], saved["state_dict"], rtol=0, atol=0)
 
 
 def test_fit_interrupted_within_an_epoch_resumes_bit_identically(earlier: Path, resnet18_weights: Path) -> None:
