@@ -23,7 +23,7 @@ from project.evaluation.answers.abstention import certify
 from project.evaluation.answers.held_out import HeldOutImages, is_less_accurate
 from project.evaluation.answers.measurement import measure
 from project.evaluation.answers.prediction_sets import prediction_sets, set_threshold
-from project.evaluation.answers.unknown_images import distance_thresholds, distances, quantized, select_rows
+from project.evaluation.answers.unknown_images import ROW_BYTES, distance_thresholds, distances, quantized, select_rows
 from project.evaluation.confidence_intervals import wilson
 from tests.benchmarks.data_sets import ALL, NETWORKS, data_sets, encode
 from tests.benchmarks.measure import print_table
@@ -228,13 +228,13 @@ def storage_rows(everything: dict[str, Trained]) -> list[list[str]]:
     for count, dimensions, kind, exact in (
         *((None, None, "all", exact) for exact in (True, False)),
         *((count, None, "all", False) for count in (500, 200, 100, 50)),
-        *((200, size, kind, False) for kind in ("random", "principal") for size in (256, 64)),
+        *((100, size, kind, False) for kind in ("random", "principal") for size in (256, 64)),
     ):
         results, alarms, size = {}, [], 0
         for name, trained in everything.items():
             rows = select_rows(trained.labels["train"], 1)  # all
             if count is not None:
-                rows = select_rows(trained.labels["train"], -(-(2**18) // count))[:count]
+                rows = select_rows(trained.labels["train"], -(-ROW_BYTES // count))[:count]
             width = trained.features["train"].shape[1]
             matrix = np.eye(width, dtype=np.float32)
             if kind == "random":

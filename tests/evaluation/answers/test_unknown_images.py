@@ -18,7 +18,7 @@ from project.evaluation.answers.unknown_images import (
 def test_stored_rows_are_balanced_over_the_classes() -> None:
     labels = np.r_[np.zeros(1000, int), np.ones(300, int), np.full(20, 2)]
     chosen = select_rows(labels, 1280)
-    assert len(chosen) == len(np.unique(chosen)) == 2**18 // 1280
+    assert len(chosen) == len(np.unique(chosen)) == unknown_images.ROW_BYTES // 1280 == 102
     counts = np.bincount(labels[chosen])
     assert counts[2] == 20 and abs(counts[0] - counts[1]) <= 1
     assert (select_rows(labels, 1280) == chosen).all()
