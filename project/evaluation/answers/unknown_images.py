@@ -15,7 +15,6 @@ import numpy as np
 ROW_BYTES = 2**17
 MIN_ROWS_PER_CLASS = 2
 NEIGHBORS = 5
-NO_FOLD = -1
 _LARGEST = 127  # of int8
 _CELLS = 2**24  # similarities to compute at once
 
