@@ -60,14 +60,16 @@ def test_answers_are_those_of_the_weights_in_the_checkpoint(fit: Fit, photos: Pa
         ["--model.ema", "0.5", *STORED],
         ["--model.schedule", "{0: head, 2: layer4}", *STORED],
         ["--model.adapter", "lora", "--model.trainable", "layer4", *STORED],
+        ["--model.head", "project.models.heads.KNNHead", *SOLVED, *STORED],
+        ["--trainer.precision", "bf16-mixed", "--features.cache", "off"],
     ],
-    ids=["images", "rows", "interpolated", "averaged", "schedule", "adapter"],
+    ids=["images", "rows", "interpolated", "averaged", "schedule", "adapter", "computed head", "bf16"],
 )
 def test_features_and_predictions_are_those_of_the_best_weights(fit: Fit, photos: Path, flags: list[str]) -> None:
     assert fit(*flags, "--trainer.max_epochs", "3", "--model.optimizer", "SGD", "--model.optimizer.lr", "0.02") == 0
     answers, model = saved_answers(), load(BEST)
     images = sorted((photos / "val").glob("*/*"))
-    np.testing.assert_allclose(np.sort(answers.confidence), np.sort(model.predict_proba(images).max(1)), atol=1e-3)
+    np.testing.assert_allclose(np.sort(answers.confidence), np.sort(model.predict_proba(images).max(1)), atol=5e-3)
     training = sorted((photos / "train").glob("*/*"))
     rows = model.features([training[index] for index in select_rows(np.zeros(24), FEATURES)])
     stored = answers.rows / np.linalg.norm(answers.rows, axis=1, keepdims=True)
