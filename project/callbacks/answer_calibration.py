@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from project.callbacks.held_out_predictions import stored_rows, validation_images
@@ -68,6 +69,8 @@ class AnswerCalibration(pl.Callback):
         with other_weights(weights, module.trained_tensors()):
             rows = stored_rows(trainer, module, data)
             validation = validation_images(trainer, module, rows)
+        if not np.isfinite(validation.probabilities).all() or not np.isfinite(validation.distances).all():
+            return "the outputs of the network are not finite for all validation images"
         calibration = combine(validation, _out_of_fold(trainer, best))
         self.note = calibration.note
         if len(calibration.images) < MIN_IMAGES:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from project import load
-from project.callbacks import held_out_predictions
+from project.callbacks import answer_calibration, held_out_predictions
+from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.errors import ConfigError
 from project.evaluation.answers import held_out
 from project.evaluation.answers.calibration import Answers
+from project.evaluation.answers.held_out import HeldOutImages
 from project.evaluation.answers.unknown_images import select_rows
-from tests.conftest import COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
+from tests.conftest import BACKBONE, COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
 
 Fit = Callable[..., int]
 BEST = Path("runs/photos/version_0/checkpoints/best.ckpt")
@@ -231,3 +233,34 @@ def test_the_model_card_reports_the_answers(fit: Fit) -> None:
     card = BEST.parents[1].joinpath("model_card.md").read_text()
     assert "### Single predictions" in card and "Calibrated on 12 validation images and 24 training images" in card
     assert "| 0.01 | none (at least 230 images are needed) | none answered |" in card
+
+
+def test_outputs_that_are_not_finite_are_not_calibrated(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> HeldOutImages:
+        images = held_out_predictions.validation_images(*arguments)
+        return HeldOutImages(images.probabilities * np.nan, images.labels, images.distances)
+
+    monkeypatch.setattr(answer_calibration, "validation_images", broken)
+    assert fit(*STORED) == 0
+    assert "Answers: not calibrated, because the outputs of the network are not finite" in capsys.readouterr().out
+
+
+def test_a_fit_that_validates_nothing_says_so(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*STORED) == 0
+    state = torch.load(BEST, weights_only=True)
+    del state["answers"]  # as in a checkpoint of an earlier version
+    torch.save(state, BEST)
+    never = ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "0"]
+    assert fit(*STORED, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert "Answers: not calibrated, because nothing was validated in this run" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_restored_are_none(weights: Path) -> None:
+    model = ImageClassifier(BACKBONE, str(weights), "layer4", image_size=32, classes=["a", "b"])
+    tensors = model.trained_tensors()
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    restored = answer_calibration._weights_of(model, head)  # layer4 is pretrained
+    assert restored is not None and all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
+    assert answer_calibration._weights_of(model, {"head.weight": head["head.weight"]}) is None
