@@ -20,6 +20,8 @@ from project.checkpoints.resume_checks import copy_groups
 from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, FrozenError
+from project.evaluation.answers.calibration import KEY, Answers
+from project.evaluation.answers.policy import Answered, AnswerPolicy
 from project.evaluation.epoch_logging import log_epoch
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.features.frozen_prefix import PrefixSpec
@@ -70,6 +72,18 @@ class StepOutput(NamedTuple):
     labels: torch.Tensor
     features: torch.Tensor
     averaged: StepOutput | None = None
+
+
+class Outputs(NamedTuple):
+    """Predictions of a batch.
+
+    Attributes:
+        probabilities: ``(B, C)``, float32.
+        answers: Of the answer policy; ``None`` without one.
+    """
+
+    probabilities: torch.Tensor
+    answers: Answered | None = None
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
@@ -228,6 +242,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.head_is_new = True
         #: Moving average of the trained weights in a fit; ``None`` for none.
         self.average: WeightAverage | None = None
+        #: Calibrated answers of the loaded checkpoint; ``None`` if it has none, or if no checkpoint was loaded.
+        self.answers: Answers | None = None
+        #: How :meth:`predict_step` answers besides the probabilities; ``None`` for probabilities only.
+        self.answer_policy: AnswerPolicy | None = None
         #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
@@ -337,6 +355,43 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             state_dict = OrderedDict(state_dict)
             vars(state_dict)["_metadata"] = vars(self.state_dict())["_metadata"]
         return super().load_state_dict(state_dict, strict, assign)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Validate a checkpoint, see :class:`CheckpointMixin`, and restore its calibrated answers.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model, or is damaged.
+            ConfigError: A changed argument cannot take effect in a resumed fit.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.answers = Answers.from_state(checkpoint.get(KEY), len(self.classes), self.backbone.feature_dim)
+
+    def make_policy(
+        self, coverage: float | None = None, max_error: float | None = None, false_alarms: float | None = None
+    ) -> AnswerPolicy:
+        """How to answer new images; see :meth:`~project.evaluation.answers.calibration.Answers.policy`.
+
+        Raises:
+            ConfigError: The checkpoint has no calibrated answers, or too few images for a value.
+        """
+        if self.answers is None:
+            given = {"coverage": coverage, "max_error": max_error, "false_alarms": false_alarms}
+            names = " and ".join(name for name, value in given.items() if value is not None) or "calibration"
+            raise ConfigError(
+                f"{names}: the checkpoint has no calibrated answers. A fit adds them to best.ckpt when it ends; this "
+                "is another checkpoint, or it was written by an interrupted fit or an earlier version.\n"
+                "Use best.ckpt of a completed fit with validation images, or fit again."
+            )
+        return self.answers.policy(coverage, max_error, false_alarms)
+
+    def outputs(self, rows: torch.Tensor) -> Outputs:
+        """Run the trainable suffix, the head and the answer policy on rows at the cut."""
+        features = self.refine(rows)
+        probabilities = self.task.probabilities(self.head(features))
+        if self.answer_policy is None:
+            return Outputs(probabilities)
+        arrays = probabilities.cpu().numpy(), features.float().cpu().numpy()
+        return Outputs(probabilities, self.answer_policy(*arrays))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Run the frozen prefix: images to rows at the cut, without a gradient graph.
@@ -464,9 +519,13 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self._step(batch, "test")
 
     def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
-        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing and their paths."""
+        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing and their paths.
+
+        With an :attr:`answer_policy`, the third item are the answers.
+        """
         (images,), paths = batch
-        return paths, self.task.probabilities(self(images))
+        probabilities, answers = self.outputs(self.encode(images))
+        return (paths, probabilities) if answers is None else (paths, probabilities, answers)
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""

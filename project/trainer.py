@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 
+from project.callbacks.answer_calibration import AnswerCalibration
 from project.callbacks.exact_resume import ExactResume
 from project.callbacks.interpolation import Interpolation
 from project.callbacks.learning_rate_finder import LearningRateFinder
@@ -25,7 +26,8 @@ class Trainer(pl.Trainer):
         args: Passed to Lightning's Trainer.
         kwargs: Passed to Lightning's Trainer. A progress bar among the callbacks replaces this project's. With a
             :class:`~project.callbacks.feature_cache.FeatureCache`, the features are stored. The head is solved before
-            training. With ``max_epochs=0``, the initial head is validated and saved.
+            training. With ``max_epochs=0``, the initial head is validated and saved. After training, the answers of the
+            best checkpoint are calibrated.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,5 +49,6 @@ def _with_default_callbacks(
     finders = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
     callbacks = [callback for callback in callbacks if callback not in finders]
     callbacks.append(Interpolation())
+    callbacks.append(AnswerCalibration())  # after the interpolation, which changes the weights of best.ckpt
     callbacks.append(SolvedHead())  # after others, as it runs a validation when training starts
     return [ExactResume(), StagedUnfreezing(), *callbacks, *finders]  # a finder starts from the solved head

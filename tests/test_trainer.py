@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import RichProgressBar, Timer
 
 from project import ImageClassifier
+from project.callbacks.answer_calibration import AnswerCalibration
 from project.callbacks.exact_resume import ExactResume
 from project.callbacks.interpolation import Interpolation
 from project.callbacks.progress_bar import FitProgressBar
@@ -51,7 +52,16 @@ def test_trainer_adds_its_callbacks_to_the_users(options: dict[str, object]) -> 
     user_callbacks = [Timer(), pl.Callback()]
     trainer = Trainer(**options, callbacks=user_callbacks)
     types = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    assert types == [ExactResume, StagedUnfreezing, Timer, pl.Callback, FitProgressBar, Interpolation, SolvedHead]
+    assert types == [
+        ExactResume,
+        StagedUnfreezing,
+        Timer,
+        pl.Callback,
+        FitProgressBar,
+        Interpolation,
+        AnswerCalibration,
+        SolvedHead,
+    ]
     assert len(user_callbacks) == 2, "the caller's list is unchanged"
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from project.callbacks.drift import METRIC, Drift
 from project.callbacks.model_checkpoint import BestCheckpoint, correct_images
 from project.checkpoints.compatibility import validate_tensors
-from project.checkpoints.reader import read_checkpoint
+from project.checkpoints.trained_part import Tensors, copy_tensors, read_on_rank_zero
 from project.classifier import ImageClassifier, StepOutput
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.candidates import STAGES, Weights
@@ -23,11 +23,9 @@ from project.models.backbone import stage_prefix
 from project.models.pretrained import pretrained_stages
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero
-from project.runtime.distributed import ProcessGroup
 from project.runtime.logger_adapters import log_text
 
 ALPHAS = tuple(step / 10 for step in range(11))
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,16 +133,16 @@ class Interpolation(pl.Callback):
         start_is_best = epoch == -1
         if start_is_best:
             epoch = lightning_internals.epochs(trainer).ready - 1
-        end = last if start_is_best else _read_trained_part(best.best_model_path)
+        end = last if start_is_best else read_on_rank_zero(best.best_model_path, "state_dict")["state_dict"]
         # The moving average, if it is the better one of the best epoch.
         weights = "raw" if start_is_best or best.evaluation is None else best.evaluation.weights
         evaluations = []
         try:
             for alpha in ALPHAS:
-                _copy(interpolate(start, end, alpha), state)
+                copy_tensors(interpolate(start, end, alpha), state)
                 evaluations.append(_evaluate(trainer, module, epoch, alpha, weights))
         finally:
-            _copy(last, state)
+            copy_tensors(last, state)
         chosen = max(evaluations, key=lambda evaluation: (*_quality(evaluation), -(evaluation.interpolated or 0.0)))
         best.validations += len(ALPHAS)
         if _quality(chosen) > _quality(evaluations[0 if start_is_best else -1]):
@@ -207,22 +205,6 @@ def _refuse_without_effect(trainer: pl.Trainer, module: ImageClassifier) -> None
     reason = next((reason for reason, applies in reasons.items() if applies), None)
     if reason is not None:
         raise ConfigError(f"model.interpolate auto has no effect, because {reason}, or remove model.interpolate.")
-
-
-def _read_trained_part(path: str) -> Tensors:
-    """The trained part of a checkpoint that rank zero reads, on all ranks."""
-    ranks = ProcessGroup()
-    tensors: Tensors = {}
-    with ranks.propagate_errors():
-        if ranks.rank == 0:
-            tensors = read_checkpoint(path)["state_dict"]
-    return ranks.gather(tensors)[0]
-
-
-@torch.no_grad()
-def _copy(values: Tensors, targets: Tensors) -> None:
-    for name, tensor in targets.items():
-        tensor.copy_(values[name])
 
 
 def _evaluate(

@@ -13,6 +13,8 @@ from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.errors import CheckpointError
+from project.evaluation.answers.calibration import KEY as ANSWERS
+from project.evaluation.answers.calibration import Answers
 from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.epoch_metrics import EpochMetrics
 from project.evaluation.gain import CorrectImages, Gain
@@ -166,10 +168,26 @@ class BestCheckpoint(_EpochCheckpoint):
                 # No fit can resume from these weights, so the training state is left out.
                 checkpoint |= {"state_dict": dict(tensors), "optimizer_states": [], "lr_schedulers": []}
                 checkpoint.pop("average", None)
+                checkpoint.pop(ANSWERS, None)  # those of the previous weights
                 checkpoint["transfer"] |= {"interpolated": evaluation.interpolated, "weights": evaluation.weights}
                 checkpoint[KEY] = evaluation.state()
                 checkpoint["callbacks"] = {self.state_key: self.state_dict()}
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+
+    def write_answers(self, trainer: pl.Trainer, answers: Answers | None) -> None:
+        """Add calibrated answers to ``best.ckpt``. Call it on all ranks.
+
+        Args:
+            trainer: The trainer of the fit.
+            answers: Those of the weights in this file, on rank zero.
+
+        Raises:
+            CheckpointError: The file cannot be read or written.
+        """
+        with ProcessGroup().propagate_errors():
+            if trainer.is_global_zero and answers is not None:
+                checkpoint = {**read_checkpoint(self.best_model_path), ANSWERS: answers.state()}
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.best_model_path)
 
     def state_dict(self) -> dict[str, Any]:
         """State of ModelCheckpoint, the number of validations, and the results of the initial head."""

@@ -12,7 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from project.callbacks.answer_columns import AnswerLimits
+from project.classifier import ImageClassifier
 from project.errors import ConfigError, ProjectError
+from project.evaluation.answers.policy import Answered
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
@@ -28,15 +31,20 @@ class PredictionWriter(pl.Callback):
     A module with several tasks has ``names``, and ``classes`` of each task. The columns of a task are then
     ``NAME/predicted``, ``NAME/probability`` and so on.
 
+    With limits on the answers, further columns are written: the calibrated probability of the predicted class; whether
+    the image is known; the classes of its set, separated by ``|``; and whether the confidence suffices for an answer.
+
     Rows are written to a temporary file, which is renamed to the target at the end. In a distributed run, rank zero
     gathers and writes the rows batch by batch, so that no rank holds all of them and no shared file system is needed.
     Bytes of a path that are not UTF-8 are written as ``\udcXX``.
 
     Args:
         output: The CSV file.
+        limits: What is asked of the answers.
     """
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, limits: AnswerLimits | None = None) -> None:
+        self._limits = limits or AnswerLimits()
         self._output = output
         self._target = Path(output).expanduser()
         self._open_files: contextlib.ExitStack | None = None
@@ -44,10 +52,21 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ranks = ProcessGroup()
+        self._set_policies(pl_module)
         with self._ranks.propagate_errors():
             if self._ranks.rank == 0:
                 self._open(pl_module)
         self._peers_waiting = True
+
+    def _set_policies(self, module: Any) -> None:
+        """Let each classifier give the answers that the limits ask for."""
+        if isinstance(module, ImageClassifier):
+            module.answer_policy = self._limits.policy(module)
+        for name, classifier in zip(getattr(module, "names", ()), getattr(module, "classifiers", ()), strict=True):
+            try:
+                classifier.answer_policy = self._limits.policy(classifier)
+            except ConfigError as error:
+                raise ConfigError(f"Task {name}: {error}") from error
 
     def _open(self, module: Any) -> None:
         require_output(self._output)
@@ -58,7 +77,8 @@ class PredictionWriter(pl.Callback):
                 stack.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
             )
             prefixes = [f"{name}/" for name in getattr(module, "names", ())] or [""]
-            self._rows.writerow(["path", *(f"{prefix}{column}" for prefix in prefixes for column in COLUMNS)])
+            columns = [*COLUMNS, *self._limits.columns]
+            self._rows.writerow(["path", *(f"{prefix}{column}" for prefix in prefixes for column in columns)])
             self._open_files = stack
 
     @contextlib.contextmanager
@@ -72,22 +92,33 @@ class PredictionWriter(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: Any,
-        outputs: tuple[Sequence[str], torch.Tensor | Sequence[torch.Tensor]],
+        outputs: tuple[Any, ...],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        paths, probabilities = outputs
-        tasks = (
-            [(pl_module.classes, probabilities)]
-            if isinstance(probabilities, torch.Tensor)
-            else zip(pl_module.classes, probabilities, strict=True)
-        )
+        paths, probabilities, *answers = outputs
         rows = [[path] for path in paths]
-        for classes, values in tasks:
-            for row, cells in zip(rows, _most_probable(classes, values), strict=True):
-                row += cells
+        if isinstance(probabilities, torch.Tensor):
+            self._add_cells(rows, pl_module.classes, probabilities, *answers)
+        else:
+            for task in zip(pl_module.classes, probabilities, *answers, strict=True):
+                self._add_cells(rows, *task)
         self._write(rows)
+
+    def _add_cells(
+        self,
+        rows: list[list[str]],
+        classes: Sequence[str],
+        probabilities: torch.Tensor,
+        answers: Answered | None = None,
+    ) -> None:
+        """Add the cells of a task to the row of each image."""
+        for row, cells in zip(rows, _most_probable(classes, probabilities), strict=True):
+            row += cells
+        if answers is not None:
+            for row, cells in zip(rows, self._limits.cells(answers, classes), strict=True):
+                row += cells
 
     def _write(self, rows: Rows) -> bool:
         """Gather the rows of all ranks and write them in the order of the images.

@@ -12,9 +12,12 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from project.callbacks.held_out_predictions import out_of_fold_images
+from project.callbacks.model_checkpoint import BestCheckpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
+from project.evaluation.answers.held_out import FEW_IMAGES, HeldOutImages
 from project.features.computed_features import ComputedFeatures, compute_features
 from project.features.feature_reader import FeatureReader
 from project.features.head_fitting import call_fit, solve_linear_head
@@ -51,6 +54,9 @@ class SolvedHead(pl.Callback):
     def __init__(self) -> None:
         #: How the head was computed; ``None`` for a random head.
         self.method: str | None = None
+        #: Out-of-fold predictions of training images; ``None`` if the head was not solved in this process, or if there
+        #: are enough validation images.
+        self.out_of_fold: HeldOutImages | None = None
         self._unvalidated = False  # whether epoch 0 has not been validated yet
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,6 +76,7 @@ class SolvedHead(pl.Callback):
                     f"Epochs: none, because {type(pl_module.head).__name__} has no parameters to train; "
                     "trainer.max_epochs, model.optimizer and model.scheduler have no effect"
                 )
+        self.out_of_fold = None
         if trainer.ckpt_path is None:
             self.method, self._unvalidated = None, pl_module.start is not None or not pl_module.head_is_new
             if pl_module.hparams["head_init"] != "random":
@@ -90,19 +97,23 @@ class SolvedHead(pl.Callback):
                 print_rank_zero(f"Head: computed in {time.perf_counter() - start:.1f} s from {rows}")
             else:
                 assert isinstance(module.head, nn.Linear)
+                folds = _folds(data)
                 solution, choice = solve_linear_head(
                     module.head,
                     reader,
-                    _folds(data),
+                    folds,
                     module.task,
                     _target_weights(module, data, reader),
                     _budget(trainer, data)[1],
                     module.hparams["head_init"] == "solved_1se",
+                    _calibrates_answers(trainer, data),
                 )
                 self.method = f"solved by {choice}"
                 seconds, count = time.perf_counter() - start, len(data.splits["train"])
                 print_rank_zero(f"Head: solved in {seconds:.1f} s on {count:,} training images: {choice}")
                 _report(trainer, solution)
+                if solution.out_of_fold is not None:
+                    self.out_of_fold = out_of_fold_images(reader, folds, solution.out_of_fold, module.task)
         self._unvalidated = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,6 +251,13 @@ def _memory_obstacle(trainer: pl.Trainer, module: ImageClassifier, data: ImageDa
             "Use --model.trainable head, or fewer images with --data.per_class",
         )
     return None
+
+
+def _calibrates_answers(trainer: pl.Trainer, data: ImageDataModule) -> bool:
+    """Whether out-of-fold predictions may calibrate the answers, because the validation images are few."""
+    writes = lightning_internals.find_callback(trainer, BestCheckpoint) is not None
+    reads_all = data.loaders["train"].rows is not None or ProcessGroup().size == 1
+    return writes and reads_all and len(data.splits["val"]) < FEW_IMAGES
 
 
 def _budget(trainer: pl.Trainer, data: ImageDataModule) -> tuple[int, int]:

@@ -304,15 +304,27 @@ class TransferCLI(CheckpointCLI):
         print_rank_zero(f"Sweep: all candidates are in {target / 'sweep.csv'}; to repeat this fit: {command}")
         self.exit_code = TransferCLI(["fit", "-c", str(path)], self._signals, command).exit_code
 
-    def predict(self, ckpt_path: list[str] | str | None = None, output: str = "predictions.csv") -> None:
+    def predict(
+        self,
+        ckpt_path: list[str] | str | None = None,
+        output: str = "predictions.csv",
+        coverage: float | None = None,
+        max_error: float | None = None,
+        false_alarms: float | None = None,
+    ) -> None:
         """Predict images and write one row per image to a CSV file.
 
         Args:
             ckpt_path: Checkpoint of the model. Repeat the flag for several tasks, which then share their backbones.
             output: CSV file of path, predicted class and its probability, and the next two classes with probabilities;
                 several checkpoints have these columns each, preceded by NAME/ of the run.
+            coverage: Add the column set: classes that contain the right one with this probability, such as 0.95.
+            max_error: Add the column answered: yes for images so certain that at most this share of them is wrong,
+                such as 0.01.
+            false_alarms: Add the column known: no for images unlike the training images; at most this share of the
+                images of known classes is called unknown, such as 0.05.
         """
-        del output  # used by build_callbacks
+        del output, coverage, max_error, false_alarms  # used by build_callbacks
         self.trainer.predict(
             self.model,
             datamodule=self.datamodule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 
+from project.callbacks.answer_columns import AnswerLimits
 from project.callbacks.drift import Drift
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.learning_rate_finder import LearningRateFinder
@@ -28,7 +29,9 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     callbacks: list[pl.Callback] = [*(user_callbacks if isinstance(user_callbacks, list) else [user_callbacks])]
     callbacks += [section.features, section.dashboard, shutdown]
     if verb == "predict":
-        callbacks.append(PredictionWriter(section.output))
+        callbacks.append(
+            PredictionWriter(section.output, AnswerLimits(section.coverage, section.max_error, section.false_alarms))
+        )
     if verb != "fit":
         return callbacks
     callbacks.append(report)

@@ -374,10 +374,16 @@ class ImageDataModule(pl.LightningDataModule):
         dataset = ImageDataset(self.splits[name], self.source, transform, run_seed())
         return self._loader(dataset, EpochSampler(self.order(name), lambda: self.skip_batches(name) * self.batch_size))
 
-    def training_images(self, part: slice) -> DataLoader[Any]:
-        """Batches of a part of the training images, once each, in the order of the split, without augmentation."""
+    def training_images(self, part: slice | Sequence[int]) -> DataLoader[Any]:
+        """Batches of a part of the training images, once each, in the given order, without augmentation.
+
+        Args:
+            part: A slice of the split, or indices of images.
+        """
         assert self.source is not None  # there are no splits without a source
-        dataset = ImageDataset(self.splits["train"][part], self.source, self.evaluation_transform())
+        samples = self.splits["train"]
+        chosen = samples[part] if isinstance(part, slice) else [samples[index] for index in part]
+        dataset = ImageDataset(chosen, self.source, self.evaluation_transform())
         return self._loader(dataset, range(len(dataset)), persistent_workers=False)
 
     def _loader(

@@ -73,6 +73,7 @@ def solve_linear_head(
     targets: Callable[[torch.Tensor], torch.Tensor],
     values_in_memory: int,
     one_standard_error: bool = False,
+    out_of_fold: bool = False,
 ) -> tuple[HeadSolution, PenaltyChoice]:
     """Find the best linear head, and set its parameters; see :func:`~project.models.head_solver.solve_head`.
 
@@ -87,6 +88,8 @@ def solve_linear_head(
             :meth:`~project.task.Task.target_weights`.
         values_in_memory: Number of feature values that all ranks can hold.
         one_standard_error: Choose the strongest penalty within one standard error of the best.
+        out_of_fold: Whether to compute out-of-fold logits, too. Those of the solution are of the first view of all
+            images, ``(N, C)``, on the CPU, on all ranks.
     """
     ranks, device = ProcessGroup(), reader.device
     count, views, width, classes = len(folds), reader.rows.view_count, head.in_features, head.out_features
@@ -127,7 +130,11 @@ def solve_linear_head(
             one_standard_error,
             None if sample is None else training_rows(sample, True),
             on_progress,
+            out_of_fold=out_of_fold,
         )
+    if solution.out_of_fold is not None:  # each rank has a part of the rows; those of the first view come first
+        logits = torch.cat(ranks.gather(solution.out_of_fold.cpu()))[:count]
+        solution = solution._replace(out_of_fold=logits)
     for parameter, value in ((head.weight, solution.weight), (head.bias, solution.bias)):
         if value is not None:
             parameter.data.copy_(value)

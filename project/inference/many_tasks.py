@@ -11,7 +11,7 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import torch
 
-from project.classifier import ImageClassifier
+from project.classifier import ImageClassifier, Outputs
 from project.errors import CheckpointError
 from project.models.loading import load_backbone
 
@@ -81,27 +81,34 @@ class ManyTasks(pl.LightningModule):
             data.preprocessing, *data.further_preprocessings = self.preprocessings
 
     def forward(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Probabilities of each task, float32 ``(B, C)``.
+        """Probabilities of each task, float32 ``(B, C)``; see :meth:`outputs`."""
+        return [output.probabilities for output in self.outputs(images)]
+
+    def outputs(self, images: Sequence[torch.Tensor]) -> list[Outputs]:
+        """Predictions of each task.
 
         Args:
             images: The images in each of :attr:`preprocessings`: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         """
-        results: dict[int, torch.Tensor] = {}
+        results: dict[int, Outputs] = {}
         for group in self.groups:
             first = self.classifiers[group[0]]
             rows = first.encode(images[self.preprocessings.index(first.backbone.preprocessing)])
             for position in group:
                 classifier = self.classifiers[position]
                 # Cloned, because a stage or a head may start with an operation that modifies its input.
-                results[position] = classifier.task.probabilities(classifier.classify(rows.clone()))
+                results[position] = classifier.outputs(rows.clone())
         return [results[position] for position in range(len(self.names))]
 
-    def predict_step(
-        self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int
-    ) -> tuple[Sequence[str], list[torch.Tensor]]:
-        """Paths, and probabilities of each task, of a batch of images in each preprocessing and their paths."""
+    def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
+        """Paths, and probabilities of each task, of a batch of images in each preprocessing and their paths.
+
+        If the tasks have an answer policy, the third item are the answers of each task.
+        """
         images, paths = batch
-        return paths, self(images)
+        outputs = self.outputs(images)
+        probabilities, answers = [output.probabilities for output in outputs], [output.answers for output in outputs]
+        return (paths, probabilities) if None in answers else (paths, probabilities, answers)
 
     def describe(self) -> str:
         """One line: the tasks of each group."""

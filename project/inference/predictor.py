@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from torchvision.transforms.v2 import functional as image_functions
 from project.classifier import ImageClassifier
 from project.data.image_arrays import ImageLike, to_image
 from project.data.transforms import Transform, evaluation
-from project.errors import CheckpointError, DataError, WeightsError
+from project.errors import CheckpointError, ConfigError, DataError, WeightsError
+from project.evaluation.answers.temperature import scaled
+from project.inference.answer import Answer, answers_of
 from project.inference.many_tasks import ManyTasks
 from project.models.grad_cam import heat_maps
 
+#: Of ``predict(..., unknown="flag")``, unless another rate is given.
+FALSE_ALARMS = 0.05
 Images = Sequence[ImageLike] | np.ndarray | torch.Tensor
 
 
@@ -44,17 +48,76 @@ class Classifier:
         self.batch_size = batch_size
         self._transforms = [evaluation(model.backbone.preprocessing)]
 
-    def predict(self, images: Images) -> list[str]:
-        """Predicted class name of each image."""
+    @overload
+    def predict(
+        self, images: Images, unknown: Literal["ignore"] = "ignore", false_alarms: float = ...
+    ) -> list[str]: ...
+    @overload
+    def predict(self, images: Images, unknown: Literal["flag"], false_alarms: float = ...) -> list[str | None]: ...
+    def predict(
+        self, images: Images, unknown: Literal["ignore", "flag"] = "ignore", false_alarms: float = FALSE_ALARMS
+    ) -> list[str] | list[str | None]:
+        """Predicted class name of each image.
+
+        Args:
+            images: N images.
+            unknown: With ``"flag"``, images that are unlike the training images get ``None``.
+            false_alarms: Share of the images of known classes that is flagged at most.
+
+        Raises:
+            ConfigError: The checkpoint has no calibrated answers, or ``unknown`` is another word.
+        """
+        if unknown == "flag":
+            answers = self.answer(images, false_alarms=false_alarms)
+            return [answer.label if answer.known else None for answer in answers]
+        if unknown != "ignore":
+            raise ConfigError(f"unknown must be 'ignore' or 'flag', not {unknown!r}.")
         return self.names(self.predict_proba(images))
+
+    def answer(
+        self,
+        images: Images,
+        coverage: float | None = None,
+        max_error: float | None = None,
+        false_alarms: float | None = None,
+    ) -> list[Answer]:
+        """Predictions with what is known about how far to rely on them.
+
+        Args:
+            images: N images.
+            coverage: Probability that the set of an image contains its class, such as 0.95.
+            max_error: Largest share of wrong predictions among those that are answered, such as 0.01.
+            false_alarms: Largest share of images of known classes that is called unknown, such as 0.05.
+
+        Raises:
+            ConfigError: The checkpoint has no calibrated answers, or too few calibration images for a value.
+        """
+        policy, answers = self.model.make_policy(coverage, max_error, false_alarms), []
+        for batch in self._batches(images):
+            features = self.model.refine(self.model.encode(batch))
+            probabilities = self.model.task.probabilities(self.model.head(features)).cpu().numpy()
+            answered = policy(probabilities, features.float().cpu().numpy())
+            answers += answers_of(answered, self.names(probabilities), self.classes_)
+        return answers
 
     def names(self, probabilities: np.ndarray) -> list[str]:
         """Predicted class name for each row of probabilities ``(N, C)``."""
         labels = self.model.task.predict(torch.from_numpy(probabilities)).label
         return [self.classes_[label] for label in labels.tolist()]
 
-    def predict_proba(self, images: Images) -> np.ndarray:
-        """Probabilities ``(N, C)``, float32; rows sum to 1."""
+    def predict_proba(self, images: Images, calibrated: bool = False) -> np.ndarray:
+        """Probabilities ``(N, C)``, float32; rows sum to 1.
+
+        Args:
+            images: N images.
+            calibrated: Scale the probabilities by the temperature that the fit has found.
+
+        Raises:
+            ConfigError: The checkpoint has no calibrated answers.
+        """
+        if calibrated:
+            temperature = self.model.make_policy().temperature
+            return scaled(self.predict_proba(images), temperature).astype(np.float32)
         batches = [self.model.task.probabilities(self.model(batch)).cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.empty((0, len(self.classes_)), np.float32), *batches])
 

@@ -245,6 +245,19 @@ class HeadBank:
         losses, correct, weight = self._rows.total(sums)
         return losses / weight, correct / weight
 
+    def held_out_logits(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Logits of each row by the head that does not train on it, ``(N, C)``, where head k does not train on fold k.
+
+        Those of rows that are never held out come from the first head.
+        """
+        lifted = self._coordinates.lift(parameters.flatten(0, 1))
+        logits = torch.empty(len(self._rows.labels), self._classes, device=parameters.device)
+        for part in self._parts(len(lifted)):
+            of_all_heads = self._logits(self._coordinates.rows(part), lifted)
+            head = self._rows.folds[part].clamp_min(0)
+            logits[part] = of_all_heads[torch.arange(len(head), device=head.device), head]
+        return logits
+
     def _objective(
         self, parameters: torch.Tensor, heads: torch.Tensor, strength: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,6 +66,8 @@ class HeadSolution(NamedTuple):
         chosen: The one of :attr:`penalty`; ``None`` for a fixed penalty.
         gradient_norm: Largest component of the gradient of the mean loss with its penalty, computed in float64.
         converged: Whether the solver has converged for the head.
+        out_of_fold: Logits of each training row by a head with this penalty that was trained on the other folds,
+            float32 ``(N, C)``; ``None`` if they were not requested, or if there are no folds.
     """
 
     weight: torch.Tensor
@@ -75,6 +77,7 @@ class HeadSolution(NamedTuple):
     chosen: PenaltyScore | None
     gradient_norm: float
     converged: bool
+    out_of_fold: torch.Tensor | None = None
 
 
 def solve_head(
@@ -86,6 +89,7 @@ def solve_head(
     one_standard_error: bool = False,
     sample: TrainingRows | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    out_of_fold: bool = False,
 ) -> HeadSolution:
     """Find the best linear head of the training rows.
 
@@ -99,6 +103,7 @@ def solve_head(
             (Hastie et al., "The Elements of Statistical Learning", 2009, section 7.10), not that of the smallest loss.
         sample: A sample of the rows that fits in memory, to choose the penalty with; by default all rows.
         on_progress: Called with the number of solved problems and the expected total: penalties and the final head.
+        out_of_fold: Whether to compute out-of-fold logits, too. With a sample, there are none.
     """
     compared = rows if sample is None else sample
     coordinates = Coordinates(compared, bias)
@@ -108,6 +113,11 @@ def solve_head(
         limit = chosen.loss + standard_error(chosen.losses)
         chosen = next(score for score in scores if score.loss <= limit)
     penalty, start = (FIXED_PENALTY, None) if chosen is None else (chosen.penalty, chosen.mean_head)
+    held_out = None
+    if out_of_fold and sample is None and start is not None:
+        bank = HeadBank(rows, coordinates, torch.arange(folds, device=rows.labels.device), task, classes)
+        heads = bank.solve(start.expand(folds, *start.shape).clone(), penalty, COARSE).parameters
+        held_out = bank.held_out_logits(heads)
     if sample is not None:
         on_sample = None if start is None else coordinates.head(start)
         coordinates = Coordinates(rows, bias)
@@ -117,7 +127,7 @@ def solve_head(
     on_progress(len(scores) + 1, len(scores) + 1)
     weight, offset = coordinates.head(solution.parameters[0])
     norm = final.gradient_norm(solution.parameters, penalty)
-    return HeadSolution(weight, offset, penalty, scores, chosen, norm, bool(solution.converged.all()))
+    return HeadSolution(weight, offset, penalty, scores, chosen, norm, bool(solution.converged.all()), held_out)
 
 
 def solver_device(device: torch.device) -> torch.device:

@@ -6,8 +6,7 @@ Reporting", arXiv:1810.03993. The card names no license: the author has to choos
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,10 +14,13 @@ from importlib.util import find_spec
 import numpy as np
 import yaml
 
+from project.evaluation.answers.calibration import Answers
 from project.evaluation.confidence_intervals import Interval, bootstrap_f1, wilson
 from project.evaluation.gain import Gain
 from project.evaluation.summary import EvaluationSummary
+from project.reporting.answer_section import answer_section
 from project.reporting.limitations import limitations, pluralize
+from project.reporting.markdown import format_interval, plain, slug, table
 
 MAX_CLASSES = 50  # listed in full; with more, a table shows the first N_FIRST and the last N_LAST
 N_FIRST, N_LAST = 20, 5
@@ -57,6 +59,9 @@ class CardContent:
         checkpoint: Path of the checkpoint, relative to the card.
         has_validation: Whether the fit was configured to validate.
         gain: Difference between the best epoch and the initial head; ``None`` if unknown.
+        answers: Calibrated answers of the checkpoint; ``None`` if there are none.
+        answers_note: Why the answers are calibrated without out-of-fold predictions, a clause; empty if no reason has
+            to be given.
     """
 
     name: str
@@ -72,6 +77,8 @@ class CardContent:
     checkpoint: str = "checkpoints/best.ckpt"
     has_validation: bool = True
     gain: Gain | None = None
+    answers: Answers | None = None
+    answers_note: str = ""
 
 
 def render_card(card: CardContent) -> str:
@@ -161,6 +168,7 @@ def _evaluation(card: CardContent) -> list[str]:
         *_gain(card.gain),
         *_calibration(evaluation),
         *_per_class_recall(card, evaluation),
+        *answer_section(card.answers, card.answers_note),
     ]
 
 
@@ -251,30 +259,3 @@ def _ends(order: list[int]) -> list[int]:
 
 def _section(title: str, items: Mapping[str, str]) -> list[str]:
     return [f"## {title}\n", "".join(f"- {key}: {value}\n" for key, value in items.items())]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown table; all columns but the first are right-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def format_interval(interval: Interval | None) -> str:
-    """An interval in three digits; empty for ``None``."""
-    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-def plain(text: str) -> str:
-    """Escape text for one line of Markdown: folder names may contain anything."""
-    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", line)
-
-
-def code(text: str) -> str:
-    """Inline code; backticks in the text are replaced."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
-
-
-def slug(text: str) -> str:
-    """A valid Hugging Face data set identifier."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"

@@ -11,12 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from project.callbacks.answer_calibration import AnswerCalibration
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.summary import EvaluationSummary
 from project.reporting.limitations import pluralize
-from project.reporting.model_card import CardContent, code, render_card
+from project.reporting.markdown import code
+from project.reporting.model_card import CardContent, render_card
 from project.reporting.run_description import (
     format_augmentation,
     format_class,
@@ -76,7 +78,7 @@ def card_path(trainer: pl.Trainer) -> Path | None:
 def _content(
     trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, duration: str, hashed: str
 ) -> CardContent:
-    best = find_callback(trainer, BestCheckpoint)
+    best, calibration = find_callback(trainer, BestCheckpoint), find_callback(trainer, AnswerCalibration)
     evaluation = best.evaluation if best is not None else None
     # Of the checkpoint: with a schedule, fewer stages are frozen at the end of the fit.
     frozen = best.frozen if best is not None and best.frozen is not None else module.identity()["frozen"]
@@ -99,6 +101,8 @@ def _content(
         base_model=module.backbone.origin.repository,
         has_validation=best is not None,
         gain=None if best is None else best.gain,
+        answers=None if calibration is None else calibration.answers,
+        answers_note="" if calibration is None else calibration.note,
         checkpoint=f"checkpoints/{'last' if evaluation is None else 'best'}.ckpt",
     )
 

@@ -152,6 +152,14 @@ def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], No
         trainer.state.stage = stage
 
 
+def has_validation_batches(trainer: pl.Trainer) -> bool:
+    """Whether :func:`run_validation_steps` has batches: a fit that had ended before loads none.
+
+    Relies on ``val_loop._combined_loader``, which is ``None`` until the first validation.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._combined_loader is not None
+
+
 class _FitLoopWithEpochZero(_FitLoop):
     @property
     def skip(self) -> bool:

@@ -229,12 +229,12 @@ def kill_in_the_solver() -> None:
     """Kill the process with SIGKILL once half of the penalties are solved."""
     solve = head_fitting.solve_head
 
-    def killed(*arguments: Any) -> HeadSolution:
+    def killed(*arguments: Any, **options: Any) -> HeadSolution:
         def on_progress(done: int, total: int) -> None:
             if done == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return solve(*arguments[:-1], on_progress)
+        return solve(*arguments[:-1], on_progress, **options)
 
     head_fitting.solve_head = killed  # type: ignore[assignment]
 

@@ -21,7 +21,7 @@ def callback_names(verb: str, **trainer: Any) -> list[str]:
         trainer=Namespace(**{**defaults, "limit_val_batches": None, **trainer}),
         features=FeatureCache(),
         dashboard=dashboard,
-        output="predictions.csv",
+        **{"output": "predictions.csv", "coverage": None, "max_error": None, "false_alarms": None},
         lr_find=False,
     )
     before = section.clone()

@@ -54,3 +54,17 @@ def test_a_head_with_a_method_fit_reads_all_rows() -> None:
     head, means = PrototypeHead(8, 3), torch.stack([FEATURES[label == LABELS].mean(0) for label in range(3)])
     call_fit(head, READER)
     assert head(means).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_out_of_fold_logits_are_those_of_the_first_view() -> None:
+    class TwoViews(ComputedFeatures):
+        view_count = 2
+
+        def read(self, indices: torch.Tensor) -> torch.Tensor:
+            return super().read(indices % 60) + (indices >= 60)[:, None]
+
+    reader = FeatureReader(TwoViews(FEATURES, LABELS), lambda rows: rows, CPU, torch.float32)
+    solution, _ = solve_linear_head(nn.Linear(8, 3), reader, FOLDS, TASK, targets, 10**6, out_of_fold=True)
+    assert solution.out_of_fold is not None and solution.out_of_fold.shape == (60, 3)
+    assert (solution.out_of_fold.argmax(1) == LABELS).float().mean() > 0.5
+    assert solve_linear_head(nn.Linear(8, 3), reader, FOLDS, TASK, targets, 10**6)[0].out_of_fold is None

@@ -363,3 +363,25 @@ def test_a_feature_of_a_large_scale_does_not_dominate_the_head_of_few_images() -
     solution = solve_head(training_rows(x[:15].numpy(), y[:15].numpy()), TASK, 3, FOLDS)
     predicted = functional.linear(x[15:], solution.weight, solution.bias).argmax(1)
     assert float((predicted == y[15:]).float().mean()) > 0.72
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "streamed"])
+def test_out_of_fold_logits_are_those_of_heads_without_the_row(in_memory: bool) -> None:
+    x, y = data(500, 20, 3)
+    solution = solve_head(training_rows(x, y, in_memory), TASK, 3, FOLDS, out_of_fold=True)
+    assert solution.out_of_fold is not None
+    actual, fold = solution.out_of_fold.softmax(1).numpy(), np.arange(len(y)) % FOLDS
+    for number in range(FOLDS):
+        model = LogisticRegression(C=1 / solution.penalty, tol=1e-8, max_iter=10_000)
+        model.fit(scaled(x)[fold != number], y[fold != number])
+        # Coordinates are scaled by all rows, those of the fold included.
+        expected = model.predict_proba(scaled(x)[fold == number])
+        np.testing.assert_allclose(actual[fold == number], expected, atol=0.02)
+
+
+def test_out_of_fold_logits_are_computed_only_if_requested_and_possible() -> None:
+    x, y = data(60, 10, 3)
+    rows = training_rows(x, y)
+    assert solve_head(rows, TASK, 3, FOLDS).out_of_fold is None
+    assert solve_head(rows, TASK, 3, 0, out_of_fold=True).out_of_fold is None
+    assert solve_head(rows, TASK, 3, FOLDS, sample=rows, out_of_fold=True).out_of_fold is None

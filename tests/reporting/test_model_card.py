@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from project.evaluation.summary import EvaluationSummary
-from project.reporting.model_card import CardContent, header, plain, render_card
+from project.reporting.markdown import plain
+from project.reporting.model_card import CardContent, header, render_card
 
 SECTIONS = {"data": {}, "backbone": {}, "training": {}, "versions": {"Python": "3"}}
 

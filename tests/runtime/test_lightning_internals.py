@@ -155,6 +155,14 @@ def test_validation_steps_run_without_hooks(trainer: Any) -> None:
     assert after.results["on_train_end"] == [(True, True)]
 
 
+def test_a_fit_knows_whether_it_has_validation_batches(trainer: Any) -> None:
+    ask = lightning_internals.has_validation_batches
+    seen = Recorder(on_fit_start=ask, on_train_end=ask)
+    trainer(seen, max_epochs=1).fit(Returning(), datamodule=TinyData())
+    answers = seen.results["on_fit_start"], seen.results["on_train_end"]
+    assert answers == ([False], [True]), f"{CHANGED}val_loop._combined_loader"
+
+
 def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path: Path) -> None:
     for name, allowed in (("without", False), ("with", True)):
         checkpoint = ModelCheckpoint(
