@@ -17,7 +17,8 @@ SINGLE_LABEL_NAMES = {"softmax", "log_softmax", "argmax", "cross_entropy", "igno
 def test_only_the_task_uses_softmax_argmax_and_cross_entropy() -> None:
     uses = []
     for path in PROJECT.rglob("*.py"):
-        if path.name in ("task.py", "label_issues.py"):  # label issues compare neighbours, not predictions of the model
+        # Label issues compare neighbours, and the statistics of answers are those of one class per image.
+        if path.name in ("task.py", "label_issues.py") or path.parent.name == "answers":
             continue
         tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
         uses += [

@@ -149,7 +149,7 @@ def export(
                 [transform(image) for image, _ in read_images(data, CALIBRATION_IMAGES, SPLITS[::-1])]
             )
             labelled = read_images(data, images, SPLITS)
-            text = str(write_int8(network, preprocessing, metadata, calibration, labelled, temporary[0]))
+            text = str(write_int8(network, preprocessing, metadata, calibration, labelled, model.task, temporary[0]))
         else:
             file_format.write(network, preprocessing, metadata, temporary)
             pictures = [image for image, _ in read_images(data, images, SPLITS)]

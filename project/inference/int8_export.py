@@ -25,6 +25,7 @@ from project.inference.export_formats import (
 )
 from project.inference.exported_network import ExportedNetwork
 from project.preprocessing import Preprocessing
+from project.task import Task
 
 #: Training images that determine the ranges of the activations.
 CALIBRATION_IMAGES = 128
@@ -62,6 +63,7 @@ def write_int8(
     metadata: Mapping[str, Any],
     calibration: torch.Tensor,
     labelled: Sequence[tuple[Image.Image, int]],
+    task: Task,
     file: Path,
 ) -> Int8Cost:
     """Write an int8 file, and compare it with float32.
@@ -72,6 +74,7 @@ def write_int8(
         metadata: Plain values that the file contains.
         calibration: Preprocessed training images, uint8 ``(N, 3, S, S)``.
         labelled: Images to compare on, with their class indices; not those of the calibration.
+        task: Decodes the probabilities.
         file: File to write.
     """
     import onnx
@@ -83,7 +86,7 @@ def write_int8(
         quantize(plain, calibration, quantized)
         save_onnx(with_preprocessing(model, preprocessing), metadata, reference)
         save_onnx(with_preprocessing(onnx.load(quantized), preprocessing), metadata, file)
-        return int8_cost(_runner(reference), _runner(file), labelled)
+        return int8_cost(_runner(reference), _runner(file), labelled, task)
 
 
 def _runner(file: Path) -> Runner:
@@ -91,13 +94,16 @@ def _runner(file: Path) -> Runner:
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 
-def int8_cost(reference: Runner, quantized: Runner, labelled: Sequence[tuple[Image.Image, int]]) -> Int8Cost:
+def int8_cost(
+    reference: Runner, quantized: Runner, labelled: Sequence[tuple[Image.Image, int]], task: Task
+) -> Int8Cost:
     """Run both files on the same images, alternating.
 
     Args:
         reference: Runs the float32 file.
         quantized: Runs the int8 file.
         labelled: Images and their class indices, at least one.
+        task: Decodes the probabilities.
     """
     seconds, correct = [0.0, 0.0], np.zeros((2, len(labelled)), bool)
     for position, (image, label) in enumerate(labelled):
@@ -106,7 +112,7 @@ def int8_cost(reference: Runner, quantized: Runner, labelled: Sequence[tuple[Ima
             start = time.perf_counter()
             probabilities = run(pixels)
             seconds[side] += time.perf_counter() - start
-            correct[side, position] = probabilities[0].argmax() == label
+            correct[side, position] = int(task.predict(torch.from_numpy(probabilities)).label[0]) == label
     accuracies = correct.mean(1)
     interval = newcombe_paired(correct[1], correct[0])
     return Int8Cost(len(labelled), float(accuracies[0]), float(accuracies[1]), interval, seconds[0] / seconds[1])

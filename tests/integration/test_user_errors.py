@@ -493,8 +493,8 @@ def test_class_name_that_is_not_utf8_is_refused(
 
 
 def test_unknown_command_is_refused_with_the_known_ones(refused: Callable[[int], str]) -> None:
-    message = refused(main(["export"]))
-    assert "unknown command 'export'. Use one of 'fit', 'validate'" in message and "subcommand" not in message
+    message = refused(main(["deploy"]))
+    assert "unknown command 'deploy'. Use one of 'fit', 'validate'" in message and "subcommand" not in message
 
 
 def test_suggestions_name_no_help_flags(refused: Callable[[int], str]) -> None:
