@@ -34,7 +34,8 @@ def measure(cache: str, data: Path, folder: Path, options: argparse.Namespace) -
     with tempfile.TemporaryDirectory(dir=folder) as runs:
         run_module(
             *("project", "fit", "--model.backbone", options.network, "--model.weights", "null"),
-            *("--model.trainable", options.trainable, "--model.optimizer.lr", "0.001"),
+            # Random weights need the statistics of each batch, and a random head: their features are large.
+            *("--model.trainable", options.trainable, "--model.batch_norm", "train", "--model.head_init", "random"),
             *("--model.image_size", options.size, "--data.root", data, "--trainer.max_epochs", options.epochs),
             *("--features.cache", cache, "--features.folder", folder / "store", "--trainer.default_root_dir", runs),
             *("--trainer.enable_progress_bar", "false"),
