@@ -27,6 +27,8 @@ CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 #: Entries of a checkpoint that inference and a new fit need, besides the tensors.
 ENTRIES = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "transfer", "loops")
+#: Entry with the calibrated answers, of plain values and tensors; a checkpoint may have none.
+ANSWERS = "answers"
 ADDRESS = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 TIMEOUT = 10  # seconds
 
@@ -72,8 +74,11 @@ def to_files(checkpoint: Mapping[str, Any], card: str) -> dict[str, bytes]:
         checkpoint: From :func:`project.checkpoints.reader.read_checkpoint`.
         card: The model card in Markdown.
     """
-    tensors = save_tensors({name: value.contiguous() for name, value in checkpoint["state_dict"].items()})
-    entries = {name: checkpoint[name] for name in ENTRIES}
+    state, answers = dict(checkpoint["state_dict"]), dict(checkpoint.get(ANSWERS) or {})
+    for name in [name for name, value in answers.items() if isinstance(value, torch.Tensor)]:
+        state[f"{ANSWERS}.{name}"] = answers.pop(name)
+    tensors = save_tensors({name: value.contiguous() for name, value in state.items()})
+    entries = {name: checkpoint[name] for name in ENTRIES} | ({ANSWERS: answers} if answers else {})
     for part in (entries["hyper_parameters"], entries["transfer"]["backbone"]):
         part["weights"] = _without_folder(part["weights"])
     config = {
@@ -115,7 +120,11 @@ def from_files(folder: Path, address: str) -> dict[str, Any]:
         tensors: dict[str, torch.Tensor] = load_tensors(content)
     except SafetensorError as error:
         raise CheckpointError(f"{address} is damaged: {TENSORS} cannot be read: {error}.") from error
-    return {**entries, "state_dict": tensors}
+    prefix = f"{ANSWERS}."
+    if isinstance(entries.get(ANSWERS), dict):
+        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        entries[ANSWERS] |= found
+    return {**entries, "state_dict": {name: value for name, value in tensors.items() if not name.startswith(prefix)}}
 
 
 def download(address: str) -> dict[str, Any]:

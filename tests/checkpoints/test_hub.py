@@ -130,6 +130,9 @@ def test_pushed_classifier_gives_the_same_probabilities(
     np.testing.assert_array_equal(
         classifier.predict_proba(paths), load(trained / "checkpoints/best.ckpt").predict_proba(paths)
     )
+    assert classifier.answer(paths, false_alarms=0.5) == load(trained / "checkpoints/best.ckpt").answer(
+        paths, false_alarms=0.5
+    )
 
 
 def test_push_contains_no_folder_of_this_machine(pushed: StubHub, weights: Path) -> None:
