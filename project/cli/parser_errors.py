@@ -69,6 +69,10 @@ UNKNOWN_CLASS = re.compile(
     r"(?:Expected a dot import path string: |has no attribute '\w+'\. Got value: )(?P<path>[\w.]+)",
     re.DOTALL,
 )
+#: A file, or other text, in the place of a class name; the parser quotes the content of a file.
+NOT_A_CLASS_NAME = re.compile(
+    r"Parser key \"(?P<key>[\w.]+)\":.*?(?:Unexpected import path format|Config file loop detected)", re.DOTALL
+)
 #: A class without its required arguments; of a union, the member that the user meant.
 MISSING_ARGUMENTS = re.compile(
     r"Parser key \"(?P<key>[\w.]+)\".*?the following arguments are required: (?P<names>[\w, ]+)", re.DOTALL
@@ -90,6 +94,8 @@ TYPES = {
     "dict": "a mapping such as {a: b}",
     "NoneType": "null",
 }
+#: Where a value belongs that is not a class.
+HINTS = {"data.source": "A folder or a table of images belongs to --data.root."}
 #: Errors of union members that the user did not mean.
 OTHER_MEMBERS = re.compile(
     r"expected |Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict w"
@@ -101,6 +107,10 @@ REPLACEMENTS = (
     (r"typing\.Literal\[([^\]]*)\]", r"\1"),
     (r"NoneType", "null"),
     (r"argument subcommand: invalid choice: ('.*?') \(choose from (.*)\)", r"unknown command \1. Use one of \2."),
+    (
+        r"expected \"subcommand\" to be one of .*",
+        "no command given. Start with: python -m project fit --data.root photos/ (--help lists all commands).",
+    ),
     (r"File does not exist: ('.*')", r"there is no file \1. Pass the path of a YAML file after -c."),
     (r"Does not validate against any of the Union subtypes", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
@@ -132,6 +142,11 @@ def explain(error: ArgumentError, parser: ArgumentParser) -> ConfigError:
         return ConfigError(f"{url['url']} is a URL, but only local files are accepted. Download it and pass its path.")
     if unknown := UNKNOWN_KEY.search(message):
         return _unknown_key(unknown, parser)
+    if not_a_name := NOT_A_CLASS_NAME.search(message):
+        key = not_a_name["key"]
+        return ConfigError(
+            f"{key}: expected the name of a class, not a file or other text. {HINTS.get(key, '')}".strip()
+        )
     if missing := MISSING_ARGUMENTS.search(message):
         return _missing_arguments(missing, message)
     if wrong_type := _wrong_type(message):
@@ -259,7 +274,8 @@ def _unknown_class(key: str, path: str, parser: ArgumentParser) -> ConfigError:
     accepted = [known for known in accepted_class_paths(parser, key) if is_importable(known)]
     if "." not in path:
         accepted = [known.rpartition(".")[2] for known in accepted]
-    return ConfigError(f"{key}: there is no class {path}. {did_you_mean(path, dict.fromkeys(accepted))}".strip())
+    suggestion = did_you_mean(path, dict.fromkeys(accepted))
+    return ConfigError(f"{key}: there is no class {path}. {suggestion}{HINTS.get(key, '')}".strip())
 
 
 def _missing_arguments(match: re.Match[str], message: str) -> ConfigError:

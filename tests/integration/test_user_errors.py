@@ -497,6 +497,26 @@ def test_unknown_command_is_refused_with_the_known_ones(refused: Callable[[int],
     assert "unknown command 'deploy'. Use one of 'fit', 'validate'" in message and "subcommand" not in message
 
 
+def test_no_command_names_the_first_one_to_run(refused: Callable[[int], str]) -> None:
+    message = refused(main([]))
+    assert "no command given. Start with: python -m project fit --data.root" in message and "subcommand" not in message
+
+
+@pytest.mark.parametrize(("key", "hint"), [("data.source", "belongs to --data.root"), ("model.optimizer", "")])
+def test_file_in_the_place_of_a_class_is_refused_without_its_content(
+    key: str, hint: str, tmp_path: Path, refused: Callable[[int], str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\na.jpg,red\n")
+    message = refused(main(["fit", f"--{key}", str(table)]))
+    assert f"{key}: expected the name of a class, not a file" in message and "a.jpg" not in message
+    assert hint in message
+
+
+def test_folder_in_the_place_of_a_source_names_data_root(refused: Callable[[int], str]) -> None:
+    assert "belongs to --data.root" in refused(main(["fit", "--data.source", "photos/"]))
+
+
 def test_suggestions_name_no_help_flags(refused: Callable[[int], str]) -> None:
     message = refused(main(["fit", "--model.trainabel", "layer4"]))
     assert "'--model.trainable'" in message and ".help'" not in message
