@@ -14,6 +14,7 @@ from project.classifier import ImageClassifier, StepOutput
 from project.evaluation.cka import linear_cka
 from project.evaluation.validation_data import validation_module
 from project.features.row_loader import RowBatch, RowLoader
+from project.models.cut import Cut
 from project.models.pretrained import pretrained_stages
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
@@ -30,15 +31,17 @@ class Drift(pl.Callback):
     of the validation images: 1 if the features are unchanged. See :func:`~project.evaluation.cka.linear_cka`.
 
     The current features are those of the validation itself. The pretrained features are computed in the first
-    validation, from the rows or images of its batches.
+    validation, from the rows or images of its batches; with ``schedule``, again after each move of the cut, so that a
+    resumed fit compares with the same values.
     """
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self._pretrained: dict[str, nn.Module] = {}  # until the pretrained features are known
+        self._pretrained: dict[str, nn.Module] = {}  # until the pretrained features of the last cut are known
         self._reference: torch.Tensor | None = None
+        self._reference_cut: Cut | None = None
         self._sample = torch.zeros(0, dtype=torch.bool)
         self._is_active = False
 
@@ -46,13 +49,10 @@ class Drift(pl.Callback):
         self._reset()
         if stage != "fit" or not trainer.enable_validation or not isinstance(pl_module, ImageClassifier):
             return
-        if pl_module.unfreezing is not None:
-            print_rank_zero("Drift: not measured with model.schedule, whose rows change with the cut")
-            return
-        if not pl_module.cut.trainable:
+        if not pl_module.last_cut.trainable:
             return
         # Before Lightning restores a checkpoint, so that the pretrained weights are usually still in place.
-        stages = pretrained_stages(pl_module.backbone, pl_module.cut.trainable)
+        stages = pretrained_stages(pl_module.backbone, pl_module.last_cut.trainable)
         if stages is None:
             print_rank_zero(
                 f"Drift: not measured, because the pretrained weights of {pl_module.backbone.name} cannot be loaded"
@@ -68,8 +68,8 @@ class Drift(pl.Callback):
             stage.to(trainer.strategy.root_device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.start(trainer)
+        if not trainer.sanity_checking and isinstance(pl_module, ImageClassifier):
+            self.start(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -78,13 +78,18 @@ class Drift(pl.Callback):
             self.update(trainer, pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            value = self.compute()
+        if not trainer.sanity_checking and isinstance(pl_module, ImageClassifier):
+            value = self.compute(pl_module)
             if value is not None:
                 pl_module.log(METRIC, value)
 
-    def start(self, trainer: pl.Trainer) -> None:
-        """Start a pass over the validation images."""
+    def start(self, trainer: pl.Trainer, module: ImageClassifier) -> None:
+        """Start a pass over the validation images.
+
+        Args:
+            trainer: The fit's trainer.
+            module: The model.
+        """
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
         self._count = 0  # images of this rank so far
         self._indices: list[torch.Tensor] = []
@@ -92,6 +97,8 @@ class Drift(pl.Callback):
         self._references: list[torch.Tensor] = []
         if self._is_active and not len(self._sample):
             self._sample = _sample(trainer)
+        if self._reference_cut != module.cut:
+            self._reference, self._reference_cut = None, module.cut
 
     @torch.no_grad()
     def update(self, trainer: pl.Trainer, module: ImageClassifier, outputs: StepOutput, batch: Any) -> None:
@@ -119,18 +126,24 @@ class Drift(pl.Callback):
             with trainer.precision_plugin.val_step_context():
                 rows = batch[0][places]
                 rows = rows.to(module.backbone.mean.dtype) if isinstance(batch, RowBatch) else module.encode(rows)
-                readout = module.backbone.readout(tuple(self._pretrained))
-                self._references.append(readout([*self._pretrained.values()], rows).float().cpu())
+                stages = [self._pretrained[name] for name in module.cut.trainable]
+                readout = module.backbone.readout(module.cut.trainable)
+                self._references.append(readout(stages, rows).float().cpu())
 
-    def compute(self) -> float | None:
-        """The similarity of the pass; ``None`` if it is not measured. Collective: all ranks must call it."""
+    def compute(self, module: ImageClassifier) -> float | None:
+        """The similarity of the pass; ``None`` if it is not measured. Collective: all ranks must call it.
+
+        Args:
+            module: The model.
+        """
         if not self._is_active:
             return None
         parts = ProcessGroup().gather((self._indices, self._features, self._references))
         order = _concatenate([indices for indices, _, _ in parts]).argsort()
         if self._reference is None:
             self._reference = _concatenate([references for _, _, references in parts])[order]
-            self._pretrained = {}
+            if module.cut == module.last_cut:
+                self._pretrained = {}
         value = linear_cka(_concatenate([features for _, features, _ in parts])[order], self._reference)
         return value if math.isfinite(value) else None
 

@@ -220,12 +220,12 @@ def _evaluate(
             drift.update(trainer, module, output, batch)
 
     if drift is not None:
-        drift.start(trainer)
+        drift.start(trainer, module)
     lightning_internals.run_validation_steps(trainer, update)
     for stage in STAGES.values():
         module.epoch_metrics(stage).reset()  # keeps the results of the fit's own validation
     values = {name: float(value) for name, value in metrics.compute(module.device).items()}
-    similarity = None if drift is None else drift.compute()
+    similarity = None if drift is None else drift.compute(module)
     if similarity is not None:
         values[METRIC] = similarity
     assert metrics.counts is not None

@@ -56,6 +56,23 @@ def test_it_compares_the_features_of_the_checkpoint_with_the_pretrained_ones(
     assert expected < 0.999
 
 
+def test_a_schedule_compares_with_the_pretrained_features_after_each_move_of_the_cut(
+    fit: Fit, photos: Path, weights: Path
+) -> None:
+    flags = ["--model.schedule", "{0: head, 1: layer4, 2: layer3}", "--trainer.max_epochs", "3"]
+    rate = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.schedule_warmup", "0"]
+    assert fit(*STORED, *flags, *rate) == 0
+    measured = similarities()
+    assert measured[0] == pytest.approx(1, abs=1e-6)  # only the head is trained
+    assert max(measured[1:]) < 0.999
+    trained = load(VERSION / "checkpoints/last.ckpt")
+    images = sorted((photos / "val").glob("*/*"))
+    features = torch.as_tensor(trained.features(images))
+    backbone = load_backbone(BACKBONE, str(weights), 32)
+    trained.model.backbone.stages.load_state_dict(backbone.stages.state_dict())
+    assert measured[2] == pytest.approx(linear_cka(features, torch.as_tensor(trained.features(images))), abs=1e-4)
+
+
 def test_nothing_is_measured_if_only_the_head_is_trained(trained: Path) -> None:
     assert "drift/cka" not in scalars(trained).Tags()["scalars"]
 
