@@ -198,7 +198,7 @@ def test_limits_that_the_checkpoint_does_not_permit_are_refused(
     assert "--max_error 0.01 cannot be certified: it needs at least 230 images" in refused(
         main([*predicted, "--max_error", "0.01"])
     )
-    assert "--coverage must be between 0 and 1, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
+    assert "--coverage must be between 1e-06 and 0.999999, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
 
 
 def test_damaged_answers_are_refused(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:

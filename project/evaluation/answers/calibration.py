@@ -24,6 +24,8 @@ from project.evaluation.answers.unknown_images import images_needed as images_fo
 KEY = "answers"
 #: With fewer calibration images, nothing is calibrated.
 MIN_IMAGES = 2 * FOLDS
+#: Smallest distance of a limit from 0 and 1. Closer ones need far more images than a checkpoint keeps.
+MARGIN = 1e-6
 #: Tensors of the state, each with its type.
 TENSORS = {
     "true_scores": torch.float32,
@@ -80,7 +82,7 @@ class Answers:
             classes=images.probabilities.shape[1],
             validation=calibration.validation,
             temperature=fit_temperature(images.probabilities, images.labels),
-            true_scores=images.true_scores.astype(np.float32),
+            true_scores=_rounded_up(images.true_scores),
             confidence=images.confidence.astype(np.float32),
             correct=images.correct,
             predicted=images.predicted.astype(np.int32),
@@ -104,11 +106,11 @@ class Answers:
             false_alarms: Share of the images of known classes that is called unknown at most; ``None`` for none.
 
         Raises:
-            ConfigError: A value is not between 0 and 1, or needs more calibration images.
+            ConfigError: A value is not between :data:`MARGIN` and 1 - :data:`MARGIN`, or needs more calibration images.
         """
         for name, value in (("coverage", coverage), ("max_error", max_error), ("false_alarms", false_alarms)):
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, not {value}.")
+            if value is not None and not MARGIN <= value <= 1 - MARGIN:
+                raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.")
         confidence = None if max_error is None else self._require_certified(max_error).threshold
         score = distances = None
         if coverage is not None:
@@ -171,6 +173,12 @@ class Answers:
             raise damaged_checkpoint("The checkpoint is damaged: its calibrated answers are invalid.")
         arrays = {name: state[name].numpy() for name in TENSORS}
         return cls(classes, state["validation"], state["temperature"], report=state["report"], **arrays)
+
+
+def _rounded_up(values: np.ndarray) -> np.ndarray:
+    """The smallest float32 values that are not below float64 values: a threshold that is rounded down covers less."""
+    rounded = values.astype(np.float32)
+    return np.where(rounded < values, np.nextafter(rounded, np.float32(np.inf)), rounded)
 
 
 def _is_valid(state: Mapping[Any, Any], classes: int, width: int) -> bool:
