@@ -53,7 +53,7 @@ def push(ckpt_path: str | None = None, repository: str | None = None, private: b
         with process_state(log_levels={"huggingface_hub": logging.ERROR}):
             api.create_repo(name, private=private, exist_ok=True)
             api.create_commit(name, operations, commit_message=f"Classifier from {Path(ckpt_path).name}")
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # also the errors of its HTTP client
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"push to {name} failed: {reason}\nLog in with `hf auth login`, or set HF_TOKEN to a token that can write."

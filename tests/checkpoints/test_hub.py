@@ -200,6 +200,14 @@ def test_checkpoint_outside_a_run_is_refused(
     assert "push needs the model card of the run" in refused(code)
 
 
+def test_unreachable_hub_is_reported(
+    hub: StubHub, trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the port is closed
+    code = main(["push", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--repository", "me/birds"])
+    assert "push to me/birds failed: " in refused(code)
+
+
 def test_failed_upload_names_the_login(
     hub: StubHub, trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], str]
 ) -> None:
