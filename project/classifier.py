@@ -592,11 +592,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         return 1.0 if warm_up is None else warm_up.factor(self.global_step)
 
     def on_fit_start(self) -> None:
-        """Check that the frozen tensors are unchanged since loading.
+        """Prepare the metrics and averages of a fit, and check that the frozen tensors are unchanged since loading.
 
         Raises:
             FrozenError: They have changed.
         """
+        self.answers = None  # those of a checkpoint are not of the weights that follow
         for stage in STAGES:
             self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
         if self.average is not None:

@@ -95,7 +95,7 @@ def _out_of_fold(trainer: pl.Trainer, best: BestCheckpoint) -> HeldOutImages | N
 
 
 def _weights_of(module: ImageClassifier, saved: Tensors) -> Tensors | None:
-    """The trained part of a checkpoint, as the module has it; ``None`` if it lacks tensors that cannot be restored.
+    """The trained part of a checkpoint, as the module has it; ``None`` if one has tensors that the other one lacks.
 
     With a schedule, a checkpoint of an early epoch lacks the stages that were still frozen: these were pretrained.
     """
@@ -107,4 +107,6 @@ def _weights_of(module: ImageClassifier, saved: Tensors) -> Tensors | None:
         for key, tensor in stage.state_dict().items()
     }
     weights: dict[str, torch.Tensor] = {**pretrained, **saved}
-    return {name: weights[name] for name in expected} if expected.keys() <= weights.keys() else None
+    if not saved.keys() <= expected.keys() <= weights.keys():
+        return None
+    return {name: weights[name] for name in expected}

@@ -13,11 +13,13 @@ from project import load
 from project.callbacks import answer_calibration, held_out_predictions
 from project.classifier import ImageClassifier
 from project.cli.main import main
+from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.evaluation.answers import held_out
 from project.evaluation.answers.calibration import Answers
 from project.evaluation.answers.held_out import HeldOutImages
 from project.evaluation.answers.unknown_images import select_rows
+from project.trainer import Trainer
 from tests.conftest import BACKBONE, COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
 
 Fit = Callable[..., int]
@@ -235,6 +237,20 @@ def test_the_model_card_reports_the_answers(fit: Fit) -> None:
     assert "| 0.01 | none (at least 230 images are needed) | none answered |" in card
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode.*", "ignore:.*does not have many workers.*")
+def test_a_new_fit_discards_the_answers_of_the_loaded_weights(calibrated: Path, tmp_path: Path) -> None:
+    model = ImageClassifier.load_from_checkpoint(calibrated)
+    assert model.answers is not None
+    data = ImageDataModule(str(calibrated.parent / "photos"), num_workers=0)
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    trainer.fit(model, data)
+    assert model.answers is None
+    with pytest.raises(ConfigError, match="coverage: the checkpoint has no calibrated answers"):
+        model.make_policy(coverage=0.9)
+
+
 def test_outputs_that_are_not_finite_are_not_calibrated(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,3 +280,5 @@ def test_weights_that_cannot_be_restored_are_none(weights: Path) -> None:
     restored = answer_calibration._weights_of(model, head)  # layer4 is pretrained
     assert restored is not None and all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
     assert answer_calibration._weights_of(model, {"head.weight": head["head.weight"]}) is None
+    frozen = ImageClassifier(BACKBONE, str(weights), image_size=32, classes=["a", "b"])
+    assert answer_calibration._weights_of(frozen, tensors) is None  # layer4 is trained, but frozen in this model
