@@ -67,7 +67,8 @@ class AnswerCalibration(pl.Callback):
         if weights is None:
             return "the best epoch has trained other parts of the network than the last one"
         with other_weights(weights, module.trained_tensors()):
-            rows = stored_rows(trainer, module, data)
+            with ProcessGroup().propagate_errors():
+                rows = stored_rows(trainer, module, data)
             validation = validation_images(trainer, module, rows)
         if not np.isfinite(validation.probabilities).all() or not np.isfinite(validation.distances).all():
             return "the outputs of the network are not finite for all validation images"
