@@ -69,7 +69,7 @@ class AnswerCalibration(pl.Callback):
         with other_weights(weights, module.trained_tensors()):
             with ProcessGroup().propagate_errors():
                 rows = stored_rows(trainer, module, data)
-            validation = validation_images(trainer, module, rows)
+            validation = validation_images(trainer, module, data, rows)
         if not np.isfinite(validation.probabilities).all() or not np.isfinite(validation.distances).all():
             return "the outputs of the network are not finite for all validation images"
         calibration = combine(validation, _out_of_fold(trainer, best))

@@ -156,6 +156,29 @@ def test_of_many_validation_images_a_random_part_is_kept(fit: Fit, monkeypatch: 
     assert len(saved_answers()) == 10
 
 
+def test_a_resumed_fit_keeps_a_part_too_if_it_validates_only_at_its_start(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's check before training validates one batch of three."""
+    flags = [*STORED, "--data.batch_size", "4"]
+    assert fit(*flags) == 0
+    state = torch.load(BEST, weights_only=True)
+    del state["answers"]
+    torch.save(state, BEST)
+    kept = []
+
+    def spied(*arguments: Any) -> HeldOutImages:
+        kept.append(validation_images(*arguments))
+        return kept[-1]
+
+    validation_images = held_out_predictions.validation_images
+    monkeypatch.setattr(answer_calibration, "validation_images", spied)
+    monkeypatch.setattr(held_out_predictions, "MAX_IMAGES", 4)
+    never = ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "1"]
+    assert fit(*flags, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert 0 < len(kept[0]) < 9
+
+
 def test_load_flags_unknown_images(calibrated: Path, strange: Path) -> None:
     model = load(calibrated)
     images = sorted(strange.iterdir())
