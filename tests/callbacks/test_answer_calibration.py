@@ -160,7 +160,7 @@ def test_a_resumed_fit_keeps_a_part_too_if_it_validates_only_at_its_start(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning's check before training validates one batch of three."""
-    flags = [*STORED, "--data.batch_size", "4"]
+    flags = ["--features.cache", "off", "--data.batch_size", "4"]
     assert fit(*flags) == 0
     state = torch.load(BEST, weights_only=True)
     del state["answers"]
