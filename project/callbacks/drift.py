@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.evaluation.cka import linear_cka
+from project.evaluation.step_outputs import StepOutput
 from project.evaluation.validation_data import validated_images, validation_module
 from project.features.row_loader import RowBatch
 from project.models.pretrained import pretrained_stages

@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.answers.held_out import MAX_IMAGES, HeldOutImages
 from project.evaluation.answers.unknown_images import distances, quantized, select_rows
 from project.evaluation.candidates import STAGES
+from project.evaluation.step_outputs import StepOutput
 from project.evaluation.validation_data import validated_images
 from project.features.feature_reader import FeatureReader
 from project.features.row_loader import RowLoader
