@@ -5,6 +5,7 @@ An address is ``hf://USER/NAME``, optionally with a revision: ``hf://USER/NAME@R
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -78,7 +79,7 @@ def to_files(checkpoint: Mapping[str, Any], card: str) -> dict[str, bytes]:
     for name in [name for name, value in answers.items() if isinstance(value, torch.Tensor)]:
         state[f"{ANSWERS}.{name}"] = answers.pop(name)
     tensors = save_tensors({name: value.contiguous() for name, value in state.items()})
-    entries = {name: checkpoint[name] for name in ENTRIES} | ({ANSWERS: answers} if answers else {})
+    entries = copy.deepcopy({name: checkpoint[name] for name in ENTRIES}) | ({ANSWERS: answers} if answers else {})
     for part in (entries["hyper_parameters"], entries["transfer"]["backbone"]):
         part["weights"] = _without_folder(part["weights"])
     config = {

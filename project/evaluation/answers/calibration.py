@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.answers.abstention import Abstention, certify
 from project.evaluation.answers.held_out import Calibration
-from project.evaluation.answers.measurement import measure
+from project.evaluation.answers.measurement import REPORT, measure
 from project.evaluation.answers.policy import AnswerPolicy
 from project.evaluation.answers.prediction_sets import images_needed as images_for_sets
 from project.evaluation.answers.prediction_sets import set_threshold
@@ -199,7 +200,9 @@ def _is_valid(state: Mapping[Any, Any], classes: int, width: int) -> bool:
         and rows[0] > 0
         and rows[1] == width
         and type(temperature) is float
-        and temperature > 0
+        and 0 < temperature < math.inf
         and type(validation) is int
+        and 0 <= validation <= len(state["confidence"])
         and isinstance(state.get("report"), dict)
+        and state["report"].keys() == set(REPORT)
     )

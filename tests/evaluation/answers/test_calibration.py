@@ -109,8 +109,11 @@ def test_stored_scores_are_not_below_the_exact_ones() -> None:
         {"temperature": -1.0},
         {"temperature": "1"},
         {"classes": 5},
+        {"temperature": float("inf")},
         {"validation": None},
+        {"validation": 301},
         {"report": None},
+        {"report": {}},
     ],
 )
 def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
