@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +21,10 @@ from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
 from project.errors import ConfigError, FrozenError
 from project.evaluation.answers.calibration import KEY, Answers
-from project.evaluation.answers.policy import Answered, AnswerPolicy
+from project.evaluation.answers.policy import AnswerPolicy
 from project.evaluation.epoch_logging import log_epoch
 from project.evaluation.epoch_metrics import EpochMetrics
+from project.evaluation.step_outputs import Outputs, StepOutput
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import StoredFeatures
 from project.features.row_loader import RowBatch
@@ -31,6 +32,7 @@ from project.models.adapters import AdapterName, make_adapter
 from project.models.backbone import Backbone, BatchNormMode
 from project.models.cut import Cut
 from project.models.heads import HeadCallable, LinearHead
+from project.models.ineffective_settings import validate_cut, validate_fit
 from project.models.l2_sp import L2SP
 from project.models.loading import load_backbone
 from project.models.loss import global_mean_loss
@@ -41,10 +43,9 @@ from project.models.training_settings import validate_training_settings
 from project.models.unfreezing import WARMUP, UnfreezingSchedule, WarmUp, plain_entries, scaled_rates
 from project.models.weight_average import WeightAverage
 from project.runtime import lightning_internals
-from project.runtime.console import print_rank_zero
 from project.runtime.distributed import world_size
 from project.runtime.unsupported import refuse_unsupported
-from project.task import SingleLabel, Task, Weight
+from project.task import SingleLabel, Task
 
 STAGES = ("train", "val", "val_ema", "test")
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -54,36 +55,6 @@ if TYPE_CHECKING:
     BackboneName = str | Backbone
 else:
     BackboneName = str
-
-
-class StepOutput(NamedTuple):
-    """Outputs of a step, without padding.
-
-    Attributes:
-        loss: Summed loss of the batch, and the divisor for the mean.
-        probabilities: ``(B, C)``, float32, detached.
-        labels: int64 ``(B,)``.
-        features: Inputs of the head ``(B, D)``, detached.
-        averaged: The same of the averaged weights; ``None`` if they are not validated.
-    """
-
-    loss: tuple[torch.Tensor, Weight]
-    probabilities: torch.Tensor
-    labels: torch.Tensor
-    features: torch.Tensor
-    averaged: StepOutput | None = None
-
-
-class Outputs(NamedTuple):
-    """Predictions of a batch.
-
-    Attributes:
-        probabilities: ``(B, C)``, float32.
-        answers: Of the answer policy; ``None`` without one.
-    """
-
-    probabilities: torch.Tensor
-    answers: Answered | None = None
 
 
 class ImageClassifier(CheckpointMixin, pl.LightningModule):
@@ -200,11 +171,7 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.follows_schedule = False
         cuts = (self.cut,) if self.unfreezing is None else self.unfreezing.cuts
         self.cut = cuts[0]
-        if adapts is not None and not self.cut.trainable:
-            raise ConfigError(
-                f"model.adapter {adapter} has no effect with model.trainable {trainable}, which freezes all stages. "
-                f"Use --model.trainable all, or a stage such as {self.cut.frozen[-1]}."
-            )
+        validate_cut(self.hparams, self.last_cut)
         for cut in cuts:
             validate_features(features, cut)
         self.backbone = loaded.specialized(self.last_cut, adapts) if loaded is backbone else loaded
@@ -217,11 +184,6 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
                     f"model.features {features} reads stages before {self.cut.trainable[0]}, the first one of which "
                     f"model.adapter {adapter} trains a part.\nUse --model.features last, or another adapter."
                 ) from error
-        if lr_decay != 1 and not self.last_cut.trainable:
-            raise ConfigError(
-                "model.lr_decay has no effect, because only the head is trained. Set model.trainable to a stage, such "
-                "as layer4, or remove lr_decay."
-            )
         if loaded is backbone:
             self.hparams.update(backbone=loaded.name, image_size=loaded.origin.image_size)
         self.backbone.freeze(self.cut)
@@ -282,34 +244,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.use_data(getattr(self.trainer, "datamodule", None), str(self.trainer.precision), stage == "fit")
         self.average = None
         if stage == "fit":
-            self._refuse_without_effect()
+            validate_fit(self.hparams, self.backbone, self.last_cut, self.trainer.limit_val_batches != 0)
             self.average = None if self.hparams["ema"] is None else WeightAverage(self.hparams["ema"])
         if stage == "fit" and self.classes and not self.parameter_groups():
             lightning_internals.skip_ddp(self.trainer)
-
-    def _refuse_without_effect(self) -> None:
-        """Refuse, or report, settings of training that cannot take effect in this fit."""
-        given = {"l2_sp": self.hparams["l2_sp"] > 0, "batch_norm train": self.hparams["batch_norm"] == "train"}
-        for name in (name for name, is_given in given.items() if is_given and not self.last_cut.trainable):
-            raise ConfigError(
-                f"model.{name} has no effect: no stage of {self.backbone.name} is trained.\n"
-                f"Remove it, or train stages with --model.trainable {[*self.backbone.stages][-1]}."
-            )
-        if self.hparams["ema"] is not None and self.trainer.limit_val_batches == 0:
-            raise ConfigError(
-                "model.ema has no effect without validation, which decides between the average and the last weights.\n"
-                "Remove it, or remove trainer.limit_val_batches 0."
-            )
-        has_norms = self.backbone.has_trainable_batch_norm(self.last_cut)
-        if given["batch_norm train"] and not has_norms:
-            name = self.backbone.name
-            print_rank_zero(f"BatchNorm: the trained stages of {name} have none; model.batch_norm has no effect")
-        elif has_norms and self.hparams["weights"] is None and not given["batch_norm train"]:
-            remedy = "--model.batch_norm train" if self.backbone.adapter is None else "pretrained weights"
-            print_rank_zero(
-                "BatchNorm: the running statistics of random weights mean nothing, and model.batch_norm frozen keeps "
-                f"them; use {remedy}"
-            )
 
     def use_data(self, data: Any, precision: str, trains: bool) -> None:
         """Set the classes and their loss weights from the data, and the preprocessing of the data from the weights.
@@ -592,11 +530,12 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         return 1.0 if warm_up is None else warm_up.factor(self.global_step)
 
     def on_fit_start(self) -> None:
-        """Check that the frozen tensors are unchanged since loading.
+        """Prepare the metrics and averages of a fit, and check that the frozen tensors are unchanged since loading.
 
         Raises:
             FrozenError: They have changed.
         """
+        self.answers = None  # those of a checkpoint are not of the weights that follow
         for stage in STAGES:
             self.epoch_metrics(stage).reset()  # discard batches of an interrupted epoch
         if self.average is not None:

@@ -67,8 +67,9 @@ class AnswerCalibration(pl.Callback):
         if weights is None:
             return "the best epoch has trained other parts of the network than the last one"
         with other_weights(weights, module.trained_tensors()):
-            rows = stored_rows(trainer, module, data)
-            validation = validation_images(trainer, module, rows)
+            with ProcessGroup().propagate_errors():
+                rows = stored_rows(trainer, module, data)
+            validation = validation_images(trainer, module, data, rows)
         if not np.isfinite(validation.probabilities).all() or not np.isfinite(validation.distances).all():
             return "the outputs of the network are not finite for all validation images"
         calibration = combine(validation, _out_of_fold(trainer, best))
@@ -95,7 +96,7 @@ def _out_of_fold(trainer: pl.Trainer, best: BestCheckpoint) -> HeldOutImages | N
 
 
 def _weights_of(module: ImageClassifier, saved: Tensors) -> Tensors | None:
-    """The trained part of a checkpoint, as the module has it; ``None`` if it lacks tensors that cannot be restored.
+    """The trained part of a checkpoint, as the module has it; ``None`` if one has tensors that the other one lacks.
 
     With a schedule, a checkpoint of an early epoch lacks the stages that were still frozen: these were pretrained.
     """
@@ -107,4 +108,6 @@ def _weights_of(module: ImageClassifier, saved: Tensors) -> Tensors | None:
         for key, tensor in stage.state_dict().items()
     }
     weights: dict[str, torch.Tensor] = {**pretrained, **saved}
-    return {name: weights[name] for name in expected} if expected.keys() <= weights.keys() else None
+    if not saved.keys() <= expected.keys() <= weights.keys():
+        return None
+    return {name: weights[name] for name in expected}

@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.evaluation.cka import linear_cka
-from project.evaluation.validation_data import validation_module
-from project.features.row_loader import RowBatch, RowLoader
+from project.evaluation.step_outputs import StepOutput
+from project.evaluation.validation_data import validated_images, validation_module
+from project.features.row_loader import RowBatch
 from project.models.cut import Cut
 from project.models.pretrained import pretrained_stages
 from project.runtime.console import print_rank_zero
@@ -159,9 +160,7 @@ def _sample(trainer: pl.Trainer) -> torch.Tensor:
     """Whether each validated image of the split is in the sample, bool ``(N,)``. It depends only on the seed and N."""
     data = validation_module(trainer)
     assert data is not None  # see on_fit_start
-    rows = data.loaders["val"].rows
-    size = rows.batch_size if isinstance(rows, RowLoader) else data.batch_size
-    count = min(len(data.splits["val"]), int(sum(trainer.num_val_batches)) * size * trainer.world_size)
+    count = validated_images(trainer, data)
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[torch.randperm(count, generator=torch.Generator().manual_seed(run_seed()))[:MAX_IMAGES]] = True
     return chosen

@@ -8,11 +8,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.evaluation.answers.held_out import MAX_IMAGES, HeldOutImages
 from project.evaluation.answers.unknown_images import distances, quantized, select_rows
 from project.evaluation.candidates import STAGES
+from project.evaluation.step_outputs import StepOutput
+from project.evaluation.validation_data import validated_images
 from project.features.feature_reader import FeatureReader
 from project.features.row_loader import RowLoader
 from project.runtime import lightning_internals
@@ -74,7 +76,9 @@ def stored_rows(trainer: pl.Trainer, module: ImageClassifier, data: ImageDataMod
         module.train(was_training)
 
 
-def validation_images(trainer: pl.Trainer, module: ImageClassifier, rows: np.ndarray) -> HeldOutImages:
+def validation_images(
+    trainer: pl.Trainer, module: ImageClassifier, data: ImageDataModule, rows: np.ndarray
+) -> HeldOutImages:
     """Predictions of the validation images with the current weights. Collective: all ranks must call it.
 
     Of many images, a random part is kept, so that the memory is bounded.
@@ -82,11 +86,11 @@ def validation_images(trainer: pl.Trainer, module: ImageClassifier, rows: np.nda
     Args:
         trainer: The trainer of the fit, after a validation.
         module: Its model.
+        data: Its data.
         rows: Features of training images ``(M, D)``.
     """
     parts: list[HeldOutImages] = []
-    ranks, counts = ProcessGroup(), module.epoch_metrics("val").counts
-    share = 1.1 * MAX_IMAGES / max(counts.images if counts is not None else 0, 1)  # MAX_IMAGES are kept in the end
+    ranks, share = ProcessGroup(), 1.1 * MAX_IMAGES / validated_images(trainer, data)  # MAX_IMAGES are used in the end
     generator = np.random.default_rng(ranks.rank)
 
     def update(batch: Any, output: StepOutput) -> None:

@@ -14,10 +14,11 @@ from project.callbacks.drift import METRIC, Drift
 from project.callbacks.model_checkpoint import BestCheckpoint, correct_images
 from project.checkpoints.compatibility import validate_tensors
 from project.checkpoints.trained_part import Tensors, copy_tensors, read_on_rank_zero
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.candidates import STAGES, Weights
 from project.evaluation.epoch_metrics import EpochMetrics
+from project.evaluation.step_outputs import StepOutput
 from project.evaluation.summary import EvaluationSummary
 from project.models.backbone import stage_prefix
 from project.models.pretrained import pretrained_stages

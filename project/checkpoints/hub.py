@@ -5,6 +5,7 @@ An address is ``hf://USER/NAME``, optionally with a revision: ``hf://USER/NAME@R
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -67,6 +68,14 @@ def require_hub() -> None:
         raise ConfigError(f"{SCHEME} requires huggingface_hub. Install it: pip install 'frozen-backbone[hub]'")
 
 
+def request_errors() -> tuple[type[Exception], ...]:
+    """Errors of a request to the hub: those of huggingface_hub, and those of the HTTP client that its version uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    return (HfHubHTTPError, OSError, ValueError, *client)
+
+
 def to_files(checkpoint: Mapping[str, Any], card: str) -> dict[str, bytes]:
     """The files of a repository.
 
@@ -78,7 +87,7 @@ def to_files(checkpoint: Mapping[str, Any], card: str) -> dict[str, bytes]:
     for name in [name for name, value in answers.items() if isinstance(value, torch.Tensor)]:
         state[f"{ANSWERS}.{name}"] = answers.pop(name)
     tensors = save_tensors({name: value.contiguous() for name, value in state.items()})
-    entries = {name: checkpoint[name] for name in ENTRIES} | ({ANSWERS: answers} if answers else {})
+    entries = copy.deepcopy({name: checkpoint[name] for name in ENTRIES}) | ({ANSWERS: answers} if answers else {})
     for part in (entries["hyper_parameters"], entries["transfer"]["backbone"]):
         part["weights"] = _without_folder(part["weights"])
     config = {
@@ -140,14 +149,13 @@ def download(address: str) -> dict[str, Any]:
     require_hub()
     repository = Address.parse(address)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         with process_state(log_levels={"huggingface_hub": logging.ERROR}):
             config = Path(hf_hub_download(repository.name, CONFIG, revision=repository.revision, etag_timeout=TIMEOUT))
             folder = config.parent  # named after the commit, which a push between the two downloads does not change
             hf_hub_download(repository.name, TENSORS, revision=folder.name, etag_timeout=TIMEOUT)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except request_errors() as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{address} cannot be downloaded: {reason}") from error
     return from_files(folder, address)

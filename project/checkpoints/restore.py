@@ -24,6 +24,7 @@ from project.checkpoints.metadata import completed_epochs
 from project.checkpoints.reader import hyper_parameters, read_checkpoint, validate_schema
 from project.checkpoints.resume_checks import copy_groups, refuse_interpolated, validate_progress, validate_states
 from project.checkpoints.resumed_optimizer import apply_changes
+from project.checkpoints.resumed_schedule import saved_cut, validate_schedule
 from project.checkpoints.undivided import divided_tensors, frozen_stages, require_divided
 from project.checkpoints.warm_start import added_classes, require_extendable, starting_tensors
 from project.errors import CheckpointError, ConfigError, ProjectError, WeightsError
@@ -212,36 +213,6 @@ class CheckpointMixin(Module):
             return has_schedule and saved.get("last_cut") is not None
         return list(self.cut.frozen) == frozen_stages(checkpoint, self.backbone)
 
-    def _restore_cut(self, checkpoint: Mapping[str, Any], schedule: UnfreezingSchedule, resumes: bool) -> None:
-        """Move the cut to that of a checkpoint, and check that a changed schedule can continue from there.
-
-        Raises:
-            CheckpointError: The schedule has no such cut.
-            ConfigError: A resumed fit cannot follow the schedule.
-        """
-        saved = checkpoint["transfer"]
-        cut = next((cut for cut in schedule.cuts if list(cut.frozen) == saved["frozen"]["stages"]), None)
-        if cut is None:
-            raise CheckpointError(
-                "model.schedule has no entry with the stages that the checkpoint trains. Omit --model.schedule to use "
-                "the checkpoint's."
-            )
-        self.move_cut(cut)
-        if not resumes:
-            return
-        last, epoch = entry_name(schedule.cuts[-1]), completed_epochs(checkpoint)
-        if saved.get("last_cut") != last:
-            raise ConfigError(
-                f"model.schedule ends with {last}, and that of the checkpoint with {saved.get('last_cut')}: a resumed "
-                "fit cannot change which stages it trains.\nKeep the last entry, or start a new fit."
-            )
-        planned = schedule.cut_in(epoch)
-        if planned is not None and len(planned.frozen) > len(cut.frozen):
-            raise ConfigError(
-                f"model.schedule: {entry_name(cut)} would begin after epoch {epoch}, but the checkpoint trains it "
-                "already, and trained stages cannot be frozen again.\nLet it begin earlier, or start a new fit."
-            )
-
     def split(self) -> dict[str, Any]:
         """The settings that split the trainer's data; empty if it does not come from an ImageDataModule."""
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -350,7 +321,9 @@ class CheckpointMixin(Module):
         if resumes and checkpoint["transfer"].get("weights") == "ema":
             exchange(checkpoint)  # training continues from the raw weights
         if self.unfreezing is not None:
-            self._restore_cut(checkpoint, self.unfreezing, resumes)
+            self.move_cut(saved_cut(checkpoint, self.unfreezing))
+            if resumes:
+                validate_schedule(checkpoint, self.unfreezing, self.cut)
         checkpoint["state_dict"] = divided_tensors(checkpoint, self.backbone)
         state = self.state_dict()
         validate_tensors(self._without_frozen(state), checkpoint["state_dict"])

@@ -11,8 +11,9 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import torch
 
-from project.classifier import ImageClassifier, Outputs
+from project.classifier import ImageClassifier
 from project.errors import CheckpointError
+from project.evaluation.step_outputs import Outputs
 from project.models.loading import load_backbone
 
 

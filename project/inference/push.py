@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from project.checkpoints.hub import SCHEME, Address, require_hub, to_files
+from project.checkpoints.hub import SCHEME, Address, request_errors, require_hub, to_files
 from project.checkpoints.reader import read_checkpoint
 from project.errors import ConfigError
 from project.runtime.console import print_rank_zero
@@ -44,7 +44,6 @@ def push(ckpt_path: str | None = None, repository: str | None = None, private: b
         raise ConfigError("push needs a trained model: pass its checkpoint with --ckpt_path FILE.")
     assert repository is not None
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     files = to_files(read_checkpoint(ckpt_path), _card(Path(ckpt_path).expanduser()))
     name, api = Address.parse(repository).name, HfApi()
@@ -53,7 +52,7 @@ def push(ckpt_path: str | None = None, repository: str | None = None, private: b
         with process_state(log_levels={"huggingface_hub": logging.ERROR}):
             api.create_repo(name, private=private, exist_ok=True)
             api.create_commit(name, operations, commit_message=f"Classifier from {Path(ckpt_path).name}")
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except request_errors() as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"push to {name} failed: {reason}\nLog in with `hf auth login`, or set HF_TOKEN to a token that can write."

@@ -76,12 +76,14 @@ def _abstention(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for entry in entries:
         measured = f"{entry['errors']} of {entry['answered']}" if entry["answered"] else "none answered"
-        share = f"{entry['share']:.3f}" if entry["share"] else f"none (at least {entry['needed']:,} images are needed)"
+        is_enough = entry["images"] >= entry["needed"]
+        reason = "too many errors" if is_enough else f"at least {entry['needed']:,} images are needed"
+        share = f"{entry['share']:.3f}" if entry["share"] else f"none ({reason})"
         rows.append((f"{entry['max_error']:g}", share, measured))
     return [
         f"Answers whose error is certified, `--max_error`, with confidence {1 - DELTA:g} (learn then test; "
         "Angelopoulos et al. 2021):\n",
-        table(("Stated error", "Share that is answered", "Wrong, of images that chose nothing"), rows),
+        table(("Stated error", "Share that is answered", "Wrong, with thresholds of the other images"), rows),
     ]
 
 

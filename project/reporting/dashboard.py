@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import torch
 
 from project.callbacks.interpolation import Interpolation
-from project.classifier import ImageClassifier, StepOutput
+from project.classifier import ImageClassifier
 from project.errors import ConfigError
 from project.evaluation.candidates import STAGES, best_weights
 from project.evaluation.predictions import PredictionCollector, ValidationPredictions, merge_predictions
+from project.evaluation.step_outputs import StepOutput
 from project.evaluation.validation_data import validation_module
 from project.reporting.figure_logger import FigureLogger
 from project.reporting.run_description import format_weights, hyperparameters

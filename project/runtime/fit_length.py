@@ -7,6 +7,8 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
+from project.runtime import lightning_internals
+
 
 def steps_per_epoch(trainer: pl.Trainer) -> float:
     """Number of optimizer steps in an epoch, after the trainer has set up its data; infinite if it is unknown."""
@@ -24,7 +26,9 @@ def fit_length(trainer: pl.Trainer, unit: Literal["epoch", "step"]) -> int | Non
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     if trainer.max_steps <= 0 and (epochs is None or unit == "epoch"):
         return epochs
-    steps = trainer.estimated_stepping_batches  # sets up the data
+    steps = trainer.estimated_stepping_batches
     if unit == "step":
         return int(steps) if math.isfinite(steps) else None
-    return min(filter(None, (epochs, math.ceil(trainer.max_steps / steps_per_epoch(trainer)))))
+    lightning_internals.training_loader(trainer)  # sets up the data
+    length = math.ceil(trainer.max_steps / steps_per_epoch(trainer))  # 0 if the length of an epoch is unknown
+    return min(filter(None, (epochs, length)), default=None)

@@ -13,11 +13,13 @@ from project import load
 from project.callbacks import answer_calibration, held_out_predictions
 from project.classifier import ImageClassifier
 from project.cli.main import main
+from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.evaluation.answers import held_out
 from project.evaluation.answers.calibration import Answers
 from project.evaluation.answers.held_out import HeldOutImages
 from project.evaluation.answers.unknown_images import select_rows
+from project.trainer import Trainer
 from tests.conftest import BACKBONE, COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
 
 Fit = Callable[..., int]
@@ -154,6 +156,29 @@ def test_of_many_validation_images_a_random_part_is_kept(fit: Fit, monkeypatch: 
     assert len(saved_answers()) == 10
 
 
+def test_a_resumed_fit_keeps_a_part_too_if_it_validates_only_at_its_start(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's check before training validates one batch of three."""
+    flags = ["--features.cache", "off", "--data.batch_size", "4"]
+    assert fit(*flags) == 0
+    state = torch.load(BEST, weights_only=True)
+    del state["answers"]
+    torch.save(state, BEST)
+    kept = []
+
+    def spied(*arguments: Any) -> HeldOutImages:
+        kept.append(validation_images(*arguments))
+        return kept[-1]
+
+    validation_images = held_out_predictions.validation_images
+    monkeypatch.setattr(answer_calibration, "validation_images", spied)
+    monkeypatch.setattr(held_out_predictions, "MAX_IMAGES", 4)
+    never = ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "1"]
+    assert fit(*flags, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert 0 < len(kept[0]) < 9
+
+
 def test_load_flags_unknown_images(calibrated: Path, strange: Path) -> None:
     model = load(calibrated)
     images = sorted(strange.iterdir())
@@ -198,7 +223,7 @@ def test_limits_that_the_checkpoint_does_not_permit_are_refused(
     assert "--max_error 0.01 cannot be certified: it needs at least 230 images" in refused(
         main([*predicted, "--max_error", "0.01"])
     )
-    assert "--coverage must be between 0 and 1, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
+    assert "--coverage must be between 1e-06 and 0.999999, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
 
 
 def test_damaged_answers_are_refused(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:
@@ -235,6 +260,20 @@ def test_the_model_card_reports_the_answers(fit: Fit) -> None:
     assert "| 0.01 | none (at least 230 images are needed) | none answered |" in card
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode.*", "ignore:.*does not have many workers.*")
+def test_a_new_fit_discards_the_answers_of_the_loaded_weights(calibrated: Path, tmp_path: Path) -> None:
+    model = ImageClassifier.load_from_checkpoint(calibrated)
+    assert model.answers is not None
+    data = ImageDataModule(str(calibrated.parent / "photos"), num_workers=0)
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    trainer.fit(model, data)
+    assert model.answers is None
+    with pytest.raises(ConfigError, match="coverage: the checkpoint has no calibrated answers"):
+        model.make_policy(coverage=0.9)
+
+
 def test_outputs_that_are_not_finite_are_not_calibrated(
     fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,3 +303,5 @@ def test_weights_that_cannot_be_restored_are_none(weights: Path) -> None:
     restored = answer_calibration._weights_of(model, head)  # layer4 is pretrained
     assert restored is not None and all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
     assert answer_calibration._weights_of(model, {"head.weight": head["head.weight"]}) is None
+    frozen = ImageClassifier(BACKBONE, str(weights), image_size=32, classes=["a", "b"])
+    assert answer_calibration._weights_of(frozen, tensors) is None  # layer4 is trained, but frozen in this model

@@ -118,7 +118,7 @@ def test_where_it_cannot_be_solved(
 def test_heads_that_exceed_the_memory_are_not_solved(
     fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1000)
+    monkeypatch.setattr("project.callbacks.head_obstacles.row_memory_budget", lambda *_: 1000)
     message = refused(fit(*STORED, "--model.head_init", "solved"))
     assert "5 heads of 3 classes exceed the memory.\nUse --model.head_init random, or" in message
 
@@ -126,7 +126,7 @@ def test_heads_that_exceed_the_memory_are_not_solved(
 def test_features_that_trainable_stages_would_repeat_are_not_solved(
     fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 10**12)
+    monkeypatch.setattr("project.callbacks.head_obstacles.COPIES", 10**12)
     message = refused(fit(*STORED, "--model.head_init", "solved", "--model.trainable", "layer4"))
     assert "the features do not fit in memory" in message and "\nUse --model.trainable head, or fewer" in message
 
@@ -390,10 +390,10 @@ def test_a_sample_of_features_that_are_not_stored(
 def test_features_that_are_neither_stored_nor_fit_in_memory(
     fit: Fit, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch, kind: list[str]
 ) -> None:
-    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 5 * 4 * 23 * FEATURES)
+    monkeypatch.setattr("project.callbacks.head_obstacles.row_memory_budget", lambda *_: 5 * 4 * 23 * FEATURES)
     message = refused(fit(*LIVE, *kind, "--model.head_init", "solved"))
     assert "no features are stored, and those of all training images do not fit in memory.\nUse --features" in message
-    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 10**9)
+    monkeypatch.setattr("project.callbacks.head_obstacles.row_memory_budget", lambda *_: 10**9)
     assert fit(*LIVE, *kind, "--model.head_init", "solved") == 0
 
 
@@ -407,8 +407,8 @@ def test_rows_that_exceed_the_memory_are_sampled(
 ) -> None:
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     capsys.readouterr()
-    monkeypatch.setattr("project.callbacks.solved_head.row_memory_budget", lambda *_: 1_000_000)
-    monkeypatch.setattr("project.callbacks.solved_head.COPIES", 1_000_000 // (4 * 12 * FEATURES))
+    monkeypatch.setattr("project.callbacks.head_obstacles.row_memory_budget", lambda *_: 1_000_000)
+    monkeypatch.setattr("project.callbacks.head_obstacles.COPIES", 1_000_000 // (4 * 12 * FEATURES))
     monkeypatch.setattr("project.features.head_fitting.MIN_SAMPLE", 1)
     assert fit(*DEFAULT, *NO_TRAINING) == 0
     assert "chosen by 5-fold cross-validation on a sample of 12 images" in capsys.readouterr().out

@@ -7,15 +7,19 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
 
 from project import load
-from project.checkpoints.hub import Address
+from project.checkpoints.hub import Address, from_files, to_files
+from project.checkpoints.reader import read_checkpoint
+from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.errors import CheckpointError, ConfigError
+from tests.conftest import BACKBONE
 
 COMMIT = "a" * 40
 
@@ -140,6 +144,27 @@ def test_push_contains_no_folder_of_this_machine(pushed: StubHub, weights: Path)
     assert weights.name in config and str(weights.parent) not in config
 
 
+def test_the_files_of_a_repository_are_made_of_a_copy(trained: Path) -> None:
+    checkpoint = read_checkpoint(trained / "checkpoints/best.ckpt")
+    before = checkpoint["hyper_parameters"]["weights"]
+    to_files(checkpoint, "card")
+    assert checkpoint["hyper_parameters"]["weights"] == checkpoint["transfer"]["backbone"]["weights"] == before
+
+
+def test_a_fit_with_a_schedule_survives_the_hub(fit: Callable[..., int], weights: Path, tmp_path: Path) -> None:
+    """JSON has no integers as keys, which a schedule has."""
+    assert fit("--model.schedule", "{0: head, 1: layer4}", "--trainer.max_epochs", "2") == 0
+    path = Path("runs/photos/version_0/checkpoints/last.ckpt")
+    for name, content in to_files(read_checkpoint(path), "card").items():
+        (tmp_path / name).write_bytes(content)
+    model = ImageClassifier(schedule={0: "head", 1: "layer4"}, backbone=BACKBONE, weights=str(weights), image_size=32)
+    model.use_data(SimpleNamespace(classes=("blue", "green", "red")), "32-true", False)
+    checkpoint = from_files(tmp_path, "hf://me/birds")
+    assert checkpoint["hyper_parameters"]["schedule"] == {"0": "head", "1": "layer4"}
+    model.on_load_checkpoint(checkpoint)
+    assert model.cut.trainable == ("layer4",)
+
+
 def test_predict_accepts_an_address(pushed: StubHub, photos: Path, weights: Path, here: Path) -> None:
     flags = ["--ckpt_path", "hf://me/birds@main", "--model.weights", str(weights)]
     assert main(["predict", *flags, "--data.predict", str(photos / "test/red")]) == 0
@@ -198,6 +223,14 @@ def test_checkpoint_outside_a_run_is_refused(
     (here / "alone.ckpt").write_bytes((trained / "checkpoints/best.ckpt").read_bytes())
     code = main(["push", "--ckpt_path", "alone.ckpt", "--repository", "me/birds"])
     assert "push needs the model card of the run" in refused(code)
+
+
+def test_unreachable_hub_is_reported(
+    hub: StubHub, trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the port is closed
+    code = main(["push", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--repository", "me/birds"])
+    assert "push to me/birds failed: " in refused(code)
 
 
 def test_failed_upload_names_the_login(

@@ -127,6 +127,29 @@ def test_file_that_differs_from_the_classifier_is_deleted(
     assert [path.name for path in here.iterdir()] == ["m.onnx"] and (here / "m.onnx").read_bytes() == b"old"
 
 
+def test_file_that_outputs_nan_is_deleted(
+    trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], str]
+) -> None:
+    monkeypatch.setattr(
+        export_formats.OnnxFormat, "runner", lambda self, files: lambda images: np.full((len(images), 3), np.nan)
+    )
+    code = main(["export", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", "m.onnx"])
+    assert "the probabilities of the file differ by up to nan" in refused(code)
+    assert not [*here.iterdir()]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 400)])
+def test_small_images_are_exported(suffix: str, size: tuple[int, int], trained: Path, here: Path) -> None:
+    for number, name in enumerate(("blue", "green", "red")):
+        path = here / f"small/val/{name}/1.png"
+        path.parent.mkdir(parents=True)
+        picture(size, number).save(path)
+        path.with_name("2.png").write_bytes(path.read_bytes())
+    flags = ["--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", f"m{suffix}"]
+    assert main(["export", *flags, "--data.root", str(here / "small/val")]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -90,6 +90,35 @@ def test_two_processes_compute_a_head_that_is_not_trained(ddp: Ddp, album: Path)
     assert rows.shape == (24, FEATURES)
 
 
+@pytest.mark.parametrize("features", ["on", "off"])
+@pytest.mark.parametrize("epochs", ["0", "1"])
+def test_two_processes_calibrate_the_answers_of_one(
+    features: str, epochs: str, ddp: Ddp, album: Path, weights: Path
+) -> None:
+    """Without stored features, no rank holds those of all training images, so these do not calibrate."""
+    (album / "train/red/7.png").unlink()  # neither 23 training nor 11 validation images divide evenly
+    (album / "val/red/3.png").unlink()
+    flags = [*SOLVED, "--data.root", "album", "--features.engine", "torch", "--features.cache", features]
+    flags += ["--trainer.max_epochs", epochs, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"]
+    code, output = ddp(*flags, "--data.batch_size", "4")
+    assert code == 0, output
+    assert output.count("Answers: calibrated in") == 1
+    alone = [*SMALL, "--model.weights", str(weights), "--features.folder", "store", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *alone, *flags, "--data.batch_size", "8"]) == 0
+    states = (
+        torch.load(f"runs/album/version_{number}/checkpoints/best.ckpt", weights_only=True) for number in range(2)
+    )
+    two, one = (state["answers"] for state in states)
+    assert two["validation"] == one["validation"] == 11
+    count = 11 if features == "off" else len(one["confidence"])
+    assert len(two["confidence"]) == count
+    for name in ("confidence", "distances"):  # the order of validation images differs
+        two_values, one_values = two[name][:11].sort().values, one[name][:11].sort().values
+        torch.testing.assert_close(two_values, one_values, atol=5e-3, rtol=0.02)
+        torch.testing.assert_close(two[name][11:], one[name][11:count], atol=5e-3, rtol=0.02)
+    assert (two["rows"].int() - one["rows"].int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("engine", "image"),
     [("torch", "val/red/3"), ("auto", "train/blue/0")],  # the last, and the first
@@ -101,6 +130,14 @@ def test_unreadable_image_stops_all_processes_and_is_named_once(engine: str, ima
     code, output = ddp("--data.root", "album", "--features.engine", engine)
     assert code != 0
     assert output.count(f"error: album/{image}.png") == 1, output
+
+
+def test_unreadable_image_of_the_calibration_is_named_once(ddp: Ddp, album: Path) -> None:
+    (album / "train/red/7.png").write_bytes(b"no")
+    flags = ["--features.cache", "off", "--trainer.limit_train_batches", "1", "--data.batch_size", "1"]
+    code, output = ddp("--data.root", "album", *flags)
+    assert code != 0
+    assert "Epoch 1/1" in output and output.count("error: album/train/red/7.png") == 1, output
 
 
 def test_unreadable_image_in_a_live_fit_is_named_once(ddp: Ddp, album: Path) -> None:

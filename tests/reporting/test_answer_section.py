@@ -15,6 +15,7 @@ REPORT: dict[str, Any] = {
     "sets": [{"coverage": 0.95, "images": 100, "covered": 96, "size": 1.2}],
     "abstention": [
         {"max_error": 0.01, "share": 0.0, "needed": 230, "images": 100, "answered": 0, "errors": 0},
+        {"max_error": 0.02, "share": 0.0, "needed": 90, "images": 100, "answered": 0, "errors": 0},
         {"max_error": 0.05, "share": 0.75, "needed": 45, "images": 100, "answered": 70, "errors": 2},
     ],
     "unknown": [{"rate": 0.05, "images": 100, "alarms": 4}],
@@ -33,6 +34,7 @@ def test_all_results_are_in_the_section() -> None:
     assert "| Expected calibration error | 0.100 | 0.050 to 0.150 | 0.020 | 0.010 to 0.030 |" in text
     assert "| 0.95 | 0.960 | 0.902 to 0.984 | 1.20 |" in text
     assert "| 0.01 | none (at least 230 images are needed) | none answered |" in text
+    assert "| 0.02 | none (too many errors) | none answered |" in text
     assert "| 0.05 | 0.750 | 2 of 70 |" in text and "with confidence 0.9 " in text
     assert "distance to 7 stored rows" in text and "| 0.05 | 0.040 | 0.016 to 0.098 |" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -25,6 +26,7 @@ def binomial_cdf(errors: int, count: int, rate: float) -> float:
     return min(1.0, float(np.exp(logarithms).sum()))
 
 
+@functools.lru_cache(1 << 14)  # the sequences of tests repeat the same questions
 def trials_to_certify(errors: int, rate: float, delta: float) -> int:
     """Smallest number of trials in which so many errors show a rate of at most ``rate``.
 

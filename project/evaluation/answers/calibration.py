@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.answers.abstention import Abstention, certify
 from project.evaluation.answers.held_out import Calibration
-from project.evaluation.answers.measurement import measure
+from project.evaluation.answers.measurement import REPORT, measure
 from project.evaluation.answers.policy import AnswerPolicy
 from project.evaluation.answers.prediction_sets import images_needed as images_for_sets
 from project.evaluation.answers.prediction_sets import set_threshold
@@ -24,6 +25,8 @@ from project.evaluation.answers.unknown_images import images_needed as images_fo
 KEY = "answers"
 #: With fewer calibration images, nothing is calibrated.
 MIN_IMAGES = 2 * FOLDS
+#: Smallest distance of a limit from 0 and 1. Closer ones need far more images than a checkpoint keeps.
+MARGIN = 1e-6
 #: Tensors of the state, each with its type.
 TENSORS = {
     "true_scores": torch.float32,
@@ -80,7 +83,7 @@ class Answers:
             classes=images.probabilities.shape[1],
             validation=calibration.validation,
             temperature=fit_temperature(images.probabilities, images.labels),
-            true_scores=images.true_scores.astype(np.float32),
+            true_scores=_rounded_up(images.true_scores),
             confidence=images.confidence.astype(np.float32),
             correct=images.correct,
             predicted=images.predicted.astype(np.int32),
@@ -104,11 +107,11 @@ class Answers:
             false_alarms: Share of the images of known classes that is called unknown at most; ``None`` for none.
 
         Raises:
-            ConfigError: A value is not between 0 and 1, or needs more calibration images.
+            ConfigError: A value is not between :data:`MARGIN` and 1 - :data:`MARGIN`, or needs more calibration images.
         """
         for name, value in (("coverage", coverage), ("max_error", max_error), ("false_alarms", false_alarms)):
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, not {value}.")
+            if value is not None and not MARGIN <= value <= 1 - MARGIN:
+                raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.")
         confidence = None if max_error is None else self._require_certified(max_error).threshold
         score = distances = None
         if coverage is not None:
@@ -173,6 +176,12 @@ class Answers:
         return cls(classes, state["validation"], state["temperature"], report=state["report"], **arrays)
 
 
+def _rounded_up(values: np.ndarray) -> np.ndarray:
+    """The smallest float32 values that are not below float64 values: a threshold that is rounded down covers less."""
+    rounded = values.astype(np.float32)
+    return np.where(rounded < values, np.nextafter(rounded, np.float32(np.inf)), rounded)
+
+
 def _is_valid(state: Mapping[Any, Any], classes: int, width: int) -> bool:
     tensors = [state.get(name) for name in TENSORS]
     if not all(
@@ -191,7 +200,9 @@ def _is_valid(state: Mapping[Any, Any], classes: int, width: int) -> bool:
         and rows[0] > 0
         and rows[1] == width
         and type(temperature) is float
-        and temperature > 0
+        and 0 < temperature < math.inf
         and type(validation) is int
+        and 0 <= validation <= len(state["confidence"])
         and isinstance(state.get("report"), dict)
+        and state["report"].keys() == set(REPORT)
     )

@@ -19,6 +19,8 @@ from project.evaluation.answers.unknown_images import images_needed as images_fo
 COVERAGES = (0.9, 0.95, 0.99)
 MAX_ERRORS = (0.01, 0.02, 0.05)
 FALSE_ALARMS = (0.01, 0.05)
+#: Keys of the results.
+REPORT = ("calibration", "sets", "abstention", "unknown")
 
 
 def measure(images: HeldOutImages) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def distance_thresholds(
 
     A new image of a known class, which is predicted as a class, exceeds its threshold with a probability of at most
     ``false_alarms`` (a conformal p-value; V. Vovk, "Conditional validity of inductive conformal predictors", 2012).
-    Classes with fewer calibration images than :func:`images_needed` get the threshold of all images.
+    The classes with fewer calibration images than :func:`images_needed` share a threshold: that of all their images
+    together, so that the probability also holds for them together. If these are too few, too, it is that of all images.
 
     Args:
         calibration: Distance of each calibration image, ``(N,)``.
@@ -93,9 +94,13 @@ def distance_thresholds(
         classes: Number C of classes.
         false_alarms: In (0, 1).
     """
+    is_rare = np.bincount(predicted, minlength=classes) < images_needed(false_alarms)
     common = _threshold(calibration, false_alarms)
-    parts = (calibration[predicted == label] for label in range(classes))
-    return np.array([_threshold(part, false_alarms, common) for part in parts])
+    common = _threshold(calibration[is_rare[predicted]], false_alarms, common)
+    limits = np.full(classes, common)
+    for label in np.flatnonzero(~is_rare):
+        limits[label] = _threshold(calibration[predicted == label], false_alarms)
+    return limits
 
 
 def _threshold(values: np.ndarray, false_alarms: float, fallback: float = math.inf) -> float:

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from project.evaluation.answers import abstention
 from project.evaluation.answers.abstention import certify
 from project.evaluation.answers.binomial import binomial_cdf, trials_to_certify
 
@@ -75,3 +76,16 @@ def test_a_single_confident_error_does_not_prevent_certification() -> None:
     correct[-1] = False  # the most confident one
     result = certify(np.linspace(0, 1, 2000), correct, 0.01)
     assert result.answered > 0.9 and result.errors == 1
+
+
+def test_large_errors_of_many_images_need_few_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = []
+
+    def counted(errors: int, images: int, rate: float) -> float:
+        tests.append(images)
+        return binomial_cdf(errors, images, rate)
+
+    monkeypatch.setattr(abstention, "binomial_cdf", counted)
+    result = certify(np.linspace(0, 1, 8000), np.arange(8000) % 20 > 0, 0.6)
+    assert result.answered == 1 and tests[-1] == 8000
+    assert len(tests) < 2500  # one for each error: 19,000

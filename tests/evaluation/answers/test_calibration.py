@@ -75,6 +75,30 @@ def test_the_state_restores_the_same_policy() -> None:
     assert Answers.from_state(None, 4, 24) is None
 
 
+def test_sets_of_saturated_probabilities_cover_as_much_as_stated() -> None:
+    def saturated(seed: int) -> HeldOutImages:
+        """Images of a network that is certain of each answer, and wrong in 4 % of them."""
+        generator = np.random.default_rng(seed)
+        logits = generator.normal(0, 3, (4000, 10)) + np.r_[22, np.zeros(9)]
+        probabilities = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+        labels = np.where(generator.random(4000) < 0.04, generator.integers(0, 10, 4000), probabilities.argmax(1))
+        return HeldOutImages(probabilities, labels, np.zeros(4000, np.float32))
+
+    shares = []
+    for seed in range(10):
+        policy, new = Answers.fit(combine(saturated(seed), None), ROWS).policy(coverage=0.99), saturated(100 + seed)
+        sets = policy(new.probabilities, np.ones((4000, 24))).sets
+        assert sets is not None
+        shares.append(sets[np.arange(4000), new.labels].mean())
+    assert np.mean(shares) > 0.987
+
+
+def test_stored_scores_are_not_below_the_exact_ones() -> None:
+    exact = images(500).true_scores
+    stored = fitted(500).true_scores
+    assert stored.dtype == np.float32 and (stored >= exact).all() and stored == pytest.approx(exact, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -85,8 +109,11 @@ def test_the_state_restores_the_same_policy() -> None:
         {"temperature": -1.0},
         {"temperature": "1"},
         {"classes": 5},
+        {"temperature": float("inf")},
         {"validation": None},
+        {"validation": 301},
         {"report": None},
+        {"report": {}},
     ],
 )
 def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
@@ -97,8 +124,11 @@ def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"coverage": 1.0}, "coverage must be between 0 and 1, not 1.0"),
-        ({"max_error": 0}, "max_error must be between 0 and 1, not 0"),
+        ({"coverage": 1.0}, "coverage must be between 1e-06 and 0.999999, not 1.0"),
+        ({"max_error": 0}, "max_error must be between 1e-06 and 0.999999, not 0"),
+        ({"max_error": 1e-19}, "max_error must be between 1e-06 and 0.999999, not 1e-19"),  # of more trials than int64
+        ({"false_alarms": 1e-320}, "false_alarms must be between 1e-06 and 0.999999, not 1e-320"),
+        ({"coverage": float("nan")}, "coverage must be between 1e-06 and 0.999999, not nan"),
         ({"coverage": 0.99}, "coverage 0.99 needs 99 calibration images, but the checkpoint has 50"),
         ({"false_alarms": 0.01}, "false_alarms 0.01 needs 99 calibration images, but the checkpoint has 50"),
         ({"max_error": 0.01}, "at least 230 images that are answered without an error, but the checkpoint has 50 cal"),

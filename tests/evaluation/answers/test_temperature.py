@@ -24,6 +24,30 @@ def test_the_true_temperature_is_found(temperature: float) -> None:
     assert fit_temperature(sharpened(probabilities, temperature), labels) == pytest.approx(temperature, rel=0.05)
 
 
+def test_the_temperature_of_classifiers_without_an_error_is_not_the_lowest() -> None:
+    probabilities = np.full((60, 2), 0.1, np.float32)
+    probabilities[:, 0] = 0.9
+    temperature = fit_temperature(probabilities, np.zeros(60, int))
+    confidence = scaled(probabilities, temperature)[0, 0]
+    assert confidence == pytest.approx(61 / 62, abs=0.005)  # the rule of succession: 60 of 60 are right
+    fewer = fit_temperature(probabilities[:20], np.zeros(20, int))
+    assert temperature < fewer < 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("count", [20, 60])
+def test_a_temperature_of_few_images_is_not_overconfident(temperature: float, count: int) -> None:
+    new, labels = calibrated(5000, sharpness=5, seed=999)
+    truth = calibration_scores(new, labels)["nll"].value
+    likelihoods = []
+    for seed in range(60):
+        chosen = calibrated(count, sharpness=5, seed=seed)
+        fitted = fit_temperature(sharpened(chosen[0], temperature), chosen[1])
+        values = scaled(sharpened(new, temperature), fitted)
+        likelihoods.append(-np.log(values[np.arange(5000), labels]).mean())
+    assert np.mean(likelihoods) < truth + 1.0 / count  # without the two images: up to 5 / count more
+
+
 def test_scaling_equals_dividing_the_logits() -> None:
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     expected = (logits / 2.5).softmax(1).numpy()

@@ -76,6 +76,23 @@ def test_false_alarms_are_as_rare_as_stated_for_each_predicted_class() -> None:
     assert alarms.mean(0) == pytest.approx([0.05, 0.05], abs=0.005)
 
 
+def test_false_alarms_of_rare_classes_together_are_as_rare_as_stated() -> None:
+    rates = []
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+
+        def draw(count: int, generator: np.random.Generator = generator) -> tuple[np.ndarray, np.ndarray]:
+            """Half of the images are of a common class, and those of 59 rare ones are farther away."""
+            is_rare = generator.random(count) < 0.5
+            return generator.random(count) + is_rare, np.where(is_rare, generator.integers(1, 60, count), 0)
+
+        values, predicted = draw(600)
+        limits = distance_thresholds(values, predicted, 60, 0.05)
+        fresh, classes = draw(2000)
+        rates.append((fresh > limits[classes]).mean())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.005)  # with the threshold of all images: 0.073
+
+
 def test_a_class_with_few_images_gets_the_threshold_of_all() -> None:
     assert images_needed(0.05) == 19
     values, predicted = np.arange(1.0, 119), np.r_[np.zeros(100, int), np.ones(18, int)]
