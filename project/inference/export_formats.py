@@ -20,7 +20,7 @@ from project.preprocessing import Preprocessing
 Runner = Callable[[np.ndarray], np.ndarray]
 OPSET = 18
 #: Range of image sizes in a torch.export program, in pixels.
-MIN_SIDE, MAX_SIDE = 16, 1 << 15
+MIN_SIDE, MAX_SIDE = 1, 1 << 15
 #: Metadata that does not depend on the task.
 SHARED_METADATA = ("preprocessing", "backbone", "versions")
 

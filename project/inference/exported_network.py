@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from project.classifier import ImageClassifier
 from project.features.frozen_prefix import FrozenPrefix, StageChain, fold_batch_norm
+from project.inference.pillow_resize import require_filter, resample
 from project.models.backbone import Backbone, merge_adapters
 from project.preprocessing import Preprocessing
 
@@ -66,15 +66,19 @@ class ExportedNetwork(nn.Module):
 class WithPreprocessing(nn.Module):
     """Maps images of any size, uint8 ``(N, H, W, 3)``, to the output of a network on the preprocessed pixels.
 
-    The sizes are those of ``torchvision.transforms``; the pixels differ from those of Pillow by at most 1 of 255.
+    The pixels equal those of :func:`project.data.transforms.evaluation`.
 
     Args:
         network: Takes uint8 ``(N, 3, S, S)``.
         preprocessing: Preprocessing of the weights.
+
+    Raises:
+        ConfigError: The file cannot resize with the interpolation of the weights.
     """
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
+        require_filter(preprocessing)
         self.network = network
         self._preprocessing = preprocessing
 
@@ -83,13 +87,11 @@ class WithPreprocessing(nn.Module):
         settings = self._preprocessing
         sides = images.shape[1:3]
         shorter = cast(int, torch.sym_min(*sides))  # a symbol while torch.export traces
-        target = [settings.resize if settings.squash else settings.resize * side // shorter for side in sides]
-        resized = functional.interpolate(
-            images.permute(0, 3, 1, 2), size=target, mode=settings.interpolation, antialias=True
-        )
-        top, left = (_half_rounded_to_even(side - settings.crop) for side in target)
-        crop = resized[:, :, top : top + settings.crop, left : left + settings.crop]
-        return cast(torch.Tensor, self.network(crop))
+        height, width = (settings.resize if settings.squash else settings.resize * side // shorter for side in sides)
+        top, left = (_half_rounded_to_even(side - settings.crop) for side in (height, width))
+        narrow = resample(images, width, left, settings.crop, settings.interpolation)
+        turned = resample(narrow.permute(0, 3, 2, 1), height, top, settings.crop, settings.interpolation)
+        return cast(torch.Tensor, self.network(turned.transpose(2, 3)))
 
 
 def _half_rounded_to_even(margin: int) -> int:

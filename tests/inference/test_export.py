@@ -9,53 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from project import load
 from project.cli.main import main
-from project.data.transforms import evaluation
-from project.errors import ConfigError
 from project.inference import export_formats
 from project.inference.export_formats import FORMATS, SplitOnnxFormat
-from project.inference.exported_network import WithPreprocessing
-from project.inference.preprocessing_graph import preprocessing_graph
-from project.preprocessing import Preprocessing
-
-SIZES = [(37, 90), (90, 37), (64, 64), (41, 41), (33, 200), (32, 32)]  # height, width
-
-
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
-    """Noise that is smooth enough for a resize to keep details."""
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("resize", "squash"), [(32, False), (37, False), (35, True)])
-def test_preprocessing_of_exports_equals_that_of_pillow(interpolation: str, resize: int, squash: bool) -> None:
-    import onnxruntime
-
-    settings = Preprocessing(resize, 32, interpolation, (0.5,) * 3, (0.5,) * 3, squash)
-    session = onnxruntime.InferenceSession(
-        preprocessing_graph(settings).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    program = WithPreprocessing(torch.nn.Identity(), settings)
-    for seed, size in enumerate(SIZES):
-        image = picture(size, seed)
-        expected = evaluation(settings)(image).int()
-        pixels = np.asarray(image)[None]
-        (by_onnx,) = session.run(None, {"images": pixels})
-        by_torch = program(torch.from_numpy(pixels.copy()))
-        for actual, limit in ((torch.from_numpy(by_onnx[0]), 0.03), (by_torch[0], 0.2)):  # torch has fewer bits
-            assert actual.shape == (3, 32, 32) and actual.dtype == torch.uint8
-            assert (actual.int() - expected).abs().max() <= 1
-            assert (actual != expected).float().mean() < limit
-
-
-def test_interpolation_without_an_operator_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot resize with lanczos interpolation"):
-        preprocessing_graph(Preprocessing(32, 32, "lanczos", (0.5,) * 3, (0.5,) * 3))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -68,7 +27,7 @@ def test_exported_file_gives_the_probabilities_of_load(
     run, classifier = FORMATS[suffix].runner([Path(f"out/model{suffix}")]), load(checkpoint)
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(photos.glob("test/*/*.png"))])
     for batch in (images, images[:1], images[:, :24, :30]):
-        np.testing.assert_allclose(run(batch), classifier.predict_proba(batch), atol=1e-3)
+        np.testing.assert_allclose(run(batch), classifier.predict_proba(batch), atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [[], ["--model.trainable", "layer3"], ["--model.trainable", "all"]])
@@ -83,7 +42,7 @@ def test_split_files_give_the_probabilities_of_load(
         assert files[1].stat().st_size < 10_000
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(photos.glob("test/*/*.png"))])
     run = SplitOnnxFormat().runner(files)
-    np.testing.assert_allclose(run(images), load(checkpoint).predict_proba(images), atol=1e-3)
+    np.testing.assert_allclose(run(images), load(checkpoint).predict_proba(images), atol=1e-4)
 
 
 def test_int8_file_reports_accuracy_and_speed(
@@ -123,7 +82,7 @@ def test_file_that_differs_from_the_classifier_is_deleted(
         export_formats.OnnxFormat, "runner", lambda self, files: lambda images: runner(self, files)(images) + 0.01
     )
     code = main(["export", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", "m.onnx"])
-    assert re.search(r"differ by up to 1\.\de-02, more than 5e-03", refused(code))
+    assert re.search(r"differ by up to 1\.\de-02, more than 1e-03", refused(code))
     assert [path.name for path in here.iterdir()] == ["m.onnx"] and (here / "m.onnx").read_bytes() == b"old"
 
 
