@@ -18,7 +18,7 @@ from project.evaluation.answers import held_out
 from project.evaluation.answers.calibration import Answers
 from project.evaluation.answers.held_out import HeldOutImages
 from project.evaluation.answers.unknown_images import select_rows
-from tests.conftest import BACKBONE, COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
+from tests.conftest import BACKBONE, COLOURS, FEATURES, SOLVED, STORED, draw
 
 Fit = Callable[..., int]
 BEST = Path("runs/photos/version_0/checkpoints/best.ckpt")
@@ -94,21 +94,6 @@ def test_a_better_epoch_is_calibrated_on_validation_images_only(fit: Fit) -> Non
     flags = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.001", "--trainer.max_epochs", "2"]
     assert fit(*STORED, *flags, "--model.head_init", "random") == 0
     assert len(saved_answers()) == 12
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
-    """``best.ckpt``, calibrated on 60 validation and 60 training images, and ``photos`` in its folder. Read-only."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    for index, (name, colour) in enumerate(COLOURS.items()):
-        for number in range(40):
-            path = folder / f"photos/{'val' if number % 2 else 'train'}/{name}/{number}.png"
-            draw(path, colour, 100 * index + number)
-    flags = [*SMALL, *SOLVED, "--model.weights", str(weights), "--data.root", str(folder / "photos")]
-    flags += ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.max_epochs", "0"]
-    assert main(["fit", *flags]) == 0
-    (path,) = folder.rglob("best.ckpt")
-    return path.rename(folder / "best.ckpt")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.answers.abstention import Abstention, certify
 from project.evaluation.answers.held_out import Calibration
-from project.evaluation.answers.measurement import measure
+from project.evaluation.answers.measurement import COVERAGES, FALSE_ALARMS, MAX_ERRORS, measure
 from project.evaluation.answers.policy import AnswerPolicy
 from project.evaluation.answers.prediction_sets import images_needed as images_for_sets
 from project.evaluation.answers.prediction_sets import set_threshold
@@ -33,6 +33,20 @@ TENSORS = {
     "distances": torch.float32,
     "rows": torch.int8,
 }
+
+
+class Limits(NamedTuple):
+    """Limits that can be asked of answers; see :meth:`Answers.policy`.
+
+    Attributes:
+        coverages: Of prediction sets.
+        max_errors: Of abstention.
+        false_alarms: Of the detection of unknown images.
+    """
+
+    coverages: list[float]
+    max_errors: list[float]
+    false_alarms: list[float]
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,14 @@ class Answers:
             self._require(images_for_alarms(false_alarms), f"false_alarms {false_alarms:g}", "a larger rate")
             distances = distance_thresholds(self.distances, self.predicted, self.classes, false_alarms)
         return AnswerPolicy(self.temperature, score, confidence, distances, self.rows)
+
+    def reported_limits(self) -> Limits:
+        """The limits of the model card that the calibration images are enough for."""
+        return Limits(
+            [coverage for coverage in COVERAGES if len(self) >= images_for_sets(coverage)],
+            [error for error in MAX_ERRORS if self.abstention(error).threshold is not None],
+            [rate for rate in FALSE_ALARMS if len(self) >= images_for_alarms(rate)],
+        )
 
     def abstention(self, max_error: float) -> Abstention:
         """The threshold for an error rate, and the share of the images that it answers."""
