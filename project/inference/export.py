@@ -54,12 +54,14 @@ class Comparison(NamedTuple):
         return f"on {self.images} images, the same class as load on {self.same}, and {differences}"
 
 
-def require(output: str, split: bool, int8: bool) -> None:
-    """Check the output before weights are loaded.
+def require(output: str, split: bool, int8: bool, images: int) -> None:
+    """Check the flags before weights are loaded.
 
     Raises:
-        ConfigError: The format is unknown, or a package is missing.
+        ConfigError: The format is unknown, a package is missing, or a flag is out of range.
     """
+    if images < 1:
+        raise ConfigError(f"--images must be at least 1, not {images}: the file is compared with the classifier.")
     path = Path(output).expanduser()
     if path.suffix not in FORMATS or path.is_dir():
         raise ConfigError(f"--output must name a file that ends in {' or '.join(FORMATS)}, not {output!r}.")
@@ -142,8 +144,6 @@ def export(
     """
     if ckpt_path is None:
         raise ConfigError("export requires a trained model: pass its checkpoint with --ckpt_path FILE.")
-    if images < 1:
-        raise ConfigError(f"--images must be at least 1, not {images}: the file is compared with the classifier.")
     checkpoint = read_checkpoint(ckpt_path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from project import load
+from project import classifier, load
 from project.callbacks import answer_calibration, held_out_predictions
 from project.classifier import ImageClassifier
 from project.cli.main import main
@@ -183,7 +183,15 @@ def test_limits_that_the_checkpoint_does_not_permit_are_refused(
     assert "--max_error 0.01 cannot be certified: it needs at least 230 images" in refused(
         main([*predicted, "--max_error", "0.01"])
     )
-    assert "--coverage must be between 0 and 1, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
+
+
+@pytest.mark.parametrize("flag", ["--coverage", "--max_error", "--false_alarms"])
+def test_limits_out_of_range_are_refused_before_weights_are_loaded(
+    flag: str, calibrated: Path, strange: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(classifier, "load_backbone")
+    predicted = ["predict", "--ckpt_path", str(calibrated), "--data.predict", str(strange), "--data.num_workers", "0"]
+    assert f"{flag} must be between 0 and 1, not 95.0" in refused(main([*predicted, flag, "95"]))
 
 
 def test_damaged_answers_are_refused(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:

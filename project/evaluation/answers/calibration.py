@@ -120,9 +120,7 @@ class Answers:
         Raises:
             ConfigError: A value is not between 0 and 1, or needs more calibration images.
         """
-        for name, value in (("coverage", coverage), ("max_error", max_error), ("false_alarms", false_alarms)):
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, not {value}.")
+        require_fractions(coverage=coverage, max_error=max_error, false_alarms=false_alarms)
         confidence = None if max_error is None else self._require_certified(max_error).threshold
         score = distances = None
         if coverage is not None:
@@ -193,6 +191,17 @@ class Answers:
             raise damaged_checkpoint("The checkpoint is damaged: its calibrated answers are invalid.")
         arrays = {name: state[name].numpy() for name in TENSORS}
         return cls(classes, state["validation"], state["temperature"], report=state["report"], **arrays)
+
+
+def require_fractions(**limits: float | None) -> None:
+    """Check the range of limits; ``None`` is no limit.
+
+    Raises:
+        ConfigError: A value is not between 0 and 1.
+    """
+    for name, value in limits.items():
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{name} must be between 0 and 1, not {value}.")
 
 
 def _is_valid(state: Mapping[Any, Any], classes: int, width: int) -> bool:
