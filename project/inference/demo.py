@@ -108,9 +108,7 @@ def _answers(classifier: Classifier, image: Image.Image) -> str:
     (answer,) = classifier.answer([image], coverage, max_error, false_alarms)
     lines = [f"Calibrated probability: {answer.probability:.1%}"]
     if answer.known is not None:
-        lines.append(
-            f"Known: {_yes_or_no(answer.known)} (at most {false_alarms:.0%} of known images are called unknown)"
-        )
+        lines.append(f"Known: {_yes_or_no(answer.known)} (at most {false_alarms:.0%} false alarms)")
     if answer.classes is not None:
         lines.append(f"Set: {', '.join(answer.classes)} ({coverage:.0%} of such sets contain the right class)")
     if answer.answered is not None:

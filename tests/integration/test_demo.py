@@ -107,7 +107,7 @@ def test_calibrated_answers_are_those_of_load(calibrated: Path, here: Path) -> N
         known, answered = ("yes" if value else "no" for value in (answer.known, answer.answered))
         expected = [
             f"Calibrated probability: {answer.probability:.1%}",
-            f"Known: {known} (at most 5% of known images are called unknown)",
+            f"Known: {known} (at most 5% false alarms)",
             f"Set: {', '.join(answer.classes)} (95% of such sets contain the right class)",
             f"Answered: {answered} (at most 2% of such answers are wrong)",
         ]
