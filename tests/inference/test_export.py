@@ -195,3 +195,13 @@ def test_int8_file_has_no_answers(calibrated: Path, here: Path, capsys: pytest.C
     model = onnx.load("m.onnx")
     assert [output.name for output in model.graph.output] == ["probabilities"]
     assert "answers" not in {item.key for item in model.metadata_props}
+
+
+def test_openvino_gives_the_probabilities_of_load(trained: Path, photos: Path, here: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install openvino")
+    checkpoint = trained / "checkpoints/best.ckpt"
+    assert main(["export", "--ckpt_path", str(checkpoint), "--output", "model.onnx"]) == 0
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(photos.glob("test/*/*.png"))])
+    compiled = openvino.Core().compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (images, images[:1], images[:, :24, :30]):
+        np.testing.assert_allclose(compiled(batch)["probabilities"], load(checkpoint).predict_proba(batch), atol=5e-3)
