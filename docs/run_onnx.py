@@ -11,13 +11,22 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-metadata = session.get_modelmeta().custom_metadata_map
-classes = json.loads(metadata["classes"])
-side = 2 * json.loads(metadata["preprocessing"])["resize"]
+metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+classes, side = np.array(metadata["classes"]), 2 * metadata["preprocessing"]["resize"]
 for path in sys.argv[2:]:
     image = Image.open(path)
     image.draft("RGB", (side, side))  # decodes a large JPEG at a fraction of its size, as this project does
     image = ImageOps.exif_transpose(image).convert("RGB")
-    (probabilities,) = session.run(None, {"images": np.asarray(image)[None]})[0]
-    best = int(probabilities.argmax())
-    print(path, classes[best], f"{probabilities[best]:.4f}")
+    p, *distance = (output[0] for output in session.run(None, {"images": np.asarray(image)[None]}))
+    best, order = p.argmax(), np.argsort(-p, kind="stable")
+    print(path, classes[best], f"{p[best]:.4f}")
+    if answers := metadata.get("answers"):  # calibrated by fit: see "When to rely on an answer" in recipes.md
+        scaled = np.maximum(p, 1e-30).astype(float) ** (1 / answers["temperature"])
+        print(f"  calibrated probability: {scaled[best] / scaled.sum():.4f}")
+        before = p[order].cumsum(dtype=float) - p[order]  # sum of the more probable classes
+        for coverage, threshold in answers["sets"].items():
+            print(f"  set for coverage {coverage}: {' | '.join(classes[order[before <= threshold]])}")
+        for error, threshold in answers["answered"].items():
+            print(f"  answered for error {error}: {p[best] >= threshold}")
+        for rate, thresholds in answers["known"].items():
+            print(f"  known for {rate} false alarms: {distance[0] <= thresholds[best]}")

@@ -160,6 +160,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Pat
     return folder / "runs" / "photos" / "version_0"
 
 
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+    """``best.ckpt``, calibrated on 60 validation and 60 training images, and ``photos`` in its folder. Read-only."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        for number in range(40):
+            path = folder / f"photos/{'val' if number % 2 else 'train'}/{name}/{number}.png"
+            draw(path, colour, 100 * index + number)
+    flags = [*SMALL, *SOLVED, "--model.weights", str(weights), "--data.root", str(folder / "photos")]
+    flags += ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.max_epochs", "0"]
+    assert main(["fit", *flags]) == 0
+    (path,) = folder.rglob("best.ckpt")
+    return path.rename(folder / "best.ckpt")
+
+
 @pytest.fixture
 def run(trained: Path, here: Path) -> Path:
     """A writable copy of the finished run, in an otherwise empty working directory."""

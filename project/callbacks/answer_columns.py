@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from project.classifier import ImageClassifier
 from project.errors import ConfigError
+from project.evaluation.answers.calibration import require_fractions
 from project.evaluation.answers.policy import Answered, AnswerPolicy
 
 SEPARATOR = "|"  # of the classes of a set
@@ -29,6 +31,15 @@ class AnswerLimits:
     max_error: float | None = None
     false_alarms: float | None = None
 
+    def require_fractions(self) -> None:
+        """Check the limits before weights are loaded.
+
+        Raises:
+            ConfigError: A limit is not between 0 and 1.
+        """
+        with _as_flags():
+            require_fractions(**vars(self))
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns; empty if nothing is asked for."""
@@ -44,10 +55,8 @@ class AnswerLimits:
         """
         if not self.columns:
             return None
-        try:
+        with _as_flags():
             policy = module.make_policy(**vars(self))
-        except ConfigError as error:
-            raise ConfigError(f"--{error}") from error  # the message begins with the name of a limit
         unclear = [name for name in module.classes if SEPARATOR in name]
         if self.coverage is not None and unclear:
             raise ConfigError(
@@ -71,6 +80,15 @@ class AnswerLimits:
         if answers.answered is not None:
             columns.append(_yes_or_no(answers.answered))
         return [list(cells) for cells in zip(*columns, strict=True)]
+
+
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Name the flag in an error, whose message begins with the name of a limit."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def _yes_or_no(values: np.ndarray) -> list[str]:

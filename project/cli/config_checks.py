@@ -8,6 +8,7 @@ import torch
 from jsonargparse import Namespace
 
 from project.audit.label_issues import require_scikit_learn
+from project.callbacks.answer_columns import AnswerLimits
 from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
 from project.inference import demo, export, push
@@ -71,7 +72,7 @@ def validate_config(verb: str, config: Namespace) -> None:
     if verb == "demo":
         demo.require(config.port)
     if verb == "export":
-        export.require(config.output, config.split, config.int8)
+        export.require(config.output, config.split, config.int8, config.images)
     if verb == "push":
         push.require(config.repository)
     name = config.name
@@ -83,6 +84,7 @@ def validate_config(verb: str, config: Namespace) -> None:
         raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
     if verb == "predict":
         require_output(config.output)
+        AnswerLimits(config.coverage, config.max_error, config.false_alarms).require_fractions()
         if data["predict"] is None:
             raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
     elif verb not in WITHOUT_DATA and data["root"] is None and data["source"] is None:

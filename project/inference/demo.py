@@ -26,13 +26,14 @@ from project.errors import ConfigError, DataError, ModelError, ProjectError
 from project.features.provider import RowProvider
 from project.inference.gallery import Gallery, data_of
 from project.inference.heatmap_overlay import overlay
-from project.inference.predictor import Classifier
+from project.inference.predictor import FALSE_ALARMS, Classifier
 from project.runtime.console import print_rank_zero
 from project.runtime.process_state import process_state
 
 HOST = "127.0.0.1"
 NEAREST = 6  # training images
 TOP_CLASSES = 5
+COVERAGE = 0.95  # of the set of classes
 THUMBNAIL_SIZE = 240  # pixels of the longer side
 STYLE = """
 .gradio-container {max-width: 1000px !important; margin: auto}
@@ -53,7 +54,7 @@ class Result(NamedTuple):
 
     Attributes:
         probabilities: Probability by class name; ``None`` if the file is not an image.
-        html: Predicted class, network input, heat map and nearest training images; or the error.
+        html: Predicted class, calibrated answers, network input, heat map and nearest training images; or the error.
     """
 
     probabilities: dict[str, float] | None
@@ -84,7 +85,8 @@ def classify_file(classifier: Classifier, gallery: Gallery | None, path: str | N
         images.append((overlay(crop, heat), caption))
     except ModelError as error:
         note = f"<p>{html.escape(str(error))}</p>"
-    page = _heading(f"{name}, {probabilities.max():.1%}") + _figures("large", images) + note
+    page = _heading(f"{name}, {probabilities.max():.1%}") + _answers(classifier, image)
+    page += _figures("large", images) + note
     if gallery is not None:
         (neighbours,) = gallery.nearest(classifier.features([image]), NEAREST)
         captions = [f"{classifier.classes_[item.sample.label]} {item.similarity:.2f}" for item in neighbours]
@@ -92,6 +94,30 @@ def classify_file(classifier: Classifier, gallery: Gallery | None, path: str | N
         page += _heading("Nearest training images (cosine similarity of features)", 4)
         page += _figures("small", zip(thumbnails, captions, strict=True))
     return Result(dict(zip(classifier.classes_, probabilities.tolist(), strict=True)), page)
+
+
+def _answers(classifier: Classifier, image: Image.Image) -> str:
+    """How far to rely on the prediction, as HTML; empty if the checkpoint has no calibrated answers."""
+    answers = classifier.model.answers
+    if answers is None:
+        return ""
+    limits = answers.reported_limits()
+    coverage = COVERAGE if COVERAGE in limits.coverages else None
+    false_alarms = FALSE_ALARMS if FALSE_ALARMS in limits.false_alarms else None
+    max_error = min(limits.max_errors, default=None)
+    (answer,) = classifier.answer([image], coverage, max_error, false_alarms)
+    lines = [f"Calibrated probability: {answer.probability:.1%}"]
+    if answer.known is not None:
+        lines.append(f"Known: {_yes_or_no(answer.known)} (at most {false_alarms:.0%} false alarms)")
+    if answer.classes is not None:
+        lines.append(f"Set: {', '.join(answer.classes)} ({coverage:.0%} of such sets contain the right class)")
+    if answer.answered is not None:
+        lines.append(f"Answered: {_yes_or_no(answer.answered)} (at most {max_error:.0%} of such answers are wrong)")
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _heading(text: str, level: int = 2) -> str:

@@ -19,7 +19,10 @@ from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.transforms import evaluation
 from project.errors import CheckpointError, ConfigError, DataError
+from project.evaluation.answers.calibration import Answers
+from project.evaluation.answers.unknown_images import distances
 from project.inference.export_formats import FORMATS, ExportFormat, Runner, SplitOnnxFormat
+from project.inference.exported_answers import answer_metadata
 from project.inference.exported_network import ExportedNetwork
 from project.inference.gallery import data_of
 from project.inference.int8_export import CALIBRATION_IMAGES, write_int8
@@ -27,9 +30,8 @@ from project.inference.predictor import Classifier
 from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 
-#: Largest accepted difference of a probability between the file and ``load``. A few pixels differ by 1, because ONNX
-#: Runtime computes the weights of the resize in fewer bits than Pillow. This changes a probability by up to 2e-3.
-TOLERANCE = 5e-3
+#: Largest accepted difference of a probability between the file and ``load``. Both get the same pixels.
+TOLERANCE = 1e-3
 #: Splits in the order of preference: images that the fit has not trained on come first.
 SPLITS = ("test", "val", "train")
 
@@ -39,27 +41,27 @@ class Comparison(NamedTuple):
 
     Attributes:
         images: Number of images.
-        largest: Largest difference of a probability.
+        largest: Largest difference of each output, by its name.
         same: Number of images with the same class.
     """
 
     images: int
-    largest: float
+    largest: dict[str, float]
     same: int
 
     def __str__(self) -> str:
-        return (
-            f"on {self.images} images, the same class as load on {self.same}, and probabilities that differ by at most "
-            f"{self.largest:.1e}"
-        )
+        differences = " and ".join(f"{name} that differ by at most {value:.1e}" for name, value in self.largest.items())
+        return f"on {self.images} images, the same class as load on {self.same}, and {differences}"
 
 
-def require(output: str, split: bool, int8: bool) -> None:
-    """Check the output before weights are loaded.
+def require(output: str, split: bool, int8: bool, images: int) -> None:
+    """Check the flags before weights are loaded.
 
     Raises:
-        ConfigError: The format is unknown, or a package is missing.
+        ConfigError: The format is unknown, a package is missing, or a flag is out of range.
     """
+    if images < 1:
+        raise ConfigError(f"--images must be at least 1, not {images}: the file is compared with the classifier.")
     path = Path(output).expanduser()
     if path.suffix not in FORMATS or path.is_dir():
         raise ConfigError(f"--output must name a file that ends in {' or '.join(FORMATS)}, not {output!r}.")
@@ -85,24 +87,33 @@ def compare(run: Runner, classifier: Classifier, images: Sequence[Image.Image]) 
         classifier: The classifier.
         images: RGB images, at least one.
     """
-    differences, same = [], 0
+    largest, same = dict[str, float](), 0
     for image in images:
         pixels = np.array(image)[None]
-        (exported,), (expected,) = run(pixels), classifier.predict_proba(pixels)
-        differences.append(np.abs(exported - expected).max())
-        same += classifier.names(exported[None]) == classifier.names(expected[None])
-    return Comparison(len(images), float(np.max(differences)), same)
+        outputs, expected = run(pixels), {"probabilities": classifier.predict_proba(pixels)}
+        if "distances" in outputs and classifier.model.answers is not None:
+            expected["distances"] = distances(classifier.features(pixels), classifier.model.answers.rows)
+        for name, values in expected.items():
+            largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(outputs[name] - values).max()))  # keeps NaN
+        same += classifier.names(outputs["probabilities"]) == classifier.names(expected["probabilities"])
+    return Comparison(len(images), largest, same)
 
 
-def metadata_of(model: ImageClassifier) -> dict[str, Any]:
-    """Plain values that an exported file contains: classes, preprocessing, and the identity of the backbone."""
+def metadata_of(model: ImageClassifier, answers: Answers | None) -> dict[str, Any]:
+    """Plain values that an exported file contains: classes, preprocessing, identity of the backbone, and answers.
+
+    Args:
+        model: The classifier.
+        answers: Its calibrated answers; ``None`` to leave them out.
+    """
     backbone = model.backbone
-    return {
+    metadata = {
         "classes": list(model.classes),
         "preprocessing": backbone.preprocessing.as_dict(),
         "backbone": {"name": backbone.name, "weights": backbone.origin.source, "sha256": backbone.sha256},
         "versions": versions(),
     }
+    return metadata if answers is None else metadata | {"answers": answer_metadata(answers)}
 
 
 def export(
@@ -133,15 +144,14 @@ def export(
     """
     if ckpt_path is None:
         raise ConfigError("export requires a trained model: pass its checkpoint with --ckpt_path FILE.")
-    if images < 1:
-        raise ConfigError(f"--images must be at least 1, not {images}: the file is compared with the classifier.")
     checkpoint = read_checkpoint(ckpt_path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     data = data if data is not None and data.source is not None else data_of(ckpt_path)
     file_format, target = _format(output, split), Path(output).expanduser()
-    files, network = file_format.files(target), ExportedNetwork(model.cpu())
-    preprocessing, metadata = model.backbone.preprocessing, metadata_of(model)
+    answers = None if int8 else model.answers  # thresholds hold for the outputs that they were calibrated on
+    files, network = file_format.files(target), ExportedNetwork(model.cpu(), answers)
+    preprocessing, metadata = model.backbone.preprocessing, metadata_of(model, answers)
     with _report_os_error(target), contextlib.ExitStack() as stack:
         temporary = [stack.enter_context(atomic_write(file)) for file in files]
         if int8:
@@ -157,7 +167,16 @@ def export(
             text = str(_verified(compare(file_format.runner(temporary), Classifier(model), pictures)))
         sizes = [file.stat().st_size for file in temporary]
     names = " and ".join(f"{file} ({size / 1e6:.3g} MB)" for file, size in zip(files, sizes, strict=True))
-    print_rank_zero(f"Export: {names}; {text}.")
+    print_rank_zero(f"Export: {names}; {text}; {_contents(model, answers)}.")
+
+
+def _contents(model: ImageClassifier, answers: Answers | None) -> str:
+    """What the file contains of calibrated answers, a clause."""
+    if answers is not None:
+        return "with calibrated answers"
+    if model.answers is not None:
+        return "without calibrated answers, which hold for float32 only"
+    return "without calibrated answers, which the checkpoint does not have"
 
 
 def _verified(comparison: Comparison) -> Comparison:
@@ -166,11 +185,12 @@ def _verified(comparison: Comparison) -> Comparison:
     Raises:
         CheckpointError: The file gives other probabilities.
     """
-    if not comparison.largest <= TOLERANCE:  # NaN is not
-        raise CheckpointError(
-            f"export: on {comparison.images} images, the probabilities of the file differ by up to "
-            f"{comparison.largest:.1e}, more than {TOLERANCE:.0e}. The file is deleted. Please report this."
-        )
+    for name, difference in comparison.largest.items():
+        if not difference <= TOLERANCE:  # NaN is not
+            raise CheckpointError(
+                f"export: on {comparison.images} images, the {name} of the file differ by up to {difference:.1e}, "
+                f"more than {TOLERANCE:.0e}. The file is deleted. Please report this."
+            )
     return comparison
 
 

@@ -16,8 +16,8 @@ from project.inference.exported_network import ExportedNetwork, WithPreprocessin
 from project.inference.preprocessing_graph import preprocessing_graph
 from project.preprocessing import Preprocessing
 
-#: Maps images, uint8 ``(N, H, W, 3)``, to probabilities ``(N, C)``.
-Runner = Callable[[np.ndarray], np.ndarray]
+#: Maps images, uint8 ``(N, H, W, 3)``, to the outputs of a file by name.
+Runner = Callable[[np.ndarray], dict[str, np.ndarray]]
 OPSET = 18
 #: Range of image sizes in a torch.export program, in pixels.
 MIN_SIDE, MAX_SIDE = 1, 1 << 15
@@ -40,7 +40,7 @@ class ExportFormat(Protocol):
     def write(
         self, network: ExportedNetwork, preprocessing: Preprocessing, metadata: Mapping[str, Any], files: Sequence[Path]
     ) -> None:
-        """Write files that map images of any size to probabilities.
+        """Write files that map images of any size to the outputs of the network.
 
         Args:
             network: The network.
@@ -68,14 +68,14 @@ class OnnxFormat:
     def write(
         self, network: ExportedNetwork, preprocessing: Preprocessing, metadata: Mapping[str, Any], files: Sequence[Path]
     ) -> None:
-        """Write the graph ``images`` to ``probabilities``."""
-        model = onnx_model(network, example_pixels(preprocessing), "pixels", "probabilities")
+        """Write the graph from ``images`` to the outputs."""
+        model = onnx_model(network, example_pixels(preprocessing), "pixels", network.outputs)
         save_onnx(with_preprocessing(model, preprocessing), metadata, files[0])
 
     def runner(self, files: Sequence[Path]) -> Runner:
         """A session of ONNX Runtime on the CPU."""
         session = onnx_session(files[0])
-        return lambda images: np.asarray(session.run(None, {"images": images})[0])
+        return lambda images: run_session(session, {"images": images})
 
 
 class SplitOnnxFormat(OnnxFormat):
@@ -88,24 +88,20 @@ class SplitOnnxFormat(OnnxFormat):
     def write(
         self, network: ExportedNetwork, preprocessing: Preprocessing, metadata: Mapping[str, Any], files: Sequence[Path]
     ) -> None:
-        """Write the graphs ``images`` to ``rows``, and ``rows`` to ``probabilities``."""
+        """Write the graphs from ``images`` to ``rows``, and from ``rows`` to the outputs."""
         pixels = example_pixels(preprocessing)
         with torch.no_grad():
             rows = network.prefix(pixels)
-        prefix = with_preprocessing(onnx_model(network.prefix, pixels, "pixels", "rows"), preprocessing)
+        prefix = with_preprocessing(onnx_model(network.prefix, pixels, "pixels", ("rows",)), preprocessing)
         shared = {key: value for key, value in metadata.items() if key in SHARED_METADATA}
         save_onnx(prefix, shared, files[0])
-        save_onnx(onnx_model(network.suffix, rows, "rows", "probabilities"), metadata, files[1])
+        save_onnx(onnx_model(network.suffix, rows, "rows", network.outputs), metadata, files[1])
 
     def runner(self, files: Sequence[Path]) -> Runner:
         """Two sessions of ONNX Runtime on the CPU."""
         prefix, suffix = map(onnx_session, files)
 
-        def run(images: np.ndarray) -> np.ndarray:
-            (rows,) = prefix.run(None, {"images": images})
-            return np.asarray(suffix.run(None, {"rows": rows})[0])
-
-        return run
+        return lambda images: run_session(suffix, run_session(prefix, {"images": images}))
 
 
 class ProgramFormat:
@@ -135,9 +131,9 @@ class ProgramFormat:
         """The loaded program."""
         module = torch.export.load(files[0]).module()
 
-        def run(images: np.ndarray) -> np.ndarray:
+        def run(images: np.ndarray) -> dict[str, np.ndarray]:
             with torch.inference_mode():
-                return np.asarray(module(torch.from_numpy(images)).numpy())
+                return {name: np.asarray(output) for name, output in module(torch.from_numpy(images)).items()}
 
         return run
 
@@ -147,14 +143,14 @@ def example_pixels(preprocessing: Preprocessing) -> torch.Tensor:
     return torch.zeros(2, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8)
 
 
-def onnx_model(network: nn.Module, example: torch.Tensor, input_name: str, output_name: str) -> Any:
+def onnx_model(network: nn.Module, example: torch.Tensor, input_name: str, output_names: Sequence[str]) -> Any:
     """Export a module as an ``onnx.ModelProto`` with a dynamic batch size.
 
     Args:
-        network: Maps one tensor to one tensor.
+        network: Takes one tensor.
         example: Its input, of two or more items.
         input_name: Name of the input.
-        output_name: Name of the output.
+        output_names: Names of the outputs.
     """
     with suppress_output():
         program = torch.onnx.export(
@@ -164,7 +160,7 @@ def onnx_model(network: nn.Module, example: torch.Tensor, input_name: str, outpu
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("N")},),
             input_names=[input_name],
-            output_names=[output_name],
+            output_names=[*output_names],
             verbose=False,
         )
     assert program is not None
@@ -198,6 +194,12 @@ def onnx_session(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Outputs of an ONNX Runtime session by name."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(np.asarray, session.run(names, dict(inputs))), strict=True))
 
 
 #: Formats by the suffix of the output.

@@ -20,6 +20,7 @@ from project.inference.export_formats import (
     example_pixels,
     onnx_model,
     onnx_session,
+    run_session,
     save_onnx,
     with_preprocessing,
 )
@@ -81,7 +82,7 @@ def write_int8(
 
     with tempfile.TemporaryDirectory() as folder:
         plain, quantized, reference = (Path(folder, f"{name}.onnx") for name in ("plain", "quantized", "reference"))
-        model = onnx_model(network, example_pixels(preprocessing), "pixels", "probabilities")
+        model = onnx_model(network, example_pixels(preprocessing), "pixels", network.outputs)
         onnx.save(model, plain)
         quantize(plain, calibration, quantized)
         save_onnx(with_preprocessing(model, preprocessing), metadata, reference)
@@ -91,7 +92,7 @@ def write_int8(
 
 def _runner(file: Path) -> Runner:
     session = onnx_session(file)
-    return lambda images: np.asarray(session.run(None, {"images": images})[0])
+    return lambda images: run_session(session, {"images": images})
 
 
 def int8_cost(
@@ -110,7 +111,7 @@ def int8_cost(
         pixels = np.array(image)[None]
         for side, run in enumerate((reference, quantized)):
             start = time.perf_counter()
-            probabilities = run(pixels)
+            probabilities = run(pixels)["probabilities"]
             seconds[side] += time.perf_counter() - start
             correct[side, position] = int(task.predict(torch.from_numpy(probabilities)).label[0]) == label
     accuracies = correct.mean(1)

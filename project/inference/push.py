@@ -22,7 +22,11 @@ def require(repository: str | None) -> None:
     """
     if repository is None:
         raise ConfigError("push needs the repository: --repository USER/NAME.")
-    if Address.parse(repository).revision is not None:
+    try:
+        address = Address.parse(repository)
+    except ConfigError as error:
+        raise ConfigError(f"--repository: {repository!r} is not of the form USER/NAME.") from error
+    if address.revision is not None:
         raise ConfigError(f"--repository: push writes to the main branch. Remove the revision from {repository}.")
     require_hub()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from project import load
+from project import classifier, load
 from project.callbacks import answer_calibration, held_out_predictions
 from project.classifier import ImageClassifier
 from project.cli.main import main
@@ -96,21 +96,6 @@ def test_a_better_epoch_is_calibrated_on_validation_images_only(fit: Fit) -> Non
     flags = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.001", "--trainer.max_epochs", "2"]
     assert fit(*STORED, *flags, "--model.head_init", "random") == 0
     assert len(saved_answers()) == 12
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
-    """``best.ckpt``, calibrated on 60 validation and 60 training images, and ``photos`` in its folder. Read-only."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    for index, (name, colour) in enumerate(COLOURS.items()):
-        for number in range(40):
-            path = folder / f"photos/{'val' if number % 2 else 'train'}/{name}/{number}.png"
-            draw(path, colour, 100 * index + number)
-    flags = [*SMALL, *SOLVED, "--model.weights", str(weights), "--data.root", str(folder / "photos")]
-    flags += ["--trainer.default_root_dir", str(folder / "runs"), "--trainer.max_epochs", "0"]
-    assert main(["fit", *flags]) == 0
-    (path,) = folder.rglob("best.ckpt")
-    return path.rename(folder / "best.ckpt")
 
 
 @pytest.fixture
@@ -223,7 +208,15 @@ def test_limits_that_the_checkpoint_does_not_permit_are_refused(
     assert "--max_error 0.01 cannot be certified: it needs at least 230 images" in refused(
         main([*predicted, "--max_error", "0.01"])
     )
-    assert "--coverage must be between 1e-06 and 0.999999, not 95.0" in refused(main([*predicted, "--coverage", "95"]))
+
+
+@pytest.mark.parametrize("flag", ["--coverage", "--max_error", "--false_alarms"])
+def test_limits_out_of_range_are_refused_before_weights_are_loaded(
+    flag: str, calibrated: Path, strange: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(classifier, "load_backbone")
+    predicted = ["predict", "--ckpt_path", str(calibrated), "--data.predict", str(strange), "--data.num_workers", "0"]
+    assert f"{flag} must be between 1e-06 and 0.999999, not 95.0" in refused(main([*predicted, flag, "95"]))
 
 
 def test_damaged_answers_are_refused(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:

@@ -207,7 +207,7 @@ def test_invalid_address_is_refused(text: str) -> None:
     ("flags", "message"),
     [
         ([], "push needs the repository: --repository USER/NAME."),
-        (["--repository", "birds"], "'birds' is not an address"),
+        (["--repository", "birds"], "--repository: 'birds' is not of the form USER/NAME."),
         (["--repository", "me/birds@v1"], "push writes to the main branch"),
     ],
 )

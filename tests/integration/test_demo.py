@@ -22,7 +22,7 @@ from project.cli.main import main
 from project.errors import ModelError
 from project.inference import demo
 from project.inference.gallery import Gallery, data_of
-from tests.conftest import BACKBONE, draw
+from tests.conftest import BACKBONE, COLOURS, draw
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -95,6 +95,34 @@ def test_result_equals_the_prediction_of_load(kind: str, trained: Path, files: d
     assert result.html.count("<img") == 2 + demo.NEAREST
     evidence = "Evidence for" if classifier.heat_map([file]).any() else "No region supports"
     assert f"{evidence} {best} (Grad-CAM)" in result.html
+
+
+def test_calibrated_answers_are_those_of_load(calibrated: Path, here: Path) -> None:
+    classifier = load(calibrated)
+    lines = set()
+    for number, colour in enumerate([*COLOURS.values(), (250, 250, 250), (110, 110, 110)]):
+        file = draw(here / f"{number}.png", colour, 5000 + number)
+        (answer,) = classifier.answer([file], coverage=0.95, max_error=0.02, false_alarms=0.05)
+        page = demo.classify_file(classifier, None, str(file)).html
+        known, answered = ("yes" if value else "no" for value in (answer.known, answer.answered))
+        expected = [
+            f"Calibrated probability: {answer.probability:.1%}",
+            f"Known: {known} (at most 5% false alarms)",
+            f"Set: {', '.join(answer.classes)} (95% of such sets contain the right class)",
+            f"Answered: {answered} (at most 2% of such answers are wrong)",
+        ]
+        assert re.findall("<li>(.*?)</li>", page) == expected
+        lines.update(expected)
+    assert {line.partition(" (")[0] for line in lines} >= {"Known: yes", "Known: no", "Answered: yes", "Answered: no"}
+
+
+def test_without_calibrated_answers_none_are_shown(trained: Path, files: dict[str, Path]) -> None:
+    classifier = load(trained / "checkpoints/best.ckpt")
+    # 12 calibration images are too few for any limit.
+    page = demo.classify_file(classifier, None, str(files["red"])).html
+    assert re.findall("<li>(.*?)</li>", page)[0].startswith("Calibrated probability: ")
+    classifier.model.answers = None
+    assert "<li>" not in demo.classify_file(classifier, None, str(files["red"])).html
 
 
 def test_corrupt_image_is_reported_without_its_path(trained: Path, files: dict[str, Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from project.errors import ConfigError, damaged_checkpoint
 from project.evaluation.answers.abstention import Abstention, certify
 from project.evaluation.answers.held_out import Calibration
-from project.evaluation.answers.measurement import REPORT, measure
+from project.evaluation.answers.measurement import COVERAGES, FALSE_ALARMS, MAX_ERRORS, REPORT, measure
 from project.evaluation.answers.policy import AnswerPolicy
 from project.evaluation.answers.prediction_sets import images_needed as images_for_sets
 from project.evaluation.answers.prediction_sets import set_threshold
@@ -36,6 +36,20 @@ TENSORS = {
     "distances": torch.float32,
     "rows": torch.int8,
 }
+
+
+class Limits(NamedTuple):
+    """Limits that can be asked of answers; see :meth:`Answers.policy`.
+
+    Attributes:
+        coverages: Of prediction sets.
+        max_errors: Of abstention.
+        false_alarms: Of the detection of unknown images.
+    """
+
+    coverages: list[float]
+    max_errors: list[float]
+    false_alarms: list[float]
 
 
 @dataclass(frozen=True)
@@ -109,9 +123,7 @@ class Answers:
         Raises:
             ConfigError: A value is not between :data:`MARGIN` and 1 - :data:`MARGIN`, or needs more calibration images.
         """
-        for name, value in (("coverage", coverage), ("max_error", max_error), ("false_alarms", false_alarms)):
-            if value is not None and not MARGIN <= value <= 1 - MARGIN:
-                raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.")
+        require_fractions(coverage=coverage, max_error=max_error, false_alarms=false_alarms)
         confidence = None if max_error is None else self._require_certified(max_error).threshold
         score = distances = None
         if coverage is not None:
@@ -121,6 +133,14 @@ class Answers:
             self._require(images_for_alarms(false_alarms), f"false_alarms {false_alarms:g}", "a larger rate")
             distances = distance_thresholds(self.distances, self.predicted, self.classes, false_alarms)
         return AnswerPolicy(self.temperature, score, confidence, distances, self.rows)
+
+    def reported_limits(self) -> Limits:
+        """The limits of the model card that the calibration images are enough for."""
+        return Limits(
+            [coverage for coverage in COVERAGES if len(self) >= images_for_sets(coverage)],
+            [error for error in MAX_ERRORS if self.abstention(error).threshold is not None],
+            [rate for rate in FALSE_ALARMS if len(self) >= images_for_alarms(rate)],
+        )
 
     def abstention(self, max_error: float) -> Abstention:
         """The threshold for an error rate, and the share of the images that it answers."""
@@ -174,6 +194,17 @@ class Answers:
             raise damaged_checkpoint("The checkpoint is damaged: its calibrated answers are invalid.")
         arrays = {name: state[name].numpy() for name in TENSORS}
         return cls(classes, state["validation"], state["temperature"], report=state["report"], **arrays)
+
+
+def require_fractions(**limits: float | None) -> None:
+    """Check the range of limits; ``None`` is no limit.
+
+    Raises:
+        ConfigError: A value is not between :data:`MARGIN` and 1 - :data:`MARGIN`.
+    """
+    for name, value in limits.items():
+        if value is not None and not MARGIN <= value <= 1 - MARGIN:
+            raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.")
 
 
 def _rounded_up(values: np.ndarray) -> np.ndarray:
