@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
     from project.data.sources.base import Sample, Source
     from project.features.builder import BuildResult
     from project.features.engine_options import EngineFactory, EngineOption
+    from project.features.engines import Engine
     from project.features.views import View, Views
     from project.runtime.distributed import ProcessGroup
 
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
+SERVED_IMAGES = 10_000  # images that an engine is chosen for if their number is not known
 EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
@@ -148,6 +150,37 @@ class RowProvider:
             return rows[torch.from_numpy(index.astype(np.int64))].float()
         finally:
             rows.close()
+
+    def select(self, prefix: PrefixSpec, images: torch.Tensor) -> tuple[EngineOption, Engine, str]:
+        """Choose and build an engine for images that are not known yet. No rows are stored.
+
+        Args:
+            prefix: The frozen prefix.
+            images: Images to measure engines with, uint8 ``(B, 3, H, W)``.
+
+        Returns:
+            The option, its engine, and the reason for the choice.
+
+        Raises:
+            ConfigError: No engine matches the settings; int8 never does, as it needs calibration images.
+            EngineError: The engine cannot be built.
+        """
+        from project.features.builder import build_engine
+        from project.features.engine_options import EngineFactory
+        from project.features.engine_selection import RateFile, choose, cost
+
+        if self._precision == "int8":
+            raise ConfigError("features.precision int8 needs training images to calibrate it. Use another precision.")
+        backbone, device = prefix.backbone, prefix.device
+        engines = EngineFactory(self._root, prefix, "", lambda: images)
+        options = engines.options(self._engine, self._precision)
+        flops = cost(backbone, prefix.cut, device).flops if len(options) > 1 else 0
+        network = f"{backbone.name} to {prefix.cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+        rates = RateFile(self._root / "rates.json", network, device)
+        choice = choose(options, [SERVED_IMAGES] * len(options), lambda: images, flops, device, rates)
+        option = options[choice.index]
+        engine, _ = build_engine(option, choice.engine, images[:1])
+        return option, engine, choice.reason + engines.skipped
 
     def _options(self, engines: EngineFactory, ranks: ProcessGroup) -> list[EngineOption]:
         """Engine options; rank zero first, as it writes the exported and calibrated networks that others read."""

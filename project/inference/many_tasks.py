@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class ManyTasks(pl.LightningModule):
         names: Names of the tasks.
         classifiers: The classifiers, in the same order.
         groups: Positions of the classifiers of each group.
+        encoders: Computes the rows of each group; by default the frozen prefix itself.
         preprocessings: The different preprocessings of the classifiers.
     """
 
@@ -43,6 +44,9 @@ class ManyTasks(pl.LightningModule):
         for position, classifier in enumerate(classifiers):
             groups.setdefault(_prefix_key(classifier), []).append(position)
         self.groups = list(groups.values())
+        self.encoders: list[Callable[[torch.Tensor], torch.Tensor]] = [
+            self.classifiers[group[0]].encode for group in self.groups
+        ]
         self.preprocessings = list(dict.fromkeys(classifier.backbone.preprocessing for classifier in classifiers))
 
     @classmethod
@@ -91,9 +95,9 @@ class ManyTasks(pl.LightningModule):
             images: The images in each of :attr:`preprocessings`: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         """
         results: dict[int, Outputs] = {}
-        for group in self.groups:
-            first = self.classifiers[group[0]]
-            rows = first.encode(images[self.preprocessings.index(first.backbone.preprocessing)])
+        for group, encode in zip(self.groups, self.encoders, strict=True):
+            preprocessing = self.classifiers[group[0]].backbone.preprocessing
+            rows = encode(images[self.preprocessings.index(preprocessing)])
             for position in group:
                 classifier = self.classifiers[position]
                 # Cloned, because a stage or a head may start with an operation that modifies its input.
