@@ -1,6 +1,6 @@
 """A server with LitServe that runs the same model as ``serve``, to compare the two.
 
-    python -m tests.benchmarks.litserve_server --ckpt_path best.ckpt
+python -m tests.benchmarks.litserve_server --ckpt_path best.ckpt
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def main() -> None:
             self.model.warm_up()
             torch.set_num_threads(1)
 
-        async def decode_request(self, request: Any) -> Any:
-            return request
+        def decode_request(self, request: Any) -> Any:
+            return self.model.prepare(request["image"].file.read())
 
-        def batch(self, inputs: list[Any]) -> Any:
+        def predict(self, inputs: list[Any]) -> list[Any]:
+            return self.model.answer(inputs)
+
+        def batch(self, inputs: list[Any]) -> list[Any]:
             return inputs
 
-        def predict(self, inputs: list[Any]) -> Any:
-            return inputs
-
-        def unbatch(self, output: Any) -> Any:
+        def unbatch(self, output: list[Any]) -> list[Any]:
             return output
 
         def encode_response(self, output: Any) -> Any:

@@ -58,7 +58,11 @@ def main() -> None:
         servers = {"serve": ours}
         if options.litserve:
             servers["LitServe"] = ["tests.benchmarks.litserve_server", "--ckpt_path", checkpoint]
-        requests = [(form if index % 2 else raw)(path.read_bytes()) for index, path in enumerate(photographs)]
+        # LitServe reads forms only.
+        requests = [
+            (form if options.litserve or index % 2 else raw)(path.read_bytes())
+            for index, path in enumerate(photographs)
+        ]
         rows = []
         for name, command in servers.items():
             with server(command) as (process, port):
@@ -68,7 +72,16 @@ def main() -> None:
     progress(f"predict: {rates[0]:.1f} and {rates[1]:.1f} images/s before and after")
     for row in rows:
         row.insert(2, f"{float(row[1]) / mean:.2f}")
-    header = ["images/s", "of predict", "p50 ms", "p95 ms", "MB before", "MB after", "largest MB", "cores of the client"]
+    header = [
+        "images/s",
+        "of predict",
+        "p50 ms",
+        "p95 ms",
+        "MB before",
+        "MB after",
+        "largest MB",
+        "cores of the client",
+    ]
     print_table([f"{options.connections} connections, {options.seconds:.0f} s", *header], rows)
 
 
@@ -117,9 +130,7 @@ def server(arguments: list[object]) -> Iterator[tuple[subprocess.Popen[str], int
         process.wait(60)
 
 
-async def measure(
-    pid: int, port: int, requests: list[bytes], options: argparse.Namespace, attack: bool
-) -> list[str]:
+async def measure(pid: int, port: int, requests: list[bytes], options: argparse.Namespace, attack: bool) -> list[str]:
     """Cells of a server: its throughput, latency and memory under load."""
     await saturate(port, requests, options.connections, WARM_UP)
     before, memory = resident(pid), [resident(pid)]

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, create_model
 from starlette.exceptions import HTTPException
 
-from project.inference.serving.limits import Refusal, unavailable
+from project.inference.serving.limits import RefusedError, unavailable
 from project.inference.serving.metrics import MeasuredRequests
 from project.inference.serving.service import Service
 from project.inference.serving.uploads import FORM, read_upload
@@ -64,7 +64,11 @@ class Prediction(BaseModel):
 
 
 def make_app(
-    service: Service, names: Sequence[str], version: str, token: str | None = None, on_started: Callable[[], None] | None = None
+    service: Service,
+    names: Sequence[str],
+    version: str,
+    token: str | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> FastAPI:
     """Create the application.
 
@@ -95,9 +99,9 @@ def make_app(
         request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> None:
         if token is None and not LOOPBACK.fullmatch(request.headers.get("host", "")):
-            raise Refusal(403, "Without a token, the server answers requests to 127.0.0.1 and localhost only.")
+            raise RefusedError(403, "Without a token, the server answers requests to 127.0.0.1 and localhost only.")
         if token is not None and not (given and hmac.compare_digest(given.credentials.encode(), token.encode())):
-            raise Refusal(401, "The token is missing or wrong; send Authorization: Bearer TOKEN.", CHALLENGE)
+            raise RefusedError(401, "The token is missing or wrong; send Authorization: Bearer TOKEN.", CHALLENGE)
 
     app = FastAPI(
         title="Image classifier",
@@ -107,7 +111,7 @@ def make_app(
         openapi_url=None,  # replaced by a route that needs the token
     )
     guarded: Any = {"dependencies": [Depends(check_access)]}
-    answer_model = Prediction if len(names) == 1 else create_model("Predictions", **{name: Prediction for name in names})
+    answer_model = Prediction if len(names) == 1 else create_model("Predictions", **dict.fromkeys(names, Prediction))
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem} for status in (400, 401, 403, 408, 413, 415, 422, 503)
     }
@@ -145,8 +149,8 @@ def make_app(
     async def openapi() -> Response:
         return JSONResponse(app.openapi())
 
-    @app.exception_handler(Refusal)
-    async def refuse(_: Request, refusal: Refusal) -> Response:
+    @app.exception_handler(RefusedError)
+    async def refuse(_: Request, refusal: RefusedError) -> Response:
         return JSONResponse({"error": refusal.reason}, refusal.status, dict(refusal.headers))
 
     @app.exception_handler(HTTPException)
@@ -161,7 +165,6 @@ def make_app(
     service.metrics.info.info({"version": version, "tasks": ",".join(names)})
     app.add_middleware(MeasuredRequests, metrics=service.metrics, paths=frozenset(PATHS))
     return app
-
 
 
 async def _disconnected(request: Request) -> None:

@@ -48,7 +48,7 @@ class RequestLimits:
 
 
 @dataclass
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is not answered.
 
     Attributes:
@@ -65,6 +65,6 @@ class Refusal(Exception):
         return f"{self.status}: {self.reason}"
 
 
-def unavailable(reason: str) -> Refusal:
+def unavailable(reason: str) -> RefusedError:
     """A refusal after which the client may try again."""
-    return Refusal(503, reason, {"Retry-After": RETRY_AFTER})
+    return RefusedError(503, reason, {"Retry-After": RETRY_AFTER})

@@ -31,9 +31,7 @@ class Metrics:
             "serve_request_seconds", "Time of a request to /predict", buckets=SECONDS, registry=registry
         )
         self.in_progress = Gauge("serve_requests_in_progress", "Requests to /predict in progress", registry=registry)
-        self.batch_images = Histogram(
-            "serve_batch_images", "Images per batch", buckets=BATCH_SIZES, registry=registry
-        )
+        self.batch_images = Histogram("serve_batch_images", "Images per batch", buckets=BATCH_SIZES, registry=registry)
         self.info = Info("serve", "Version and tasks of the server", registry=registry)
         ProcessCollector(registry=registry)
 

@@ -16,7 +16,7 @@ from project.features.engines import Engine, ExactEngine
 from project.features.provider import RowProvider
 from project.inference.answer import answers_of
 from project.inference.many_tasks import ManyTasks
-from project.inference.serving.limits import Refusal
+from project.inference.serving.limits import RefusedError
 from project.models.fingerprint import fingerprint_tensors
 
 TOP_CLASSES = 3
@@ -74,14 +74,14 @@ class ServedModel:
             uint8 ``(3, H, W)``, for each preprocessing.
 
         Raises:
-            Refusal: The image cannot be read.
+            RefusedError: The image cannot be read.
         """
         try:
             image = to_image(content)
         except DataError as error:
-            raise Refusal(422, f"The image {error.reason}") from error
+            raise RefusedError(422, f"The image {error.reason}") from error
         except MemoryError as error:
-            raise Refusal(413, "The image needs more memory than the server has.") from error
+            raise RefusedError(413, "The image needs more memory than the server has.") from error
         return [transform(image) for transform in self._transforms]
 
     def answer(self, images: Sequence[list[torch.Tensor]]) -> list[dict[str, Any]]:
@@ -159,9 +159,7 @@ def set_policies(tasks: ManyTasks, limits: Mapping[str, float | None]) -> None:
             raise ConfigError(f"Task {name}: --{error}") from error
 
 
-def select_engines(
-    tasks: ManyTasks, provider: RowProvider, precision: str
-) -> tuple[list[Engine | None], list[str]]:
+def select_engines(tasks: ManyTasks, provider: RowProvider, precision: str) -> tuple[list[Engine | None], list[str]]:
     """Choose the engine of each group, as a fit does.
 
     Args:
@@ -188,4 +186,3 @@ def select_engines(
         engines.append(None if isinstance(engine, ExactEngine) else engine)
         reasons.append(f"{option} ({reason})")
     return engines, reasons
-

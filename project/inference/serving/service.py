@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from project.inference.serving.batching import Batcher
-from project.inference.serving.limits import Refusal, RequestLimits, unavailable
+from project.inference.serving.limits import RefusedError, RequestLimits, unavailable
 from project.inference.serving.metrics import Metrics
 from project.inference.serving.served_model import ServedModel
 from project.inference.serving.uploads import CLIENT_CLOSED, check_header
@@ -86,7 +86,7 @@ class Service:
         """Context of a request in progress.
 
         Raises:
-            Refusal: The model is not loaded, or too many requests are in progress.
+            RefusedError: The model is not loaded, or too many requests are in progress.
         """
         if self.model is None:
             raise unavailable("The model is being loaded.")
@@ -111,7 +111,7 @@ class Service:
             The answer of each task by name.
 
         Raises:
-            Refusal: The image cannot be read or is too large, or the time is up.
+            RefusedError: The image cannot be read or is too large, or the time is up.
         """
         work, gone = asyncio.ensure_future(self._answer(content)), asyncio.ensure_future(disconnected)
         try:
@@ -119,7 +119,7 @@ class Service:
             if work in done:
                 return work.result()
             if gone in done:
-                raise Refusal(CLIENT_CLOSED, "The client has closed the connection.")
+                raise RefusedError(CLIENT_CLOSED, "The client has closed the connection.")
             raise unavailable(f"No answer within {self.limits.max_seconds:g} seconds; try again later.")
         finally:
             work.cancel()

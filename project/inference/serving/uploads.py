@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from project.data.image_io import open_image
-from project.inference.serving.limits import MAX_SCANS, Refusal, RequestLimits
+from project.inference.serving.limits import MAX_SCANS, RefusedError, RequestLimits
 
 FORM = "multipart/form-data"
 RAW = ("image/", "application/octet-stream")
@@ -35,11 +35,11 @@ async def read_upload(request: Request, limits: RequestLimits) -> bytes:
         limits: Of size and time.
 
     Raises:
-        Refusal: The request is too large, too slow, or contains no image.
+        RefusedError: The request is too large, too slow, or contains no image.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != FORM and kind and not kind.startswith(RAW):
-        raise Refusal(
+        raise RefusedError(
             415,
             f"Content-Type {kind} is not supported; send {FORM} with one file, or the bytes of an image as image/*.",
         )
@@ -54,11 +54,11 @@ async def read_upload(request: Request, limits: RequestLimits) -> bytes:
                 content = b"".join([chunk async for chunk in _limited(request, max_bytes, limits)])
     except TimeoutError as error:
         reason = f"The upload takes more than {limits.max_seconds:g} seconds."
-        raise Refusal(408, reason, {"Connection": "close"}) from error
+        raise RefusedError(408, reason, {"Connection": "close"}) from error
     except ClientDisconnect as error:
-        raise Refusal(CLIENT_CLOSED, "The client has closed the connection.") from error
+        raise RefusedError(CLIENT_CLOSED, "The client has closed the connection.") from error
     if not content:
-        raise Refusal(400, "The image is empty: it has 0 bytes.")
+        raise RefusedError(400, "The image is empty: it has 0 bytes.")
     if len(content) > limits.max_bytes:
         raise _too_large(limits)
     return content
@@ -68,12 +68,16 @@ async def _read_form(request: Request, max_bytes: int, limits: RequestLimits) ->
     try:
         form = await _Form(request.headers, _limited(request, max_bytes, limits), max_files=1, max_fields=8).parse()
     except MultiPartException as error:
-        raise Refusal(400, f"The form cannot be read: {error.message}") from error
-    async with form:
+        raise RefusedError(400, f"The form cannot be read: {error.message}") from error
+    try:
         values = [value for _, value in form.multi_items()]
         if len(values) != 1 or not isinstance(values[0], UploadFile):
-            raise Refusal(400, "The form must contain one file and no other field, as in: curl -F image=@photo.jpg")
+            raise RefusedError(
+                400, "The form must contain one file and no other field, as in: curl -F image=@photo.jpg"
+            )
         return await values[0].read()
+    finally:
+        await form.close()
 
 
 async def _limited(request: Request, max_bytes: int, limits: RequestLimits) -> AsyncGenerator[bytes]:
@@ -86,8 +90,8 @@ async def _limited(request: Request, max_bytes: int, limits: RequestLimits) -> A
         yield chunk
 
 
-def _too_large(limits: RequestLimits) -> Refusal:
-    return Refusal(413, f"The upload has more than {limits.max_megabytes:g} MB.")
+def _too_large(limits: RequestLimits) -> RefusedError:
+    return RefusedError(413, f"The upload has more than {limits.max_megabytes:g} MB.")
 
 
 def check_header(content: bytes, limits: RequestLimits) -> None:
@@ -98,20 +102,20 @@ def check_header(content: bytes, limits: RequestLimits) -> None:
         limits: Of pixels.
 
     Raises:
-        Refusal: The content is not an image, or it is too large.
+        RefusedError: The content is not an image, or it is too large.
     """
     try:
         with open_image(content) as image:
             (width, height), kind = image.size, image.format
     except UnidentifiedImageError as error:
-        raise Refusal(422, "The image is not a readable image.") from error
+        raise RefusedError(422, "The image is not a readable image.") from error
     except Image.DecompressionBombError as error:
-        raise Refusal(413, f"The image has more than {limits.max_megapixels:g} megapixels.") from error
+        raise RefusedError(413, f"The image has more than {limits.max_megapixels:g} megapixels.") from error
     except Exception as error:  # Pillow raises many types on damaged bytes
-        raise Refusal(422, f"The image cannot be read: {str(error) or type(error).__name__}.") from error
+        raise RefusedError(422, f"The image cannot be read: {str(error) or type(error).__name__}.") from error
     if width * height > limits.max_megapixels * 1e6:
-        raise Refusal(
+        raise RefusedError(
             413, f"The image has {width} x {height} pixels, more than {limits.max_megapixels:g} megapixels."
         )
     if kind in ("JPEG", "MPO") and content.count(START_OF_SCAN) > MAX_SCANS:
-        raise Refusal(413, f"The JPEG has more than {MAX_SCANS} scans.")
+        raise RefusedError(413, f"The JPEG has more than {MAX_SCANS} scans.")
