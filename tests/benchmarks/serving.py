@@ -29,9 +29,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.benchmarks.load_client import Load, form, hostile, once, raw, saturate
-from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_fit, run_module
+from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_fit, run_module, subset
 
-COPIES = 3  # further copies of the photographs for predict
+COPIES = 2  # further copies of the photographs for predict
 WARM_UP = 5.0  # seconds
 
 
@@ -41,18 +41,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that contains the data set flowers5")
     parser.add_argument("--seconds", type=float, default=60, help="duration of the load")
     parser.add_argument("--connections", type=int, default=32, help="requests in progress")
+    parser.add_argument("--images", type=int, help="approximate number of photographs; default: all")
     parser.add_argument("--serve", default="", help="further flags of serve, in quotes")
     parser.add_argument("--predict", default="", help="further flags of predict, in quotes")
     parser.add_argument("--litserve", action="store_true", help="measure LitServe, too")
     options = parser.parse_args()
-    data = options.data.resolve() / "flowers5"
-    photographs = sorted(data.rglob("*.jpg"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        data = subset(options.data.resolve() / "flowers5", options.images, folder)
+        photographs = sorted(data.rglob("*.jpg"))
         flags = [*LITE0, "--trainer.max_epochs", 0, "--dashboard.figures", "false"]
         run_fit(data, folder / "store", *flags, "--trainer.default_root_dir", folder / "runs")
         checkpoint = folder / "runs/flowers5/version_0/checkpoints/best.ckpt"
         folders = copies(photographs, folder)
+        progress("fit has ended")
         rates = [predict_rate(checkpoint, folders, len(photographs), options.predict)]
         ours = ["project", "serve", "--ckpt_path", checkpoint, "--port", 0, *shlex.split(options.serve)]
         servers = {"serve": ours}
