@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from project import load
 from project.errors import CheckpointError, ConfigError
 from project.features.provider import RowProvider
 from project.inference.many_tasks import ManyTasks
-from project.inference.serving.app import Prediction, make_app
+from project.inference.serving.app import Prediction, make_app, make_server
 from project.inference.serving.limits import RequestLimits
 from project.inference.serving.served_model import ServedModel, select_engines, set_policies
 from project.inference.serving.service import Batching, Service
@@ -107,7 +106,7 @@ def serving(
     service = Service(load_model, limits or RequestLimits(), batching or Batching(wait=0))
     started = threading.Event()
     app = make_app(service, names, VERSION, token, started.set)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
+    server = make_server(app)
     with socket.create_server(("127.0.0.1", 0)) as opened:
         thread = threading.Thread(target=server.run, args=([opened],))
         thread.start()
@@ -309,6 +308,13 @@ def test_slow_upload_is_refused(checkpoint: Path, photo: bytes) -> None:
                 assert b"408 " in connection.recv(1000)
         assert server.send(raw(photo))[0] == 200
         assert server.metric("serve_requests_in_progress") == 0
+
+
+def test_endless_headers_are_refused(server: Server, photo: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X-Long: " + b"x" * 100_000)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert server.send(raw(photo))[0] == 200
 
 
 def test_request_without_an_answer_in_time_is_refused(gated: GatedModel, photo: bytes) -> None:

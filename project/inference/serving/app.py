@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -165,6 +166,15 @@ def make_app(
     service.metrics.info.info({"version": version, "tasks": ",".join(names)})
     app.add_middleware(MeasuredRequests, metrics=service.metrics, paths=frozenset(PATHS))
     return app
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """Create the server of an application.
+
+    h11 parses the requests, because uvicorn's faster parser, httptools, does not limit the size of the headers.
+    """
+    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", proxy_headers=False, **quiet))
 
 
 async def _disconnected(request: Request) -> None:

@@ -147,9 +147,7 @@ def serve(
         CheckpointError: A checkpoint is missing or damaged.
         WeightsError: The weights of a backbone are not available on this machine.
     """
-    import uvicorn
-
-    from project.inference.serving.app import make_app
+    from project.inference.serving.app import make_app, make_server
     from project.inference.serving.served_model import ServedModel, select_engines, set_policies
     from project.inference.serving.service import Batching, Service
 
@@ -176,8 +174,7 @@ def serve(
     version = installed_versions([DISTRIBUTION]).get(DISTRIBUTION, "unknown")
     service = Service(load_model, limits, Batching(batch_size, batch_wait))
     app = make_app(service, task_names(paths), version, read_token(host, token_file), on_started)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
-    server = uvicorn.Server(config)
+    server = make_server(app)
     with listen(host, port) as opened:
         name = f"[{host}]" if ":" in host else host
         print_rank_zero(f"Serve: http://{name}:{opened.getsockname()[1]}/predict")
