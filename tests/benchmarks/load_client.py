@@ -12,7 +12,7 @@ import struct
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -126,17 +126,21 @@ def many_scans(photograph: bytes, scans: int) -> bytes:
     return content[:-2] + content[begin:-2] * scans + content[-2:]
 
 
-def hostile(photograph: bytes) -> dict[str, Callable[[], bytes]]:
-    """Requests that a server must refuse."""
-    bomb, scans = png(30_000, 30_000), many_scans(photograph, 2000)
+def hostile(photograph: bytes) -> dict[str, bytes]:
+    """Requests that a server must refuse, by name.
+
+    Args:
+        photograph: A JPEG.
+    """
+    url = b'{"url": "http://127.0.0.1/photo.jpg"}'
     return {
-        "bomb (30,000 x 30,000 px)": lambda: form(bomb),
-        "bomb (9,000 x 9,000 px)": lambda: form(png(9_000, 9_000)),
-        "JPEG of 2,000 scans": lambda: raw(scans),
-        "text": lambda: form(b"no image\n" * 1000),
-        "truncated": lambda: raw(photograph[: len(photograph) // 2]),
-        "100 MB": lambda: raw(photograph + bytes(100_000_000)),
-        "100 MB form": lambda: form(bytes(100_000_000)),
-        "URL": lambda: _head("application/json", 31) + b'{"url": "http://127.0.0.1/a.jpg"}'[:31],
-        "empty": lambda: raw(b""),
+        "bomb (30,000 x 30,000 px)": form(png(30_000, 30_000)),
+        "bomb (9,000 x 9,000 px)": form(png(9_000, 9_000)),
+        "JPEG of 2,000 scans": raw(many_scans(photograph, 2000)),
+        "text": form(b"no image\n" * 1000),
+        "truncated": raw(photograph[: len(photograph) // 2]),
+        "100 MB": raw(photograph + bytes(100_000_000)),
+        "100 MB form": form(bytes(100_000_000)),
+        "URL": _head("application/json", len(url)) + url,
+        "empty": raw(b""),
     }

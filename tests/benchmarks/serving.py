@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +64,15 @@ def main() -> None:
             (form if options.litserve or index % 2 else raw)(path.read_bytes())
             for index, path in enumerate(photographs)
         ]
-        rows = []
+        rows, attacks = [], hostile(photographs[0].read_bytes())
         for name, command in servers.items():
             with server(command) as (process, port):
-                rows.append([name, *asyncio.run(measure(process.pid, port, requests, options, name == "serve"))])
+                rows.append(
+                    [
+                        name,
+                        *asyncio.run(measure(process.pid, port, requests, options, attacks if name == "serve" else {})),
+                    ]
+                )
         rates.append(predict_rate(checkpoint, folders, len(photographs), options.predict))
     mean = sum(rates) / len(rates)
     progress(f"predict: {rates[0]:.1f} and {rates[1]:.1f} images/s before and after")
@@ -132,11 +136,13 @@ def server(arguments: list[object]) -> Iterator[tuple[subprocess.Popen[str], int
         process.wait(60)
 
 
-async def measure(pid: int, port: int, requests: list[bytes], options: argparse.Namespace, attack: bool) -> list[str]:
+async def measure(
+    pid: int, port: int, requests: list[bytes], options: argparse.Namespace, attacks: dict[str, bytes]
+) -> list[str]:
     """Cells of a server: its throughput, latency and memory under load."""
     await saturate(port, requests, options.connections, WARM_UP)
     before, memory = resident(pid), [resident(pid)]
-    answers: Counter[tuple[str, int]] = Counter()
+    answers: list[list[str]] = []
 
     async def watch() -> None:
         while True:
@@ -144,19 +150,18 @@ async def measure(pid: int, port: int, requests: list[bytes], options: argparse.
             memory.append(resident(pid))
 
     async def upload() -> None:
-        photograph = requests[0].partition(b"\r\n\r\n")[2]
-        for kind, make in list(hostile(photograph).items()):
-            status, _ = await once(port, make())
-            answers[kind, status] += 1
+        for kind, request in attacks.items():
+            status, answer = await once(port, request)
+            answers.append([kind, str(status), answer["error"]])
             await asyncio.sleep(options.seconds / 20)
 
     watching = asyncio.create_task(watch())
-    uploading = asyncio.create_task(upload()) if attack else None
+    uploading = asyncio.create_task(upload()) if attacks else None
     load: Load = await saturate(port, requests, options.connections, options.seconds)
     watching.cancel()
     if uploading is not None:
         await uploading
-        print_table(["hostile upload", "status"], [[kind, str(status)] for kind, status in answers])
+        print_table(["hostile upload", "status", "error"], answers)
         status, answer = await once(port, requests[0])
         progress(f"afterwards: status {status}, {answer}")
     await asyncio.sleep(1)

@@ -112,7 +112,8 @@ def make_app(
         openapi_url=None,  # replaced by a route that needs the token
     )
     guarded: Any = {"dependencies": [Depends(check_access)]}
-    answer_model = Prediction if len(names) == 1 else create_model("Predictions", **dict.fromkeys(names, Prediction))
+    fields: Any = dict.fromkeys(names, Prediction)
+    answer_model = Prediction if len(names) == 1 else create_model("Predictions", **fields)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem} for status in (400, 401, 403, 408, 413, 415, 422, 503)
     }

@@ -38,7 +38,7 @@ class EngineRows:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map uint8 images ``(B, 3, H, W)`` on the CPU to rows."""
-        rows = torch.cat([self.engine(part) for part in images.split(self.engine.batch_size)])
+        rows = torch.cat([self.engine(part) for part in torch.split(images, self.engine.batch_size)])
         return rows.to(self.model.device, self.model.backbone.mean.dtype)
 
 
