@@ -22,9 +22,10 @@ from project.errors import CheckpointError, ConfigError
 from project.features.provider import RowProvider
 from project.inference.many_tasks import ManyTasks
 from project.inference.serving.app import Prediction, make_app, make_server
-from project.inference.serving.limits import RequestLimits
+from project.inference.serving.limits import RefusedError, RequestLimits
 from project.inference.serving.served_model import ServedModel, select_engines, set_policies
 from project.inference.serving.service import Batching, Service
+from project.inference.serving.uploads import check_header
 from tests.benchmarks.load_client import BOUNDARY, form, many_scans, png, raw
 
 VERSION = "1.2.3"
@@ -256,7 +257,7 @@ def test_hostile_uploads_are_refused_and_the_server_continues(server: Server, ph
     uploads = {
         form(png(30_000, 30_000)): (413, "more than 50 megapixels"),
         raw(png(9_000, 9_000)): (413, "9000 x 9000 pixels, more than 50 megapixels"),
-        raw(many_scans(jpeg, 200)): (413, "more than 100 scans"),
+        raw(many_scans(jpeg, 200)): (413, "scans, too many for 48 x 40 pixels"),
         form(b"no image\n" * 100): (422, "not a readable image"),
         raw(jpeg[: len(jpeg) // 2]): (422, "The image cannot be read"),
         raw(photo[: len(photo) // 2]): (422, "The image cannot be read"),
@@ -472,3 +473,13 @@ def test_internal_error_is_json_and_logged(checkpoint: Path, photo: bytes, caplo
         assert status == 500 and answer == {"error": "Internal error; the log of the server has the details."}
         assert server.metric('serve_requests_total{path="/predict",status="500"}') == 1
     assert "secret path" in caplog.text
+
+
+def test_scans_are_limited_by_the_size_of_the_image(photo: bytes) -> None:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photo)).resize((500, 400)).save(file, "JPEG")
+    content = many_scans(file.getvalue(), 30)
+    check_header(content, RequestLimits(max_megapixels=2))
+    check_header(file.getvalue(), RequestLimits(max_megapixels=0.21))
+    with pytest.raises(RefusedError, match=r"413: The JPEG has \d\d scans, too many for 500 x 400 pixels\."):
+        check_header(content, RequestLimits(max_megapixels=0.21))

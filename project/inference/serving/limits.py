@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 
 from project.errors import ConfigError
 
-#: Largest number of scans of a JPEG. Progressive files have about ten. Each scan is decoded at the full number of
-#: pixels, so a small file with thousands of scans would take hours.
+#: Largest number of scans of a JPEG, and of an image with as many pixels as are permitted. Progressive files have about
+#: ten. Each scan is decoded at the full number of pixels, so a small file with thousands of scans would take hours.
 MAX_SCANS = 100
+MAX_SCANS_OF_LARGEST = 20
 #: Seconds after which a client may try again.
 RETRY_AFTER = "1"
 

@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from project.data.image_io import open_image
-from project.inference.serving.limits import MAX_SCANS, RefusedError, RequestLimits
+from project.inference.serving.limits import MAX_SCANS, MAX_SCANS_OF_LARGEST, RefusedError, RequestLimits
 
 FORM = "multipart/form-data"
 RAW = ("image/", "application/octet-stream")
@@ -113,9 +113,11 @@ def check_header(content: bytes, limits: RequestLimits) -> None:
         raise RefusedError(413, f"The image has more than {limits.max_megapixels:g} megapixels.") from error
     except Exception as error:  # Pillow raises many types on damaged bytes
         raise RefusedError(422, f"The image cannot be read: {str(error) or type(error).__name__}.") from error
-    if width * height > limits.max_megapixels * 1e6:
+    pixels, max_pixels = width * height, limits.max_megapixels * 1e6
+    if pixels > max_pixels:
         raise RefusedError(
             413, f"The image has {width} x {height} pixels, more than {limits.max_megapixels:g} megapixels."
         )
-    if kind in ("JPEG", "MPO") and content.count(START_OF_SCAN) > MAX_SCANS:
-        raise RefusedError(413, f"The JPEG has more than {MAX_SCANS} scans.")
+    scans = content.count(START_OF_SCAN) if kind in ("JPEG", "MPO") else 0
+    if scans > MAX_SCANS or scans * pixels > MAX_SCANS_OF_LARGEST * max_pixels:
+        raise RefusedError(413, f"The JPEG has {scans} scans, too many for {width} x {height} pixels.")
