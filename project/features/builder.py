@@ -251,6 +251,14 @@ class RowBuilder:
 def build_engine(option: EngineOption, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
     """Build an engine unless it exists, and compute rows to test it.
 
+    Args:
+        option: The engine to build.
+        engine: The engine, if already built.
+        images: uint8 ``(B, 3, H, W)``.
+
+    Returns:
+        The engine, and the rows of the images.
+
     Raises:
         EngineError: The engine cannot be built.
     """

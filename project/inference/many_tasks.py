@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +30,6 @@ class ManyTasks(pl.LightningModule):
         names: Names of the tasks.
         classifiers: The classifiers, in the same order.
         groups: Positions of the classifiers of each group.
-        encoders: Computes the rows of each group; by default the frozen prefix itself.
         preprocessings: The different preprocessings of the classifiers.
     """
 
@@ -44,9 +43,6 @@ class ManyTasks(pl.LightningModule):
         for position, classifier in enumerate(classifiers):
             groups.setdefault(_prefix_key(classifier), []).append(position)
         self.groups = list(groups.values())
-        self.encoders: list[Callable[[torch.Tensor], torch.Tensor]] = [
-            self.classifiers[group[0]].encode for group in self.groups
-        ]
         self.preprocessings = list(dict.fromkeys(classifier.backbone.preprocessing for classifier in classifiers))
 
     @classmethod
@@ -94,14 +90,22 @@ class ManyTasks(pl.LightningModule):
         Args:
             images: The images in each of :attr:`preprocessings`: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         """
+        firsts = [self.classifiers[group[0]] for group in self.groups]
+        return self.outputs_of_rows(
+            [first.encode(images[self.preprocessings.index(first.backbone.preprocessing)]) for first in firsts]
+        )
+
+    def outputs_of_rows(self, rows: Sequence[torch.Tensor]) -> list[Outputs]:
+        """Predictions of each task.
+
+        Args:
+            rows: Rows at the cut of each of :attr:`groups`, ``(B, ...)``.
+        """
         results: dict[int, Outputs] = {}
-        for group, encode in zip(self.groups, self.encoders, strict=True):
-            preprocessing = self.classifiers[group[0]].backbone.preprocessing
-            rows = encode(images[self.preprocessings.index(preprocessing)])
+        for group, group_rows in zip(self.groups, rows, strict=True):
             for position in group:
-                classifier = self.classifiers[position]
                 # Cloned, because a stage or a head may start with an operation that modifies its input.
-                results[position] = classifier.outputs(rows.clone())
+                results[position] = self.classifiers[position].outputs(group_rows.clone())
         return [results[position] for position in range(len(self.names))]
 
     def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:

@@ -25,19 +25,21 @@ MEASURED_IMAGES = 32  # noise to measure engines with
 
 
 @dataclass(frozen=True)
-class EngineRows:
-    """Rows of a frozen prefix from an engine, on the device of the heads.
+class GroupEncoder:
+    """Computes the rows of a group of classifiers.
 
     Attributes:
-        engine: The engine.
-        model: A classifier with this prefix.
+        model: One of them.
+        engine: Computes the rows; ``None`` for the frozen prefix itself, as ``load`` runs it.
     """
 
-    engine: Engine
     model: ImageClassifier
+    engine: Engine | None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Map uint8 images ``(B, 3, H, W)`` on the CPU to rows."""
+        """Map uint8 images ``(B, 3, H, W)`` on the CPU to rows on the device of the model."""
+        if self.engine is None:
+            return self.model.encode(images.to(self.model.device))
         rows = torch.cat([self.engine(part) for part in torch.split(images, self.engine.batch_size)])
         return rows.to(self.model.device, self.model.backbone.mean.dtype)
 
@@ -57,10 +59,9 @@ class ServedModel:
     def __init__(self, tasks: ManyTasks, engines: Sequence[Engine | None]) -> None:
         self._tasks = tasks.eval()
         self._transforms = [evaluation(preprocessing) for preprocessing in tasks.preprocessings]
-        for position, engine in enumerate(engines):
-            if engine is not None:
-                tasks.encoders[position] = EngineRows(engine, tasks.classifiers[tasks.groups[position][0]])
-        self._rows_of_engine = [engine is not None for engine in engines]
+        models = [tasks.classifiers[group[0]] for group in tasks.groups]
+        self._inputs = [tasks.preprocessings.index(model.backbone.preprocessing) for model in models]
+        self._encoders = [GroupEncoder(model, engine) for model, engine in zip(models, engines, strict=True)]
         self.batch_size = min(BATCH if engine is None else engine.batch_size for engine in engines)
         self.single_threaded = all(engine is not None and engine.single_threaded for engine in engines)
 
@@ -94,7 +95,9 @@ class ServedModel:
             For each image, the answer of each task by name.
         """
         with torch.no_grad():  # not inference_mode, in which a compiled engine would be compiled again
-            outputs = self._tasks.outputs([torch.stack(parts) for parts in zip(*images, strict=True)])
+            inputs = [torch.stack(parts) for parts in zip(*images, strict=True)]
+            rows = [encode(inputs[index]) for encode, index in zip(self._encoders, self._inputs, strict=True)]
+            outputs = self._tasks.outputs_of_rows(rows)
         columns = [_entries(model, output) for model, output in zip(self._tasks.classifiers, outputs, strict=True)]
         return [dict(zip(self._tasks.names, entries, strict=True)) for entries in zip(*columns, strict=True)]
 
