@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_fit
 
 COPIES = 2  # further copies of the photographs for predict
 WARM_UP = 5.0  # seconds
+PAUSE = 0.5  # seconds between two hostile uploads
 
 
 def main() -> None:
@@ -67,27 +69,16 @@ def main() -> None:
         rows, attacks = [], hostile(photographs[0].read_bytes())
         for name, command in servers.items():
             with server(command) as (process, port):
-                rows.append(
-                    [
-                        name,
-                        *asyncio.run(measure(process.pid, port, requests, options, attacks if name == "serve" else {})),
-                    ]
-                )
+                rows.append([name, *asyncio.run(measure(process.pid, port, requests, options, {}))])
+                if name == "serve":
+                    cells = asyncio.run(measure(process.pid, port, requests, options, attacks))
+                    rows.append(["serve, hostile uploads", *cells])
         rates.append(predict_rate(checkpoint, folders, len(photographs), options.predict))
     mean = sum(rates) / len(rates)
     progress(f"predict: {rates[0]:.1f} and {rates[1]:.1f} images/s before and after")
     for row in rows:
         row.insert(2, f"{float(row[1]) / mean:.2f}")
-    header = [
-        "images/s",
-        "of predict",
-        "p50 ms",
-        "p95 ms",
-        "MB before",
-        "MB after",
-        "largest MB",
-        "cores of the client",
-    ]
+    header = ["images/s", "of predict", "p50 ms", "p95 ms", "MB before", "MB after", "largest MB", "cores of client"]
     print_table([f"{options.connections} connections, {options.seconds:.0f} s", *header], rows)
 
 
@@ -133,7 +124,11 @@ def server(arguments: list[object]) -> Iterator[tuple[subprocess.Popen[str], int
         yield process, port
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 async def measure(
@@ -142,26 +137,28 @@ async def measure(
     """Cells of a server: its throughput, latency and memory under load."""
     await saturate(port, requests, options.connections, WARM_UP)
     before, memory = resident(pid), [resident(pid)]
-    answers: list[list[str]] = []
+    answers: Counter[tuple[str, int, str]] = Counter()
 
     async def watch() -> None:
         while True:
             await asyncio.sleep(0.2)
             memory.append(resident(pid))
 
-    async def upload() -> None:
-        for kind, request in attacks.items():
-            status, answer = await once(port, request)
-            answers.append([kind, str(status), answer["error"]])
-            await asyncio.sleep(options.seconds / 20)
+    async def attack(until: float) -> None:
+        while attacks and time.perf_counter() < until:
+            for kind, request in attacks.items():
+                status, answer = await once(port, request)
+                answers[kind, status, answer["error"]] += 1
+                await asyncio.sleep(PAUSE)
 
     watching = asyncio.create_task(watch())
-    uploading = asyncio.create_task(upload()) if attacks else None
+    attacking = asyncio.create_task(attack(time.perf_counter() + options.seconds))
     load: Load = await saturate(port, requests, options.connections, options.seconds)
     watching.cancel()
-    if uploading is not None:
-        await uploading
-        print_table(["hostile upload", "status", "error"], answers)
+    await attacking
+    if attacks:
+        rows = [[kind, str(number), str(status), error] for (kind, status, error), number in answers.items()]
+        print_table(["hostile upload", "number", "status", "error"], rows)
         status, answer = await once(port, requests[0])
         progress(f"afterwards: status {status}, {answer}")
     await asyncio.sleep(1)
