@@ -3,8 +3,6 @@
 python -m tests.benchmarks.litserve_server --ckpt_path best.ckpt
 """
 
-from __future__ import annotations
-
 import argparse
 import socket
 import threading
@@ -15,6 +13,7 @@ from typing import Any
 
 import litserve
 import torch
+from fastapi import Request
 
 from project.features.provider import RowProvider
 from project.inference.many_tasks import ManyTasks
@@ -42,8 +41,8 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         self.model = ServedModel(tasks, engines)
         self.model.warm_up()
 
-    def decode_request(self, request: Any) -> Any:
-        """Decode the file of a form."""
+    def decode_request(self, request: Request) -> Any:
+        """Decode the file of a form, which LitServe has parsed."""
         return self.model.prepare(request["image"].file.read())
 
     def batch(self, inputs: list[Any]) -> list[Any]:
