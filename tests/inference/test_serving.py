@@ -164,7 +164,7 @@ def test_answer_equals_load_on_the_same_bytes(
 def test_other_kinds_of_images_are_decoded_as_load_decodes_them(server: Server, checkpoint: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise = torch.randint(0, 256, (90, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    noise = torch.randint(0, 256, (400, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     for kind, image in {"JPEG": Image.fromarray(noise), "PNG": Image.fromarray(noise[..., 0]).convert("I;16")}.items():
         file = io.BytesIO()
         image.save(file, kind, **({"exif": exif} if kind == "JPEG" else {}))
@@ -423,7 +423,7 @@ def test_description_has_version_classes_and_fingerprints(server: Server, checkp
     assert answer["tasks"]["photos"]["backbone"] == {"name": model.backbone.name, "sha256": model.backbone.sha256}
     other = ManyTasks.load([checkpoint])
     next(other.classifiers[0].head.parameters()).data[0] += 1
-    digests = {answer["tasks"]["photos"]["sha256"], ServedModel(other, [None]).describe()["photos"]["sha256"]}
+    digests = {answer["tasks"]["photos"]["sha256"], ServedModel(other, [None]).description["photos"]["sha256"]}
     assert len(digests) == 2 and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
 
 

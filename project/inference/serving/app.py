@@ -141,7 +141,7 @@ def make_app(
     async def describe() -> Response:
         if service.model is None:
             raise unavailable("The model is being loaded.")
-        return JSONResponse({"version": version, "tasks": service.model.describe()})
+        return JSONResponse({"version": version, "tasks": service.model.description})
 
     @app.get("/metrics", **guarded, summary="Metrics for Prometheus")
     async def metrics() -> Response:

@@ -54,6 +54,7 @@ class ServedModel:
     Attributes:
         batch_size: Number of images that the engines compute best at a time.
         single_threaded: Whether a batch is computed by one thread, so that several threads can compute batches.
+        description: Classes and SHA-256 of each task, and its backbone, by the name of the task.
     """
 
     def __init__(self, tasks: ManyTasks, engines: Sequence[Engine | None]) -> None:
@@ -64,6 +65,7 @@ class ServedModel:
         self._encoders = [GroupEncoder(model, engine) for model, engine in zip(models, engines, strict=True)]
         self.batch_size = min(BATCH if engine is None else engine.batch_size for engine in engines)
         self.single_threaded = all(engine is not None and engine.single_threaded for engine in engines)
+        self.description: dict[str, Any] = dict(zip(tasks.names, map(_describe, tasks.classifiers), strict=True))
 
     def prepare(self, content: bytes) -> list[torch.Tensor]:
         """Decode an image as ``load`` does, and apply each preprocessing.
@@ -107,16 +109,13 @@ class ServedModel:
         for count in (1, self.batch_size):
             self.answer([image] * count)
 
-    def describe(self) -> dict[str, Any]:
-        """Name, classes and SHA-256 of each task."""
-        return {
-            name: {
-                "classes": list(model.classes),
-                "sha256": fingerprint_tensors(sorted(model.trained_tensors().items())),
-                "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
-            }
-            for name, model in zip(self._tasks.names, self._tasks.classifiers, strict=True)
-        }
+
+def _describe(model: ImageClassifier) -> dict[str, Any]:
+    return {
+        "classes": list(model.classes),
+        "sha256": fingerprint_tensors(sorted(model.trained_tensors().items())),
+        "backbone": {"name": model.backbone.name, "sha256": model.backbone.sha256},
+    }
 
 
 def _entries(model: ImageClassifier, outputs: Outputs) -> list[dict[str, Any]]:
