@@ -167,7 +167,7 @@ def serve(
     def on_started() -> None:
         if service.error is not None:
             server.should_exit = True
-        else:
+        elif not server.should_exit:
             print_rank_zero(f"Serve: ready after {time.perf_counter() - began:.1f} s (press Ctrl-C to stop)")
 
     paths: Sequence[str] = ckpt_path if isinstance(ckpt_path, list) else [ckpt_path or ""]
