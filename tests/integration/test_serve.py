@@ -77,6 +77,12 @@ def test_missing_checkpoint_is_refused(here: Path, refused: Callable[[int], str]
     assert "There is no checkpoint no.ckpt" in refused(main(["serve", "--ckpt_path", "no.ckpt"]))
 
 
+def test_data_selects_the_run_of_an_alias(run: Path, photos: Path, refused: Callable[[int], str]) -> None:
+    flags = ["--ckpt_path", "best", "--data.root", str(photos), "--port", "0", "--coverage", "0.9999"]
+    assert "--coverage" in refused(main(["serve", *flags])), "of the checkpoint that was found"
+    assert "--data.batch_size has no effect" in refused(main(["serve", *flags, "--data.batch_size", "8"]))
+
+
 def test_port_in_use_is_refused(serve: Callable[..., int], refused: Callable[[int], str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
