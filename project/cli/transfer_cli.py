@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from project.data.datamodule import ImageDataModule
 from project.errors import ConfigError
 from project.inference import demo, export, push
 from project.inference.many_tasks import ManyTasks
+from project.inference.serving.serve import serve
 from project.reporting.dashboard import Dashboard
 from project.reporting.model_card_callback import card_path
 from project.reporting.run_summary import FitFigures, RunSummary, print_evaluation
@@ -169,7 +170,11 @@ class TransferCLI(CheckpointCLI):
         # ``push`` and ``check`` without ``--suspects`` need no model.
         if verb == "push" or (verb == "check" and not config.suspects):
             self.parser.add_instantiator(lambda *_, **__: None, ImageClassifier, subclasses=False, prepend=True)
-        if isinstance(config.get("ckpt_path"), list):
+        if verb == "serve":
+            self.require_common_settings(verb)
+            self.refuse_data_settings(verb)
+            self.parser.add_instantiator(self._load_later, ImageClassifier, subclasses=False, prepend=True)
+        elif isinstance(config.get("ckpt_path"), list):
             self.parser.add_instantiator(self._make_tasks, ImageClassifier, subclasses=False, prepend=True)
         if config.debug and "--debug" not in self._args:
             raise ConfigError("debug has no effect in a config file. Remove it there, and pass --debug.")
@@ -210,6 +215,11 @@ class TransferCLI(CheckpointCLI):
         print_rank_zero(tasks.describe())
         return tasks
 
+    def _load_later(self, cls: type[ImageClassifier], *args: Any, **kwargs: Any) -> Callable[[], ManyTasks]:
+        """A function that loads the classifiers of a server, which answers that it is not ready until then."""
+        paths, settings = self.config.serve.ckpt_path, self.given_settings("serve").get("model", {})
+        return functools.partial(ManyTasks.load, paths if isinstance(paths, list) else [paths], **settings)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs, each with the arguments of its function that are not flags."""
@@ -221,6 +231,7 @@ class TransferCLI(CheckpointCLI):
             "demo": {"model", "data", "device", "precision", "provider"},
             "export": {"model", "data"},
             "push": set(),
+            "serve": {"load", "device", "precision", "provider"},
             "sweep": {"model", "data", "device", "precision", "provider", "folder"},
         }
 
@@ -228,7 +239,7 @@ class TransferCLI(CheckpointCLI):
         """Function or method of each verb, which defines its flags."""
         lightning: dict[str, Verb] = {verb: (Trainer, verb) for verb in ("fit", "validate", "test")}
         functions: dict[str, Verb] = {"check": check, "demo": demo.demo, "export": export.export, "sweep": sweep}
-        return {**lightning, "predict": (TransferCLI, "predict"), **functions, "push": push.push}
+        return {**lightning, "predict": (TransferCLI, "predict"), **functions, "push": push.push, "serve": serve}
 
     def add_verb_arguments(self, verb: str, parser: LightningArgumentParser) -> None:
         """Add flags that no signature has: those of a series, ``--suspects``, and a sweep's heads in a form to save."""
@@ -273,6 +284,12 @@ class TransferCLI(CheckpointCLI):
             elif verb == "push":
                 if self.trainer.global_rank == 0:
                     push.push(**flags)
+            elif verb == "serve":
+                if self.trainer.world_size > 1:
+                    raise ConfigError(
+                        f"serve runs on one device, not on {self.trainer.world_size}. Add --trainer.devices 1"
+                    )
+                serve(self.model, device=device, precision=precision, provider=provider, **flags)
             elif verb == "sweep":
                 self._sweep(device, precision, flags)
             elif self.trainer.global_rank == 0:  # a single rank checks the data

@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
     from project.data.sources.base import Sample, Source
     from project.features.builder import BuildResult
     from project.features.engine_options import EngineFactory, EngineOption
+    from project.features.engines import Engine
     from project.features.views import View, Views
     from project.runtime.distributed import ProcessGroup
 
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
+SERVED_IMAGES = 10_000  # images that an engine is chosen for if their number is not known
 EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
@@ -61,8 +63,9 @@ class RowProvider:
     def __init__(self, engine: EngineSetting, precision: PrecisionSetting, budget: float, root: Path) -> None:
         if not 0 < budget < math.inf:
             raise ConfigError(f"features.budget must be more than 0 gigabytes, not {budget:g}.")
-        self._engine = engine
-        self._precision = None if precision == "auto" else precision
+        #: Requested engine, and precision of the computation; ``None`` for any that the trainer's precision allows.
+        self.engine: EngineSetting = engine
+        self.precision = None if precision == "auto" else precision
         #: Bytes that the store may take.
         self.budget = round(budget * 1e9)
         self._root = root
@@ -77,7 +80,7 @@ class RowProvider:
         from project.features.engine_selection import cost
         from project.features.engines import DTYPES
 
-        precisions = allowed_precisions(self._precision, prefix.precision)
+        precisions = allowed_precisions(self.precision, prefix.precision)
         dtypes = [DTYPES.get(precision, torch.float32) for precision in precisions]  # int8 engines output float32
         itemsize = min(dtype.itemsize for dtype in dtypes)
         return math.prod(cost(prefix.backbone, prefix.cut, prefix.device).shape) * itemsize
@@ -149,13 +152,48 @@ class RowProvider:
         finally:
             rows.close()
 
+    def select(self, prefix: PrefixSpec, images: torch.Tensor) -> tuple[EngineOption, Engine, str]:
+        """Choose and build an engine for images that are not known yet. No rows are stored.
+
+        ``auto`` omits torch.compile, which takes long to start and computes a full batch for a single image.
+
+        Args:
+            prefix: The frozen prefix.
+            images: Images to measure engines with, uint8 ``(B, 3, H, W)``.
+
+        Returns:
+            The option, its engine, and the reason for the choice.
+
+        Raises:
+            ConfigError: No engine matches the settings; int8 never does, as it needs calibration images.
+            EngineError: The engine cannot be built.
+        """
+        from project.features.builder import build_engine
+        from project.features.engine_options import EngineFactory
+        from project.features.engine_selection import RateFile, choose, cost
+
+        if self.precision == "int8":
+            raise ConfigError("features.precision int8 needs training images to calibrate it. Use another precision.")
+        backbone, device = prefix.backbone, prefix.device
+        engines = EngineFactory(self._root, prefix, "", lambda: images)
+        options = engines.options(self.engine, self.precision)
+        if self.engine == "auto":
+            options = [option for option in options if option.name != "compile"]
+        flops = cost(backbone, prefix.cut, device).flops if len(options) > 1 else 0
+        network = f"{backbone.name} to {prefix.cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+        rates = RateFile(self._root / "rates.json", network, device)
+        choice = choose(options, [SERVED_IMAGES] * len(options), lambda: images, flops, device, rates)
+        option = options[choice.index]
+        engine, _ = build_engine(option, choice.engine, images[:1])
+        return option, engine, choice.reason + engines.skipped
+
     def _options(self, engines: EngineFactory, ranks: ProcessGroup) -> list[EngineOption]:
         """Engine options; rank zero first, as it writes the exported and calibrated networks that others read."""
         options: list[EngineOption] = []
         for is_turn_of_rank_zero in (True, False):
             with ranks.propagate_errors():
                 if (ranks.rank == 0) == is_turn_of_rank_zero:
-                    options = engines.options(self._engine, self._precision)
+                    options = engines.options(self.engine, self.precision)
         return options
 
 

@@ -91,14 +91,22 @@ class ManyTasks(pl.LightningModule):
         Args:
             images: The images in each of :attr:`preprocessings`: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         """
+        firsts = [self.classifiers[group[0]] for group in self.groups]
+        return self.outputs_of_rows(
+            [first.encode(images[self.preprocessings.index(first.backbone.preprocessing)]) for first in firsts]
+        )
+
+    def outputs_of_rows(self, rows: Sequence[torch.Tensor]) -> list[Outputs]:
+        """Predictions of each task.
+
+        Args:
+            rows: Rows at the cut of each of :attr:`groups`, ``(B, ...)``.
+        """
         results: dict[int, Outputs] = {}
-        for group in self.groups:
-            first = self.classifiers[group[0]]
-            rows = first.encode(images[self.preprocessings.index(first.backbone.preprocessing)])
+        for group, group_rows in zip(self.groups, rows, strict=True):
             for position in group:
-                classifier = self.classifiers[position]
                 # Cloned, because a stage or a head may start with an operation that modifies its input.
-                results[position] = classifier.outputs(rows.clone())
+                results[position] = self.classifiers[position].outputs(group_rows.clone())
         return [results[position] for position in range(len(self.names))]
 
     def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:

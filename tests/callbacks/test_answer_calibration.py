@@ -20,7 +20,7 @@ from project.evaluation.answers.calibration import Answers
 from project.evaluation.answers.held_out import HeldOutImages
 from project.evaluation.answers.unknown_images import select_rows
 from project.trainer import Trainer
-from tests.conftest import BACKBONE, COLOURS, FEATURES, SMALL, SOLVED, STORED, draw
+from tests.conftest import BACKBONE, COLOURS, FEATURES, SOLVED, STORED, draw
 
 Fit = Callable[..., int]
 BEST = Path("runs/photos/version_0/checkpoints/best.ckpt")

@@ -1,0 +1,1 @@
+"""The HTTP server of the command ``serve``: limits, uploads, batching, answers, metrics."""
