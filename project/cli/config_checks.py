@@ -82,8 +82,11 @@ def validate_config(verb: str, config: Namespace) -> None:
     if verb not in WITHOUT_CHECKPOINT and not config.ckpt_path:
         raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
     if verb == "predict":
-        require_output(config.output)
-        if data["predict"] is None:
-            raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
+        features = config.output_features
+        require_output(config.output, None if features is None else Path(features).expanduser())
+        if features is not None and isinstance(config.ckpt_path, list):
+            raise ConfigError("--output_features takes a single checkpoint. Predict them separately.")
+        if data["predict"] is None and data["root"] is None and data["source"] is None:
+            raise ConfigError("Nothing to predict. Pass images or folders with --images PATH")
     elif verb not in WITHOUT_DATA and data["root"] is None and data["source"] is None:
         raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")

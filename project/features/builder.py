@@ -193,7 +193,7 @@ class RowBuilder:
                 f"Features: {len(missing)} of {len(self.views)} rows to compute with {option} ({reason}{self.skipped})"
             )
             if len(share):
-                engine, row = _build_engine(option, engine, self._load(share[0])[None])
+                engine, row = build_engine(option, engine, self._load(share[0])[None])
                 began = time.perf_counter()
                 on_batch(0)  # the estimated time left excludes building the engine
                 row_bytes = row.numel() * row.element_size()
@@ -248,8 +248,20 @@ class RowBuilder:
             )
 
 
-def _build_engine(option: EngineOption, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
-    """Build an engine unless it exists, and compute rows to test it."""
+def build_engine(option: EngineOption, engine: Engine | None, images: torch.Tensor) -> tuple[Engine, torch.Tensor]:
+    """Build an engine unless it exists, and compute rows to test it.
+
+    Args:
+        option: The engine to build.
+        engine: The engine, if already built.
+        images: uint8 ``(B, 3, H, W)``.
+
+    Returns:
+        The engine, and the rows of the images.
+
+    Raises:
+        EngineError: The engine cannot be built.
+    """
     try:
         engine = engine or option.build()
         return engine, engine(images)

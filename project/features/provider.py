@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,10 +20,13 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
     from project.data.sources.base import Sample, Source
     from project.features.builder import BuildResult
     from project.features.engine_options import EngineFactory, EngineOption
+    from project.features.engines import Engine
     from project.features.views import View, Views
     from project.runtime.distributed import ProcessGroup
 
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
+#: With fewer images, an engine is neither measured nor exported.
+FEW_IMAGES = 256
 EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
@@ -61,8 +64,9 @@ class RowProvider:
     def __init__(self, engine: EngineSetting, precision: PrecisionSetting, budget: float, root: Path) -> None:
         if not 0 < budget < math.inf:
             raise ConfigError(f"features.budget must be more than 0 gigabytes, not {budget:g}.")
-        self._engine = engine
-        self._precision = None if precision == "auto" else precision
+        #: Requested engine, and precision of the computation; ``None`` for any that the trainer's precision allows.
+        self.engine: EngineSetting = engine
+        self.precision = None if precision == "auto" else precision
         #: Bytes that the store may take.
         self.budget = round(budget * 1e9)
         self._root = root
@@ -77,7 +81,7 @@ class RowProvider:
         from project.features.engine_selection import cost
         from project.features.engines import DTYPES
 
-        precisions = allowed_precisions(self._precision, prefix.precision)
+        precisions = allowed_precisions(self.precision, prefix.precision)
         dtypes = [DTYPES.get(precision, torch.float32) for precision in precisions]  # int8 engines output float32
         itemsize = min(dtype.itemsize for dtype in dtypes)
         return math.prod(cost(prefix.backbone, prefix.cut, prefix.device).shape) * itemsize
@@ -149,13 +153,70 @@ class RowProvider:
         finally:
             rows.close()
 
+    def prediction_engine(
+        self,
+        prefix: PrefixSpec,
+        task: str,
+        images: Callable[[int], torch.Tensor],
+        count: int,
+        earlier: str | None,
+    ) -> tuple[Engine, str]:
+        """Choose and build an engine for images whose rows are not stored. In a distributed run, rank zero chooses.
+
+        Args:
+            prefix: The frozen prefix.
+            task: Identifies the images, on which int8 is calibrated.
+            images: Returns the first images in the preprocessing of the backbone, uint8 ``(N, 3, H, W)``, given N.
+            count: Number of images to compute, on all ranks.
+            earlier: Engine of an interrupted run that this one continues; ``None`` for a new run.
+
+        Returns:
+            The engine, and its name and precision.
+
+        Raises:
+            ConfigError: No engine matches the settings, or the earlier one is not available any more.
+            EngineError: The engine cannot be built.
+        """
+        from project.features.builder import MEASURED_IMAGES, build_engine
+        from project.features.engine_options import EngineFactory
+        from project.features.engine_selection import RateFile, choose, cost
+        from project.runtime.distributed import ProcessGroup
+
+        ranks = ProcessGroup()
+        engines = EngineFactory(self._root, prefix, task, lambda: images(CALIBRATION_IMAGES))
+        options = self._options(engines, ranks)
+        names = [str(option) for option in options]
+        if earlier is not None and earlier not in names:
+            raise ConfigError(
+                f"The earlier part was predicted with {earlier}, which is not available now ({', '.join(names)} are)."
+            )
+        index, engine, reason = 0, None, "few images"
+        with ranks.propagate_errors():
+            if ranks.rank == 0 and earlier is None and count >= FEW_IMAGES and len(options) > 1:
+                backbone, cut, device = prefix.backbone, prefix.cut, prefix.device
+                network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+                rates = RateFile(self._root / "rates.json", network, device)
+                flops = cost(backbone, cut, device).flops
+                missing = [count // ranks.size] * len(options)
+                choice = choose(options, missing, lambda: images(MEASURED_IMAGES), flops, device, rates)
+                index, engine, reason = choice.index, choice.engine, choice.reason
+        index = ranks.gather(names.index(earlier) if earlier is not None else index)[0]
+        with ranks.propagate_errors():
+            engine, _ = build_engine(options[index], engine, images(1))
+        if earlier is not None:
+            reason = "as in the earlier part"
+        elif len(options) == 1:
+            reason = "the only candidate"
+        print_rank_zero(f"Features: {options[index]} ({reason}{engines.skipped})")
+        return engine, names[index]
+
     def _options(self, engines: EngineFactory, ranks: ProcessGroup) -> list[EngineOption]:
         """Engine options; rank zero first, as it writes the exported and calibrated networks that others read."""
         options: list[EngineOption] = []
         for is_turn_of_rank_zero in (True, False):
             with ranks.propagate_errors():
                 if (ranks.rank == 0) == is_turn_of_rank_zero:
-                    options = engines.options(self._engine, self._precision)
+                    options = engines.options(self.engine, self.precision)
         return options
 
 
