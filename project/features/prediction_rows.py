@@ -34,7 +34,7 @@ def encoded_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine]) -
     """Compute the rows of a loader's images, in order.
 
     If all engines are single-threaded, as on a CPU, each core decodes and computes a batch of its own. Otherwise worker
-    processes decode, a thread collects their batches into larger ones, and the engines compute these.
+    processes decode, and the engines compute several of their batches at a time; for a GPU, a thread concatenates these.
 
     Args:
         loader: Batches of images.
@@ -82,9 +82,15 @@ def _in_large_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine])
         close = getattr(small, "close", None)
         if close is not None:
             stack.callback(close)
-        collector = ThreadPoolExecutor(1, "collect")
-        stack.callback(collector.shutdown, cancel_futures=True)
-        for inputs, images in prefetched(lambda _: collector.submit(collect).result, range(count), depth):
+        if depth:
+            collector = ThreadPoolExecutor(1, "collect")
+            stack.callback(collector.shutdown, cancel_futures=True)
+            # If a signal interrupted the start of the thread by its first work, shutdown would not wait for it.
+            collector.submit(int).result()
+            large = prefetched(lambda _: collector.submit(collect).result, range(count), depth)
+        else:
+            large = (collect() for _ in range(count))
+        for inputs, images in large:
             rows = [_rows(item, inputs[item.preprocessing]) for item in engines]
             lengths = [len(part) for part in images]
             for part, *parts in zip(images, *(tensor.split(lengths) for tensor in rows), strict=True):
