@@ -34,7 +34,7 @@ def encoded_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine]) -
     """Compute the rows of a loader's images, in order.
 
     If all engines are single-threaded, as on a CPU, each core decodes and computes a batch of its own. Otherwise worker
-    processes decode, and the engines compute several of their batches at a time; for a GPU, a thread concatenates these.
+    processes decode, and the engines compute several of their batches at once; for a GPU, a thread concatenates these.
 
     Args:
         loader: Batches of images.

@@ -118,7 +118,7 @@ def test_predict_writes_the_columns_of_each_task(
     capsys.readouterr()
     assert main([*predict(photos), *(f"--ckpt_path={path}" for path in paths)]) == 0
     assert "Tasks: 3; backbone runs per image: 2 (colours and tone; sharp)" in (capsys.readouterr().out)
-    assert prefix_calls.total() == 2, "two groups, all images in one batch of the engine"
+    assert prefix_calls.total() == 2 * 2, "each of two groups tests its engine, and computes all images in one batch"
     rows, alone = read("p.csv"), {name: read(f"{name}.csv") for name in names}
     columns = ["predicted", "probability", "top2", "top2_probability", "top3", "top3_probability"]
     assert list(rows[0]) == ["path", *(f"{name}/{column}" for name in names for column in columns), "error"]
