@@ -187,8 +187,10 @@ class PredictionWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        paths, probabilities, answers, features = *outputs, *[None] * (4 - len(outputs))
-        images, values = batch.images, [[] for _ in range(len(batch.images))]
+        paths, probabilities, *further = outputs
+        answers, features = [*further, None, None][:2]
+        images = batch.images
+        values: list[list[Value]] = [[] for _ in range(len(images))]
         if isinstance(probabilities, torch.Tensor):
             self._add_values(values, pl_module.classes, probabilities, answers)
         else:

@@ -93,7 +93,7 @@ def _in_large_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine])
         for inputs, images in large:
             rows = [_rows(item, inputs[item.preprocessing]) for item in engines]
             lengths = [len(part) for part in images]
-            for part, *parts in zip(images, *(tensor.split(lengths) for tensor in rows), strict=True):
+            for part, *parts in zip(images, *(torch.split(tensor, lengths) for tensor in rows), strict=True):
                 yield PredictionBatch([*parts], part, encoded=True)
 
 
@@ -107,7 +107,7 @@ def _concatenate(tensors: Sequence[torch.Tensor], pin: bool) -> torch.Tensor:
 
 def _rows(item: PrefixEngine, images: torch.Tensor) -> torch.Tensor:
     """Rows of images, in calls of the engine's batch size."""
-    parts = [item.engine(part) for part in images.split(item.engine.batch_size)]
+    parts = [item.engine(part) for part in torch.split(images, item.engine.batch_size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
