@@ -19,6 +19,7 @@ from project.checkpoints.restore import CheckpointMixin
 from project.checkpoints.resume_checks import copy_groups
 from project.checkpoints.resumed_optimizer import validate_scheduler
 from project.config.class_path import ClassSpec
+from project.data.prediction_loader import PredictionBatch
 from project.errors import ConfigError, FrozenError
 from project.evaluation.answers.calibration import KEY, Answers
 from project.evaluation.answers.policy import AnswerPolicy
@@ -208,6 +209,8 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         self.answers: Answers | None = None
         #: How :meth:`predict_step` answers besides the probabilities; ``None`` for probabilities only.
         self.answer_policy: AnswerPolicy | None = None
+        #: Whether :meth:`predict_step` returns the features, too.
+        self.outputs_features = False
         #: Stored features of the current or latest fit; ``None`` if the fit runs the backbone on every batch.
         self.stored_features: StoredFeatures | None = None
         if classes is not None:
@@ -326,10 +329,10 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Run the trainable suffix, the head and the answer policy on rows at the cut."""
         features = self.refine(rows)
         probabilities = self.task.probabilities(self.head(features))
-        if self.answer_policy is None:
-            return Outputs(probabilities)
-        arrays = probabilities.cpu().numpy(), features.float().cpu().numpy()
-        return Outputs(probabilities, self.answer_policy(*arrays))
+        answers = None
+        if self.answer_policy is not None:
+            answers = self.answer_policy(probabilities.cpu().numpy(), features.float().cpu().numpy())
+        return Outputs(probabilities, answers, features if self.outputs_features else None)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Run the frozen prefix: images to rows at the cut, without a gradient graph.
@@ -456,14 +459,18 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
         """Update the metrics."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
-        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing and their paths.
+    def predict_step(self, batch: PredictionBatch, batch_idx: int) -> Any:
+        """Paths, and float32 probabilities ``(B, C)``, of a batch of images in one preprocessing, or of their rows.
 
-        With an :attr:`answer_policy`, the third item are the answers.
+        With an :attr:`answer_policy`, the third item are the answers. With :attr:`outputs_features`, the third item are
+        the answers or ``None``, and the fourth one are the features ``(B, D)``.
         """
-        (images,), paths = batch
-        probabilities, answers = self.outputs(self.encode(images))
-        return (paths, probabilities) if answers is None else (paths, probabilities, answers)
+        (inputs,) = batch.inputs
+        rows = inputs.to(self.backbone.mean.dtype) if batch.encoded else self.encode(inputs)
+        probabilities, answers, features = self.outputs(rows)
+        if features is not None:
+            return batch.images.names, probabilities, answers, features
+        return (batch.images.names, probabilities, *([] if answers is None else [answers]))
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of the epoch."""

@@ -1,62 +1,162 @@
-"""Writes predictions to a CSV file."""
+"""Writes predictions to a CSV, JSON Lines or Parquet file, in parts that survive a kill."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import itertools
+import hashlib
+import time
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
-from project.callbacks.answer_columns import AnswerLimits
+from project.callbacks.prediction_columns import CLASSES, ERROR, PATH, AnswerLimits, Column, Value, most_probable
+from project.callbacks.prediction_formats import FORMATS
+from project.callbacks.prediction_parts import Part, PartFolder
 from project.classifier import ImageClassifier
+from project.data.prediction_inputs import fingerprint
+from project.data.prediction_loader import PredictionBatch
 from project.errors import ConfigError, ProjectError
 from project.evaluation.answers.policy import Answered
-from project.runtime.atomic_write import atomic_write
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 
-Rows = list[list[str]] | str | None
-#: Columns of a task, after the column ``path``.
-COLUMNS = ("predicted", "probability", "top2", "top2_probability", "top3", "top3_probability")
+PART_IMAGES = 4096  # images in memory
+FLUSH_SECONDS = 15.0  # seconds of work that a killed run may lose
+#: What to do with images that cannot be read.
+OnBadImage = Literal["record", "stop"]
 
 
 class PredictionWriter(pl.Callback):
-    r"""Writes a CSV row per image: its path and the three most probable classes with their probabilities.
+    """Writes a row per image, in the order of the images: its path, and the three most probable classes.
 
     A module with several tasks has ``names``, and ``classes`` of each task. The columns of a task are then
-    ``NAME/predicted``, ``NAME/probability`` and so on.
+    ``NAME/predicted``, ``NAME/probability`` and so on. With limits on the answers, further columns are written: the
+    calibrated probability of the predicted class; whether the image is known; the classes of its set; and whether the
+    confidence suffices for an answer. The last column, ``error``, says why an image cannot be read.
 
-    With limits on the answers, further columns are written: the calibrated probability of the predicted class; whether
-    the image is known; the classes of its set, separated by ``|``; and whether the confidence suffices for an answer.
-
-    Rows are written to a temporary file, which is renamed to the target at the end. In a distributed run, rank zero
-    gathers and writes the rows batch by batch, so that no rank holds all of them and no shared file system is needed.
-    Bytes of a path that are not UTF-8 are written as ``\udcXX``.
+    Each rank writes parts to the folder ``OUTPUT.parts``. At the end, rank zero merges them to the output, which keeps
+    its old content until then. A run with the same images, checkpoint and settings continues an interrupted one. No
+    more than a part is in memory.
 
     Args:
-        output: The CSV file.
+        output: A file that ends in .csv, .jsonl or .parquet.
         limits: What is asked of the answers.
+        checkpoints: The checkpoints of the module; a run that has others does not continue this one.
+        on_bad_image: Record an image that cannot be read in the column ``error``, or stop.
+        features: A safetensors file for the features of each image, in the same order; ``None`` for none.
+        settings: Settings that change the predictions, in plain types.
+
+    Attributes:
+        fingerprint: SHA-256 of the names of the images.
+        pending_count: Number of images that this run predicts, on all ranks.
     """
 
-    def __init__(self, output: str, limits: AnswerLimits | None = None) -> None:
+    def __init__(
+        self,
+        output: str,
+        limits: AnswerLimits | None = None,
+        checkpoints: Sequence[str] = (),
+        on_bad_image: OnBadImage = "record",
+        features: str | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.fingerprint = ""
+        self.pending_count = 0
         self._limits = limits or AnswerLimits()
         self._output = output
         self._target = Path(output).expanduser()
-        self._open_files: contextlib.ExitStack | None = None
-        self._peers_waiting = False  # whether other ranks wait for this one's rows
+        self._features = None if features is None else Path(features).expanduser()
+        self._checkpoints = checkpoints
+        self._records_bad_images = on_bad_image == "record"
+        self._settings = settings or {}
+        self._folder: PartFolder | None = None
+        self._peers_waiting = False  # whether other ranks wait for this one
+        self._count = 0
+        self._batches: list[tuple[Sequence[int], list[list[Value]], np.ndarray | None]] = []
+        self._flushed = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        module: Any = pl_module
+        data: Any = getattr(trainer, "datamodule", None)
+        require_output(self._output, self._features)
+        self._ranks = ranks = ProcessGroup()
+        samples = data.predict_images.samples
+        self._count = _limit(trainer, data.batch_size, len(samples))
+        self.fingerprint = fingerprint(islice(samples, self._count))
+        prefixes = [f"{name}/" for name in getattr(module, "names", ())] or [""]
+        columns = [Column(f"{prefix}{name}", kind) for prefix in prefixes for name, kind in self._task_columns]
+        self._value_count = len(columns)
+        folder = PartFolder(self._target, FORMATS[self._target.suffix], [PATH, *columns, ERROR], self._features)
+        with ranks.propagate_errors(), self._report_os_error():
+            if ranks.rank == 0:
+                folder.open(self._identity(trainer, module))
+                self._folder = folder
+        with self._report_os_error():
+            folder.require_shared(ranks)
+            pending = ranks.gather(folder.pending(self._count) if ranks.rank == 0 else None)[0]
+        assert pending is not None
+        self._folder = folder
+        self.pending_count = len(pending)
+        if self.pending_count < self._count:
+            print_rank_zero(
+                f"Predictions: {self._count - self.pending_count:,} of {self._count:,} are reused from an interrupted "
+                f"run in {folder.path}"
+            )
+        data.predict_numbers = pending[ranks.rank_slice(len(pending))]
+        data.records_bad_images = self._records_bad_images
+
+    @property
+    def _task_columns(self) -> list[Column]:
+        return [*CLASSES, *self._limits.columns]
+
+    def _identity(self, trainer: pl.Trainer, module: Any) -> dict[str, Any]:
+        """What determines the predictions."""
+        classifiers = getattr(module, "classifiers", [module])
+        return {
+            "checkpoint": [_checkpoint_sha256(path) for path in self._checkpoints],
+            "images": [self._count, self.fingerprint],
+            "limits": vars(self._limits),
+            "output": [self._target.suffix, self._features is not None],
+            "settings": {
+                "preprocessing": [classifier.backbone.preprocessing.as_dict() for classifier in classifiers],
+                "device": trainer.strategy.root_device.type,
+                "precision": str(trainer.precision),
+                "on_bad_image": self._records_bad_images,
+                **self._settings,
+            },
+        }
+
+    @property
+    def earlier_engines(self) -> list[str] | None:
+        """Engines that have predicted the earlier part of an interrupted run; ``None`` if there is no such part."""
+        assert self._folder is not None
+        return self._ranks.gather(self._folder.engines if self._ranks.rank == 0 else None)[0]
+
+    def record_engines(self, names: Sequence[str]) -> None:
+        """Record the engines that compute the predictions.
+
+        Args:
+            names: Name and precision of each engine.
+        """
+        assert self._folder is not None
+        with self._ranks.propagate_errors(), self._report_os_error():
+            if self._ranks.rank == 0:
+                self._folder.engines = [*names]
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._ranks = ProcessGroup()
         self._set_policies(pl_module)
-        with self._ranks.propagate_errors():
-            if self._ranks.rank == 0:
-                self._open(pl_module)
+        if isinstance(pl_module, ImageClassifier):
+            pl_module.outputs_features = self._features is not None
+            self._width = pl_module.backbone.feature_dim
         self._peers_waiting = True
+        self._flushed = time.monotonic()
 
     def _set_policies(self, module: Any) -> None:
         """Let each classifier give the answers that the limits ask for."""
@@ -68,123 +168,154 @@ class PredictionWriter(pl.Callback):
             except ConfigError as error:
                 raise ConfigError(f"Task {name}: {error}") from error
 
-    def _open(self, module: Any) -> None:
-        require_output(self._output)
-        with self._report_os_error():
-            stack = contextlib.ExitStack()
-            temporary = stack.enter_context(atomic_write(self._target))
-            self._rows = csv.writer(
-                stack.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace"))
-            )
-            prefixes = [f"{name}/" for name in getattr(module, "names", ())] or [""]
-            columns = [*COLUMNS, *self._limits.columns]
-            self._rows.writerow(["path", *(f"{prefix}{column}" for prefix in prefixes for column in columns)])
-            self._open_files = stack
-
     @contextlib.contextmanager
     def _report_os_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise ConfigError(f"--output: {self._target} cannot be written: {error.strerror}.") from error
+            raise ConfigError(
+                f"--output: {self._target} cannot be written: {error.strerror or error}.\n"
+                "Finished parts are kept; repeat the command to continue."
+            ) from error
 
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: Any,
         outputs: tuple[Any, ...],
-        batch: Any,
+        batch: PredictionBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        paths, probabilities, *answers = outputs
-        rows = [[path] for path in paths]
+        paths, probabilities, *further = outputs
+        answers, features = [*further, None, None][:2]
+        images = batch.images
+        values: list[list[Value]] = [[] for _ in range(len(images))]
         if isinstance(probabilities, torch.Tensor):
-            self._add_cells(rows, pl_module.classes, probabilities, *answers)
+            self._add_values(values, pl_module.classes, probabilities, answers)
         else:
-            for task in zip(pl_module.classes, probabilities, *answers, strict=True):
-                self._add_cells(rows, *task)
-        self._write(rows)
+            answers = answers or [None] * len(probabilities)
+            for task in zip(pl_module.classes, probabilities, answers, strict=True):
+                self._add_values(values, *task)
+        missing = [None] * self._value_count
+        rows: list[list[Value]] = [
+            [path, *(missing if error else found), error or None]
+            for path, found, error in zip(paths, values, images.errors, strict=True)
+        ]
+        array = None
+        if features is not None:
+            array = features.float().cpu().numpy()
+            array[[bool(error) for error in images.errors]] = np.nan
+        self._batches.append((images.numbers, rows, array))
+        held = sum(len(numbers) for numbers, *_ in self._batches)
+        if held >= PART_IMAGES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+            if self._folder is not None and self._folder.has_failed:
+                self._meet_ranks()
 
-    def _add_cells(
-        self,
-        rows: list[list[str]],
-        classes: Sequence[str],
-        probabilities: torch.Tensor,
-        answers: Answered | None = None,
+    def _add_values(
+        self, values: list[list[Value]], classes: Sequence[str], probabilities: torch.Tensor, answers: Answered | None
     ) -> None:
-        """Add the cells of a task to the row of each image."""
-        for row, cells in zip(rows, _most_probable(classes, probabilities), strict=True):
+        """Add the values of a task to those of each image."""
+        for row, cells in zip(values, most_probable(classes, probabilities), strict=True):
             row += cells
         if answers is not None:
-            for row, cells in zip(rows, self._limits.cells(answers, classes), strict=True):
+            for row, cells in zip(values, self._limits.values(answers, classes), strict=True):
                 row += cells
 
-    def _write(self, rows: Rows) -> bool:
-        """Gather the rows of all ranks and write them in the order of the images.
+    def _flush(self) -> None:
+        """Write the rows in memory; a part for each run of consecutive images."""
+        batches, self._batches = self._batches, []
+        self._flushed = time.monotonic()
+        if not batches or self._folder is None:
+            return
+        numbers = np.concatenate([np.asarray(numbers, np.int64) for numbers, *_ in batches])
+        rows = [row for _, rows_of_batch, _ in batches for row in rows_of_batch]
+        arrays = [array for *_, array in batches if array is not None]
+        features = np.concatenate(arrays) if arrays else None
+        cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+        with self._report_os_error():
+            for begin, end in pairwise(cuts):
+                errors = sum(row[-1] is not None for row in rows[begin:end])
+                part = Part(int(numbers[begin]), int(numbers[end - 1]) + 1, errors)
+                self._folder.write(part, rows[begin:end], None if features is None else features[begin:end])
 
-        Args:
-            rows: This rank's rows, ``None`` once it has no more, or the message of its failure.
-
-        Returns:
-            Whether any rank may have more rows.
-        """
-        parts = self._ranks.gather(rows)
-        failures = [part if isinstance(part, str) else None for part in parts]
-        self._peers_waiting = not any(failure is not None for failure in failures)  # a failure stops all ranks
-        self._ranks.raise_if_any_failed(failures)
-        if self._open_files is not None:
-            # Rank r of R has every R-th image, starting with the r-th.
-            interleaved = itertools.zip_longest(*[part for part in parts if isinstance(part, list)])
-            with self._report_os_error():
-                # Skip padding, which has no path, and the missing rows of shorter parts.
-                self._rows.writerows(row for rows_of_all in interleaved for row in rows_of_all if row and row[0])
-        return any(part is not None for part in parts)
+    def _meet_ranks(self, failure: ProjectError | None = None) -> None:
+        """Wait for all ranks, and raise if any has failed."""
+        self._peers_waiting = False
+        self._ranks.raise_if_any_failed(self._ranks.gather(None if failure is None else str(failure)), failure)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        peers_have_rows = True
-        while peers_have_rows:  # with the user's own loaders, other ranks may have more batches
-            peers_have_rows = self._write(None)
-        self._peers_waiting = False
-        if self._open_files is not None:
-            files, self._open_files = self._open_files, None
-            with self._report_os_error():
-                files.close()
-        print_rank_zero(f"Predictions: {self._target}")
+        self._flush()
+        self._meet_ranks()
+        assert self._folder is not None
+        errors = 0
+        with self._ranks.propagate_errors(), self._report_os_error():
+            if self._ranks.rank == 0:
+                errors = self._folder.merge(self._count, self._width if self._features is not None else 0)
+        unreadable = f", {errors:,} of which cannot be read (column error)" if errors else ""
+        print_rank_zero(f"Predictions: {self._count:,} images{unreadable}: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._discard()
+        self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._discard()
+        if self._folder is None:
+            return
+        with contextlib.suppress(ProjectError):  # the first error is reported
+            self._flush()
         if isinstance(exception, ProjectError) and self._peers_waiting:
-            self._peers_waiting = False
-            try:
-                self._write(str(exception))
-            except ProjectError as error:
-                exception.reported_elsewhere = error.reported_elsewhere
+            if self._ranks.size > 1:
+                self._folder.report_failure()
+            with contextlib.suppress(ProjectError):  # the exception itself, which then says who reports it
+                self._meet_ranks(exception)
+        self._close()
 
-    def _discard(self) -> None:
-        if self._open_files is not None:
-            files, self._open_files = self._open_files, None
-            with contextlib.suppress(OSError):  # from flushing rows that are discarded anyway
-                files.__exit__(ConfigError, ConfigError("prediction is incomplete"), None)
+    def _close(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.close()
 
 
-def require_output(output: str) -> None:
-    """Check that the output can be a file.
+def require_output(output: str, features: Path | None = None) -> None:
+    """Check the output files.
+
+    Args:
+        output: File of the predictions.
+        features: File of the features, if there is one.
 
     Raises:
-        ConfigError: It is empty, or a folder.
+        ConfigError: The output is a folder or of an unknown format, or a package is missing.
     """
-    if not output or Path(output).expanduser().is_dir():
-        raise ConfigError(f"--output must name a file, such as predictions.csv, not {output!r}.")
+    path = Path(output).expanduser()
+    if not output or path.is_dir() or path.suffix not in FORMATS:
+        known = f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}"
+        raise ConfigError(f"--output must name a file that ends in {known}, not {output!r}.")
+    if features is not None and (features.suffix != ".safetensors" or features.is_dir()):
+        raise ConfigError(f"--output_features must name a file that ends in .safetensors, not {str(features)!r}.")
+    FORMATS[path.suffix].require()
 
 
-def _most_probable(classes: Sequence[str], probabilities: torch.Tensor) -> Iterator[list[str]]:
-    """Cells of each image: the three most probable classes with their probabilities ``(B, C)``."""
-    best = probabilities.topk(min(3, probabilities.shape[1]))
-    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        pairs = zip(values, indices, strict=True)
-        cells = [cell for value, index in pairs for cell in (classes[index], f"{value:.6f}")]
-        yield cells + [""] * (len(COLUMNS) - len(cells))
+def _limit(trainer: pl.Trainer, batch_size: int, count: int) -> int:
+    """Number of images to predict.
+
+    Raises:
+        ConfigError: ``limit_predict_batches`` is a fraction.
+    """
+    limit = trainer.limit_predict_batches
+    if isinstance(limit, float):
+        if limit != 1.0:
+            raise ConfigError(
+                f"trainer.limit_predict_batches {limit:g} is a fraction. Pass a number of batches, or fewer images."
+            )
+        return count
+    return min(count, limit * batch_size * trainer.world_size)
+
+
+def _checkpoint_sha256(path: str) -> str:
+    """SHA-256 of a checkpoint; an address on the Hugging Face Hub is returned unchanged."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return path
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 
 from project.audit.label_issues import require_scikit_learn
-from project.callbacks.answer_columns import AnswerLimits
+from project.callbacks.prediction_columns import AnswerLimits
 from project.callbacks.prediction_writer import require_output
 from project.errors import ConfigError
 from project.inference import demo, export, push
@@ -89,9 +89,12 @@ def validate_config(verb: str, config: Namespace) -> None:
     if verb not in WITHOUT_CHECKPOINT and not config.ckpt_path:
         raise ConfigError(f"{verb} needs a trained model: --ckpt_path runs/NAME/version_N/checkpoints/best.ckpt")
     if verb == "predict":
-        require_output(config.output)
+        features = config.output_features
+        require_output(config.output, None if features is None else Path(features).expanduser())
         AnswerLimits(config.coverage, config.max_error, config.false_alarms).require_fractions()
-        if data["predict"] is None:
-            raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH")
+        if features is not None and isinstance(config.ckpt_path, list):
+            raise ConfigError("--output_features takes a single checkpoint. Predict them separately.")
+        if data["predict"] is None and data["root"] is None and data["source"] is None:
+            raise ConfigError("Nothing to predict. Pass images or folders with --images PATH")
     elif verb not in WITHOUT_DATA and data["root"] is None and data["source"] is None:
         raise ConfigError("No data. Pass a folder of images with --data.root PATH (PATH/CLASS/*.jpg)")

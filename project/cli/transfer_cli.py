@@ -20,6 +20,7 @@ import project
 from project.audit.report import check
 from project.callbacks.feature_cache import FeatureCache
 from project.callbacks.graceful_shutdown import GracefulShutdown
+from project.callbacks.prediction_writer import OnBadImage
 from project.classifier import ImageClassifier
 from project.cli.checkpoint_defaults import CheckpointCLI
 from project.cli.config_checks import validate_config, validate_seed
@@ -166,6 +167,8 @@ class TransferCLI(CheckpointCLI):
         """
         super().before_instantiate_classes()
         verb, config = str(self.subcommand), self.config[self.subcommand]
+        if verb == "predict":
+            self._use_images(config)
         self.parser.add_instantiator(self._make_data, ImageDataModule, subclasses=False, prepend=True)
         # ``push`` and ``check`` without ``--suspects`` need no model.
         if verb == "push" or (verb == "check" and not config.suspects):
@@ -192,6 +195,16 @@ class TransferCLI(CheckpointCLI):
                 config.model[name] = arguments[name].default
         if verb == "demo":
             config.model["compile"] = False  # compiling takes longer than the page's predictions
+
+    def _use_images(self, config: Namespace) -> None:
+        """Pass the value of ``--images`` to the data."""
+        flag = "--data.on_bad_image"
+        if any(arg.partition("=")[0] == flag for arg in self._args):
+            raise ConfigError(f"{flag} is for labeled images. predict takes --on_bad_image record or stop.")
+        if config.images is not None and config.data.predict is not None:
+            raise ConfigError("--images and data.predict are both set; keep one.")
+        if config.images is not None:
+            config.data.predict = config.images
 
     def _use_rate_of_checkpoint(self, model: Namespace) -> None:
         """Let a fit that is resumed with ``--lr_find`` continue with the rate that it has found, not the config's."""
@@ -252,6 +265,14 @@ class TransferCLI(CheckpointCLI):
             parser.add_argument("--seeds", type=int, default=1, help="Fit with so many seeds, and compare.")
             parser.add_argument(
                 "--lr_find", action="store_true", help="Find the learning rate by a range test, and use it."
+            )
+        if verb == "predict":
+            parser.add_argument(
+                "--images",
+                nargs="+",
+                type=str,
+                help="Images to predict: files, folders, glob patterns, tables with a column path, tar files, or - for "
+                "names on standard input, separated by newlines or null bytes.",
             )
         if verb == "check":
             parser.add_argument("--suspects", action="store_true", help="List images that look like another class.")
@@ -328,20 +349,25 @@ class TransferCLI(CheckpointCLI):
         coverage: float | None = None,
         max_error: float | None = None,
         false_alarms: float | None = None,
+        on_bad_image: OnBadImage = "record",
+        output_features: str | None = None,
     ) -> None:
-        """Predict images and write one row per image to a CSV file.
+        """Predict images and write one row per image to a CSV, JSON Lines or Parquet file.
 
         Args:
             ckpt_path: Checkpoint of the model. Repeat the flag for several tasks, which then share their backbones.
-            output: CSV file of path, predicted class and its probability, and the next two classes with probabilities;
-                several checkpoints have these columns each, preceded by NAME/ of the run.
+            output: File of path, predicted class and its probability, and the next two classes with probabilities, that
+                ends in .csv, .jsonl or .parquet; several checkpoints have these columns each, preceded by NAME/ of the
+                run. The same command continues an interrupted one.
             coverage: Add the column set: classes that contain the right one with this probability, such as 0.95.
             max_error: Add the column answered: yes for images so certain that at most this share of them is wrong,
                 such as 0.01.
             false_alarms: Add the column known: no for images unlike the training images; at most this share of the
                 images of known classes is called unknown, such as 0.05.
+            on_bad_image: record writes a row with the column error for an image that cannot be read; stop stops.
+            output_features: Write the features of each image to this safetensors file, too.
         """
-        del output, coverage, max_error, false_alarms  # used by build_callbacks
+        del output, coverage, max_error, false_alarms, on_bad_image, output_features  # used by build_callbacks
         self.trainer.predict(
             self.model,
             datamodule=self.datamodule,
@@ -366,6 +392,8 @@ class TransferCLI(CheckpointCLI):
             own = self._run_folder(section)
         else:
             options |= {"logger": section.trainer.logger or False, "enable_checkpointing": False}
+        if verb == "predict":
+            self._signals.message = "Run the same command again to continue."
         self.summary = RunSummary(section.dashboard)
         callbacks = build_callbacks(verb, section, GracefulShutdown(self._signals, self._resume_command), self.summary)
         if verb == "fit" and not section.trainer.fast_dev_run:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 
-from project.callbacks.answer_columns import AnswerLimits
 from project.callbacks.drift import Drift
 from project.callbacks.graceful_shutdown import GracefulShutdown
 from project.callbacks.learning_rate_finder import LearningRateFinder
 from project.callbacks.learning_rates import LearningRates
 from project.callbacks.model_checkpoint import BestCheckpoint, LastCheckpoint
+from project.callbacks.prediction_columns import AnswerLimits
+from project.callbacks.prediction_engines import PredictionEngines
 from project.callbacks.prediction_writer import PredictionWriter
 from project.reporting.model_card_callback import ModelCardCallback
 from project.reporting.run_summary import RunSummary
@@ -29,9 +30,8 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     callbacks: list[pl.Callback] = [*(user_callbacks if isinstance(user_callbacks, list) else [user_callbacks])]
     callbacks += [section.features, section.dashboard, shutdown]
     if verb == "predict":
-        callbacks.append(
-            PredictionWriter(section.output, AnswerLimits(section.coverage, section.max_error, section.false_alarms))
-        )
+        writer = _prediction_writer(section)
+        callbacks += [writer, PredictionEngines(section.features.provider, writer)]
     if verb != "fit":
         return callbacks
     callbacks.append(report)
@@ -48,3 +48,15 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
                 ModelCardCallback(),
             ]
     return callbacks
+
+
+def _prediction_writer(section: Namespace) -> PredictionWriter:
+    given, provider = section.ckpt_path, section.features.provider
+    return PredictionWriter(
+        section.output,
+        AnswerLimits(section.coverage, section.max_error, section.false_alarms),
+        given if isinstance(given, list) else [str(given)],
+        section.on_bad_image,
+        section.output_features,
+        {"engine": provider.engine, "engine precision": provider.precision or "auto"},
+    )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from project.data.class_balance import Balance, ClassBalance
-from project.data.dataset import ImageDataset, ImageLoader, NamedImageDataset, collate
+from project.data.dataset import ImageDataset, ImageLoader, collate
 from project.data.image_index import ImageInfo, Index
-from project.data.image_io import list_images
 from project.data.mixup import BatchMixer
+from project.data.prediction_inputs import FileList, PredictionImages, find_images, images_of_source
+from project.data.prediction_loader import PredictionImageSet, PredictionLoader
 from project.data.samplers import EpochOrder, EpochSampler
 from project.data.sources.base import Sample, Source, quote_names
 from project.data.sources.factory import SourceArgument, open_source
@@ -40,6 +41,7 @@ from project.errors import ConfigError, DataError, join_names
 from project.preprocessing import Preprocessing
 from project.runtime import lightning_internals
 from project.runtime.console import print_rank_zero, progress_counter
+from project.runtime.distributed import ProcessGroup
 from project.runtime.seeding import derive_seed, run_seed
 from project.runtime.signals import ignore_signals
 from project.runtime.system import cache_folder, cores
@@ -59,7 +61,8 @@ class ImageDataModule(pl.LightningDataModule):
             with columns path and label, and optionally split and group.
         source: Source of labeled images, instead of ``root``: ``project.data.sources.Digits``, a torchvision data set
             such as ``torchvision.datasets.CIFAR10``, or ``project.data.published.HuggingFace``.
-        predict: Image to predict, or folder to search recursively for images.
+        predict: Images to predict: files, folders, glob patterns, tables, tar files, or - for names on standard input.
+            The flag --images sets it. By default, all images of root or source.
         batch_size: Batch size per process.
         num_workers: Number of worker processes that load images. Default: number of cores - 1, from 1 to 8.
         val_fraction: Fraction of each class to hold out for validation if the data has no val split.
@@ -77,7 +80,8 @@ class ImageDataModule(pl.LightningDataModule):
             too, one of the two is chosen at random for each batch.
         balance: Compensate for class imbalance: sampler draws each class equally often, loss weights each class
             equally in the loss, none does neither.
-        on_bad_image: When an image cannot be read: stop with its name, or skip it in every epoch.
+        on_bad_image: When an image cannot be read: stop with its name, or skip it in every epoch. The command predict
+            has its own flag, --on_bad_image.
         pin_memory: Copy batches to pinned memory, for faster transfer to a GPU if there is one.
     """
 
@@ -85,7 +89,7 @@ class ImageDataModule(pl.LightningDataModule):
         self,
         root: str | None = None,
         source: SourceArgument | None = None,
-        predict: str | None = None,
+        predict: str | list[str] | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
         val_fraction: float = 0.2,
@@ -113,8 +117,15 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("data.mixup and data.cutmix must each be 0, or from 0.01 to 100.")
         self.root = root
         self.source = open_source(root if root is not None else source)
-        self.predict_path = predict
+        self.predict_inputs = [predict] if isinstance(predict, str) else predict
+        #: Whether predict records the images that cannot be read; otherwise they stop it.
+        self.records_bad_images = False
+        #: Numbers of the images that this rank predicts, int64, ascending; ``None`` for its share of all.
+        self.predict_numbers: np.ndarray | None = None
+        #: The loader of the current or latest prediction.
+        self.predict_loader: PredictionLoader | None = None
         self.batch_size = batch_size
+        self.given_workers = num_workers
         self.num_workers = min(max(cores() - 1, 1), 8) if num_workers is None else num_workers
         self.augment = augment
         self.mixes = bool(mixup or cutmix)
@@ -191,8 +202,8 @@ class ImageDataModule(pl.LightningDataModule):
             self._places = dict(assign_places(samples, self.image_infos(samples), self.hold_out.split_seed))
         return [(sample, self._places[sample]) for sample in samples]
 
-    def _skip_unreadable(self, samples: list[Sample], where: str, source: Source | None = None) -> list[Sample]:
-        infos = self.image_infos(samples, source)
+    def _skip_unreadable(self, samples: list[Sample], where: str) -> list[Sample]:
+        infos = self.image_infos(samples)
         bad = [sample.name for sample, info in zip(samples, infos, strict=True) if info.error]
         if bad:
             print_rank_zero(
@@ -215,9 +226,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Prepare and split the data in one process, so that the other ranks find it in the caches."""
-        _ = self.splits
-        if self._skips_bad_images and self.predict_path is not None:
-            _ = self.predict_samples
+        if not getattr(self.trainer, "predicting", False):
+            _ = self.splits
 
     def setup(self, stage: str) -> None:
         """Check that the splits that a stage needs have images.
@@ -227,8 +237,9 @@ class ImageDataModule(pl.LightningDataModule):
             DataError: A split is empty.
         """
         if stage == "predict":
-            if self.predict_path is None:
-                raise ConfigError("Nothing to predict. Pass an image or a folder with --data.predict PATH.")
+            if self.predict_inputs is None and self.source is None:
+                raise ConfigError("Nothing to predict. Pass images or folders with --images PATH.")
+            _ = self.predict_images
             return
         if self.source is None:
             raise ConfigError("No data. Pass an image folder with --data.root PATH.")
@@ -334,31 +345,40 @@ class ImageDataModule(pl.LightningDataModule):
         self.teardown("")
 
     @functools.cached_property
-    def predict_samples(self) -> list[Sample]:
-        """The images to predict.
+    def predict_images(self) -> PredictionImages:
+        """The images to predict. In a distributed run, rank zero lists the files for all ranks.
 
         Raises:
-            DataError: There are no images.
+            ConfigError: Inputs cannot be combined.
+            DataError: An input does not exist, or there are no images.
         """
-        path = Path(str(self.predict_path)).expanduser()
-        if not path.exists():
-            raise DataError(f"data.predict: {self.predict_path} does not exist.")
-        samples = [Sample(str(file), 0) for file in (list_images(path).images if path.is_dir() else [path])]
-        if self._skips_bad_images:
-            samples = self._skip_unreadable(samples, str(path), Files())
-        if not samples:
-            raise DataError(f"data.predict: {self.predict_path} contains no images.")
-        return samples
+        if self.predict_inputs is None:
+            assert self.source is not None  # setup() raises without a source
+            return images_of_source(self.source)
+        ranks, images = ProcessGroup(), None
+        with ranks.propagate_errors():
+            if ranks.rank == 0:
+                images = find_images(self.predict_inputs)
+        files = images.samples if images is not None and isinstance(images.samples, FileList) else None
+        files = ranks.gather(files)[0]
+        if images is None:
+            images = PredictionImages(Files(), files) if files is not None else find_images(self.predict_inputs)
+        return images
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of images and their paths.
+    def predict_dataloader(self) -> PredictionLoader:
+        """Batches of images and their paths: :class:`~project.data.prediction_loader.PredictionBatch`.
 
         The images are a list of tensors, uint8 ``(B, 3, H, W)``: in :attr:`preprocessing` and in each of
         :attr:`further_preprocessings`.
         """
-        transforms = [self.evaluation_transform(), *map(evaluation, self.further_preprocessings)]
-        dataset = NamedImageDataset(self.predict_samples, Files(), *transforms)
-        return self._loader(dataset, EpochSampler(self._order(len(dataset))))
+        source, samples = self.predict_images
+        preprocessings = [self._require_preprocessing(), *self.further_preprocessings]
+        images = PredictionImageSet(samples, source, preprocessings, self.records_bad_images)
+        numbers = self.predict_numbers
+        if numbers is None:
+            numbers = np.arange(len(samples))[ProcessGroup().rank_slice(len(samples))]
+        self.predict_loader = PredictionLoader(images, numbers, self.batch_size, self.num_workers, self.pin_memory)
+        return self.predict_loader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix the images of a training batch, on the device."""

@@ -76,25 +76,6 @@ class ImageDataset(Dataset[Any]):
             return [error]
 
 
-class NamedImageDataset(ImageDataset):
-    """Items are an image in each transform, uint8 ``(3, H, W)``, and its name; the name of padding is empty.
-
-    Args:
-        samples: N samples.
-        source: The source that reads them.
-        transforms: One or more.
-    """
-
-    def __init__(self, samples: Sequence[Sample], source: Source, *transforms: Transform) -> None:
-        super().__init__(samples, source, transforms[0])
-        self._transforms = transforms
-
-    def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], str]:
-        # Each transform reads the image, because a JPEG is decoded at a size that depends on the transform.
-        images = tuple(self._image(number, transform) for transform in self._transforms)
-        return images, "" if isinstance(number, Padding) else self._sample(number).name
-
-
 class ImageLoader(DataLoader[Any]):
     """A DataLoader that raises the original :class:`ProjectError` of a worker. It needs :func:`collate`.
 

@@ -34,7 +34,9 @@ class Outputs(NamedTuple):
     Attributes:
         probabilities: ``(B, C)``, float32.
         answers: Of the answer policy; ``None`` without one.
+        features: Inputs of the head ``(B, D)``, if the classifier outputs them.
     """
 
     probabilities: torch.Tensor
     answers: Answered | None = None
+    features: torch.Tensor | None = None

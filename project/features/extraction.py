@@ -77,7 +77,7 @@ def compute_rows(
         stack.callback(torch.set_num_threads, threads)
         if engine.single_threaded:
             pool = ThreadPoolExecutor(threads, "engine", torch.set_num_threads, (1,))
-            results = _prefetch(lambda batch: pool.submit(decode_and_compute, batch).result, batches(), threads)
+            results = prefetched(lambda batch: pool.submit(decode_and_compute, batch).result, batches(), threads)
         else:
             pool = ThreadPoolExecutor(cores(), "decode")
             worker_batches = _decode_in_workers(images, load, workers) if workers else None
@@ -86,7 +86,7 @@ def compute_rows(
             collator = ThreadPoolExecutor(1, "collate")
             stack.callback(collator.shutdown, cancel_futures=True)
             pin = engine.prefetch > 0 and torch.cuda.is_available()
-            results = map(engine, _prefetch(start_decoding, batches(), engine.prefetch))
+            results = map(engine, prefetched(start_decoding, batches(), engine.prefetch))
         stack.callback(pool.shutdown, cancel_futures=True)
         yield from zip(batches(), results, strict=True)
 
@@ -139,7 +139,7 @@ def _concatenate(parts: Iterable[torch.Tensor], count: int, pin: bool) -> torch.
     return batch
 
 
-def _prefetch(start: Callable[[T], Callable[[], R]], items: Iterable[T], depth: int) -> Iterator[R]:
+def prefetched(start: Callable[[T], Callable[[], R]], items: Iterable[T], depth: int) -> Iterator[R]:
     """Results in order, while the next ``depth`` items are being computed."""
     pending: deque[Callable[[], R]] = deque()
     for item in items:

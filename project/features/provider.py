@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
 
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
 SERVED_IMAGES = 10_000  # images that an engine is chosen for if their number is not known
+#: With fewer images, an engine is neither measured nor exported.
+FEW_IMAGES = 256
 EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
@@ -186,6 +188,63 @@ class RowProvider:
         option = options[choice.index]
         engine, _ = build_engine(option, choice.engine, images[:1])
         return option, engine, choice.reason + engines.skipped
+
+    def prediction_engine(
+        self,
+        prefix: PrefixSpec,
+        task: str,
+        images: Callable[[int], torch.Tensor],
+        count: int,
+        earlier: str | None,
+    ) -> tuple[Engine, str]:
+        """Choose and build an engine for images whose rows are not stored. In a distributed run, rank zero chooses.
+
+        Args:
+            prefix: The frozen prefix.
+            task: Identifies the images, on which int8 is calibrated.
+            images: Returns the first images in the preprocessing of the backbone, uint8 ``(N, 3, H, W)``, given N.
+            count: Number of images to compute, on all ranks.
+            earlier: Engine of an interrupted run that this one continues; ``None`` for a new run.
+
+        Returns:
+            The engine, and its name and precision.
+
+        Raises:
+            ConfigError: No engine matches the settings, or the earlier one is not available any more.
+            EngineError: The engine cannot be built.
+        """
+        from project.features.builder import MEASURED_IMAGES, build_engine
+        from project.features.engine_options import EngineFactory
+        from project.features.engine_selection import RateFile, choose, cost
+        from project.runtime.distributed import ProcessGroup
+
+        ranks = ProcessGroup()
+        engines = EngineFactory(self._root, prefix, task, lambda: images(CALIBRATION_IMAGES))
+        options = self._options(engines, ranks)
+        names = [str(option) for option in options]
+        if earlier is not None and earlier not in names:
+            raise ConfigError(
+                f"The earlier part was predicted with {earlier}, which is not available now ({', '.join(names)} are)."
+            )
+        index, engine, reason = 0, None, "few images"
+        with ranks.propagate_errors():
+            if ranks.rank == 0 and earlier is None and count >= FEW_IMAGES and len(options) > 1:
+                backbone, cut, device = prefix.backbone, prefix.cut, prefix.device
+                network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+                rates = RateFile(self._root / "rates.json", network, device)
+                flops = cost(backbone, cut, device).flops
+                missing = [count // ranks.size] * len(options)
+                choice = choose(options, missing, lambda: images(MEASURED_IMAGES), flops, device, rates)
+                index, engine, reason = choice.index, choice.engine, choice.reason
+        index = ranks.gather(names.index(earlier) if earlier is not None else index)[0]
+        with ranks.propagate_errors():
+            engine, _ = build_engine(options[index], engine, images(1))
+        if earlier is not None:
+            reason = "as in the earlier part"
+        elif len(options) == 1:
+            reason = "the only candidate"
+        print_rank_zero(f"Features: {options[index]} ({reason}{engines.skipped})")
+        return engine, names[index]
 
     def _options(self, engines: EngineFactory, ranks: ProcessGroup) -> list[EngineOption]:
         """Engine options; rank zero first, as it writes the exported and calibrated networks that others read."""

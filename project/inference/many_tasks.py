@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from project.classifier import ImageClassifier
+from project.data.prediction_loader import PredictionBatch
 from project.errors import CheckpointError
 from project.evaluation.step_outputs import Outputs
 from project.models.loading import load_backbone
@@ -109,15 +110,19 @@ class ManyTasks(pl.LightningModule):
                 results[position] = self.classifiers[position].outputs(group_rows.clone())
         return [results[position] for position in range(len(self.names))]
 
-    def predict_step(self, batch: tuple[Sequence[torch.Tensor], Sequence[str]], batch_idx: int) -> Any:
-        """Paths, and probabilities of each task, of a batch of images in each preprocessing and their paths.
+    def predict_step(self, batch: PredictionBatch, batch_idx: int) -> Any:
+        """Paths, and probabilities of each task, of a batch of images in each preprocessing, or of their rows.
 
         If the tasks have an answer policy, the third item are the answers of each task.
         """
-        images, paths = batch
-        outputs = self.outputs(images)
+        names = batch.images.names
+        if batch.encoded:
+            dtypes = (self.classifiers[group[0]].backbone.mean.dtype for group in self.groups)
+            outputs = self.outputs_of_rows([rows.to(dtype) for rows, dtype in zip(batch.inputs, dtypes, strict=True)])
+        else:
+            outputs = self.outputs(batch.inputs)
         probabilities, answers = [output.probabilities for output in outputs], [output.answers for output in outputs]
-        return (paths, probabilities) if None in answers else (paths, probabilities, answers)
+        return (names, probabilities) if None in answers else (names, probabilities, answers)
 
     def describe(self) -> str:
         """One line: the tasks of each group."""

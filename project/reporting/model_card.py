@@ -104,8 +104,7 @@ def render_card(card: CardContent) -> str:
         "In Python, with the `frozen-backbone` package, from the folder of this card:\n",
         f'```python\nfrom project import load\n\nload("{card.checkpoint}").predict(["a.jpg"])\n```\n',
         "On the command line, for one image or a folder of images:\n",
-        f"```\npython -m project predict --ckpt_path {card.checkpoint} --data.predict PATH --output predictions.csv\n"
-        "```\n",
+        f"```\npython -m project predict --ckpt_path {card.checkpoint} --images PATH --output predictions.csv\n```\n",
         "The checkpoint contains only the trained parameters. The backbone's weights are loaded from their original "
         "location and verified by SHA-256.\n",
         *_section("Environment", sections["versions"]),

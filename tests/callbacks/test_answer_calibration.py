@@ -109,15 +109,15 @@ def strange(here: Path) -> Path:
 def test_predict_writes_columns_for_the_flags(calibrated: Path, strange: Path) -> None:
     limits = ["--coverage", "0.9", "--max_error", "0.05", "--false_alarms", "0.05"]
     rows = predict(calibrated, calibrated.parent / "photos/val", *limits)
-    expected = ["top3_probability", "calibrated_probability", "known", "set", "answered"]
-    assert list(rows[0])[-5:] == expected
+    expected = ["top3_probability", "calibrated_probability", "known", "set", "answered", "error"]
+    assert list(rows[0])[-6:] == expected
     assert all(row["predicted"] in row["set"].split("|") for row in rows)
     assert np.mean([Path(row["path"]).parent.name in row["set"].split("|") for row in rows]) >= 0.85
     assert np.mean([row["known"] == "yes" for row in rows]) >= 0.85
     answered = [row for row in rows if row["answered"] == "yes"]
     assert answered and all(Path(row["path"]).parent.name == row["predicted"] for row in answered)
     assert {row["known"] for row in predict(calibrated, strange, "--false_alarms", "0.05")} == {"no"}
-    assert list(predict(calibrated, strange)[0])[-1] == "top3_probability"  # without flags
+    assert list(predict(calibrated, strange)[0])[-2] == "top3_probability"  # without flags
 
 
 def test_predict_answers_for_several_tasks(calibrated: Path, strange: Path) -> None:

@@ -22,6 +22,7 @@ def callback_names(verb: str, **trainer: Any) -> list[str]:
         features=FeatureCache(),
         dashboard=dashboard,
         **{"output": "predictions.csv", "coverage": None, "max_error": None, "false_alarms": None},
+        **{"ckpt_path": "best.ckpt", "on_bad_image": "record", "output_features": None},
         lr_find=False,
     )
     before = section.clone()
@@ -49,7 +50,7 @@ def test_fit_callbacks_depend_on_the_trainer_flags(trainer: dict[str, Any], expe
 
 def test_only_predict_has_a_prediction_writer() -> None:
     assert callback_names("validate") == ALL_VERBS
-    assert callback_names("predict") == [*ALL_VERBS, "PredictionWriter"]
+    assert callback_names("predict") == [*ALL_VERBS, "PredictionWriter", "PredictionEngines"]
 
 
 @pytest.mark.parametrize("user_callbacks", [EarlyStopping("val/loss"), [EarlyStopping("val/loss")]])

@@ -76,6 +76,12 @@ def test_onnx_file_contains_the_classes_and_no_path_of_this_machine(trained: Pat
     assert str(Path(__file__).parents[2]).encode() not in Path("m.onnx").read_bytes()
 
 
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Noise that is smooth enough for a resize to keep details, of a height and width."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
 def shifted(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values + 0.01 for name, values in outputs.items()}
 

@@ -118,11 +118,11 @@ def test_predict_writes_the_columns_of_each_task(
     capsys.readouterr()
     assert main([*predict(photos), *(f"--ckpt_path={path}" for path in paths)]) == 0
     assert "Tasks: 3; backbone runs per image: 2 (colours and tone; sharp)" in (capsys.readouterr().out)
-    assert prefix_calls.total() == 2 * 3, "two groups, three batches"
+    assert prefix_calls.total() == 2 * 2, "each of two groups tests its engine, and computes all images in one batch"
     rows, alone = read("p.csv"), {name: read(f"{name}.csv") for name in names}
     columns = ["predicted", "probability", "top2", "top2_probability", "top3", "top3_probability"]
-    assert list(rows[0]) == ["path", *(f"{name}/{column}" for name in names for column in columns)]
-    assert list(alone["tone"][0]) == ["path", *columns]
+    assert list(rows[0]) == ["path", *(f"{name}/{column}" for name in names for column in columns), "error"]
+    assert list(alone["tone"][0]) == ["path", *columns, "error"]
     for number, row in enumerate(rows):
         for name in names:
             expected = alone[name][number]
@@ -130,15 +130,18 @@ def test_predict_writes_the_columns_of_each_task(
             assert [row[f"{name}/{column}"] for column in columns] == [expected[column] for column in columns]
 
 
-def test_unreadable_image_stops_or_is_skipped_as_with_one_checkpoint(
+def test_unreadable_image_stops_or_is_recorded_as_with_one_checkpoint(
     checkpoints: Path, album: Path, refused: Callable[[int], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "test/red/0.png").write_text("no image")
     flags = predict(album, checkpoint(checkpoints, "colours"), checkpoint(checkpoints, "sharp"))
-    assert "album/test/red/0.png" in refused(main(flags))
+    assert "album/test/red/0.png" in refused(main([*flags, "--on_bad_image", "stop"]))
     assert not Path("p.csv").exists()
-    assert main([*flags, "--data.on_bad_image", "skip"]) == 0
-    assert "skipping 1 of 12 images" in capsys.readouterr().out and len(read("p.csv")) == 11
+    assert main(flags) == 0
+    assert "1 of which cannot be read" in capsys.readouterr().out
+    rows = read("p.csv")
+    assert [row["path"] for row in rows if row["error"]] == [str(album / "test/red/0.png")] and len(rows) == 12
+    assert all(bool(row["colours/predicted"]) == bool(row["sharp/predicted"]) == (not row["error"]) for row in rows)
 
 
 def test_names_get_as_much_of_the_path_as_necessary() -> None:

@@ -1,5 +1,6 @@
 """Data options on the command line: manifests, mixing, balancing, unreadable images, folds and augmentation."""
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,15 +65,22 @@ def test_unreadable_image_stops_fit_or_is_skipped(
     assert "skipping 1 of 25 images of train that cannot be read" in capsys.readouterr().out
 
 
-def test_unreadable_image_stops_predict_or_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_image_is_recorded_or_stops_predict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(Path("some/a.png"), (200, 0, 0), 1)
     Path("some/b.png").write_bytes(b"no image")
-    flags = ["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--data.predict", "some"]
-    assert main(flags) == 2
+    flags = ["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--images", "some"]
+    assert main([*flags, "--on_bad_image", "stop"]) == 2
     assert "some/b.png" in capsys.readouterr().err
-    assert main([*flags, "--data.on_bad_image", "skip"]) == 0
-    assert "some/b.png" in capsys.readouterr().out
-    assert [line.split(",")[0] for line in Path("predictions.csv").read_text().splitlines()[1:]] == ["some/a.png"]
+    assert not Path("predictions.csv").exists()
+    assert main([*flags, "--data.on_bad_image", "skip"]) == 2
+    assert "predict takes --on_bad_image record or stop" in capsys.readouterr().err
+    assert main(flags) == 0
+    assert "2 images, 1 of which cannot be read (column error)" in capsys.readouterr().out
+    with Path("predictions.csv").open(newline="") as file:
+        good, bad = csv.DictReader(file)
+    assert (good["path"], good["predicted"], good["error"]) == ("some/a.png", "red", "")
+    assert bad["path"] == "some/b.png" and "is not a readable image" in bad["error"]
+    assert not any(value for name, value in bad.items() if name not in ("path", "error"))
 
 
 def test_fit_validates_one_fold(fit: Fit) -> None:

@@ -171,12 +171,13 @@ PREDICT = [
 
 def test_bad_image_of_any_rank_stops_predict_and_keeps_an_earlier_file(run: Path, album: Path) -> None:
     Path("out.csv").write_text("earlier")
-    (album / "train/red/6.png").write_bytes(b"no")  # the last but one of 24: in the last batch of rank 0
-    (album / "train/red/7.png").write_bytes(b"no")  # in the last batch of rank 1
-    code, output = join(run_ranks(Path().resolve(), PREDICT))
+    (album / "train/green/3.png").write_bytes(b"no")  # the last of the twelve images of rank 0
+    (album / "train/red/7.png").write_bytes(b"no")  # the last of rank 1
+    code, output = join(run_ranks(Path().resolve(), [*PREDICT, "--on_bad_image", "stop"]))
     assert code == 2 and "Traceback" not in output, output
-    assert output.count("error: album/train/red/6.png") == 1, "each rank reports only its own images"
-    assert Path("out.csv").read_text() == "earlier" and not list(Path().glob(".out.csv*"))
+    assert output.count("error: album/train/green/3.png") == 1, "each rank reports only its own images"
+    assert Path("out.csv").read_text() == "earlier"
+    assert not list(Path().glob(".out.csv*"))
 
 
 def test_killed_rank_stops_predict_and_keeps_an_earlier_file(run: Path, album: Path) -> None:

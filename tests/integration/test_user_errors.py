@@ -364,7 +364,7 @@ def test_logger_in_the_folder_of_an_earlier_run_names_its_settings(fit: Fit, ref
 
 
 def test_predict_without_images_names_the_flag(run: Path, refused: Callable[[int], str]) -> None:
-    assert "--data.predict PATH" in refused(main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]))
+    assert "--images PATH" in refused(main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]))
 
 
 @pytest.mark.parametrize("path", ["none", "."])
@@ -372,7 +372,7 @@ def test_predict_refuses_a_folder_without_images(path: str, run: Path, refused: 
     (run.parents[2] / "empty").mkdir()
     os.chdir(run.parents[2] / "empty")
     ckpt = str(run / "checkpoints/best.ckpt")
-    assert "data.predict" in refused(main(["predict", "--ckpt_path", ckpt, "--data.predict", path]))
+    assert "--images" in refused(main(["predict", "--ckpt_path", ckpt, "--images", path]))
     assert not Path("predictions.csv").exists()
 
 
@@ -381,7 +381,8 @@ def test_predict_of_an_unreadable_image_keeps_an_existing_csv(run: Path, refused
     Path("bad/a.jpg").write_text("no image")
     Path("predictions.csv").write_text("precious")
     ckpt = str(run / "checkpoints/best.ckpt")
-    assert "bad/a.jpg" in refused(main(["predict", "--ckpt_path", ckpt, "--data.predict", "bad"]))
+    flags = ["--data.predict", "bad", "--on_bad_image", "stop"]
+    assert "bad/a.jpg" in refused(main(["predict", "--ckpt_path", ckpt, *flags]))
     assert Path("predictions.csv").read_text() == "precious"
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["bad", "predictions.csv", "runs"]
 

@@ -297,7 +297,9 @@ def test_predict_writes_one_row_per_image(run: Path, photos: Path) -> None:
         assert values == sorted(values, reverse=True)
         assert sum(values) == pytest.approx(1, abs=1e-4)
     probabilities = load(ckpt).predict_proba([row["path"] for row in rows])
-    assert [f"{value:.6f}" for value in probabilities.max(1)] == [row["probability"] for row in rows]
+    # Not bit-identical, as batches of another size are summed in another order.
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.max(1).tolist(), abs=2e-6)
+    assert all(row["error"] == "" for row in rows)
     assert [path.name for path in Path("out").iterdir()] == ["p.csv"], "no temporary file remains"
 
 

@@ -119,7 +119,7 @@ def test_validate_and_predict_show_a_bar(run: object, photos: object, on_screen:
     assert any(re.match(r"Validating .*left", line) for line in drawn_lines(output))
     output = on_screen(lambda: main(["predict", "--data.predict", f"{photos}/test", *flags]))
     assert any(re.match(r"Predicting .*left", line) for line in drawn_lines(output))
-    assert any(line.strip() == "Predictions: predictions.csv" for line in drawn_lines(output))
+    assert any(line.strip() == "Predictions: 12 images: predictions.csv" for line in drawn_lines(output))
 
 
 def test_time_left_excludes_the_startup_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class Manifest(Files):
         bad: dict[str, list[str]] = defaultdict(list)
         seen: dict[str, tuple[int, str]] = {}
         entries: list[tuple[str, str, str, str]] = []
-        for number, row in _read_table(file):
+        for number, row in read_table(file):
             where, label = f"row {number}", row["label"]
             split = SPLITS.get(row["split"].strip().lower() or "train")
             name = str(file.parent / row["path"])
@@ -91,32 +91,44 @@ def _group_findings(splits: Mapping[str, Sequence[Sample]]) -> Iterator[Finding]
         yield Finding("problem", "group in two splits", text, names)
 
 
-def _read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows with their numbers; the header is row 1."""
+def read_table(
+    file: Path, required: Sequence[str] = ("path", "label"), option: str = "data.root"
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a table with their numbers; the header is row 1.
+
+    Args:
+        file: A CSV, TSV or Parquet file.
+        required: Columns that it must have.
+        option: The flag that names the table, for messages.
+
+    Raises:
+        DataError: The table does not exist, cannot be read, or lacks a column.
+    """
     if not file.is_file():
-        raise DataError(f"data.root: table {file} does not exist.")
+        raise DataError(f"{option}: table {file} does not exist.")
     separator = TABLES[file.suffix.lower()]
     try:
-        names, rows = _read_parquet(file) if separator is None else _read_text(file, separator)
+        names, rows = _read_parquet(file, option) if separator is None else _read_text(file, separator)
     except UnicodeDecodeError as error:
-        raise DataError(f"data.root: {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise DataError(f"{option}: {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except (OSError, csv.Error) as error:
-        raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
+        raise DataError(f"{option}: {file} cannot be read as a table: {error}.") from error
     normalized = [name.strip().lower() for name in names]
     repeated = next((name for name in COLUMNS if normalized.count(name) > 1), None)
     if repeated:
-        raise DataError(f"data.root: {file} has two columns named {repeated}. Keep one.")
-    missing = [name for name in ("path", "label") if name not in normalized]
+        raise DataError(f"{option}: {file} has two columns named {repeated}. Keep one.")
+    missing = [name for name in required if name not in normalized]
     if missing:
+        optional = ", and optionally split and group" if "label" in required else ""
         raise DataError(
-            f"data.root: {file} has no column named {' or '.join(missing)}, only {quote_names(names) or 'none'}. "
-            "The header must contain path and label, and optionally split and group."
+            f"{option}: {file} has no column named {' or '.join(missing)}, only {quote_names(names) or 'none'}. "
+            f"The header must contain {' and '.join(required)}{optional}."
         )
     columns = {name: normalized.index(name) for name in COLUMNS if name in normalized}
     for number, values in enumerate(rows, 2):
         if len(values) > len(names):
             raise DataError(
-                f"data.root: {file}: row {number} has {len(values)} fields, but the header has {len(names)}. "
+                f"{option}: {file}: row {number} has {len(values)} fields, but the header has {len(names)}. "
                 "Quote fields that contain a comma."
             )
         if any(values):
@@ -136,7 +148,7 @@ def _read_text(file: Path, separator: str) -> tuple[list[str], list[list[str]]]:
     return (rows[0], rows[1:]) if rows else ([], [])
 
 
-def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
+def _read_parquet(file: Path, option: str) -> tuple[list[str], list[list[str]]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -144,7 +156,7 @@ def _read_parquet(file: Path) -> tuple[list[str], list[list[str]]]:
     try:
         table: Any = parquet.read_table(file)
     except ArrowException as error:
-        raise DataError(f"data.root: {file} cannot be read as a table: {error}.") from error
+        raise DataError(f"{option}: {file} cannot be read as a table: {error}.") from error
     columns = [[_as_text(value) for value in column.to_pylist()] for column in table.columns]
     return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
 

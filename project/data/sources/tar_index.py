@@ -23,6 +23,7 @@ from project.runtime.atomic_write import atomic_write
 VERSION = 1  # of the index files
 #: An image: position of its bytes in the tar file, index into the labels of the shard, and SHA-256 of its bytes.
 ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<u4"), ("digest", "V32")])
+NO_LABEL = "image"
 #: First bytes of compressed files.
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -97,7 +98,7 @@ class ShardIndexer:
 
     Attributes:
         image: Extensions of the image; the first that a sample has is used.
-        label: Extension of the label.
+        label: Extension of the label; empty for images without labels, whose label is :data:`NO_LABEL`.
         folder: Folder of the index files.
     """
 
@@ -160,12 +161,12 @@ class ShardIndexer:
                     bad["has a repeated member, of which the first is used"].append(member.name)
                 sample.setdefault(member.suffix, member.content)
             image = next((sample[suffix] for suffix in self.image if suffix in sample), None)
-            label = self._parse_label(sample.get(self.label))
+            label = self._parse_label(sample.get(self.label)) if self.label else NO_LABEL
             if key in seen:
                 bad["has the key of an earlier sample"].append(key)
             elif image is None:
                 bad[f"has no image: no member {' or '.join('.' + suffix for suffix in self.image)}"].append(key)
-            elif self.label not in sample:
+            elif self.label and self.label not in sample:
                 bad[f"has no label: no member .{self.label}"].append(key)
             elif label is None:
                 bad["has an empty or invalid label"].append(key)

@@ -41,7 +41,8 @@ class Shards(Files):
         test: Test shards.
         image: Extensions of the image, separated by semicolons; the first that a sample has is used.
         label: Extension of the label file, which contains the number or the name of the class. A file whose extension
-            ends in json may also contain an object with the key ``label``.
+            ends in json may also contain an object with the key ``label``. If it is empty, images need no label, and
+            all belong to the class ``image``.
         classes: Class names; labels that are numbers are indices into them. By default the labels that occur.
 
     Raises:

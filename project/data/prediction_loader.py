@@ -1,0 +1,202 @@
+"""Batches of images to predict. An image that cannot be read is recorded in its batch, or stops the prediction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from project.data.dataset import ImageLoader
+from project.data.sources.base import Sample, Source
+from project.data.transforms import evaluation
+from project.errors import ProjectError
+from project.preprocessing import Preprocessing
+from project.runtime.signals import ignore_signals
+
+
+class PredictedImages:
+    """The images of a batch. Not a collection, so that Lightning does not search it for tensors.
+
+    Args:
+        numbers: Index of each image among all images of the command.
+        names: Name of each image.
+        errors: Why each image cannot be read; empty if it can.
+    """
+
+    def __init__(self, numbers: Sequence[int], names: Sequence[str], errors: Sequence[str]) -> None:
+        self.numbers = numbers
+        self.names = names
+        self.errors = errors
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class PredictionBatch(NamedTuple):
+    """A batch of images to predict.
+
+    Attributes:
+        inputs: Images in each preprocessing, uint8 ``(B, 3, H, W)``; or rows at the cut of each group of classifiers
+            that share a frozen prefix, ``(B, ...)``. Those of unreadable images are arbitrary.
+        images: Which images these are.
+        encoded: Whether the inputs are rows.
+    """
+
+    inputs: list[torch.Tensor]
+    images: PredictedImages
+    encoded: bool = False
+
+
+class PredictionImageSet(Dataset[PredictionBatch]):
+    """Data set of batches of images.
+
+    Args:
+        samples: N samples.
+        source: The source that reads them.
+        preprocessings: One or more.
+        records_errors: Record why an image cannot be read, instead of raising the error.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], source: Source, preprocessings: Sequence[Preprocessing], records_errors: bool
+    ) -> None:
+        self.samples = samples
+        self.source = source
+        self._transforms = [evaluation(preprocessing) for preprocessing in preprocessings]
+        self._sizes = [preprocessing.crop for preprocessing in preprocessings]
+        self._records_errors = records_errors
+
+    def load(self, numbers: Sequence[int]) -> PredictionBatch:
+        """Read, decode and transform images. Thread-safe.
+
+        Args:
+            numbers: Indices of samples.
+
+        Raises:
+            ProjectError: An image cannot be read, unless errors are recorded.
+        """
+        samples = [self.samples[number] for number in numbers]
+        images: list[list[torch.Tensor]] = []
+        errors: list[str] = []
+        for sample in samples:
+            try:
+                images.append(self._images(sample))
+                errors.append("")
+            except ProjectError as error:
+                if not self._records_errors:
+                    raise
+                images.append([])
+                errors.append(_reason(error))
+        blank = [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._sizes] if any(errors) else []
+        inputs = [torch.stack([(tensors or blank)[k] for tensors in images]) for k in range(len(self._transforms))]
+        return PredictionBatch(inputs, PredictedImages([*numbers], [sample.name for sample in samples], errors))
+
+    def _images(self, sample: Sample) -> list[torch.Tensor]:
+        """The image in each transform. Each decodes it anew, as a JPEG is decoded at a size that depends on it."""
+        content = self.source.content(sample)
+        return [transform(self.source.decode(content, sample, transform.min_size)) for transform in self._transforms]
+
+    def first_images(self, count: int) -> list[torch.Tensor]:
+        """The first readable images in each preprocessing, uint8 ``(N, 3, H, W)``; a black image if there are none.
+
+        Args:
+            count: Largest N.
+        """
+        tensors: list[list[torch.Tensor]] = []
+        for number in range(min(2 * count, len(self.samples))):
+            with contextlib.suppress(ProjectError):  # recorded or raised when the image is predicted
+                tensors.append(self._images(self.samples[number]))
+            if len(tensors) == count:
+                break
+        tensors = tensors or [[torch.zeros(3, size, size, dtype=torch.uint8) for size in self._sizes]]
+        return [torch.stack([images[k] for images in tensors]) for k in range(len(self._sizes))]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
+        """A single item, the batch. In a worker process, an error is returned as the item: see :class:`ImageLoader`."""
+        try:
+            self.source.prefetch([self.samples[number] for number in numbers])
+            return [self.load(numbers)]
+        except ProjectError as error:
+            if get_worker_info() is None:
+                raise
+            return [error]
+
+
+def _first(items: list[Any]) -> Any:
+    """Collate the single item of :class:`PredictionImageSet`."""
+    return items[0]
+
+
+def _reason(error: ProjectError) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
+
+
+class BatchNumbers(Sequence[list[int]]):
+    """The image numbers of each batch; a batch sampler.
+
+    Args:
+        numbers: Image numbers, int64 ``(N,)``.
+        batch_size: Images per batch.
+    """
+
+    def __init__(self, numbers: np.ndarray, batch_size: int) -> None:
+        self._numbers = numbers
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._numbers) // self._batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        begin = range(len(self))[index] * self._batch_size
+        return self._numbers[begin : begin + self._batch_size].tolist()
+
+
+class PredictionLoader:
+    """Batches of images, or of rows that engines compute from them.
+
+    Args:
+        dataset: The images.
+        numbers: Numbers of the images to predict, int64 ``(N,)``, ascending.
+        batch_size: Images per batch.
+        num_workers: Worker processes that decode.
+        pin_memory: Whether to copy images to page-locked memory.
+
+    Attributes:
+        rows: Maps this loader to batches of rows; ``None`` for batches of images.
+        num_workers: Worker processes that decode.
+    """
+
+    def __init__(
+        self, dataset: PredictionImageSet, numbers: np.ndarray, batch_size: int, num_workers: int, pin_memory: bool
+    ) -> None:
+        self.dataset = dataset
+        self.batches = BatchNumbers(numbers, batch_size)
+        self.numbers = numbers
+        self.batch_size = batch_size
+        self.rows: Callable[[PredictionLoader], Iterator[PredictionBatch]] | None = None
+        self.num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        """Number of batches. At least 1, as Lightning would call no hook of a loop without batches."""
+        return max(len(self.batches), 1)
+
+    def __iter__(self) -> Iterator[PredictionBatch]:
+        yield from self.images() if self.rows is None else self.rows(self)
+
+    def images(self) -> Iterable[PredictionBatch]:
+        """Batches of images, decoded by worker processes."""
+        loader: DataLoader[Any] = ImageLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            num_workers=self.num_workers if len(self.batches) > 1 else 0,
+            collate_fn=_first,
+            worker_init_fn=ignore_signals,
+            pin_memory=self._pin_memory,
+        )
+        return loader
