@@ -18,6 +18,7 @@ from project.callbacks.prediction_columns import CLASSES, ERROR, PATH, AnswerLim
 from project.callbacks.prediction_formats import FORMATS
 from project.callbacks.prediction_parts import Part, PartFolder
 from project.classifier import ImageClassifier
+from project.data.datamodule import ImageDataModule
 from project.data.prediction_inputs import fingerprint
 from project.data.prediction_loader import PredictionBatch
 from project.errors import ConfigError, ProjectError
@@ -85,6 +86,10 @@ class PredictionWriter(pl.Callback):
             return
         module: Any = pl_module
         data: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            raise ConfigError(
+                "PredictionWriter needs an ImageDataModule. Call trainer.predict(model, datamodule=data)."
+            )
         require_output(self._output, self._features)
         self._ranks = ranks = ProcessGroup()
         samples = data.predict_images.samples

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
 CALIBRATION_IMAGES = 128  # images to calibrate int8 on
 SERVED_IMAGES = 10_000  # images that an engine is chosen for if their number is not known
 #: With fewer images, an engine is neither measured nor exported.
-FEW_IMAGES = 256
+FEW_IMAGES = 64
 EngineSetting = Literal["auto", "torch", "compile", "onnxruntime"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 

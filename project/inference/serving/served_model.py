@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from project.classifier import ImageClassifier, Outputs
+from project.classifier import ImageClassifier
 from project.data.image_arrays import to_image
 from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
+from project.evaluation.step_outputs import Outputs
 from project.features.engines import Engine, ExactEngine
 from project.features.provider import RowProvider
 from project.inference.answer import answers_of
