@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from project.inference.many_tasks import ManyTasks
-from project.inference.serving.limits import RefusedError, RequestLimits
+from project.inference.serving.limits import MAX_MEGAPIXELS, RefusedError, RequestLimits
 from project.inference.serving.served_model import ServedModel
 from project.inference.serving.uploads import check_header
 from tests.benchmarks.load_client import BOUNDARY, form, many_scans, png, raw
@@ -155,6 +155,11 @@ def test_without_a_token_other_names_of_this_machine_are_refused(
     host: str, expected: int, server: Server, photo: bytes
 ) -> None:
     assert server.send(raw(photo), Host=host)[0] == expected
+
+
+def test_pillow_opens_the_largest_image_that_can_be_permitted() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert 2 * Image.MAX_IMAGE_PIXELS - 1e6 < MAX_MEGAPIXELS * 1e6 <= 2 * Image.MAX_IMAGE_PIXELS
 
 
 def test_scans_are_limited_by_the_size_of_the_image(photo: bytes) -> None:
