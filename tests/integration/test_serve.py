@@ -48,6 +48,7 @@ def token_file(tmp_path: Path) -> str:
         (["--token_file", "{short}"], "must contain a token of at least 16 ASCII characters"),
         (["--port", "70000"], "--port must be between 0 (any free port) and 65535, not 70000."),
         (["--max_megabytes", "0"], "--max_megabytes must be more than 0, not 0.0."),
+        (["--max_megapixels", "200"], "--max_megapixels must be at most 178: Pillow opens no larger image."),
         (["--max_requests", "-1"], "--max_requests must be more than 0, not -1."),
         (["--batch_size", "0"], "--batch_size must be at least 1, not 0."),
         (["--batch_wait", "-1"], "--batch_wait must be from 0 to 1000 milliseconds, not -1."),

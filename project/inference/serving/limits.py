@@ -11,6 +11,8 @@ from project.errors import ConfigError
 #: ten. Each scan is decoded at the full number of pixels, so a small file with thousands of scans would take hours.
 MAX_SCANS = 100
 MAX_SCANS_OF_LARGEST = 20
+#: Pillow opens no larger image.
+MAX_MEGAPIXELS = 178.0
 #: Seconds after which a client may try again.
 RETRY_AFTER = "1"
 
@@ -32,15 +34,17 @@ class RequestLimits:
     max_requests: int = 64
 
     def validate(self) -> None:
-        """Check that all limits are positive.
+        """Check that all limits are positive, and that Pillow opens the largest image.
 
         Raises:
-            ConfigError: One is not.
+            ConfigError: One is out of range.
         """
         for item in fields(self):
             value = getattr(self, item.name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"--{item.name} must be more than 0, not {value}.")
+        if self.max_megapixels > MAX_MEGAPIXELS:
+            raise ConfigError(f"--max_megapixels must be at most {MAX_MEGAPIXELS:g}: Pillow opens no larger image.")
 
     @property
     def max_bytes(self) -> int:
