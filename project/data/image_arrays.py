@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,21 +22,38 @@ LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-def to_image(image: ImageLike) -> Image.Image:
+def to_images(image: ImageLike, min_sizes: Sequence[int]) -> list[Image.Image]:
+    """Decode or convert an image for several transforms, see :func:`to_image`.
+
+    Args:
+        image: See :data:`ImageLike`. An open file is read once.
+        min_sizes: Smallest shorter side for each transform.
+    """
+    if _is_open_file(image):
+        content, name = _read(image)
+        decoded = {size: decode_image(content, name, size) for size in {*min_sizes}}
+    else:
+        decoded = {size: to_image(image, size) for size in {*min_sizes}}
+    return [decoded[size] for size in min_sizes]
+
+
+def to_image(image: ImageLike, min_size: int = 0) -> Image.Image:
     """Decode or convert an image to upright RGB.
 
     Args:
         image: See :data:`ImageLike`. Arrays and tensors have 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA)
             channels and are uint8, uint16, or float in [0, 1].
+        min_size: Smallest shorter side to decode a file to, see :func:`~project.data.image_io.decode_image`; 0 decodes
+            at full size. PIL images, arrays and tensors keep their size.
 
     Raises:
         DataError: The image cannot be read, or its pixels are out of range.
         TypeError: The argument is of another type.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, min_size)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(image), "The image")
+        return decode_image(bytes(image), "The image", min_size)
     if isinstance(image, Image.Image):
         return convert_image(image, getattr(image, "filename", "") or "The image")
     if isinstance(image, torch.Tensor):
@@ -46,16 +64,24 @@ def to_image(image: ImageLike) -> Image.Image:
         return _from_array((tensor.movedim(0, -1) if tensor.dim() == 3 else tensor).numpy(), tuple(image.shape))
     if isinstance(image, np.ndarray):
         return _from_array(image, image.shape)
-    if isinstance(image, io.IOBase) or hasattr(image, "read"):
-        try:
-            content = image.read()
-        except (OSError, ValueError) as error:  # ValueError: the file is closed
-            raise DataError(f"The image cannot be read: {error}.") from error
-        return decode_image(content, getattr(image, "name", "") or "The image")
+    if _is_open_file(image):
+        return decode_image(*_read(image), min_size)
     raise TypeError(
         "An image is a path, bytes, an open file, a PIL image, an array (H, W, C) or a tensor (C, H, W), not a "
         f"{type(image).__name__}."
     )
+
+
+def _is_open_file(image: Any) -> TypeGuard[IO[bytes]]:
+    return isinstance(image, io.IOBase) or hasattr(image, "read")
+
+
+def _read(file: IO[bytes]) -> tuple[bytes, str]:
+    """The content of an open file, and its name for errors."""
+    try:
+        return file.read(), getattr(file, "name", "") or "The image"
+    except (OSError, ValueError) as error:  # ValueError: the file is closed
+        raise DataError(f"The image cannot be read: {error}.") from error
 
 
 def _from_array(pixels: np.ndarray, shape: tuple[int, ...]) -> Image.Image:

@@ -22,6 +22,7 @@ from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.image_io import read_image
+from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError, ModelError, ProjectError
 from project.features.provider import RowProvider
 from project.inference.gallery import Gallery, data_of
@@ -72,7 +73,7 @@ def classify_file(classifier: Classifier, gallery: Gallery | None, path: str | N
     if path is None:
         return Result(None, "")
     try:
-        image = read_image(path)
+        image = read_image(path, evaluation(classifier.model.backbone.preprocessing).min_size)
     except DataError as error:
         return Result(None, _heading(f"{Path(path).name} {error.reason}"))
     (probabilities,) = classifier.predict_proba([image])

@@ -15,6 +15,7 @@ from project.checkpoints.metadata import SPLIT_SETTINGS
 from project.config.class_path import ClassSpec
 from project.data.datamodule import ImageDataModule
 from project.data.sources.base import Sample, Source
+from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
 from project.features.provider import RowProvider
 from project.inference.predictor import Classifier
@@ -86,7 +87,8 @@ class Gallery:
                 rows = provider.encode_samples(model.prefix_spec(device, precision), data.source, self.samples)
             else:  # without frozen stages, there are no rows to store
                 batches = (self.samples[first : first + 256] for first in range(0, len(self.samples), 256))
-                parts = [classifier.features([self.read(sample) for sample in batch]) for batch in batches]
+                size = evaluation(model.backbone.preprocessing).min_size
+                parts = [classifier.features([self.source.read(item, size) for item in batch]) for batch in batches]
                 features = torch.from_numpy(np.concatenate(parts))
         finally:
             model.cpu()

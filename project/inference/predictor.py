@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as image_functions
 
 from project.classifier import ImageClassifier
-from project.data.image_arrays import ImageLike, to_image
+from project.data.image_arrays import ImageLike, to_images
 from project.data.transforms import Transform, evaluation
 from project.errors import CheckpointError, ConfigError, DataError, WeightsError
 from project.evaluation.answers.temperature import scaled
@@ -31,7 +31,8 @@ class Classifier:
 
     Images are a list of paths, bytes, open files, PIL images, arrays ``(H, W, C)`` or tensors ``(C, H, W)``; or one
     array ``(B, H, W, C)`` or tensor ``(B, C, H, W)``. Pixels are uint8, uint16, or floats in [0, 1]. All are
-    preprocessed like image files. Inference runs on the device of the model.
+    preprocessed like image files, but a JPEG file that is at least twice as large as necessary is decoded at a smaller
+    size, as in training and in ``predict``. Inference runs on the device of the model.
 
     Args:
         model: The trained module; it is set to ``eval()``.
@@ -222,8 +223,10 @@ def _batches(
         )
     items = iter(images)
     with torch.inference_mode():
-        while batch := [to_image(image) for image in islice(items, batch_size)]:
-            yield [torch.stack([transform(image) for image in batch]).to(device) for transform in transforms]
+        sizes = [transform.min_size for transform in transforms]
+        while batch := [to_images(image, sizes) for image in islice(items, batch_size)]:
+            columns = zip(transforms, zip(*batch, strict=True), strict=True)
+            yield [torch.stack([transform(image) for image in column]).to(device) for transform, column in columns]
 
 
 @overload

@@ -1,5 +1,6 @@
 """``load`` and ``Classifier``."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from project import load
+from project.data.image_arrays import to_images
+from project.data.image_io import read_image
+from project.data.transforms import evaluation
 from project.errors import CheckpointError, DataError, WeightsError
 from tests.conftest import FEATURES
 
@@ -23,6 +27,25 @@ def test_paths_pil_images_and_tensors_give_equal_predictions(trained: Path, phot
     expected = classifier.predict_proba(paths)
     for images in ([str(path) for path in paths], pictures, tensors):
         assert np.array_equal(classifier.predict_proba(images), expected)
+
+
+def test_large_jpeg_is_decoded_at_the_size_of_training_from_paths_bytes_and_files(trained: Path, here: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((640, 480)).save("large.jpg")
+    classifier = load(trained / "checkpoints/best.ckpt")
+    transform = evaluation(classifier.model.backbone.preprocessing)
+    expected = classifier.features([read_image("large.jpg", transform.min_size)])
+    assert not np.array_equal(expected, classifier.features([Image.open("large.jpg")]))  # a PIL image keeps its size
+    content = Path("large.jpg").read_bytes()
+    for image in ("large.jpg", content, io.BytesIO(content)):
+        assert np.array_equal(classifier.features([image]), expected)
+
+
+def test_open_file_is_decoded_for_several_transforms() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(stream, "JPEG")
+    stream.seek(0)
+    assert [image.size for image in to_images(stream, [32, 200, 32])] == [(80, 60), (320, 240), (80, 60)]
 
 
 def test_outputs_have_the_documented_shapes(trained: Path, photos: Path) -> None:

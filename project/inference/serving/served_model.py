@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from project.classifier import ImageClassifier
-from project.data.image_arrays import to_image
+from project.data.image_arrays import to_images
 from project.data.transforms import evaluation
 from project.errors import ConfigError, DataError
 from project.evaluation.step_outputs import Outputs
@@ -81,12 +81,12 @@ class ServedModel:
             RefusedError: The image cannot be read.
         """
         try:
-            image = to_image(content)
+            images = to_images(content, [transform.min_size for transform in self._transforms])
         except DataError as error:
             raise RefusedError(422, f"The image {error.reason}") from error
         except MemoryError as error:
             raise RefusedError(413, "The image needs more memory than the server has.") from error
-        return [transform(image) for transform in self._transforms]
+        return [transform(image) for transform, image in zip(self._transforms, images, strict=True)]
 
     def answer(self, images: Sequence[list[torch.Tensor]]) -> list[dict[str, Any]]:
         """Answer a batch.
