@@ -10,7 +10,7 @@ import torch
 
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
-from project.evaluation.answers.held_out import MAX_IMAGES, HeldOutImages
+from project.evaluation.answers.held_out import HeldOutImages, max_images
 from project.evaluation.answers.unknown_images import distances, quantized, select_rows
 from project.evaluation.candidates import STAGES
 from project.evaluation.step_outputs import StepOutput
@@ -32,13 +32,14 @@ def out_of_fold_images(reader: FeatureReader, folds: torch.Tensor, logits: torch
         task: Of the model.
 
     Returns:
-        At most :data:`~project.evaluation.answers.held_out.MAX_IMAGES` images. Rows of the same fold do not count in
+        At most :func:`~project.evaluation.answers.held_out.max_images` images. Rows of the same fold do not count in
         their distances.
     """
     labels = reader.rows.labels
     images = (folds >= 0).nonzero()[:, 0]
-    if len(images) > MAX_IMAGES:
-        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:MAX_IMAGES]
+    limit = max_images(logits.shape[1])
+    if len(images) > limit:
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
         images = images[drawn.sort().values]
     first = reader.read(images[:1])
     stored = torch.from_numpy(select_rows(labels.numpy(), first.shape[1]))
@@ -90,7 +91,8 @@ def validation_images(
         rows: Features of training images ``(M, D)``.
     """
     parts: list[HeldOutImages] = []
-    ranks, share = ProcessGroup(), 1.1 * MAX_IMAGES / validated_images(trainer, data)  # MAX_IMAGES are used in the end
+    ranks, limit = ProcessGroup(), max_images(len(module.classes))
+    share = 1.1 * limit / validated_images(trainer, data)  # of which max_images() are used in the end
     generator = np.random.default_rng(ranks.rank)
 
     def update(batch: Any, output: StepOutput) -> None:

@@ -135,8 +135,7 @@ def test_the_task_that_has_no_answers_is_named(calibrated: Path, strange: Path, 
 
 
 def test_of_many_validation_images_a_random_part_is_kept(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (held_out, held_out_predictions):
-        monkeypatch.setattr(module, "MAX_IMAGES", 10)
+    monkeypatch.setattr(held_out, "MAX_IMAGES", 10)
     assert fit(*STORED) == 0
     assert len(saved_answers()) == 10
 
@@ -158,7 +157,7 @@ def test_a_resumed_fit_keeps_a_part_too_if_it_validates_only_at_its_start(
 
     validation_images = held_out_predictions.validation_images
     monkeypatch.setattr(answer_calibration, "validation_images", spied)
-    monkeypatch.setattr(held_out_predictions, "MAX_IMAGES", 4)
+    monkeypatch.setattr(held_out, "MAX_IMAGES", 4)
     never = ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "1"]
     assert fit(*flags, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
     assert 0 < len(kept[0]) < 9

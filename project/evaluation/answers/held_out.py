@@ -15,6 +15,8 @@ from project.evaluation.answers.prediction_sets import class_scores
 FEW_IMAGES = 1000
 #: More images are not kept: the intervals are narrow already.
 MAX_IMAGES = 4000
+#: Of many classes, fewer images are kept: so many probabilities, but at least :data:`FEW_IMAGES` images.
+MAX_PROBABILITIES = 2**23
 #: One-sided 10 % quantile of the normal distribution.
 Z_10 = 1.2815515655446004
 
@@ -78,10 +80,16 @@ class HeldOutImages:
         return cls(*(np.concatenate(column) for column in columns))
 
     def limited(self) -> HeldOutImages:
-        """At most :data:`MAX_IMAGES` of the images, drawn at random; always the same ones."""
-        if len(self) <= MAX_IMAGES:
+        """At most :func:`max_images` of the images, drawn at random; always the same ones."""
+        count = max_images(self.probabilities.shape[1])
+        if len(self) <= count:
             return self
-        return self.at(np.sort(np.random.default_rng(0).permutation(len(self))[:MAX_IMAGES]))
+        return self.at(np.sort(np.random.default_rng(0).permutation(len(self))[:count]))
+
+
+def max_images(classes: int) -> int:
+    """Number of images to keep at most of the validation images, and of those with out-of-fold predictions."""
+    return min(MAX_IMAGES, max(MAX_PROBABILITIES // classes, FEW_IMAGES))
 
 
 class Calibration(NamedTuple):

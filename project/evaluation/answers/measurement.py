@@ -9,8 +9,8 @@ import numpy as np
 
 from project.evaluation.answers.abstention import certify
 from project.evaluation.answers.held_out import HeldOutImages
+from project.evaluation.answers.prediction_sets import class_scores, set_threshold, sets_of_scores
 from project.evaluation.answers.prediction_sets import images_needed as images_for_sets
-from project.evaluation.answers.prediction_sets import prediction_sets, set_threshold
 from project.evaluation.answers.temperature import calibration_report, random_folds
 from project.evaluation.answers.unknown_images import distance_thresholds
 from project.evaluation.answers.unknown_images import images_needed as images_for_alarms
@@ -44,9 +44,13 @@ def measure(images: HeldOutImages) -> dict[str, Any]:
             when: {name: [estimate.value, *estimate.interval] for name, estimate in values.items()}
             for when, values in scores.items()
         },
-        "sets": [_sets(images, folds, coverage) for coverage in COVERAGES if _can_cover(images, folds, coverage)],
+        "sets": _sets(images, folds),
         "abstention": [_abstention(images, folds, max_error) for max_error in MAX_ERRORS],
-        "unknown": [_false_alarms(images, folds, rate) for rate in FALSE_ALARMS if _can_alarm(images, folds, rate)],
+        "unknown": [
+            _false_alarms(images, folds, rate)
+            for rate in FALSE_ALARMS
+            if _smallest_part(folds) >= images_for_alarms(rate)
+        ],
     }
 
 
@@ -60,21 +64,20 @@ def _smallest_part(folds: np.ndarray) -> int:
     return len(folds) - int(np.bincount(folds).max())
 
 
-def _can_cover(images: HeldOutImages, folds: np.ndarray, coverage: float) -> bool:
-    return _smallest_part(folds) >= images_for_sets(coverage)
-
-
-def _can_alarm(images: HeldOutImages, folds: np.ndarray, rate: float) -> bool:
-    return _smallest_part(folds) >= images_for_alarms(rate)
-
-
-def _sets(images: HeldOutImages, folds: np.ndarray, coverage: float) -> dict[str, Any]:
-    covered, sizes = 0, 0
-    for chosen, held_out in _parts(images, folds):
-        sets = prediction_sets(held_out.probabilities, set_threshold(chosen.true_scores, coverage))
-        covered += int(sets[np.arange(len(held_out)), held_out.labels].sum())
-        sizes += int(sets.sum())
-    return {"coverage": coverage, "images": len(images), "covered": covered, "size": sizes / len(images)}
+def _sets(images: HeldOutImages, folds: np.ndarray) -> list[dict[str, Any]]:
+    scores = class_scores(images.probabilities)
+    true_scores, entries = scores[np.arange(len(images)), images.labels], []
+    for coverage in COVERAGES:
+        if _smallest_part(folds) < images_for_sets(coverage):
+            continue
+        covered, sizes = 0, 0
+        for fold in np.unique(folds):
+            held_out = folds == fold
+            sets = sets_of_scores(scores[held_out], set_threshold(true_scores[~held_out], coverage))
+            covered += int(sets[np.arange(len(sets)), images.labels[held_out]].sum())
+            sizes += int(sets.sum())
+        entries.append({"coverage": coverage, "images": len(images), "covered": covered, "size": sizes / len(images)})
+    return entries
 
 
 def _abstention(images: HeldOutImages, folds: np.ndarray, max_error: float) -> dict[str, Any]:

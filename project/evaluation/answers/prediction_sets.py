@@ -55,5 +55,9 @@ def prediction_sets(probabilities: np.ndarray, threshold: float, may_be_empty: b
         may_be_empty: Leave the set of an uncertain image empty, where the stated coverage is below the accuracy. By
             default, a set always contains the most probable class, and such sets cover more than stated.
     """
-    scores = class_scores(probabilities)
+    return sets_of_scores(class_scores(probabilities), threshold, may_be_empty)
+
+
+def sets_of_scores(scores: np.ndarray, threshold: float, may_be_empty: bool = False) -> np.ndarray:
+    """See :func:`prediction_sets`, given the scores ``(N, C)`` of :func:`class_scores`."""
     return scores <= (threshold if may_be_empty else max(threshold, 0.0))

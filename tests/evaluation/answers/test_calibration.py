@@ -15,6 +15,7 @@ from project.evaluation.answers.held_out import (
     HeldOutImages,
     combine,
     is_less_accurate,
+    max_images,
 )
 from project.evaluation.answers.unknown_images import distances, quantized
 from tests.evaluation.answers.synthetic import calibrated, sharpened
@@ -187,6 +188,11 @@ def test_the_comparison_of_accuracies_has_its_stated_level() -> None:
     draws = np.random.default_rng(0).random((2000, 800)) < 0.85
     assert np.mean([is_less_accurate(draw[:150], draw[150:]) for draw in draws]) == pytest.approx(0.1, abs=0.02)
     assert not is_less_accurate(np.ones(50, bool), np.ones(80, bool))
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 4000), (1000, 4000), (5000, 1677), (100_000, 1000)])
+def test_fewer_images_of_many_classes_are_kept(classes: int, count: int) -> None:
+    assert max_images(classes) == count
 
 
 def test_at_most_so_many_images_are_kept() -> None:
