@@ -159,7 +159,13 @@ def export(
             calibration = torch.stack(
                 [transform(image) for image, _ in read_images(data, CALIBRATION_IMAGES, SPLITS[::-1])]
             )
-            labelled = read_images(data, images, SPLITS)
+            splits = [name for name in SPLITS if data.splits.get(name)]
+            if len(splits) == 1:
+                raise DataError(
+                    f"--int8 calibrates on the images of one split and compares on another, but {data.name} has only "
+                    f"{splits[0]}.\nPass --data.root FOLDER with train and val."
+                )
+            labelled = read_images(data, images, splits)
             text = str(write_int8(network, preprocessing, metadata, calibration, labelled, model.task, temporary[0]))
         else:
             file_format.write(network, preprocessing, metadata, temporary)

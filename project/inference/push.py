@@ -73,9 +73,10 @@ def _card(checkpoint: Path) -> str:
     """
     path = checkpoint.resolve().parent.parent / MODEL_CARD
     try:
-        return path.read_text()
-    except OSError as error:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"push needs the model card of the run, and {path} cannot be read: {error.strerror}.\n"
+            f"push needs the model card of the run, and {path} cannot be read: {reason}.\n"
             "Push a checkpoint in its run folder, runs/NAME/version_N/checkpoints."
         ) from error

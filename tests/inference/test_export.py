@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,16 @@ def test_wrong_flags_are_refused(
     flags: list[str], message: str, trained: Path, here: Path, refused: Callable[[int], str]
 ) -> None:
     assert message in refused(main(["export", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), *flags]))
+
+
+def test_int8_needs_images_that_did_not_calibrate_it(
+    trained: Path, photos: Path, here: Path, refused: Callable[[int], str]
+) -> None:
+    shutil.copytree(photos / "train", here / "single/train")
+    flags = ["--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--int8", "true", "--output", "m.onnx"]
+    message = refused(main(["export", *flags, "--data.root", "single", "--data.val_fraction", "0"]))
+    assert "calibrates on the images of one split and compares on another, but single has only train" in message
+    assert not Path("m.onnx").exists()
 
 
 def test_export_needs_a_checkpoint(here: Path, refused: Callable[[int], str]) -> None:
