@@ -372,6 +372,7 @@ OTHER_LIBRARIES = {
     "_get_file_writer",
     *("_parameters", "_buffers", "_modules"),  # torch.nn.Module
     "_pos_embed",  # timm
+    "_check",  # torch, documented for torch.export
 }
 
 
