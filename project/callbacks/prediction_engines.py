@@ -9,9 +9,12 @@ import torch
 
 from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import ImageClassifier
+from project.errors import ConfigError
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import RowProvider
 from project.runtime.console import print_rank_zero
+
+NETWORK = "network"  # recorded if no engine is used
 
 
 class PredictionEngines(pl.Callback):
@@ -37,8 +40,13 @@ class PredictionEngines(pl.Callback):
         reason = _obstacle(pl_module)
         earlier = self._writer.earlier_engines
         if reason is not None:
+            if earlier not in (None, [NETWORK]):
+                raise ConfigError(
+                    f"The earlier part was predicted with {' and '.join(earlier)}. Now the network itself would "
+                    f"predict, because {reason}. Repeat the earlier command to complete it."
+                )
             print_rank_zero(f"Features: computed by the network itself, because {reason}")
-            self._writer.record_engines(["network"])
+            self._writer.record_engines([NETWORK])
             return
         from project.features.prediction_rows import PrefixEngine, decoding_processes, encoded_batches
         from project.runtime.system import cores

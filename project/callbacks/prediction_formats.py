@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,9 +115,15 @@ class JsonLinesFormat(TextFormat):
     def text(self, columns: Sequence[Column], rows: Rows) -> str:
         """A line for each image."""
         names = [column.name for column in columns]
+        objects = ({name: _json_value(value) for name, value in zip(names, row, strict=True)} for row in rows)
         # A byte that is not UTF-8 is written as \udcXX, which is also its escape in JSON.
-        lines = (json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
+        lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in objects)
         return "".join(f"{line}\n" for line in lines)
+
+
+def _json_value(value: Value) -> Value:
+    """The value; ``None`` for NaN, which JSON does not have."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class ParquetFormat(PredictionFormat):

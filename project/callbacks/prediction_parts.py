@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from project.callbacks.feature_file import merge_parts, write_part
 from project.callbacks.prediction_columns import Column
 from project.callbacks.prediction_formats import PredictionFormat, Rows
 from project.errors import ConfigError, DataError
-from project.runtime.atomic_write import TEMPORARY_PREFIX, atomic_write
+from project.runtime.atomic_write import TEMPORARY_PREFIX, atomic_write, atomic_write_as
 from project.runtime.distributed import ProcessGroup
 
 RUN_FILE, ENGINE_FILE, LOCK_FILE, FAILURE_FILE = "run.json", "engines.json", ".lock", "failed"
@@ -136,10 +136,18 @@ class PartFolder:
         self._write(ENGINE_FILE, [*names])
 
     def parts(self) -> list[Part]:
-        """All parts, in the order of their images."""
+        """Parts that have no image in common, in the order of their images.
+
+        Parts overlap if rank zero of an earlier run was killed, and another of its ranks still wrote one.
+        """
         suffix = self._output.suffix
         names = (PART_NAME.fullmatch(path.stem) for path in self.path.glob(f"*{suffix}"))
-        return sorted(Part(*map(int, match.groups())) for match in names if match)
+        found = (Part(*map(int, match.groups())) for match in names if match)
+        parts: list[Part] = []
+        for part in sorted(found, key=lambda part: (part.begin, -part.end)):
+            if not parts or part.begin >= parts[-1].end:
+                parts.append(part)
+        return parts
 
     def pending(self, count: int) -> np.ndarray:
         """Numbers of the images of which there is no part, int64, ascending.
@@ -164,9 +172,9 @@ class PartFolder:
             OSError: The folder cannot be written.
         """
         if features is not None:  # first, as the part counts as written once its table exists
-            with atomic_write(self.path / f"{part.stem}{FEATURES_SUFFIX}") as temporary:
+            with self._new_file(f"{part.stem}{FEATURES_SUFFIX}") as temporary:
                 write_part(temporary, features)
-        with atomic_write(self.path / f"{part.stem}{self._output.suffix}") as temporary:
+        with self._new_file(f"{part.stem}{self._output.suffix}") as temporary:
             self._format.write(temporary, self._columns, rows)
 
     def report_failure(self) -> None:
@@ -225,8 +233,16 @@ class PartFolder:
                 self._remove()
 
     def _remove(self) -> None:
+        """Remove the locked folder. Its identity is removed last, so that a killed removal can be repeated."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.name not in (RUN_FILE, LOCK_FILE):
+                    path.unlink()
+            (self.path / RUN_FILE).unlink(missing_ok=True)
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
         self._lock.release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process has opened it
+            self.path.rmdir()
 
     def _read(self, name: str) -> Any:
         try:
@@ -235,5 +251,9 @@ class PartFolder:
             return None
 
     def _write(self, name: str, value: Any) -> None:
-        with atomic_write(self.path / name) as temporary:
+        with self._new_file(name) as temporary:
             temporary.write_text(json.dumps(value, indent=1), "utf-8")
+
+    def _new_file(self, name: str) -> AbstractContextManager[Path]:
+        """Write a file atomically. The folder must exist, so that a rank of a killed run does not create it anew."""
+        return atomic_write_as(self.path, lambda _: name, Path(name).suffix)

@@ -21,6 +21,7 @@ from project.runtime.console import print_rank_zero
 STANDARD_INPUT = "-"
 OPTION = "--images"
 READ_BYTES = 1 << 20
+SHOWN = 80  # characters of a name in an error
 
 
 class PredictionImages(NamedTuple):
@@ -144,9 +145,12 @@ def _images_of_shards(patterns: list[str]) -> PredictionImages:
 def _expand(item: str) -> Iterator[str]:
     """Names of the image files of an input."""
     if item == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise DataError(f"{OPTION}: standard input is closed. Send the names of the images to it.")
         yield from read_names(sys.stdin.buffer)
         return
     path = Path(item).expanduser()
+    _require_accessible(path, item)
     if path.is_dir():
         yield from map(str, list_images(path).images)
     elif path.suffix.lower() in TABLES and path.is_file():
@@ -157,6 +161,26 @@ def _expand(item: str) -> Iterator[str]:
         yield from _expand_pattern(str(path))
     else:
         raise DataError(f"{OPTION}: {item} does not exist.")
+
+
+def _require_accessible(path: Path, item: str) -> None:
+    """Check that a name can be that of a file.
+
+    Raises:
+        DataError: The name is empty or too long, or its folder is closed.
+    """
+    if not item:
+        raise DataError(f"{OPTION}: a name is empty. For the current folder: {OPTION} .")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        shown = item if len(item) <= SHOWN else f"{item[:SHOWN]}…"
+        raise DataError(
+            f"{OPTION}: {shown} cannot be read: {error.strerror}. Pass each name separately, or a list of names with "
+            f"{OPTION} {STANDARD_INPUT}"
+        ) from error
 
 
 def _expand_pattern(pattern: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from project.data.sources.base import Source
 from project.errors import EngineError, ProjectError, StoreError
 from project.features.engine_options import EngineOption
-from project.features.engine_selection import EngineChoice, RateFile, choose, cost
+from project.features.engine_selection import EngineChoice, choose_for_prefix, cost
 from project.features.engines import DTYPES, Engine
 from project.features.extraction import extract
 from project.features.frozen_prefix import PrefixSpec
@@ -142,12 +142,7 @@ class RowBuilder:
         choice: EngineChoice | None = None
         with self.ranks.propagate_errors():
             if self.ranks.rank == 0:
-                backbone, cut, device = self.prefix.backbone, self.prefix.cut, self.prefix.device
-                network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
-                must_measure = all(missing) and len(self.options) > 1
-                flops = cost(backbone, cut, device).flops if must_measure else 0
-                rates = RateFile(self.root / "rates.json", network, device)
-                choice = choose(self.options, missing, self._first_images, flops, device, rates)
+                choice = choose_for_prefix(self.prefix, self.root, self.options, missing, self._first_images)
         index, reason = self.ranks.gather(choice and (choice.index, choice.reason))[0] or (0, "")
         return self.options[index], choice.engine if choice else None, reason
 

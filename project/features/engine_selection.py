@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from project.errors import DataError, StoreError
 from project.features.engine_options import EngineOption
 from project.features.engines import DTYPES, Engine, Precision
+from project.features.frozen_prefix import PrefixSpec
 from project.models.backbone import Backbone
 from project.models.cut import Cut
 from project.runtime.atomic_write import atomic_write
@@ -67,6 +68,29 @@ def cost(backbone: Backbone, cut: Cut, device: torch.device) -> ImageCost:
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         rows = backbone.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), cut)
     return ImageCost(counter.get_total_flops() // 2, tuple(rows.shape[1:]))
+
+
+def choose_for_prefix(
+    prefix: PrefixSpec,
+    root: Path,
+    options: Sequence[EngineOption],
+    missing: Sequence[int],
+    images: Callable[[], torch.Tensor],
+) -> EngineChoice:
+    """Choose the engine of a frozen prefix, with the rates that are saved in the store.
+
+    Args:
+        prefix: The frozen prefix.
+        root: Folder of the store.
+        options: At least one option, in order of preference.
+        missing: Number of rows missing from the space of each option.
+        images: Returns images to measure with, uint8 ``(B, 3, H, W)``.
+    """
+    backbone, cut, device = prefix.backbone, prefix.cut, prefix.device
+    must_measure = all(missing) and len(options) > 1
+    flops = cost(backbone, cut, device).flops if must_measure else 0
+    network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
+    return choose(options, missing, images, flops, device, RateFile(root / "rates.json", network, device))
 
 
 def choose(

@@ -172,19 +172,15 @@ class RowProvider:
         """
         from project.features.builder import build_engine
         from project.features.engine_options import EngineFactory
-        from project.features.engine_selection import RateFile, choose, cost
+        from project.features.engine_selection import choose_for_prefix
 
         if self.precision == "int8":
             raise ConfigError("features.precision int8 needs training images to calibrate it. Use another precision.")
-        backbone, device = prefix.backbone, prefix.device
         engines = EngineFactory(self._root, prefix, "", lambda: images)
         options = engines.options(self.engine, self.precision)
         if self.engine == "auto":
             options = [option for option in options if option.name != "compile"]
-        flops = cost(backbone, prefix.cut, device).flops if len(options) > 1 else 0
-        network = f"{backbone.name} to {prefix.cut.frozen[-1]} at {backbone.preprocessing.crop} px"
-        rates = RateFile(self._root / "rates.json", network, device)
-        choice = choose(options, [SERVED_IMAGES] * len(options), lambda: images, flops, device, rates)
+        choice = choose_for_prefix(prefix, self._root, options, [SERVED_IMAGES] * len(options), lambda: images)
         option = options[choice.index]
         engine, _ = build_engine(option, choice.engine, images[:1])
         return option, engine, choice.reason + engines.skipped
@@ -215,7 +211,7 @@ class RowProvider:
         """
         from project.features.builder import MEASURED_IMAGES, build_engine
         from project.features.engine_options import EngineFactory
-        from project.features.engine_selection import RateFile, choose, cost
+        from project.features.engine_selection import choose_for_prefix
         from project.runtime.distributed import ProcessGroup
 
         ranks = ProcessGroup()
@@ -228,21 +224,17 @@ class RowProvider:
             )
         index, engine, reason = 0, None, "few images"
         with ranks.propagate_errors():
-            if ranks.rank == 0 and earlier is None and count >= FEW_IMAGES and len(options) > 1:
-                backbone, cut, device = prefix.backbone, prefix.cut, prefix.device
-                network = f"{backbone.name} to {cut.frozen[-1]} at {backbone.preprocessing.crop} px"
-                rates = RateFile(self._root / "rates.json", network, device)
-                flops = cost(backbone, cut, device).flops
-                missing = [count // ranks.size] * len(options)
-                choice = choose(options, missing, lambda: images(MEASURED_IMAGES), flops, device, rates)
+            if earlier is not None:
+                index, reason = names.index(earlier), "as in the earlier part"
+            elif len(options) == 1:
+                reason = "the only candidate"
+            elif ranks.rank == 0 and count >= FEW_IMAGES:
+                missing = [-(-count // ranks.size)] * len(options)
+                choice = choose_for_prefix(prefix, self._root, options, missing, lambda: images(MEASURED_IMAGES))
                 index, engine, reason = choice.index, choice.engine, choice.reason
-        index = ranks.gather(names.index(earlier) if earlier is not None else index)[0]
+        index = ranks.gather(index)[0]
         with ranks.propagate_errors():
             engine, _ = build_engine(options[index], engine, images(1))
-        if earlier is not None:
-            reason = "as in the earlier part"
-        elif len(options) == 1:
-            reason = "the only candidate"
         print_rank_zero(f"Features: {options[index]} ({reason}{engines.skipped})")
         return engine, names[index]
 

@@ -83,6 +83,12 @@ def test_a_part_without_values_has_the_types_of_the_others(tmp_path: Path) -> No
     assert [row["p"] for row in read_parquet(tmp_path / "all.parquet")] == [None, 0.25]
 
 
+def test_json_lines_have_no_nan(tmp_path: Path) -> None:
+    FORMATS[".jsonl"].write(tmp_path / "p.jsonl", COLUMNS, [["a.png", float("nan"), None, None, None]])
+    assert "NaN" not in (tmp_path / "p.jsonl").read_text()
+    assert read_jsonl(tmp_path / "p.jsonl")[0]["p"] is None
+
+
 def test_parquet_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'frozen-backbone\[parquet\]'"):

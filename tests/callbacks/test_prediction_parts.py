@@ -1,6 +1,9 @@
 """Parts of a table: which images are pending, whose run they are of, and that all are merged."""
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +74,56 @@ def test_a_folder_without_parts_is_of_no_command(tmp_path: Path) -> None:
     other.open({**RUN, "checkpoint": ["2"]})
     assert other.engines is None
     other.close()
+
+
+def test_parts_that_overlap_are_merged_once(tmp_path: Path) -> None:
+    folder = part_folder(tmp_path)
+    folder.open(RUN)
+    for begin, end in ((0, 4), (4, 6), (4, 8), (6, 9)):  # the second and the last one by a rank of a killed run
+        write(folder, begin, end)
+    assert folder.pending(10).tolist() == [8, 9]
+    write(folder, 8, 10)
+    folder.merge(10, 0)
+    assert (tmp_path / "p.csv").read_text().split() == ["path", *(f"{number}.png" for number in range(10))]
+
+
+def test_killed_removal_of_the_folder_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    unlink, left = os.unlink, 0
+
+    def unlink_some(path: Any, **options: Any) -> None:
+        nonlocal left
+        if ".writing-" not in str(path):
+            left -= 1
+            if left < 0:
+                raise Killed
+        unlink(path, **options)
+
+    for count in range(5):
+        folder = part_folder(tmp_path)
+        folder.open(RUN)
+        for number in range(5):
+            write(folder, 2 * number, 2 * number + 2)
+        left = count
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "unlink", unlink_some)
+            folder.merge(10, 0)
+        folder._lock.release(force=True)  # as if the process was killed
+        again = part_folder(tmp_path)
+        again.open(RUN)
+        assert len(again.pending(10)) == 2 * count
+        again.close()
+        shutil.rmtree(folder.path)
+
+
+def test_rank_of_a_killed_run_does_not_create_the_folder_anew(tmp_path: Path) -> None:
+    rank = part_folder(tmp_path)
+    other = part_folder(tmp_path)
+    other.open(RUN)
+    write(other, 0, 10)
+    other.merge(10, 0)
+    with pytest.raises(FileNotFoundError):
+        write(rank, 4, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]

@@ -84,6 +84,12 @@ def test_names_on_standard_input(separator: bytes, here: Path, monkeypatch: pyte
     assert names("-") == given
 
 
+def test_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # as Python sets it
+    with pytest.raises(DataError, match="--images: standard input is closed"):
+        names("-")
+
+
 def test_long_input_is_read_in_blocks() -> None:
     expected = [f"{number:040}.png" for number in range(60_000)]
     assert [*read_names(io.BytesIO("\n".join(expected).encode()))] == expected
@@ -97,6 +103,9 @@ def test_long_input_is_read_in_blocks() -> None:
         (["nothing"], "--images: nothing does not exist"),
         (["new/*.jpg"], r"no image matches new/\*\.jpg"),
         (["empty"], "--images: empty contains no images"),
+        ([""], "--images: a name is empty"),
+        (["new/a.png " * 1000], r"--images: (new/a\.png ){8}… cannot be read: File name too long"),
+        (["new/a.png/b.png"], r"--images: new/a\.png/b\.png does not exist"),
     ],
 )
 def test_inputs_without_images_are_refused(inputs: list[str], message: str, folder: Path) -> None:

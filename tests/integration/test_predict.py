@@ -183,6 +183,8 @@ def test_continued_run_uses_the_engine_of_the_interrupted_one(
     record = Path("predictions.csv.parts/engines.json")
     assert json.loads(record.read_text()) == ["torch fp32"]
     record.write_text('["onnxruntime fp32"]')
+    message = "The earlier part was predicted with onnxruntime fp32. Now the network itself would predict, because"
+    assert message in refused(main(command("--model.compile", "true")))
     assert main(command()) == 0
     assert "Features: onnxruntime fp32 (as in the earlier part)" in capsys.readouterr().out
 

@@ -44,6 +44,7 @@ def token_file(tmp_path: Path) -> str:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 accepts other machines, so it needs a token: --token_file FILE"),
         (["--host", "::"], "--host :: accepts other machines"),
         (["--host", "192.0.2.1", "--token_file", "{token}"], "--host 192.0.2.1 --port 0: "),
+        (["--host", "127..0.1"], "--host 127..0.1: it is not a valid name. Use an address of this machine."),
         (["--token_file", "no"], "--token_file no cannot be read"),
         (["--token_file", "{short}"], "must contain a token of at least 16 ASCII characters"),
         (["--port", "70000"], "--port must be between 0 (any free port) and 65535, not 70000."),

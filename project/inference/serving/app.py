@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, create_model
 from starlette.exceptions import HTTPException
 
+from project.inference.serving.connections import TimedConnection
 from project.inference.serving.limits import RefusedError, unavailable
 from project.inference.serving.metrics import MeasuredRequests
 from project.inference.serving.service import Service
@@ -169,13 +171,18 @@ def make_app(
     return app
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
+def make_server(app: FastAPI, seconds: float) -> uvicorn.Server:
     """Create the server of an application.
 
     h11 parses the requests, because uvicorn's faster parser, httptools, does not limit the size of the headers.
+
+    Args:
+        app: The application.
+        seconds: Longest time in which a client must send the headers of a request.
     """
     quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", proxy_headers=False, **quiet))
+    protocol: Any = functools.partial(TimedConnection, seconds)
+    return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="on", proxy_headers=False, **quiet))
 
 
 async def _disconnected(request: Request) -> None:

@@ -24,7 +24,7 @@ class RequestLimits:
     Attributes:
         max_megabytes: Largest upload.
         max_megapixels: Largest image, by the size that its file states.
-        max_seconds: Longest time of an upload, and longest time from there to its answer.
+        max_seconds: Longest time of the headers of a request, of an upload, and from there to its answer.
         max_requests: Largest number of requests in progress; further ones are refused until one is answered.
     """
 

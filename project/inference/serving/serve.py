@@ -73,8 +73,9 @@ def read_token(host: str, token_file: str | None) -> str | None:
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror}. Use an address of this machine.") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: an empty or too long part, as in 127..0.1
+        reason = getattr(error, "strerror", "it is not a valid name")
+        raise ConfigError(f"--host {host}: {reason}. Use an address of this machine.") from error
     return [(family, str(address[0])) for family, _, _, _, address in found]
 
 
@@ -131,7 +132,7 @@ def serve(
         token_file: File that contains the token that clients must send as 'Authorization: Bearer TOKEN'.
         max_megabytes: Largest upload in megabytes.
         max_megapixels: Largest image in megapixels, by the size that its file states.
-        max_seconds: Longest time of an upload in seconds, and longest time from there to its answer.
+        max_seconds: Longest time in seconds of the headers of a request, of an upload, and from there to its answer.
         max_requests: Largest number of requests in progress; further ones are refused until one is answered.
         batch_size: Largest number of images that are computed together; by default the one that the engine computes
             best.
@@ -174,7 +175,7 @@ def serve(
     version = installed_versions([DISTRIBUTION]).get(DISTRIBUTION, "unknown")
     service = Service(load_model, limits, Batching(batch_size, batch_wait))
     app = make_app(service, task_names(paths), version, read_token(host, token_file), on_started)
-    server = make_server(app)
+    server = make_server(app, limits.max_seconds)
     with listen(host, port) as opened:
         name = f"[{host}]" if ":" in host else host
         print_rank_zero(f"Serve: http://{name}:{opened.getsockname()[1]}/predict")

@@ -18,6 +18,8 @@ from project.inference.serving.served_model import ServedModel
 from project.inference.serving.uploads import CLIENT_CLOSED, check_header
 from project.runtime.system import cores
 
+DECODED_AHEAD = 2  # images that are decoded or wait for it, for each core
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -55,6 +57,8 @@ class Service:
         self._batching = batching
         self._in_progress = 0
         self._batcher: Batcher[list[torch.Tensor], dict[str, Any]] | None = None
+        # While all threads decode slow images, uploads of requests that are given up must not wait in the pool.
+        self._decoding = asyncio.Semaphore(DECODED_AHEAD * cores())
         self._decoders = ThreadPoolExecutor(cores(), "decode", torch.set_num_threads, (1,))
 
     async def start(self) -> None:
@@ -127,7 +131,10 @@ class Service:
 
     async def _answer(self, content: bytes) -> dict[str, Any]:
         assert self._batcher is not None  # place() refuses requests before
-        images = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, content)
+        await self._decoding.acquire()
+        decoding = asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, content)
+        decoding.add_done_callback(lambda _: self._decoding.release())
+        images = await asyncio.shield(decoding)  # a thread cannot be stopped: it is free when the image is decoded
         return await asyncio.wrap_future(self._batcher.submit(images))
 
     def _decode(self, content: bytes) -> list[torch.Tensor]:

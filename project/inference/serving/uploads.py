@@ -15,6 +15,11 @@ from project.inference.serving.limits import MAX_SCANS, MAX_SCANS_OF_LARGEST, Re
 
 FORM = "multipart/form-data"
 RAW = ("image/", "application/octet-stream")
+#: Formats that are decoded. Others can contain an image of another format, whose size their header does not state, such
+#: as ICNS.
+FORMATS = frozenset(("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA"))
+#: First bytes of an ICO file, which is such a format, and which Pillow decodes when it opens it.
+ICO = b"\0\0\1\0"
 MARGIN = 4096  # bytes of a form besides its file
 START_OF_SCAN = b"\xff\xda"  # JPEG marker; in compressed data, each 0xff is followed by another byte
 #: Status for a client that has closed its connection, which no client receives.
@@ -94,8 +99,12 @@ def _too_large(limits: RequestLimits) -> RefusedError:
     return RefusedError(413, f"The upload has more than {limits.max_megabytes:g} MB.")
 
 
+def _unaccepted(kind: str | None) -> RefusedError:
+    return RefusedError(422, f"Images of the format {kind} are not accepted; send a JPEG or PNG.")
+
+
 def check_header(content: bytes, limits: RequestLimits) -> None:
-    """Check the number of pixels that an image states, and the number of scans of a JPEG. Nothing is decoded.
+    """Check format, number of pixels, and number of scans of an image, as its file states them. Nothing is decoded.
 
     Args:
         content: The bytes of a file.
@@ -104,6 +113,8 @@ def check_header(content: bytes, limits: RequestLimits) -> None:
     Raises:
         RefusedError: The content is not an image, or it is too large.
     """
+    if content.startswith(ICO):
+        raise _unaccepted("ICO")
     try:
         with open_image(content) as image:
             (width, height), kind = image.size, image.format
@@ -113,6 +124,8 @@ def check_header(content: bytes, limits: RequestLimits) -> None:
         raise RefusedError(413, f"The image has more than {limits.max_megapixels:g} megapixels.") from error
     except Exception as error:  # Pillow raises many types on damaged bytes
         raise RefusedError(422, f"The image cannot be read: {str(error) or type(error).__name__}.") from error
+    if kind not in FORMATS:
+        raise _unaccepted(kind)
     pixels, max_pixels = width * height, limits.max_megapixels * 1e6
     if pixels > max_pixels:
         raise RefusedError(

@@ -92,10 +92,11 @@ def serving(
     ready: bool = True,
 ) -> Iterator[Server]:
     """A server in a thread, on a free port; by default once it is ready."""
-    service = Service(load_model, limits or RequestLimits(), batching or Batching(wait=0))
+    limits = limits or RequestLimits()
+    service = Service(load_model, limits, batching or Batching(wait=0))
     started = threading.Event()
     app = make_app(service, names, VERSION, token, started.set)
-    server = make_server(app)
+    server = make_server(app, limits.max_seconds)
     with socket.create_server(("127.0.0.1", 0)) as opened:
         thread = threading.Thread(target=server.run, args=([opened],))
         thread.start()

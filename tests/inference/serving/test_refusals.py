@@ -1,18 +1,24 @@
 """Requests that are refused: hostile uploads, limits, access."""
 
+import contextlib
 import io
 import json
 import socket
+import struct
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from project.inference.many_tasks import ManyTasks
 from project.inference.serving.limits import MAX_MEGAPIXELS, RefusedError, RequestLimits
 from project.inference.serving.served_model import ServedModel
 from project.inference.serving.uploads import check_header
+from project.runtime.system import cores
 from tests.benchmarks.load_client import BOUNDARY, form, many_scans, png, raw
 from tests.inference.serving.running_server import GatedModel, Server, serving, wait_for
 
@@ -43,6 +49,16 @@ def test_hostile_uploads_are_refused_and_the_server_continues(server: Server, ph
         assert status == expected and text in answer["error"], (answer, expected, text)
         assert "\n" not in answer["error"]
     assert server.send(raw(photo))[0] == 200
+
+
+def icon(content: bytes) -> bytes:
+    """An ICO file that states 16 x 16 pixels, and contains a PNG."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+
+
+def test_images_that_contain_images_of_another_size_are_refused(server: Server) -> None:
+    status, answer = server.send(raw(icon(png(9_000, 9_000))))
+    assert status == 422 and "format ICO" in answer["error"]
 
 
 def test_addresses_are_not_fetched(server: Server) -> None:
@@ -80,6 +96,21 @@ def test_slow_upload_is_refused(checkpoint: Path, photo: bytes) -> None:
         assert server.metric("serve_requests_in_progress") == 0
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
+def test_connection_without_a_request_is_closed(before: bytes, checkpoint: Path, photo: bytes) -> None:
+    limits = RequestLimits(max_seconds=0.5)
+    with serving(lambda: ServedModel(ManyTasks.load([checkpoint]), [None]), limits=limits) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(before)
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() - began < 10:
+                    connection.sendall(b"GET / HTTP/1.1\r\nX-Slow: " if time.monotonic() - began < 0.1 else b"x")
+                    time.sleep(0.1)
+            assert time.monotonic() - began < 5
+        assert server.send(raw(photo))[0] == 200
+
+
 def test_endless_headers_are_refused(server: Server, photo: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X-Long: " + b"x" * 100_000)
@@ -107,6 +138,26 @@ def test_further_requests_are_refused_while_the_queue_is_full(gated: GatedModel,
         gated.gate.set()
         assert [future.result(20)[0] for future in accepted] == [200, 200]
         assert server.send(raw(photo))[0] == 200
+
+
+def test_uploads_given_up_are_not_kept_while_slow_images_are_decoded(checkpoint: Path, photo: bytes) -> None:
+    class SlowDecoding(ServedModel):
+        def prepare(self, content: bytes) -> list[torch.Tensor]:
+            assert gate.wait(20)
+            return super().prepare(content)
+
+    gate = threading.Event()
+    limits = RequestLimits(max_seconds=0.3, max_requests=4 * cores() + 8)
+    uploads = 4 * cores() + 8
+    with serving(lambda: SlowDecoding(ManyTasks.load([checkpoint]), [None]), limits=limits) as server:
+        try:
+            with ThreadPoolExecutor(uploads) as pool:
+                statuses = {answer[0] for answer in pool.map(server.send, [raw(photo)] * uploads)}
+            assert statuses == {503}
+            assert server.service._decoders._work_queue.qsize() <= cores()
+        finally:
+            gate.set()
+        wait_for(lambda: server.send(raw(photo))[0] == 200)
 
 
 def test_request_of_a_client_that_leaves_is_dropped(gated: GatedModel, photo: bytes) -> None:
