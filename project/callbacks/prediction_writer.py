@@ -17,12 +17,15 @@ import torch
 from project.callbacks.prediction_columns import CLASSES, ERROR, PATH, AnswerLimits, Column, Value, most_probable
 from project.callbacks.prediction_formats import FORMATS
 from project.callbacks.prediction_parts import Part, PartFolder
+from project.checkpoints.hub import SCHEME
+from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
 from project.data.datamodule import ImageDataModule
 from project.data.prediction_inputs import fingerprint
 from project.data.prediction_loader import PredictionBatch
 from project.errors import ConfigError, ProjectError
 from project.evaluation.answers.policy import Answered
+from project.models.fingerprint import fingerprint_tensors
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 
@@ -318,7 +321,9 @@ def _limit(trainer: pl.Trainer, batch_size: int, count: int) -> int:
 
 
 def _checkpoint_sha256(path: str) -> str:
-    """SHA-256 of a checkpoint; an address on the Hugging Face Hub is returned unchanged."""
+    """SHA-256 of a checkpoint file, or of the tensors at an address on the Hub, as a push can change them."""
+    if path.startswith(SCHEME):
+        return fingerprint_tensors(sorted(read_checkpoint(path)["state_dict"].items()))
     file = Path(path).expanduser()
     if not file.is_file():
         return path

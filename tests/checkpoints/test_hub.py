@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from project import load
+from project.callbacks.prediction_writer import _checkpoint_sha256 as checkpoint_sha256
 from project.checkpoints.hub import Address, from_files, to_files
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
@@ -169,6 +170,18 @@ def test_predict_accepts_an_address(pushed: StubHub, photos: Path, weights: Path
     flags = ["--ckpt_path", "hf://me/birds@main", "--model.weights", str(weights)]
     assert main(["predict", *flags, "--data.predict", str(photos / "test/red")]) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 5
+
+
+def test_predict_does_not_continue_with_tensors_that_were_pushed_since(
+    pushed: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = checkpoint_sha256("hf://me/birds")
+    checkpoint = read_checkpoint("hf://me/birds")
+    assert checkpoint_sha256("hf://me/birds") == before
+    next(iter(checkpoint["state_dict"].values())).view(-1)[0] += 1
+    pushed.repositories["me/birds"] = to_files(checkpoint, "")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    assert checkpoint_sha256("hf://me/birds") != before
 
 
 def test_fit_cannot_resume_from_an_address(
