@@ -111,15 +111,17 @@ def test_file_that_outputs_nan_is_deleted(
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 400)])
-def test_small_images_are_exported(suffix: str, size: tuple[int, int], trained: Path, here: Path) -> None:
-    for number, name in enumerate(("blue", "green", "red")):
-        path = here / f"small/val/{name}/1.png"
-        path.parent.mkdir(parents=True)
-        picture(size, number).save(path)
-        path.with_name("2.png").write_bytes(path.read_bytes())
+def test_small_images_are_exported(suffix: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [(8, 8), (1, 1), (5, 400)]
+    for seed, name in enumerate(("blue", "green", "red")):
+        for split, split_sizes in (("train", [(9, 9)]), ("val", sizes)):
+            for number, size in enumerate(split_sizes):
+                path = here / f"small/{split}/{name}/{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(size, seed).save(path)
     flags = ["--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", f"m{suffix}"]
-    assert main(["export", *flags, "--data.root", str(here / "small/val")]) == 0
+    assert main(["export", *flags, "--data.root", str(here / "small")]) == 0
+    assert "on 9 images, the same class as load on 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
