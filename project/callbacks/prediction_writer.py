@@ -262,7 +262,8 @@ class PredictionWriter(pl.Callback):
             if self._ranks.rank == 0:
                 errors = self._folder.merge(self._count, self._width if self._features is not None else 0)
         unreadable = f", {errors:,} of which cannot be read (column error)" if errors else ""
-        print_rank_zero(f"Predictions: {self._count:,} images{unreadable}: {self._target}")
+        images = "image" if self._count == 1 else "images"
+        print_rank_zero(f"Predictions: {self._count:,} {images}{unreadable}: {self._target}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close()

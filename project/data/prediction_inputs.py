@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -172,9 +173,8 @@ def _require_accessible(path: Path, item: str) -> None:
     if not item:
         raise DataError(f"{OPTION}: a name is empty. For the current folder: {OPTION} .")
     try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # such as a pattern
+            path.stat()
     except OSError as error:
         shown = item if len(item) <= SHOWN else f"{item[:SHOWN]}…"
         raise DataError(

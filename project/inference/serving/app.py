@@ -187,5 +187,6 @@ def make_server(app: FastAPI, seconds: float) -> uvicorn.Server:
 
 async def _disconnected(request: Request) -> None:
     """Wait until the client closes its connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    message = await request.receive()
+    while message["type"] != "http.disconnect":
+        message = await request.receive()

@@ -35,7 +35,7 @@ def require(
     """
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigError(f"serve requires {', '.join(missing)}. Install it: pip install '{DISTRIBUTION}[serve]'")
+        raise ConfigError(f"serve requires {', '.join(missing)}. Install: pip install '{DISTRIBUTION}[serve]'")
     limits.validate()
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
