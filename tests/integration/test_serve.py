@@ -96,7 +96,7 @@ def test_missing_package_is_reported_with_the_install_command(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "fastapi" else find(name))
-    assert "serve requires fastapi. Install it: pip install 'frozen-backbone[serve]'" in refused(serve())
+    assert "serve requires fastapi. Install: pip install 'frozen-backbone[serve]'" in refused(serve())
 
 
 def test_damaged_checkpoint_ends_the_command(
