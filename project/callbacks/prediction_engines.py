@@ -9,6 +9,7 @@ import torch
 
 from project.callbacks.prediction_writer import PredictionWriter
 from project.classifier import ImageClassifier
+from project.data.transforms import evaluation
 from project.errors import ConfigError
 from project.features.frozen_prefix import PrefixSpec
 from project.features.provider import RowProvider
@@ -20,8 +21,8 @@ NETWORK = "network"  # recorded if no engine is used
 class PredictionEngines(pl.Callback):
     """Computes the rows of the images to predict with an engine, instead of the frozen stages themselves.
 
-    The trained stages and the head run in the trainer's precision. Without frozen stages, or with ``model.compile``,
-    the network itself predicts.
+    Rows that a fit has stored with the same engine are reused; none are stored. The trained stages and the head run in
+    the trainer's precision. Without frozen stages, or with ``model.compile``, the network itself predicts.
 
     Args:
         provider: Chooses the engines.
@@ -49,16 +50,19 @@ class PredictionEngines(pl.Callback):
             self._writer.record_engines([NETWORK])
             return
         from project.features.prediction_rows import PrefixEngine, decoding_processes, encoded_batches
+        from project.features.stored_rows import StoredRows
+        from project.features.views import view_description
         from project.runtime.system import cores
 
         specs = _prefixes(pl_module, trainer)
         preprocessings = [data.preprocessing, *data.further_preprocessings]
-        engines, names = [], []
+        source = loader.dataset.source
+        engines, names, spaces = [], [], []
         # Not in Lightning's inference mode, in which networks cannot be exported or compiled for other threads.
         with torch.inference_mode(False), torch.no_grad():
             for number, spec in enumerate(specs):
                 position = preprocessings.index(spec.backbone.preprocessing)
-                engine, name = self._provider.prediction_engine(
+                engine, option = self._provider.prediction_engine(
                     spec,
                     f"predict {self._writer.fingerprint}",
                     lambda count, position=position: loader.dataset.first_images(count)[position],  # type: ignore[misc]
@@ -66,10 +70,13 @@ class PredictionEngines(pl.Callback):
                     earlier[number] if earlier is not None else None,
                 )
                 engines.append(PrefixEngine(engine, position))
-                names.append(name)
+                names.append(str(option))
+                spaces.append((option.space, view_description(source, evaluation(spec.backbone.preprocessing))))
         self._writer.record_engines(names)
         if any(item.engine.prefetch for item in engines):
             loader.num_workers = decoding_processes(data.given_workers, loader.num_workers, cores())
+        stored = StoredRows(spaces)
+        loader.dataset.stored = None if stored.is_empty else stored
         loader.rows = lambda images: encoded_batches(images, engines)
 
 

@@ -81,6 +81,7 @@ class PredictionWriter(pl.Callback):
         self._folder: PartFolder | None = None
         self._peers_waiting = False  # whether other ranks wait for this one
         self._count = 0
+        self._reused = 0  # rows that were stored
         self._batches: list[tuple[Sequence[int], list[list[Value]], np.ndarray | None]] = []
         self._flushed = 0.0
 
@@ -164,6 +165,7 @@ class PredictionWriter(pl.Callback):
             pl_module.outputs_features = self._features is not None
             self._width = pl_module.backbone.feature_dim
         self._peers_waiting = True
+        self._reused = 0
         self._flushed = time.monotonic()
 
     def _set_policies(self, module: Any) -> None:
@@ -198,6 +200,7 @@ class PredictionWriter(pl.Callback):
         paths, probabilities, *further = outputs
         answers, features = [*further, None, None][:2]
         images = batch.images
+        self._reused += batch.reused
         values: list[list[Value]] = [[] for _ in range(len(images))]
         if isinstance(probabilities, torch.Tensor):
             self._add_values(values, pl_module.classes, probabilities, answers)
@@ -261,6 +264,9 @@ class PredictionWriter(pl.Callback):
         with self._ranks.propagate_errors(), self._report_os_error():
             if self._ranks.rank == 0:
                 errors = self._folder.merge(self._count, self._width if self._features is not None else 0)
+        reused = sum(self._ranks.gather(self._reused))
+        if reused:
+            print_rank_zero(f"Features: {reused:,} rows reused from the store")
         unreadable = f", {errors:,} of which cannot be read (column error)" if errors else ""
         images = "image" if self._count == 1 else "images"
         print_rank_zero(f"Predictions: {self._count:,} {images}{unreadable}: {self._target}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,19 +36,35 @@ class PredictedImages:
         return len(self.numbers)
 
 
+class StoredPart(NamedTuple):
+    """The images of a batch whose rows are stored.
+
+    Attributes:
+        positions: Their positions in the batch.
+        rows: Their rows for each group of classifiers that share a frozen prefix, ``(N, ...)``.
+    """
+
+    positions: list[int]
+    rows: list[torch.Tensor]
+
+
 class PredictionBatch(NamedTuple):
-    """A batch of images to predict.
+    """A batch of B images to predict.
 
     Attributes:
         inputs: Images in each preprocessing, uint8 ``(B, 3, H, W)``; or rows at the cut of each group of classifiers
             that share a frozen prefix, ``(B, ...)``. Those of unreadable images are arbitrary.
         images: Which images these are.
         encoded: Whether the inputs are rows.
+        stored: The images that are left out of the inputs, as their rows are stored; ``None`` for none.
+        reused: Number of rows that were stored.
     """
 
     inputs: list[torch.Tensor]
     images: PredictedImages
     encoded: bool = False
+    stored: StoredPart | None = None
+    reused: int = 0
 
 
 class PredictionImageSet(Dataset[PredictionBatch]):
@@ -59,6 +75,10 @@ class PredictionImageSet(Dataset[PredictionBatch]):
         source: The source that reads them.
         preprocessings: One or more.
         records_errors: Record why an image cannot be read, instead of raising the error.
+
+    Attributes:
+        stored: Finds the images of a batch whose rows are stored, given the contents of the files; these are not
+            decoded. ``None`` to decode all.
     """
 
     def __init__(
@@ -69,9 +89,10 @@ class PredictionImageSet(Dataset[PredictionBatch]):
         self._transforms = [evaluation(preprocessing) for preprocessing in preprocessings]
         self._sizes = [preprocessing.crop for preprocessing in preprocessings]
         self._records_errors = records_errors
+        self.stored: Callable[[Sequence[bytes]], StoredPart] | None = None
 
     def load(self, numbers: Sequence[int]) -> PredictionBatch:
-        """Read, decode and transform images. Thread-safe.
+        """Read images; decode and transform those whose rows are not stored. Thread-safe.
 
         Args:
             numbers: Indices of samples.
@@ -80,24 +101,52 @@ class PredictionImageSet(Dataset[PredictionBatch]):
             ProjectError: An image cannot be read, unless errors are recorded.
         """
         samples = [self.samples[number] for number in numbers]
+        errors = [""] * len(samples)
+        contents: dict[int, bytes] = {}
+        for position, sample in enumerate(samples):
+            with self._recorded(errors, position):
+                contents[position] = self.source.content(sample)
+        stored = None if self.stored is None else self._find(contents)
         images: list[list[torch.Tensor]] = []
-        errors: list[str] = []
-        for sample in samples:
-            try:
-                images.append(self._images(sample))
-                errors.append("")
-            except ProjectError as error:
-                if not self._records_errors:
-                    raise
-                images.append([])
-                errors.append(_reason(error))
-        blank = [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._sizes] if any(errors) else []
-        inputs = [torch.stack([(tensors or blank)[k] for tensors in images]) for k in range(len(self._transforms))]
-        return PredictionBatch(inputs, PredictedImages([*numbers], [sample.name for sample in samples], errors))
+        for position in range(len(samples)):
+            if stored is not None and position in stored.positions:
+                continue
+            tensors: list[torch.Tensor] = []
+            if position in contents:
+                with self._recorded(errors, position):
+                    tensors = self._transformed(contents.pop(position), samples[position])
+            images.append(tensors or [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._sizes])
+        inputs = [
+            torch.stack([tensors[k] for tensors in images])
+            if images
+            else torch.empty(0, 3, size, size, dtype=torch.uint8)
+            for k, size in enumerate(self._sizes)
+        ]
+        predicted = PredictedImages([*numbers], [sample.name for sample in samples], errors)
+        return PredictionBatch(inputs, predicted, stored=stored)
+
+    @contextlib.contextmanager
+    def _recorded(self, errors: list[str], position: int) -> Iterator[None]:
+        """Record why an image cannot be read, if errors are recorded."""
+        try:
+            yield
+        except ProjectError as error:
+            if not self._records_errors:
+                raise
+            errors[position] = _reason(error)
+
+    def _find(self, contents: Mapping[int, bytes]) -> StoredPart | None:
+        """The images whose rows are stored, by their positions; ``None`` if there are none."""
+        assert self.stored is not None
+        found, positions = self.stored([*contents.values()]), [*contents]
+        return StoredPart([positions[index] for index in found.positions], found.rows) if found.positions else None
 
     def _images(self, sample: Sample) -> list[torch.Tensor]:
+        """The image in each transform."""
+        return self._transformed(self.source.content(sample), sample)
+
+    def _transformed(self, content: bytes, sample: Sample) -> list[torch.Tensor]:
         """The image in each transform. Each decodes it anew, as a JPEG is decoded at a size that depends on it."""
-        content = self.source.content(sample)
         return [transform(self.source.decode(content, sample, transform.min_size)) for transform in self._transforms]
 
     def first_images(self, count: int) -> list[torch.Tensor]:

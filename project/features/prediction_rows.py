@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from project.data.prediction_loader import PredictedImages, PredictionBatch, PredictionLoader
+from project.data.prediction_loader import PredictionBatch, PredictionLoader
 from project.features.engines import Engine
 from project.features.extraction import prefetched
 
@@ -54,7 +54,7 @@ def _in_threads(loader: PredictionLoader, engines: Sequence[PrefixEngine]) -> It
 
     def decode_and_compute(numbers: list[int]) -> PredictionBatch:
         batch = loader.dataset.load(numbers)
-        return batch._replace(inputs=[_rows(item, batch.inputs[item.preprocessing]) for item in engines], encoded=True)
+        return _encoded(batch, [_rows(item, batch.inputs[item.preprocessing]) for item in engines])
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
@@ -71,11 +71,12 @@ def _in_large_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine])
     depth = max(item.engine.prefetch for item in engines)
     pin = depth > 0 and torch.cuda.is_available()
 
-    def collect() -> tuple[list[torch.Tensor], list[PredictedImages]]:
-        """A large batch of images in each preprocessing, and which images are in each small batch of it."""
+    def collect() -> tuple[list[torch.Tensor], list[int], list[PredictionBatch]]:
+        """A large batch of images in each preprocessing; the small batches of it, without images, and their lengths."""
         batches = [*itertools.islice(small, size)]
         stacked = [_concatenate(tensors, pin) for tensors in zip(*(batch.inputs for batch in batches), strict=True)]
-        return stacked, [batch.images for batch in batches]
+        lengths = [len(batch.inputs[0]) for batch in batches]
+        return stacked, lengths, [batch._replace(inputs=[]) for batch in batches]
 
     count = -(-len(loader.batches) // size)
     with contextlib.ExitStack() as stack:
@@ -90,11 +91,27 @@ def _in_large_batches(loader: PredictionLoader, engines: Sequence[PrefixEngine])
             large = prefetched(lambda _: collector.submit(collect).result, range(count), depth)
         else:
             large = (collect() for _ in range(count))
-        for inputs, images in large:
+        for inputs, lengths, batches in large:
             rows = [_rows(item, inputs[item.preprocessing]) for item in engines]
-            lengths = [len(part) for part in images]
-            for part, *parts in zip(images, *(torch.split(tensor, lengths) for tensor in rows), strict=True):
-                yield PredictionBatch([*parts], part, encoded=True)
+            for batch, *parts in zip(batches, *(torch.split(tensor, lengths) for tensor in rows), strict=True):
+                yield _encoded(batch, parts)
+
+
+def _encoded(batch: PredictionBatch, computed: Sequence[torch.Tensor]) -> PredictionBatch:
+    """A batch of rows, of which some are stored and the others were computed.
+
+    Args:
+        batch: The images.
+        computed: For each group of classifiers, the rows of the images whose rows are not stored, in their order.
+    """
+    stored = batch.stored
+    if stored is None:
+        return batch._replace(inputs=[*computed], encoded=True)
+    missing = [position for position in range(len(batch.images)) if position not in stored.positions]
+    order = torch.tensor([*missing, *stored.positions]).argsort()
+    parts = zip(computed, stored.rows, strict=True)
+    rows = [torch.cat([new.to(old), old])[order] if missing else old[order] for new, old in parts]
+    return batch._replace(inputs=rows, encoded=True, stored=None, reused=len(stored.positions))
 
 
 def _concatenate(tensors: Sequence[torch.Tensor], pin: bool) -> torch.Tensor:
@@ -106,7 +123,9 @@ def _concatenate(tensors: Sequence[torch.Tensor], pin: bool) -> torch.Tensor:
 
 
 def _rows(item: PrefixEngine, images: torch.Tensor) -> torch.Tensor:
-    """Rows of images, in calls of the engine's batch size."""
+    """Rows of images, in calls of the engine's batch size; without images, an empty tensor."""
+    if not len(images):
+        return torch.empty(0)
     parts = [item.engine(part) for part in torch.split(images, item.engine.batch_size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -192,8 +192,8 @@ class RowProvider:
         images: Callable[[int], torch.Tensor],
         count: int,
         earlier: str | None,
-    ) -> tuple[Engine, str]:
-        """Choose and build an engine for images whose rows are not stored. In a distributed run, rank zero chooses.
+    ) -> tuple[Engine, EngineOption]:
+        """Choose and build an engine for images to predict. In a distributed run, rank zero chooses.
 
         Args:
             prefix: The frozen prefix.
@@ -203,7 +203,7 @@ class RowProvider:
             earlier: Engine of an interrupted run that this one continues; ``None`` for a new run.
 
         Returns:
-            The engine, and its name and precision.
+            The engine, and its option.
 
         Raises:
             ConfigError: No engine matches the settings, or the earlier one is not available any more.
@@ -236,7 +236,7 @@ class RowProvider:
         with ranks.propagate_errors():
             engine, _ = build_engine(options[index], engine, images(1))
         print_rank_zero(f"Features: {options[index]} ({reason}{engines.skipped})")
-        return engine, names[index]
+        return engine, options[index]
 
     def _options(self, engines: EngineFactory, ranks: ProcessGroup) -> list[EngineOption]:
         """Engine options; rank zero first, as it writes the exported and calibrated networks that others read."""

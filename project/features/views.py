@@ -124,7 +124,7 @@ def image_views(
     """
     views = []
     for name in names:
-        description = f"{decoder_name(source)} {DECODING} {transform!r} {name}"
+        description = view_description(source, transform, name)
         keys = np.empty((len(samples), 2), np.uint64)
         for begin in range(0, len(samples), CHUNK):
             chunk = digests[begin : begin + CHUNK]
@@ -132,6 +132,17 @@ def image_views(
         indices = np.arange(len(samples), dtype=np.int32)
         views.append(Views(samples, [(transform, description)], keys, indices, np.zeros(len(samples), np.int16)))
     return views
+
+
+def view_description(source: Source, transform: Transform, name: str = "") -> str:
+    """What the keys of views depend on besides the images.
+
+    Args:
+        source: Decodes the images.
+        transform: Its ``repr`` contains all parameters.
+        name: Name of the view; empty for the image itself.
+    """
+    return f"{decoder_name(source)} {DECODING} {transform!r} {name}"
 
 
 def deduplicate(groups: Sequence[Sequence[Views]]) -> tuple[Views, list[list[np.ndarray]]]:

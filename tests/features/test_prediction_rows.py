@@ -1,5 +1,6 @@
 """Batches of rows come in order, with the errors of unreadable images, however images are decoded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from project.data.prediction_inputs import FileList
-from project.data.prediction_loader import PredictionImageSet, PredictionLoader
+from project.data.prediction_loader import PredictionImageSet, PredictionLoader, StoredPart
 from project.data.sources.files import Files
 from project.errors import DataError
 from project.features.prediction_rows import PrefixEngine, decoding_processes, encoded_batches
@@ -75,6 +76,37 @@ def test_rows_are_those_of_each_image(
         good = torch.tensor([number != BAD for number in numbers])
         torch.testing.assert_close(rows[good], expected[good], atol=8, rtol=0)  # of the noise
     assert {*engine.sizes} == sizes
+
+
+class EvenNumbers:
+    """Finds the images whose brightness is a multiple of 20: every second one. Their rows are -1."""
+
+    def __init__(self, contents: dict[bytes, int]) -> None:
+        self._numbers = contents
+
+    def __call__(self, contents: Sequence[bytes]) -> StoredPart:
+        positions = [index for index, content in enumerate(contents) if self._numbers[content] % 2 == 0]
+        return StoredPart(positions, [-torch.ones(len(positions), 3)] * 2) if positions else StoredPart([], [])
+
+
+@pytest.mark.parametrize(("single_threaded", "workers"), [(True, 0), (False, 0), (False, 2)])
+@pytest.mark.parametrize("everything", [False, True])
+def test_stored_rows_are_neither_decoded_nor_computed(
+    single_threaded: bool, workers: int, everything: bool, paths: list[Path]
+) -> None:
+    loader = make_loader(paths, workers)
+    numbers = {path.read_bytes(): 0 if everything else number for number, path in enumerate(paths)}
+    loader.dataset.stored = EvenNumbers(numbers)
+    engine = MeanEngine(8, 0, single_threaded)
+    batches = [*encoded_batches(loader, [PrefixEngine(engine, 1), PrefixEngine(MeanEngine(8, 0, True), 0)])]
+    for batch in batches:
+        for rows in batch.inputs:
+            expected = [-1 if everything or n % 2 == 0 else 10 * n + 20 for n in batch.images.numbers]
+            torch.testing.assert_close(rows.mean(1), torch.tensor(expected).float(), atol=8, rtol=0)
+    found = COUNT - 1 if everything else 11
+    assert sum(batch.reused for batch in batches) == found
+    assert sum(engine.sizes) == COUNT - 1 - found
+    assert not [error for batch in batches for error in batch.images.errors if error]  # image 10 is found, not decoded
 
 
 @pytest.mark.parametrize("single_threaded", [True, False])

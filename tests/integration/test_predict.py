@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from project import load
 from project.callbacks import prediction_writer
 from project.cli.main import main
 from project.features import engines, provider
-from tests.conftest import draw
+from tests.conftest import STORED, draw
 from tests.forked import run_ranks, start
 
 COUNT = 30
@@ -210,6 +211,27 @@ def test_any_file_name_on_standard_input(name: str, run: Path, monkeypatch: pyte
     found, missing = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert (found["path"], found["predicted"], found["error"]) == (name, "red", None)
     assert "missing.png does not exist." in missing["error"]
+
+
+def test_rows_that_a_fit_has_stored_are_reused(
+    fit: Callable[..., int], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*STORED) == 0
+    shutil.copytree(photos / "train", "mixed")
+    for number in range(3):
+        draw(Path(f"mixed/new{number}.png"), (200, 40, 40), 700 + number)
+    count = len([*Path("mixed").rglob("*.png")])
+    capsys.readouterr()
+    flags = ["--images", "mixed", *STORED[2:], "--output_features", "features.safetensors"]
+    assert main(command(*flags, "--features.folder", "store", "--output", "reused.csv")) == 0
+    assert f"Features: {count - 3} rows reused from the store" in capsys.readouterr().out
+    reused = load_file("features.safetensors")["features"]
+    assert main(command(*flags, "--features.folder", "empty", "--output", "computed.csv")) == 0
+    assert "reused" not in capsys.readouterr().out
+    assert not [*Path("empty").glob("*/*.safetensors")]  # predict stores no rows
+    np.testing.assert_allclose(reused, load_file("features.safetensors")["features"], atol=1e-5)
+    pairs = zip(read("reused.csv"), read("computed.csv"), strict=True)
+    assert all((a["path"], a["predicted"]) == (b["path"], b["predicted"]) for a, b in pairs)
 
 
 def test_labeled_data_is_predicted_whole(run: Path, photos: Path) -> None:
