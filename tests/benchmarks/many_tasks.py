@@ -42,7 +42,8 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for name, paths in variants.items():
                 flags = [flag for path in paths for flag in ("--ckpt_path", path)]
-                predict = ["project", "predict", *flags, "--data.predict", photographs]
+                predict = ["project", "predict", *flags, "--images", photographs]
+                predict += ["--features.folder", folder / "no-rows"]  # the fits have stored those of the photographs
                 predict += ["--trainer.enable_progress_bar", "false", "--output", folder / "predictions.csv"]
                 run = run_module(*predict)
                 if number > 0:  # the first round warms the file caches

@@ -112,7 +112,8 @@ def main() -> None:
         output = work / "predictions.csv"
         parts = output.with_name(f"{output.name}.parts")
         command = [sys.executable, "-m", "project", "predict", "--ckpt_path", checkpoint, "--images", work / "new"]
-        command += ["--output", output, "--trainer.enable_progress_bar", "false", *options.flags]
+        command += ["--output", output, "--features.folder", work / "no-rows"]
+        command += ["--trainer.enable_progress_bar", "false", *options.flags]
         quarters: list[list[float]] = [[] for _ in range(4)]
         rows = []
         for run in range(options.kills + 1):

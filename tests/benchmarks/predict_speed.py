@@ -143,6 +143,7 @@ def main() -> None:
             predict = [sys.executable, "-m", "project", "predict", "--ckpt_path", checkpoint, "--images", work / "new"]
             predict += ["--output", work / f"{name}.csv", "--data.batch_size", options.batch, *flags]
             predict += ["--trainer.accelerator", options.device, "--trainer.devices", 1]
+            predict += ["--features.folder", work / "no-rows"]  # a fit would have stored some
             commands[name] = [*map(str, predict), "--trainer.enable_progress_bar", "false"]
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         lines: dict[str, str] = {}
