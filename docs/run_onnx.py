@@ -16,7 +16,12 @@ classes, side = np.array(metadata["classes"]), 2 * metadata["preprocessing"]["re
 for path in sys.argv[2:]:
     image = Image.open(path)
     image.draft("RGB", (side, side))  # decodes a large JPEG at a fraction of its size, as this project does
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        sys.exit(f"{path}: this example reads 8 bits per channel only")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
     p, *distance = (output[0] for output in session.run(None, {"images": np.asarray(image)[None]}))
     best, order = p.argmax(), np.argsort(-p, kind="stable")
     print(path, classes[best], f"{p[best]:.4f}")

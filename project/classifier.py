@@ -325,13 +325,19 @@ class ImageClassifier(CheckpointMixin, pl.LightningModule):
             )
         return self.answers.policy(coverage, max_error, false_alarms)
 
-    def outputs(self, rows: torch.Tensor) -> Outputs:
-        """Run the trainable suffix, the head and the answer policy on rows at the cut."""
+    def outputs(self, rows: torch.Tensor, policy: AnswerPolicy | None = None) -> Outputs:
+        """Run the trainable suffix, the head and an answer policy on rows at the cut.
+
+        Args:
+            rows: See :meth:`encode`.
+            policy: By default :attr:`answer_policy`.
+        """
         features = self.refine(rows)
         probabilities = self.task.probabilities(self.head(features))
         answers = None
-        if self.answer_policy is not None:
-            answers = self.answer_policy(probabilities.cpu().numpy(), features.float().cpu().numpy())
+        policy = policy or self.answer_policy
+        if policy is not None:
+            answers = policy(probabilities.cpu().numpy(), features.float().cpu().numpy())
         return Outputs(probabilities, answers, features if self.outputs_features else None)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,6 @@ class AnswerCalibration(pl.Callback):
         data, start = validation_module(trainer), time.perf_counter()
         if data is None:
             return "the validation images do not come from an ImageDataModule"
-        if not lightning_internals.has_validation_batches(trainer):
-            return "nothing was validated in this run"
         weights = _weights_of(module, checkpoint["state_dict"])
         if weights is None:
             return "the best epoch has trained other parts of the network than the last one"

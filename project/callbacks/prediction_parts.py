@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -53,20 +52,16 @@ class PartFolder:
         output: The table to write.
         format: Its format.
         columns: Its columns.
-        features: File of the features; ``None`` for none.
 
     Attributes:
         path: The folder.
     """
 
-    def __init__(
-        self, output: Path, format: PredictionFormat, columns: Sequence[Column], features: Path | None = None
-    ) -> None:
+    def __init__(self, output: Path, format: PredictionFormat, columns: Sequence[Column]) -> None:
         self.path = output.with_name(f"{output.name}.parts")
         self._output = output
         self._format = format
         self._columns = columns
-        self._features = features
         self._lock = FileLock(self.path / LOCK_FILE)
 
     def open(self, identity: Mapping[str, Any]) -> None:
@@ -107,23 +102,15 @@ class PartFolder:
 
         Raises:
             ConfigError: A rank does not see it.
+            OSError: Rank zero cannot write to it.
         """
-        if ranks.size == 1:
-            return
-        marker = self.path / f"seen-{ranks.gather(uuid.uuid4().hex)[0]}"
+        is_shared = ranks.shares(self.path)
         with ranks.propagate_errors():
-            if ranks.rank == 0:
-                marker.touch()
-        try:
-            with ranks.propagate_errors():
-                if not marker.exists():
-                    raise ConfigError(
-                        f"--output: {self.path} of rank {ranks.rank} is not the folder of rank 0. "
-                        "Write to a folder that all nodes share."
-                    )
-        finally:
-            if ranks.rank == 0:
-                marker.unlink(missing_ok=True)
+            if not is_shared:
+                raise ConfigError(
+                    f"--output: {self.path} of rank {ranks.rank} is not the folder of rank 0. "
+                    "Write to a folder that all nodes share."
+                )
 
     @property
     def engines(self) -> list[str] | None:
@@ -187,12 +174,27 @@ class PartFolder:
         """Whether a rank has failed."""
         return (self.path / FAILURE_FILE).exists()
 
-    def merge(self, count: int, width: int) -> int:
+    def merge_features(self, output: Path, count: int, width: int) -> None:
+        """Merge the features of all parts to a file, in constant memory.
+
+        Args:
+            output: The safetensors file to write.
+            count: Number of images.
+            width: Width of the features.
+
+        Raises:
+            DataError: Parts are missing.
+            OSError: The file cannot be written.
+        """
+        files = [self.path / f"{part.stem}{FEATURES_SUFFIX}" for part in self._complete_parts(count)]
+        with atomic_write(output) as temporary:
+            merge_parts(files, temporary, count, width, {"rows": f"in the order of {self._output.name}"})
+
+    def merge(self, count: int) -> int:
         """Merge all parts to the output, in constant memory, and remove the folder.
 
         Args:
             count: Number of images.
-            width: Width of the features.
 
         Returns:
             Number of images that cannot be read.
@@ -201,6 +203,15 @@ class PartFolder:
             DataError: Parts are missing.
             OSError: The output cannot be written.
         """
+        parts = self._complete_parts(count)
+        with atomic_write(self._output) as temporary:
+            tables = (self.path / f"{part.stem}{self._output.suffix}" for part in parts)
+            self._format.merge(tables, temporary, self._columns)
+        self._remove()
+        return sum(part.errors for part in parts)
+
+    def _complete_parts(self, count: int) -> list[Part]:
+        """The parts, which together have all images."""
         parts = self.parts()
         expected = 0
         for part in parts:
@@ -213,16 +224,7 @@ class PartFolder:
                 f"The predictions of images {expected} to {following - 1} are missing from {self.path}. "
                 "Repeat the command to compute them."
             )
-        if self._features is not None:
-            files = [self.path / f"{part.stem}{FEATURES_SUFFIX}" for part in parts]
-            metadata = {"rows": f"in the order of {self._output.name}"}
-            with atomic_write(self._features) as temporary:
-                merge_parts(files, temporary, count, width, metadata)
-        with atomic_write(self._output) as temporary:
-            tables = (self.path / f"{part.stem}{self._output.suffix}" for part in parts)
-            self._format.merge(tables, temporary, self._columns)
-        self._remove()
-        return sum(part.errors for part in parts)
+        return parts
 
     def close(self) -> None:
         """Release the folder, and remove it if it has no parts."""

@@ -26,6 +26,7 @@ from project.data.prediction_loader import PredictionBatch
 from project.errors import ConfigError, ProjectError
 from project.evaluation.answers.policy import Answered
 from project.models.fingerprint import fingerprint_tensors
+from project.runtime.atomic_write import require_writable
 from project.runtime.console import print_rank_zero
 from project.runtime.distributed import ProcessGroup
 
@@ -102,7 +103,11 @@ class PredictionWriter(pl.Callback):
         prefixes = [f"{name}/" for name in getattr(module, "names", ())] or [""]
         columns = [Column(f"{prefix}{name}", kind) for prefix in prefixes for name, kind in self._task_columns]
         self._value_count = len(columns)
-        folder = PartFolder(self._target, FORMATS[self._target.suffix], [PATH, *columns, ERROR], self._features)
+        folder = PartFolder(self._target, FORMATS[self._target.suffix], [PATH, *columns, ERROR])
+        with ranks.propagate_errors():
+            if ranks.rank == 0 and self._features is not None:  # written at the end, so a mistake would cost hours
+                with self._report_os_error("--output_features", self._features):
+                    require_writable(self._features)
         with ranks.propagate_errors(), self._report_os_error():
             if ranks.rank == 0:
                 folder.open(self._identity(trainer, module))
@@ -179,12 +184,12 @@ class PredictionWriter(pl.Callback):
                 raise ConfigError(f"Task {name}: {error}") from error
 
     @contextlib.contextmanager
-    def _report_os_error(self) -> Iterator[None]:
+    def _report_os_error(self, flag: str = "--output", path: Path | None = None) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise ConfigError(
-                f"--output: {self._target} cannot be written: {error.strerror or error}.\n"
+                f"{flag}: {path or self._target} cannot be written: {error.strerror or error}.\n"
                 "Finished parts are kept; repeat the command to continue."
             ) from error
 
@@ -261,9 +266,13 @@ class PredictionWriter(pl.Callback):
         self._meet_ranks()
         assert self._folder is not None
         errors = 0
-        with self._ranks.propagate_errors(), self._report_os_error():
+        with self._ranks.propagate_errors():
+            if self._ranks.rank == 0 and self._features is not None:
+                with self._report_os_error("--output_features", self._features):
+                    self._folder.merge_features(self._features, self._count, self._width)
             if self._ranks.rank == 0:
-                errors = self._folder.merge(self._count, self._width if self._features is not None else 0)
+                with self._report_os_error():
+                    errors = self._folder.merge(self._count)
         reused = sum(self._ranks.gather(self._reused))
         if reused:
             print_rank_zero(f"Features: {reused:,} rows reused from the store")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,24 +212,16 @@ class RowBuilder:
 
     def _check_shared_folder(self, option: EngineOption) -> None:
         """Fail before hours of computation if some ranks would not see the rows of the others."""
-        ranks = self.ranks
-        marker = option.space.path / f".seen-{ranks.gather(uuid.uuid4().hex)[0]}"
-        with ranks.propagate_errors():
-            if ranks.rank == 0 and ranks.size > 1:
-                try:
-                    marker.touch()
-                except OSError as error:
-                    raise unwritable_error(option.space.path, error) from error
         try:
-            with ranks.propagate_errors():
-                if ranks.size > 1 and not marker.exists():
-                    raise StoreError(
-                        f"{option.space.path} on the node of rank {ranks.rank} is not the folder of rank 0. "
-                        "Store features in a folder that all nodes share: --features.folder PATH"
-                    )
-        finally:
-            if ranks.rank == 0:
-                marker.unlink(missing_ok=True)
+            is_shared = self.ranks.shares(option.space.path)
+        except OSError as error:
+            raise unwritable_error(option.space.path, error) from error
+        with self.ranks.propagate_errors():
+            if not is_shared:
+                raise StoreError(
+                    f"{option.space.path} on the node of rank {self.ranks.rank} is not the folder of rank 0. "
+                    "Store features in a folder that all nodes share: --features.folder PATH"
+                )
 
     def _check_budget(self) -> None:
         image = cost(self.prefix.backbone, self.prefix.cut, self.prefix.device)

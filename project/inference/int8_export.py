@@ -16,16 +16,16 @@ from project.evaluation.confidence_intervals import Interval
 from project.evaluation.paired_intervals import newcombe_paired
 from project.features.onnx_export import quantize
 from project.inference.export_formats import (
+    OnnxFormat,
     Runner,
     example_pixels,
     onnx_model,
-    onnx_session,
-    run_session,
     save_onnx,
     with_preprocessing,
 )
 from project.inference.exported_network import ExportedNetwork
 from project.preprocessing import Preprocessing
+from project.runtime.atomic_write import TEMPORARY_PREFIX
 from project.task import Task
 
 #: Training images that determine the ranges of the activations.
@@ -80,19 +80,15 @@ def write_int8(
     """
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=file.parent) as folder:
         plain, quantized, reference = (Path(folder, f"{name}.onnx") for name in ("plain", "quantized", "reference"))
         model = onnx_model(network, example_pixels(preprocessing), "pixels", network.outputs)
         onnx.save(model, plain)
         quantize(plain, calibration, quantized)
         save_onnx(with_preprocessing(model, preprocessing), metadata, reference)
         save_onnx(with_preprocessing(onnx.load(quantized), preprocessing), metadata, file)
-        return int8_cost(_runner(reference), _runner(file), labelled, task)
-
-
-def _runner(file: Path) -> Runner:
-    session = onnx_session(file)
-    return lambda images: run_session(session, {"images": images})
+        load = OnnxFormat().runner
+        return int8_cost(load([reference]), load([file]), labelled, task)
 
 
 def int8_cost(

@@ -95,10 +95,9 @@ class Classifier:
         """
         policy, answers = self.model.make_policy(coverage, max_error, false_alarms), []
         for batch in self._batches(images):
-            features = self.model.refine(self.model.encode(batch))
-            probabilities = self.model.task.probabilities(self.model.head(features)).cpu().numpy()
-            answered = policy(probabilities, features.float().cpu().numpy())
-            answers += answers_of(answered, self.names(probabilities), self.classes_)
+            outputs = self.model.outputs(self.model.encode(batch), policy)
+            assert outputs.answers is not None  # a policy was given
+            answers += answers_of(outputs.answers, self.names(outputs.probabilities.cpu().numpy()), self.classes_)
         return answers
 
     def names(self, probabilities: np.ndarray) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,16 @@ def atomic_write_as(folder: Path, make_name: Callable[[Path], str], suffix: str 
         _fsync(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(target: Path) -> None:
+    """Check that :func:`atomic_write` can create a file, and create its missing parent folders.
+
+    Raises:
+        OSError: The folder is not writable.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=target.parent, prefix=TEMPORARY_PREFIX).close()
 
 
 def _fsync(path: Path) -> None:

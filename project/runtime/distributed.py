@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -89,6 +91,30 @@ class ProcessGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._group)
         return values
+
+    def shares(self, folder: Path) -> bool:
+        """Whether this rank sees the folder of rank zero, and not one of the same path on another machine.
+
+        Blocks until all ranks call it.
+
+        Args:
+            folder: An existing folder.
+
+        Raises:
+            OSError: Rank zero cannot write to the folder.
+            ProjectError: The same, on the other ranks.
+        """
+        if self.size == 1:
+            return True
+        marker = folder / f".seen-{self.gather(uuid.uuid4().hex)[0]}"
+        with self.propagate_errors():
+            if self.rank == 0:
+                marker.touch()
+        try:
+            return self.gather(marker.exists())[self.rank]
+        finally:
+            if self.rank == 0:
+                marker.unlink(missing_ok=True)
 
     @contextmanager
     def propagate_errors(self) -> Iterator[None]:

@@ -126,8 +126,8 @@ class ModelCheckpointOfCandidates(ModelCheckpoint):
 def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], None]) -> None:
     """Run the validation step on all validation batches of a fit, without callbacks, logs and progress.
 
-    Call it after a validation, on all ranks; the step must not log. Relies on ``val_loop._combined_loader``, and on how
-    the loop prepares a batch: ``convert_input()``, ``_on_before_batch_transfer()``, ``batch_to_device()``.
+    Call it on all ranks of a fit with validation; the step must not log. Relies on how the loop prepares a batch:
+    ``convert_input()``, ``_on_before_batch_transfer()``, ``batch_to_device()``.
 
     Args:
         trainer: The fit's trainer.
@@ -135,6 +135,7 @@ def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], No
     """
     module, strategy, precision = trainer.lightning_module, trainer.strategy, trainer.precision_plugin
     stage, was_training = trainer.state.stage, module.training
+    load_validation_batches(trainer)
     (loader,) = trainer.fit_loop.epoch_loop.val_loop._combined_loader.flattened  # type: ignore[union-attr]
     (count,) = trainer.num_val_batches
     trainer.validating = True
@@ -152,12 +153,14 @@ def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], No
         trainer.state.stage = stage
 
 
-def has_validation_batches(trainer: pl.Trainer) -> bool:
-    """Whether :func:`run_validation_steps` has batches: a fit that had ended before loads none.
+def load_validation_batches(trainer: pl.Trainer) -> None:
+    """Load the validation batches of a fit as its first validation does, if none has run.
 
-    Relies on ``val_loop._combined_loader``, which is ``None`` until the first validation.
+    Relies on ``val_loop.setup_data()`` and ``val_loop._combined_loader``, which is ``None`` until then.
     """
-    return trainer.fit_loop.epoch_loop.val_loop._combined_loader is not None
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        loop.setup_data()
 
 
 class _FitLoopWithEpochZero(_FitLoop):

@@ -35,12 +35,12 @@ def test_a_later_run_computes_what_is_pending_and_merges_all_in_order(tmp_path: 
     assert not (first.path / ".writing-0.csv").exists()
     assert second.pending(10).tolist() == [2, 3, 7, 8, 9]
     with pytest.raises(DataError, match=r"images 2 to 3 are missing from .*p\.csv\.parts"):
-        second.merge(10, 0)
+        second.merge(10)
     write(second, 2, 4)
     with pytest.raises(DataError, match="images 7 to 9 are missing"):
-        second.merge(10, 0)
+        second.merge(10)
     write(second, 7, 10)
-    assert second.merge(10, 0) == 0
+    assert second.merge(10) == 0
     assert (tmp_path / "p.csv").read_text().split() == ["path", *(f"{number}.png" for number in range(10))]
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
@@ -83,7 +83,7 @@ def test_parts_that_overlap_are_merged_once(tmp_path: Path) -> None:
         write(folder, begin, end)
     assert folder.pending(10).tolist() == [8, 9]
     write(folder, 8, 10)
-    folder.merge(10, 0)
+    folder.merge(10)
     assert (tmp_path / "p.csv").read_text().split() == ["path", *(f"{number}.png" for number in range(10))]
 
 
@@ -109,7 +109,7 @@ def test_killed_removal_of_the_folder_can_be_repeated(tmp_path: Path, monkeypatc
         left = count
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "unlink", unlink_some)
-            folder.merge(10, 0)
+            folder.merge(10)
         folder._lock.release(force=True)  # as if the process was killed
         again = part_folder(tmp_path)
         again.open(RUN)
@@ -123,7 +123,7 @@ def test_rank_of_a_killed_run_does_not_create_the_folder_anew(tmp_path: Path) ->
     other = part_folder(tmp_path)
     other.open(RUN)
     write(other, 0, 10)
-    other.merge(10, 0)
+    other.merge(10)
     with pytest.raises(FileNotFoundError):
         write(rank, 4, 6)
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]

@@ -166,11 +166,15 @@ def run_example(model: Path, *images: Path) -> str:
 def test_exported_network_runs_without_this_project(trained: Path, photos: Path, here: Path) -> None:
     checkpoint = trained / "checkpoints/best.ckpt"
     assert main(["export", "--ckpt_path", str(checkpoint), "--output", "model.onnx"]) == 0
-    image = next(photos.glob("test/red/*.png"))
-    _, name, probability = run_example(Path("model.onnx"), image).splitlines()[0].split()
-    assert name == "red" and float(probability) == pytest.approx(
-        load(checkpoint).predict_proba([image]).max(), abs=1e-3
-    )
+    image, transparent = next(photos.glob("test/red/*.png")), here / "transparent.png"
+    with Image.open(image) as opaque:
+        opaque.putalpha(Image.linear_gradient("L").resize(opaque.size))
+        opaque.save(transparent)
+    images = [image, transparent]
+    found = [line.split() for line in run_example(Path("model.onnx"), *images).splitlines() if line[0] != " "]
+    expected = load(checkpoint).predict_proba(images).max(1)
+    assert [float(probability) for *_, probability in found] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert found[0][1] == "red" and expected[1] < expected[0] - 0.01
 
 
 def test_example_gives_the_answers_of_load(calibrated: Path, here: Path) -> None:

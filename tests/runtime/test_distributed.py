@@ -1,10 +1,15 @@
 """Rank, world size and launcher of a process."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
+from project.errors import ProjectError
 from project.runtime.distributed import (
     ProcessGroup,
     environment_rank,
@@ -47,3 +52,39 @@ def test_environment_tells_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert is_externally_launched() and launcher_pid() is None
     assert environment_rank() == (5, 8)
+
+
+class _ThreadOfTwo(ProcessGroup):
+    """A rank of two, each a thread of this process."""
+
+    values: ClassVar[list[Any]] = [None, None]
+    barrier = threading.Barrier(2, timeout=10)
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = rank, 2
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait()
+        gathered = [*self.values]
+        self.barrier.wait()
+        return gathered
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_folder_of_the_same_name_on_another_machine_is_not_shared(is_shared: bool, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / ("a" if is_shared else "b")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(lambda rank: _ThreadOfTwo(rank).shares(folders[rank]), range(2))] == [True, is_shared]
+    assert not [*tmp_path.glob("*/*")]
+
+
+def test_no_rank_waits_if_the_folder_cannot_be_written(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (threads.submit(_ThreadOfTwo(rank).shares, tmp_path / "missing") for rank in range(2))
+    assert isinstance(first.exception(), FileNotFoundError)
+    assert isinstance(second.exception(), ProjectError) and "Rank 0 failed: FileNotFoundError" in str(
+        second.exception()
+    )

@@ -155,12 +155,14 @@ def test_validation_steps_run_without_hooks(trainer: Any) -> None:
     assert after.results["on_train_end"] == [(True, True)]
 
 
-def test_a_fit_knows_whether_it_has_validation_batches(trainer: Any) -> None:
-    ask = lightning_internals.has_validation_batches
-    seen = Recorder(on_fit_start=ask, on_train_end=ask)
-    trainer(seen, max_epochs=1).fit(Returning(), datamodule=TinyData())
-    answers = seen.results["on_fit_start"], seen.results["on_train_end"]
-    assert answers == ([False], [True]), f"{CHANGED}val_loop._combined_loader"
+def test_validation_batches_are_loaded_before_the_first_validation(trainer: Any) -> None:
+    def load(trainer: Any) -> int:
+        lightning_internals.load_validation_batches(trainer)
+        return int(sum(trainer.num_val_batches))
+
+    loaded = Recorder(on_train_start=load)
+    trainer(loaded, max_epochs=1, num_sanity_val_steps=0, limit_val_batches=2).fit(Returning(), datamodule=TinyData())
+    assert loaded.results["on_train_start"] == [2], f"{CHANGED}val_loop.setup_data()"
 
 
 def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path: Path) -> None:
