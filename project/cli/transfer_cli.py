@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
@@ -282,41 +281,63 @@ class TransferCLI(CheckpointCLI):
         if self._series is not None:
             self._series.run(self._args, self._resume_command, self._signals, self._run_fit)
             return
-        inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": flags.get("ckpt_path")}
-        provider = self._section.features.provider
-        device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
+        run: dict[str, Callable[..., None]] = {
+            "fit": self._fit,
+            "validate": functools.partial(self._evaluate, "validate"),
+            "test": functools.partial(self._evaluate, "test"),
+            "predict": self.predict,
+            "check": self._check,
+            "demo": self._demo,
+            "export": self._export,
+            "push": self._push,
+            "serve": self._serve,
+            "sweep": self._sweep,
+        }
         with self.restore_errors():
-            if verb == "fit":
-                self.trainer.fit(**inputs, weights_only=True)  # checkpoints are never unpickled
-                self.summary.show(self.trainer, self.model, card_path(self.trainer))
-            elif verb in ("validate", "test"):
-                getattr(self.trainer, verb)(**inputs, verbose=False, weights_only=True)
-                if flags["verbose"]:  # with fewer digits than Lightning's table, and confidence intervals
-                    print_evaluation(self.trainer, self.model, "val" if verb == "validate" else "test")
-            elif verb == "predict":
-                self.predict(**flags)
-            elif verb == "demo":
-                demo.demo(
-                    self.model, data=self.datamodule, device=device, precision=precision, provider=provider, **flags
-                )
-            elif verb == "export":
-                if self.trainer.global_rank == 0:
-                    export.export(self.model, data=self.datamodule, **flags)
-            elif verb == "push":
-                if self.trainer.global_rank == 0:
-                    push.push(**flags)
-            elif verb == "serve":
-                if self.trainer.world_size > 1:
-                    raise ConfigError(
-                        f"serve runs on one device, not on {self.trainer.world_size}. Add --trainer.devices 1"
-                    )
-                serve(self.model, device=device, precision=precision, provider=provider, **flags)
-            elif verb == "sweep":
-                self._sweep(device, precision, flags)
-            elif self.trainer.global_rank == 0:  # a single rank checks the data
-                suspects = self._section.suspects
-                prefix = self.model.prefix_spec(device, precision) if suspects else None
-                self.exit_code = 0 if check(self.datamodule, prefix, provider, **flags) else 1
+            run[verb](**flags)
+
+    @property
+    def _engine_settings(self) -> dict[str, Any]:
+        """What chooses the engine of a frozen prefix."""
+        return {
+            "device": self.trainer.strategy.root_device,
+            "precision": str(self.trainer.precision),
+            "provider": self._section.features.provider,
+        }
+
+    def _fit(self, ckpt_path: str | None) -> None:
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        self.summary.show(self.trainer, self.model, card_path(self.trainer))
+
+    def _evaluate(self, verb: str, ckpt_path: str | None, verbose: bool) -> None:
+        """Run ``validate`` or ``test``, and print the metrics: more precisely than Lightning, and with intervals."""
+        evaluate = getattr(self.trainer, verb)
+        evaluate(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+        if verbose:
+            print_evaluation(self.trainer, self.model, "val" if verb == "validate" else "test")
+
+    def _check(self, **flags: Any) -> None:
+        if self.trainer.global_rank > 0:  # a single rank checks the data
+            return
+        settings = self._engine_settings
+        prefix = self.model.prefix_spec(settings["device"], settings["precision"]) if self._section.suspects else None
+        self.exit_code = 0 if check(self.datamodule, prefix, settings["provider"], **flags) else 1
+
+    def _demo(self, **flags: Any) -> None:
+        demo.demo(self.model, data=self.datamodule, **self._engine_settings, **flags)
+
+    def _export(self, **flags: Any) -> None:
+        if self.trainer.global_rank == 0:
+            export.export(self.model, data=self.datamodule, **flags)
+
+    def _push(self, **flags: Any) -> None:
+        if self.trainer.global_rank == 0:
+            push.push(**flags)
+
+    def _serve(self, **flags: Any) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError(f"serve runs on one device, not on {self.trainer.world_size}. Add --trainer.devices 1")
+        serve(self.model, **self._engine_settings, **flags)
 
     def _run_fit(self, args: list[str], command: str) -> tuple[FitFigures, Path | None]:
         """Run a fit of a series; returns its accuracies and its run folder."""
@@ -324,7 +345,7 @@ class TransferCLI(CheckpointCLI):
         folder = cli.trainer.log_dir
         return cli.summary.figures(cli.trainer, cli.model), Path(folder) if folder else None
 
-    def _sweep(self, device: torch.device, precision: str, flags: dict[str, Any]) -> None:
+    def _sweep(self, **flags: Any) -> None:
         """Run a sweep, then the fit of its winner."""
         validate_devices(self.trainer.world_size)
         print_replaced(self.given_settings("sweep"))
@@ -333,8 +354,8 @@ class TransferCLI(CheckpointCLI):
         runs = run_folder(section.trainer.default_root_dir, section.name or self.datamodule.name)
         # As class_path and init_args, which a checkpoint can store; jsonargparse instantiates them as closures.
         flags["space"].head = [head.as_dict() for head in config.space.head]
-        folder, provider = functools.partial(find_or_reserve, runs), section.features.provider
-        target, trial = sweep(self.model, self.datamodule, device, precision, provider, folder, **flags)
+        folder = functools.partial(find_or_reserve, runs)
+        target, trial = sweep(self.model, self.datamodule, folder=folder, **self._engine_settings, **flags)
         settings = yaml.safe_load(self.verb_parser("sweep").dump(config, skip_none=False))
         kept = {key: value for key, value in settings.items() if key not in (*flags, *FLAGS_ONLY)}
         path = write_winner(target, kept, trial)
