@@ -3,7 +3,7 @@
     python -m tests.benchmarks.serving --data DIR --seconds 60
 
 ``DIR`` contains the data set ``flowers5``, with ``{train,val}/CLASS/*.jpg``. A fit gives a classifier with
-EfficientNet-Lite0. ``predict`` classifies one copy of the photographs, then several: the difference of the times is
+EfficientNet-Lite0. ``predict`` classifies a few copies of the photographs, then many: the difference of the times is
 that of the further images, without the start of the process. Then a client keeps ``--connections`` requests in progress
 for ``--seconds``, while hostile uploads arrive. The client shares the cores with the server; its CPU time is printed.
 ``predict`` is measured before and after the load.
@@ -31,7 +31,7 @@ from pathlib import Path
 from tests.benchmarks.load_client import Load, form, hostile, once, raw, saturate
 from tests.benchmarks.measure import LITE0, ROOT, print_table, progress, run_fit, run_module, subset
 
-COPIES = 2  # further copies of the photographs for predict
+COPIES = (2, 6)  # of the photographs for predict: few, but so many that an engine is worth its start; and many
 WARM_UP = 5.0  # seconds
 PAUSE = 0.5  # seconds between two hostile uploads
 
@@ -83,9 +83,9 @@ def main() -> None:
 
 
 def copies(photographs: list[Path], folder: Path) -> list[Path]:
-    """A folder with one copy of the photographs, and one with more."""
-    folders = [folder / "once", folder / "several"]
-    for target, count in zip(folders, (1, 1 + COPIES), strict=True):
+    """Two folders of different numbers of copies of the photographs."""
+    folders = [folder / "few", folder / "many"]
+    for target, count in zip(folders, COPIES, strict=True):
         target.mkdir()
         for copy in range(count):
             for number, path in enumerate(photographs):
@@ -101,7 +101,7 @@ def predict_rate(checkpoint: Path, folders: list[Path], count: int, flags: str) 
         command += ["--features.folder", folder.parent / "no-rows"]
         command += ["--output", folder.parent / "predictions.csv", "--trainer.enable_progress_bar", "false"]
         seconds.append(run_module(*command).seconds)
-    rate = COPIES * count / (seconds[2] - seconds[1])
+    rate = (COPIES[1] - COPIES[0]) * count / (seconds[2] - seconds[1])
     progress(f"predict: {rate:.1f} images/s")
     return rate
 
