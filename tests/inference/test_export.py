@@ -1,5 +1,8 @@
 """The command ``export`` and its files."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 import shutil
@@ -17,18 +20,32 @@ from project import load
 from project.cli.main import main
 from project.evaluation.answers.unknown_images import distances
 from project.inference import export_formats
+from project.inference.export import compare
 from project.inference.export_formats import FORMATS, SplitOnnxFormat
 from tests.conftest import COLOURS, draw
 
 
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """The file of a format, which is exported once, and what the command has printed."""
+
+    @functools.cache
+    def export(suffix: str) -> tuple[Path, str]:
+        file, output = tmp_path_factory.mktemp("exported") / f"new/model{suffix}", io.StringIO()
+        with contextlib.redirect_stdout(output):
+            assert main(["export", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", str(file)]) == 0
+        return file, output.getvalue()
+
+    return export
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_exported_file_gives_the_probabilities_of_load(
-    suffix: str, trained: Path, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    suffix: str, trained: Path, photos: Path, exported: Callable[[str], tuple[Path, str]]
 ) -> None:
-    checkpoint = trained / "checkpoints/best.ckpt"
-    assert main(["export", "--ckpt_path", str(checkpoint), "--output", f"out/model{suffix}"]) == 0
-    assert "on 12 images, the same class as load on 12" in capsys.readouterr().out
-    run, classifier = FORMATS[suffix].runner([Path(f"out/model{suffix}")]), load(checkpoint)
+    file, output = exported(suffix)
+    assert "on 12 images, the same class as load on 12" in output
+    run, classifier = FORMATS[suffix].runner([file]), load(trained / "checkpoints/best.ckpt")
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(photos.glob("test/*/*.png"))])
     for batch in (images, images[:1], images[:, :24, :30]):
         np.testing.assert_allclose(run(batch)["probabilities"], classifier.predict_proba(batch), atol=1e-4)
@@ -65,16 +82,18 @@ def test_int8_file_reports_accuracy_and_speed(
     assert re.search(r"points \(95 % interval .* paired\); \d+\.\d x as fast", output)
 
 
-def test_onnx_file_contains_the_classes_and_no_path_of_this_machine(trained: Path, here: Path) -> None:
+def test_onnx_file_contains_the_classes_and_no_path_of_this_machine(
+    trained: Path, exported: Callable[[str], tuple[Path, str]]
+) -> None:
     import onnx
 
-    assert main(["export", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", "m.onnx"]) == 0
-    properties = {item.key: json.loads(item.value) for item in onnx.load("m.onnx").metadata_props}
+    file, _ = exported(".onnx")
+    properties = {item.key: json.loads(item.value) for item in onnx.load(file).metadata_props}
     assert properties["classes"] == ["blue", "green", "red"]
     assert properties["preprocessing"]["crop"] == 32
     assert properties["backbone"]["sha256"] == load(trained / "checkpoints/best.ckpt").model.backbone.sha256
-    assert b"site-packages" not in Path("m.onnx").read_bytes()
-    assert str(Path(__file__).parents[2]).encode() not in Path("m.onnx").read_bytes()
+    assert b"site-packages" not in file.read_bytes()
+    assert str(Path(__file__).parents[2]).encode() not in file.read_bytes()
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:
@@ -111,17 +130,13 @@ def test_file_that_outputs_nan_is_deleted(
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_small_images_are_exported(suffix: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = [(8, 8), (1, 1), (5, 400)]
-    for seed, name in enumerate(("blue", "green", "red")):
-        for split, split_sizes in (("train", [(9, 9)]), ("val", sizes)):
-            for number, size in enumerate(split_sizes):
-                path = here / f"small/{split}/{name}/{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture(size, seed).save(path)
-    flags = ["--ckpt_path", str(trained / "checkpoints/best.ckpt"), "--output", f"m{suffix}"]
-    assert main(["export", *flags, "--data.root", str(here / "small")]) == 0
-    assert "on 9 images, the same class as load on 9" in capsys.readouterr().out
+def test_small_images_have_the_probabilities_of_load(
+    suffix: str, trained: Path, exported: Callable[[str], tuple[Path, str]]
+) -> None:
+    images = [picture(size, seed) for seed in range(3) for size in ((8, 8), (1, 1), (5, 400))]
+    file, _ = exported(suffix)
+    comparison = compare(FORMATS[suffix].runner([file]), load(trained / "checkpoints/best.ckpt"), images)
+    assert (comparison.images, comparison.same) == (9, 9) and comparison.largest["probabilities"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -163,15 +178,16 @@ def run_example(model: Path, *images: Path) -> str:
     return result.stdout
 
 
-def test_exported_network_runs_without_this_project(trained: Path, photos: Path, here: Path) -> None:
-    checkpoint = trained / "checkpoints/best.ckpt"
-    assert main(["export", "--ckpt_path", str(checkpoint), "--output", "model.onnx"]) == 0
+def test_exported_network_runs_without_this_project(
+    trained: Path, photos: Path, here: Path, exported: Callable[[str], tuple[Path, str]]
+) -> None:
+    checkpoint, (file, _) = trained / "checkpoints/best.ckpt", exported(".onnx")
     image, transparent = next(photos.glob("test/red/*.png")), here / "transparent.png"
     with Image.open(image) as opaque:
         opaque.putalpha(Image.linear_gradient("L").resize(opaque.size))
         opaque.save(transparent)
     images = [image, transparent]
-    found = [line.split() for line in run_example(Path("model.onnx"), *images).splitlines() if line[0] != " "]
+    found = [line.split() for line in run_example(file, *images).splitlines() if line[0] != " "]
     expected = load(checkpoint).predict_proba(images).max(1)
     assert [float(probability) for *_, probability in found] == pytest.approx(expected.tolist(), abs=1e-3)
     assert found[0][1] == "red" and expected[1] < expected[0] - 0.01

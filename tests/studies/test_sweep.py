@@ -178,7 +178,6 @@ def test_backbone_without_stages_is_reported(
     here: Path, photos: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     flags = [*TINY, "--epochs", "1", "--folds", "1", "--model.backbone", "timm/selecsls42"]
-    flags = [flag for flag in flags if flag not in ("--model.image_size", "32")]
     assert main(["sweep", *flags, "--model.weights", "null", "--data.root", str(photos)]) == 0
     assert "Sweep: timm/selecsls42 does not provide features stages, only last" in capsys.readouterr().out
     assert {row["features"] for row in trials(Path("runs/photos/version_0"))} == {"last"}
