@@ -22,16 +22,16 @@ for path in sys.argv[2:]:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
-    p, *distance = (output[0] for output in session.run(None, {"images": np.asarray(image)[None]}))
+    p, *further = (output[0] for output in session.run(None, {"images": np.asarray(image)[None]}))
     best, order = p.argmax(), np.argsort(-p, kind="stable")
     print(path, classes[best], f"{p[best]:.4f}")
     if answers := metadata.get("answers"):  # calibrated by fit: see "When to rely on an answer" in recipes.md
-        scaled = np.maximum(p, 1e-30).astype(float) ** (1 / answers["temperature"])
-        print(f"  calibrated probability: {scaled[best] / scaled.sum():.4f}")
+        calibrated, distance = further
+        print(f"  calibrated probability: {calibrated[best]:.4f}")
         before = p[order].cumsum(dtype=float) - p[order]  # sum of the more probable classes
         for coverage, threshold in answers["sets"].items():
             print(f"  set for coverage {coverage}: {' | '.join(classes[order[before <= threshold]])}")
         for error, threshold in answers["answered"].items():
             print(f"  answered for error {error}: {p[best] >= threshold}")
         for rate, thresholds in answers["known"].items():
-            print(f"  known for {rate} false alarms: {distance[0] <= thresholds[best]}")
+            print(f"  known for {rate} false alarms: {distance <= thresholds[best]}")

@@ -20,6 +20,7 @@ from project.data.datamodule import ImageDataModule
 from project.data.transforms import evaluation
 from project.errors import CheckpointError, ConfigError, DataError
 from project.evaluation.answers.calibration import Answers
+from project.evaluation.answers.temperature import scaled
 from project.evaluation.answers.unknown_images import distances
 from project.inference.export_formats import FORMATS, ExportFormat, Runner, SplitOnnxFormat
 from project.inference.exported_answers import answer_metadata
@@ -50,8 +51,8 @@ class Comparison(NamedTuple):
     same: int
 
     def __str__(self) -> str:
-        differences = " and ".join(f"{name} that differ by at most {value:.1e}" for name, value in self.largest.items())
-        return f"on {self.images} images, the same class as load on {self.same}, and {differences}"
+        differences = [f"{name.replace('_', ' ')} that differ by at most {v:.1e}" for name, v in self.largest.items()]
+        return f"on {self.images} images, the same class as load on {self.same}, and {' and '.join(differences)}"
 
 
 def require(output: str, split: bool, int8: bool, images: int) -> None:
@@ -91,8 +92,10 @@ def compare(run: Runner, classifier: Classifier, images: Sequence[Image.Image]) 
     for image in images:
         pixels = np.array(image)[None]
         outputs, expected = run(pixels), {"probabilities": classifier.predict_proba(pixels)}
-        if "distances" in outputs and classifier.model.answers is not None:
-            expected["distances"] = distances(classifier.features(pixels), classifier.model.answers.rows)
+        answers = classifier.model.answers
+        if len(outputs) > 1 and answers is not None:
+            expected["calibrated_probabilities"] = scaled(expected["probabilities"], answers.temperature)
+            expected["distances"] = distances(classifier.features(pixels), answers.rows)
         for name, values in expected.items():
             largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(outputs[name] - values).max()))  # keeps NaN
         same += classifier.names(outputs["probabilities"]) == classifier.names(expected["probabilities"])

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from project.evaluation.answers.calibration import Answers
-from project.evaluation.answers.temperature import SMALLEST
 
 #: How to compute the answers for one image from its ``probabilities`` p, and from its distance.
 FORMULAS = {
-    "calibrated": f"maximum(p, {SMALLEST:g}) ** (1 / temperature), divided by the sum over the classes",
     "set": "the classes, in descending order of p, of which the more probable ones sum up to sets[COVERAGE] at most",
     "answered": "max(p) >= answered[MAX_ERROR]",
     "known": "distance <= known[FALSE_ALARMS][argmax(p)]",

@@ -12,14 +12,16 @@ from torch.nn import functional
 
 from project.classifier import ImageClassifier
 from project.evaluation.answers.calibration import Answers
+from project.evaluation.answers.temperature import SMALLEST
 from project.evaluation.answers.unknown_images import NEIGHBORS
 from project.features.frozen_prefix import FrozenPrefix, StageChain, fold_batch_norm
 from project.inference.pillow_resize import require_filter, resample
 from project.models.backbone import Backbone, merge_adapters
 from project.preprocessing import Preprocessing
+from project.task import Task
 
-#: Names of the outputs, in this order; files of classifiers without calibrated answers have no distances.
-OUTPUTS = ("probabilities", "distances")
+#: Names of the outputs, in this order; files of classifiers without calibrated answers have the first one only.
+OUTPUTS = ("probabilities", "calibrated_probabilities", "distances")
 
 
 class NeighborDistance(nn.Module):
@@ -44,6 +46,26 @@ class NeighborDistance(nn.Module):
         return 1 - similarity.topk(self._neighbors).values[:, -1]
 
 
+class TemperatureScaling(nn.Module):
+    """Maps probabilities ``(B, C)`` to those at a temperature.
+
+    See :func:`project.evaluation.answers.temperature.scaled`.
+
+    Args:
+        task: Has the activation.
+        temperature: The temperature.
+    """
+
+    def __init__(self, task: Task, temperature: float) -> None:
+        super().__init__()
+        self._task = task
+        self._temperature = temperature
+
+    def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Calibrated probabilities ``(B, C)``, float32."""
+        return self._task.probabilities(probabilities.clamp(min=SMALLEST).log() / self._temperature)
+
+
 class Suffix(nn.Module):
     """Maps rows at the cut to the outputs of the file: the trained stages, the head and the activation.
 
@@ -51,7 +73,7 @@ class Suffix(nn.Module):
         model: The trained classifier; its trained part is copied to the CPU.
         backbone: Its backbone, with merged adapters.
         prefix: Computes the rows.
-        answers: Its calibrated answers; ``None`` to leave out the distances.
+        answers: Its calibrated answers; ``None`` to leave out all outputs but the probabilities.
     """
 
     def __init__(
@@ -63,6 +85,7 @@ class Suffix(nn.Module):
             backbone.readout(names), *(copy.deepcopy(backbone.stages[name]).cpu().float() for name in names)
         )
         self.head = copy.deepcopy(model.head).cpu().float()
+        self.scaling = None if answers is None else TemperatureScaling(model.task, answers.temperature)
         self.distance = None if answers is None else NeighborDistance(answers.rows)
         self.eval().requires_grad_(False)
         self._task = model.task
@@ -71,10 +94,13 @@ class Suffix(nn.Module):
             fold_batch_norm(self.stages, prefix(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)))
 
     def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``probabilities`` ``(B, C)`` and ``distances`` ``(B,)`` of rows, float32."""
+        """The :data:`OUTPUTS` of rows, float32: probabilities ``(B, C)``, and distances ``(B,)``."""
         features = self.stages(rows)
-        outputs = {"probabilities": self._task.probabilities(self.head(features))}
-        return outputs if self.distance is None else outputs | {"distances": self.distance(features)}
+        probabilities = self._task.probabilities(self.head(features))
+        if self.scaling is None or self.distance is None:
+            return {"probabilities": probabilities}
+        further = self.scaling(probabilities), self.distance(features)
+        return dict(zip(OUTPUTS, (probabilities, *further), strict=True))
 
 
 class ExportedNetwork(nn.Module):
@@ -85,7 +111,7 @@ class ExportedNetwork(nn.Module):
 
     Args:
         model: The trained classifier; it is not changed.
-        answers: Its calibrated answers; ``None`` to leave out the distances.
+        answers: Its calibrated answers; ``None`` to leave out all outputs but the probabilities.
     """
 
     def __init__(self, model: ImageClassifier, answers: Answers | None = None) -> None:

@@ -18,10 +18,13 @@ from PIL import Image
 
 from project import load
 from project.cli.main import main
+from project.evaluation.answers.temperature import scaled
 from project.evaluation.answers.unknown_images import distances
 from project.inference import export_formats
 from project.inference.export import compare
 from project.inference.export_formats import FORMATS, SplitOnnxFormat
+from project.inference.exported_network import TemperatureScaling
+from project.task import SingleLabel
 from tests.conftest import COLOURS, draw
 
 
@@ -230,21 +233,40 @@ def test_example_gives_the_answers_of_load(calibrated: Path, here: Path) -> None
 
 
 @pytest.mark.parametrize("flags", [["--output", "m.pt2"], ["--output", "m.onnx", "--split", "true"]])
-def test_every_format_contains_the_distances(
+def test_every_format_contains_calibrated_probabilities_and_distances(
     flags: list[str], calibrated: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data.root", str(calibrated.parent / "photos")]
     assert main(["export", "--ckpt_path", str(calibrated), *flags, *data]) == 0
     output = capsys.readouterr().out
-    assert "and distances that differ by at most" in output and "with calibrated answers" in output
+    for name in ("calibrated probabilities", "distances"):
+        assert f"and {name} that differ by at most" in output
+    assert "with calibrated answers" in output
     image = np.array(Image.open(next((calibrated.parent / "photos/val").glob("*/*.png"))))[None]
     classifier = load(calibrated)
-    expected = distances(classifier.features(image), classifier.model.answers.rows)
+    expected = {
+        "probabilities": classifier.predict_proba(image),
+        "calibrated_probabilities": classifier.predict_proba(image, calibrated=True),
+        "distances": distances(classifier.features(image), classifier.model.answers.rows),
+    }
     files, runner = (Path("m.pt2"),), FORMATS[".pt2"].runner
     if "--split" in flags:
         files, runner = (Path("m.backbone.onnx"), Path("m.head.onnx")), SplitOnnxFormat().runner
         assert files[1].stat().st_size < 100_000
-    np.testing.assert_allclose(runner(files)(image)["distances"], expected, atol=1e-4)
+    outputs = runner(files)(image)
+    assert outputs.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(outputs[name], values, atol=1e-4, err_msg=name)
+    assert np.abs(outputs["calibrated_probabilities"] - outputs["probabilities"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.7, 20.0])
+def test_temperature_in_the_file_is_that_of_calibrated_answers(temperature: float) -> None:
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2.5, 200)[:, None]
+    probabilities = logits.softmax(1)
+    assert (probabilities == 0).any() and (probabilities > 0.999).any()
+    expected = scaled(probabilities.numpy(), temperature)
+    np.testing.assert_allclose(TemperatureScaling(SingleLabel(), temperature)(probabilities), expected, atol=2e-5)
 
 
 def test_int8_file_has_no_answers(calibrated: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
