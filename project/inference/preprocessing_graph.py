@@ -178,8 +178,17 @@ def preprocessing_graph(preprocessing: Preprocessing) -> Any:
     )
     model = inline_local_functions(onnx.parser.parse_model(text))
     del model.opset_import[1:]  # that of the functions
+    _remove_unused_constants(model.graph)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _remove_unused_constants(graph: Any) -> None:
+    """Remove constants that no node uses: ONNX Runtime would print a warning for each."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [node for node in graph.node if node.op_type != "Constant" or node.output[0] in used]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _joined(items: Iterable[object]) -> str:
