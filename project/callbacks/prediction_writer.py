@@ -110,8 +110,8 @@ class PredictionWriter(pl.Callback):
                     require_writable(self._features)
         with ranks.propagate_errors(), self._report_os_error():
             if ranks.rank == 0:
+                self._folder = folder  # so that it is closed if opening it fails
                 folder.open(self._identity(trainer, module))
-                self._folder = folder
         with self._report_os_error():
             folder.require_shared(ranks)
             pending = ranks.gather(folder.pending(self._count) if ranks.rank == 0 else None)[0]
