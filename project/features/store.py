@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from project.errors import StoreError
 from project.features.row_index import INDEX_FILE, Keys, read_index, write_index
@@ -223,7 +223,7 @@ class Space:
         if len(shards) < 2:
             return
         try:
-            parts = [load_file(path) for path in shards]
+            parts = [load(path.read_bytes()) for path in shards]
         except FileNotFoundError:  # evicted by another process: do not merge the others
             return
         keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)

@@ -120,6 +120,18 @@ def test_shard_without_permission_is_ignored_and_stays(space: Space, monkeypatch
     assert not corrupt and closed.exists()
 
 
+def test_shard_that_is_removed_while_it_is_opened_is_skipped(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", removed)  # safetensors calls it after opening the file
+    assert not len(space.find(keys_from(0, 12)).missing)
+    space.compact(space.shards(), 2**20)
+    assert len(space.shards()) == 1
+
+
 CORRUPTIONS = {"truncated": _truncate, "empty": _empty, "garbage": _garbage, "longer": _grow}
 
 
