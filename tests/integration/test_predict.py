@@ -272,6 +272,8 @@ def test_limit_is_a_number_of_batches(new: Path, refused: Callable[[int], str]) 
         (["--output", "p.xlsx"], "--output must name a file that ends in .csv, .jsonl or .parquet, not 'p.xlsx'"),
         (["--output_features", "f.npy"], "--output_features must name a file that ends in .safetensors"),
         (["--output_features", "new/00.png/f.safetensors"], "--output_features: new/00.png/f.safetensors cannot be w"),
+        (["--output", f"{'a' * 300}.csv"], "a.csv cannot be written: File name too long."),
+        (["--output_features", f"{'a' * 300}.safetensors"], "a.safetensors cannot be written: File name too long."),
         (["--data.predict", "new"], "--images and data.predict are both set; keep one"),
         (["--on_bad_image", "skip"], "on_bad_image"),
     ],
