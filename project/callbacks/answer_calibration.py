@@ -61,6 +61,8 @@ class AnswerCalibration(pl.Callback):
         data, start = validation_module(trainer), time.perf_counter()
         if data is None:
             return "the validation images do not come from an ImageDataModule"
+        if not lightning_internals.load_validation_batches(trainer):
+            return "trainer.limit_val_batches is 0"
         weights = _weights_of(module, checkpoint["state_dict"])
         if weights is None:
             return "the best epoch has trained other parts of the network than the last one"

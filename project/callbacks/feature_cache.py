@@ -48,7 +48,7 @@ class FeatureCache(pl.Callback):
 
     Args:
         cache: auto caches features if a part of the backbone is frozen; on fails if that is not possible; off computes
-            the features in every epoch.
+            the features in every epoch, and in predict.
         views: Stored views per training image: the image itself, then augmented views; epochs cycle through them. By
             default 1, or 4 if data.augment is not none.
         engine: What computes features: torch, compile (torch.compile), onnxruntime (CPU), or auto, which picks the
@@ -79,6 +79,11 @@ class FeatureCache(pl.Callback):
         self._in_use: tuple[ImageDataModule, Rows, StoredFeatures] | None = None
         self._cut: Cut | None = None  # of the rows, or of live computation
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether stored features may be used."""
+        return self._cache != "off"
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, ImageClassifier) and self._is_required(trainer):
             self._validate_later_cuts(trainer, pl_module)
@@ -100,7 +105,7 @@ class FeatureCache(pl.Callback):
         """Train on rows at the cut, or compute them in every epoch."""
         if isinstance(pl_module, ImageClassifier):
             pl_module.stored_features, self._cut = None, pl_module.cut
-        if self._cache == "off":
+        if not self.is_enabled:
             return
         from project.features.builder import OverBudgetError
 
@@ -120,7 +125,7 @@ class FeatureCache(pl.Callback):
     def _is_required(self, trainer: pl.Trainer) -> bool:
         """Whether options require stored features."""
         is_required = self._cache == "on" or (self._views or 1) > 1 or self._options_given
-        return is_required and self._cache != "off" and not getattr(trainer, "fast_dev_run", False)
+        return is_required and self.is_enabled and not getattr(trainer, "fast_dev_run", False)
 
     def _validate_later_cuts(self, trainer: pl.Trainer, module: ImageClassifier) -> None:
         """Check before training that the rows of each cut of a schedule can be stored."""

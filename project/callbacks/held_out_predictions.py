@@ -85,12 +85,11 @@ def validation_images(
     Of many images, a random part is kept, so that the memory is bounded.
 
     Args:
-        trainer: The trainer of a fit with validation.
+        trainer: The trainer of a fit, with its validation batches loaded.
         module: Its model.
         data: Its data.
         rows: Features of training images ``(M, D)``.
     """
-    lightning_internals.load_validation_batches(trainer)
     parts: list[HeldOutImages] = []
     ranks, limit = ProcessGroup(), max_images(len(module.classes))
     share = 1.1 * limit / validated_images(trainer, data)  # of which max_images() are used in the end

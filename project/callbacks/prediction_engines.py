@@ -27,11 +27,13 @@ class PredictionEngines(pl.Callback):
     Args:
         provider: Chooses the engines.
         writer: Knows which engines have predicted the earlier part of an interrupted run.
+        reuses_rows: Whether rows are reused.
     """
 
-    def __init__(self, provider: RowProvider, writer: PredictionWriter) -> None:
+    def __init__(self, provider: RowProvider, writer: PredictionWriter, reuses_rows: bool = True) -> None:
         self._provider = provider
         self._writer = writer
+        self._reuses_rows = reuses_rows
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = getattr(trainer, "datamodule", None)
@@ -76,7 +78,7 @@ class PredictionEngines(pl.Callback):
         if any(item.engine.prefetch for item in engines):
             loader.num_workers = decoding_processes(data.given_workers, loader.num_workers, cores())
         stored = StoredRows(spaces)
-        loader.dataset.stored = None if stored.is_empty else stored
+        loader.dataset.stored = stored if self._reuses_rows and not stored.is_empty else None
         loader.rows = lambda images: encoded_batches(images, engines)
 
 

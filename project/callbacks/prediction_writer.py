@@ -110,8 +110,8 @@ class PredictionWriter(pl.Callback):
                     require_writable(self._features)
         with ranks.propagate_errors(), self._report_os_error():
             if ranks.rank == 0:
+                self._folder = folder  # so that it is closed if opening it fails
                 folder.open(self._identity(trainer, module))
-                self._folder = folder
         with self._report_os_error():
             folder.require_shared(ranks)
             pending = ranks.gather(folder.pending(self._count) if ranks.rank == 0 else None)[0]
@@ -309,15 +309,29 @@ def require_output(output: str, features: Path | None = None) -> None:
         features: File of the features, if there is one.
 
     Raises:
-        ConfigError: The output is a folder or of an unknown format, or a package is missing.
+        ConfigError: A file is a folder, cannot exist or is of an unknown format, or a package is missing.
     """
     path = Path(output).expanduser()
-    if not output or path.is_dir() or path.suffix not in FORMATS:
+    if not output or _is_folder("--output", path) or path.suffix not in FORMATS:
         known = f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}"
         raise ConfigError(f"--output must name a file that ends in {known}, not {output!r}.")
-    if features is not None and (features.suffix != ".safetensors" or features.is_dir()):
-        raise ConfigError(f"--output_features must name a file that ends in .safetensors, not {str(features)!r}.")
     FORMATS[path.suffix].require()
+    if features is None:
+        return
+    if features.suffix != ".safetensors" or _is_folder("--output_features", features):
+        raise ConfigError(f"--output_features must name a file that ends in .safetensors, not {str(features)!r}.")
+
+
+def _is_folder(flag: str, path: Path) -> bool:
+    """Whether an output is a folder.
+
+    Raises:
+        ConfigError: No file can have this path.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:  # the name is too long, or its folder is closed
+        raise ConfigError(f"{flag}: {path} cannot be written: {error.strerror}.") from error
 
 
 def _limit(trainer: pl.Trainer, batch_size: int, count: int) -> int:

@@ -31,7 +31,7 @@ def build_callbacks(verb: str, section: Namespace, shutdown: GracefulShutdown, r
     callbacks += [section.features, section.dashboard, shutdown]
     if verb == "predict":
         writer = _prediction_writer(section)
-        callbacks += [writer, PredictionEngines(section.features.provider, writer)]
+        callbacks += [writer, PredictionEngines(section.features.provider, writer, section.features.is_enabled)]
     if verb != "fit":
         return callbacks
     callbacks.append(report)

@@ -17,6 +17,8 @@ from project.errors import ProjectError
 from project.preprocessing import Preprocessing
 from project.runtime.signals import ignore_signals
 
+LOOKED_UP_BYTES = 16 * 2**20  # encoded images in memory, to look up their rows together
+
 
 class PredictedImages:
     """The images of a batch. Not a collection, so that Lightning does not search it for tensors.
@@ -102,28 +104,39 @@ class PredictionImageSet(Dataset[PredictionBatch]):
         """
         samples = [self.samples[number] for number in numbers]
         errors = [""] * len(samples)
+        found: list[StoredPart] = []
+        decoded: dict[int, list[torch.Tensor]] = {}
+        for contents in self._contents(samples, errors):
+            part = self._find(contents)
+            found += [part] if part.positions else []
+            for position in [position for position in contents if position not in part.positions]:
+                with self._recorded(errors, position):
+                    decoded[position] = self._transformed(contents[position], samples[position])
+        stored = _concatenated(found) if found else None
+        missing = [position for position in range(len(samples)) if stored is None or position not in stored.positions]
+        inputs = []
+        for k, size in enumerate(self._sizes):
+            images = torch.zeros(len(missing), 3, size, size, dtype=torch.uint8)
+            for image, position in zip(images, missing, strict=True):
+                if position in decoded:
+                    image.copy_(decoded[position][k])
+            inputs.append(images)
+        predicted = PredictedImages([*numbers], [sample.name for sample in samples], errors)
+        return PredictionBatch(inputs, predicted, stored=stored)
+
+    def _contents(self, samples: Sequence[Sample], errors: list[str]) -> Iterator[dict[int, bytes]]:
+        """Contents of the readable files by position: one at a time, or a few to look them up together."""
         contents: dict[int, bytes] = {}
+        size = 0
         for position, sample in enumerate(samples):
             with self._recorded(errors, position):
                 contents[position] = self.source.content(sample)
-        stored = None if self.stored is None else self._find(contents)
-        images: list[list[torch.Tensor]] = []
-        for position in range(len(samples)):
-            if stored is not None and position in stored.positions:
-                continue
-            tensors: list[torch.Tensor] = []
-            if position in contents:
-                with self._recorded(errors, position):
-                    tensors = self._transformed(contents.pop(position), samples[position])
-            images.append(tensors or [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._sizes])
-        inputs = [
-            torch.stack([tensors[k] for tensors in images])
-            if images
-            else torch.empty(0, 3, size, size, dtype=torch.uint8)
-            for k, size in enumerate(self._sizes)
-        ]
-        predicted = PredictedImages([*numbers], [sample.name for sample in samples], errors)
-        return PredictionBatch(inputs, predicted, stored=stored)
+                size += len(contents[position])
+            if contents and (self.stored is None or size >= LOOKED_UP_BYTES):
+                yield contents
+                contents, size = {}, 0
+        if contents:
+            yield contents
 
     @contextlib.contextmanager
     def _recorded(self, errors: list[str], position: int) -> Iterator[None]:
@@ -135,11 +148,12 @@ class PredictionImageSet(Dataset[PredictionBatch]):
                 raise
             errors[position] = _reason(error)
 
-    def _find(self, contents: Mapping[int, bytes]) -> StoredPart | None:
-        """The images whose rows are stored, by their positions; ``None`` if there are none."""
-        assert self.stored is not None
+    def _find(self, contents: Mapping[int, bytes]) -> StoredPart:
+        """The images whose rows are stored, by their positions."""
+        if self.stored is None:
+            return StoredPart([], [])
         found, positions = self.stored([*contents.values()]), [*contents]
-        return StoredPart([positions[index] for index in found.positions], found.rows) if found.positions else None
+        return StoredPart([positions[index] for index in found.positions], found.rows)
 
     def _images(self, sample: Sample) -> list[torch.Tensor]:
         """The image in each transform."""
@@ -173,6 +187,12 @@ class PredictionImageSet(Dataset[PredictionBatch]):
             if get_worker_info() is None:
                 raise
             return [error]
+
+
+def _concatenated(parts: Sequence[StoredPart]) -> StoredPart:
+    """One part of several, in the order of their positions."""
+    positions = [position for part in parts for position in part.positions]
+    return StoredPart(positions, [torch.cat(rows) for rows in zip(*(part.rows for part in parts), strict=True)])
 
 
 def _first(items: list[Any]) -> Any:

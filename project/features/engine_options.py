@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from project.errors import ConfigError
+from project.errors import ConfigError, EngineError
 from project.features import onnx_export
 from project.features.engines import DTYPES, Engine, EngineName, ExactEngine, OnnxEngine, Precision, TorchEngine
 from project.features.frozen_prefix import FrozenPrefix, PrefixSpec
 from project.features.shard import file_sha256
-from project.features.store import Space, unwritable_error
+from project.features.store import Space
 from project.runtime.system import installed_versions
 
 FORMAT = 1  # version of the meaning of a row
@@ -193,7 +193,10 @@ def _writing(file: Path) -> Iterator[None]:
         yield
         file.with_suffix(".sha256").write_text(file_sha256(file))
     except OSError as error:
-        raise unwritable_error(file.parent, error) from error
+        raise EngineError(
+            f"features.engine: the exported network cannot be written to {file.parent}: {error.strerror or error}.\n"
+            "Free disk space, use another folder (--features.folder PATH), or another engine (--features.engine torch)."
+        ) from error
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from project.errors import DataError, StoreError
 from project.features.engine_options import EngineOption
 from project.features.engines import DTYPES, Engine, Precision
 from project.features.frozen_prefix import PrefixSpec
@@ -135,8 +134,6 @@ def choose(
             try:
                 built[index] = option.build()
                 rate = measure(built[index], sample)
-            except (StoreError, DataError):
-                raise
             except Exception as error:  # anything: exporters and compilers raise many types
                 message = str(error).strip().partition("\n")[0][:80]
                 notes.append(f"{option} cannot be built ({type(error).__name__}: {message})")

@@ -60,8 +60,8 @@ class Shard:
 def open_shard(path: Path) -> tuple[Shard, Keys] | None:
     """Read the header and keys of a shard; ``None`` if the file is corrupt and cannot be parsed."""
     try:
-        with safe_open(path, "pt") as file:
-            keys = file.get_tensor("keys").numpy().astype(np.uint64)
+        with safe_open(path, "np") as file:  # "pt" opens it twice: RuntimeError if it was removed in between
+            keys = file.get_tensor("keys").astype(np.uint64)
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))["rows"]

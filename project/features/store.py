@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from project.errors import StoreError
 from project.features.row_index import INDEX_FILE, Keys, read_index, write_index
@@ -96,7 +97,8 @@ class Space:
         """
         order = np.argsort(keys[:, 0])
         shards: dict[Path, Shard] = {}
-        paths = [path for path in self.shards() if path not in exclude]
+        # A shard of another user that cannot be read is not corrupt: it stays.
+        paths = [path for path in self.shards() if path not in exclude and os.access(path, os.R_OK)]
         numbers = {path: number for number, path in enumerate(paths)}
         shard = np.full(len(keys), -1, np.int32)
         row = np.zeros(len(keys), np.int32)
@@ -112,7 +114,7 @@ class Space:
         for path in numbers.keys() - indexed.keys():
             try:
                 opened = open_shard(path)
-            except OSError:  # no permission, or removed just now: not corrupt
+            except OSError:  # removed just now: not corrupt
                 continue
             if opened is None:
                 unreadable.append(path)
@@ -131,29 +133,31 @@ class Space:
         """Paths of all shards."""
         return sorted(self.path.glob(f"*{SUFFIX}"))
 
-    def verify(self, locations: RowLocations) -> list[Path]:
+    def verify(self, locations: RowLocations, verified: Collection[Path] = ()) -> list[Path]:
         """Compare the SHA-256 of the shards in use with their names; mark valid shards as recently used.
 
-        Each shard is read once per process, unless it changes.
+        Each shard is read once per process, unless it changes, or another process marks it.
 
         Args:
             locations: Where the rows in use are stored.
+            verified: Shards that are neither verified nor marked.
 
         Returns:
             Paths of corrupt shards.
         """
         with ThreadPoolExecutor(cores()) as pool:
-            paths = [shard.path for shard in locations.shards]
+            paths = [shard.path for shard in locations.shards if shard.path not in verified]
             valid = list(pool.map(verify_shard, paths))
         return [*locations.unreadable, *(path for path, ok in zip(paths, valid, strict=True) if not ok)]
 
-    def find_intact(self, keys: Keys) -> tuple[RowLocations, int]:
+    def find_intact(self, keys: Keys, verified: Collection[Path] = ()) -> tuple[RowLocations, int]:
         """Locate rows in intact shards; rows of corrupt shards count as missing.
 
         Corrupt shards are quarantined: renamed, so that they are no longer used, and evicted before all others.
 
         Args:
             keys: Keys of the rows, without duplicates.
+            verified: Shards that are not verified again.
 
         Returns:
             Where the rows are stored, and the number of corrupt shards.
@@ -161,7 +165,7 @@ class Space:
         corrupt: set[Path] = set()
         while True:
             locations = self.find(keys, corrupt)
-            newly_corrupt = {*self.verify(locations)}
+            newly_corrupt = {*self.verify(locations, verified)}
             if not newly_corrupt:
                 return locations, len(corrupt)
             corrupt |= newly_corrupt
@@ -219,7 +223,7 @@ class Space:
         if len(shards) < 2:
             return
         try:
-            parts = [load_file(path) for path in shards]
+            parts = [load(path.read_bytes()) for path in shards]
         except FileNotFoundError:  # evicted by another process: do not merge the others
             return
         keys = torch.cat([part["keys"] for part in parts]).numpy().view(np.uint64)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from project.data.prediction_loader import StoredPart
 from project.errors import StoreError
-from project.features.row_index import Keys
 from project.features.row_loader import open_rows
 from project.features.store import RowLocations, Space, as_keys, row_key
 
 
 class StoredRows:
-    """Finds images that have a row in each of some spaces. Nothing is written. Thread-safe.
+    """Finds images that have a row in each of some spaces. No row is written. Thread-safe.
 
     Args:
         spaces: A space for each frozen prefix, and the description of its views: see
@@ -27,6 +26,8 @@ class StoredRows:
 
     def __init__(self, spaces: Sequence[tuple[Space, str]]) -> None:
         self._spaces = spaces
+        # Verified once: each verification marks a shard, and other processes would read the marked shard again.
+        self._verified: set[Path] = set()
 
     @property
     def is_empty(self) -> bool:
@@ -43,34 +44,58 @@ class StoredRows:
             The positions of the images that are found, and their rows in each space.
         """
         digests = [hashlib.sha256(content).digest() for content in contents]
-        keys = [as_keys([row_key(digest, description) for digest in digests]) for _, description in self._spaces]
-        located = [
-            space.find_intact(np.unique(part, axis=0))[0] for (space, _), part in zip(self._spaces, keys, strict=True)
-        ]
-        positions = reduce(np.intersect1d, (_found(part, where) for part, where in zip(keys, located, strict=True)))
         try:
-            rows = [_read(space, part[positions]) for (space, _), part in zip(self._spaces, keys, strict=True)]
-        except StoreError:  # evicted just now by another process: the rows are computed instead
+            located = [_Located(space, description, digests, self._verified) for space, description in self._spaces]
+            self._verified.update(path for part in located for path in part.shards)
+            positions = np.flatnonzero(np.all([part.is_stored for part in located], axis=0))
+            if len(positions):
+                return StoredPart(positions.tolist(), [part.read(positions) for part in located])
+        except (StoreError, OSError):  # evicted just now by another process, or the disk fails: the rows are computed
             return StoredPart([], [])
-        return StoredPart(positions.tolist(), rows) if len(positions) else StoredPart([], [])
+        return StoredPart([], [])
 
 
-def _found(keys: Keys, locations: RowLocations) -> np.ndarray:
-    """Positions of the keys that have a row, given where their distinct values are."""
-    _, inverse = np.unique(keys, axis=0, return_inverse=True)
-    return np.flatnonzero(locations.shard[inverse.reshape(-1)] >= 0)
+class _Located:
+    """Where the rows of images are in a space.
 
+    Args:
+        space: The space.
+        description: Description of its views.
+        digests: SHA-256 of the N images.
+        verified: Shards that are not verified again.
 
-def _read(space: Space, keys: Keys) -> torch.Tensor:
-    """Rows of keys that are stored, ``(N, ...)`` on the CPU."""
-    distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
-    if not len(distinct):
-        return torch.empty(0)
-    locations = space.find(distinct)
-    if len(locations.missing):
-        raise StoreError(f"Rows were removed from {space.path}.")
-    rows = open_rows(space, distinct, locations, sys.maxsize, torch.device("cpu"))
-    try:
-        return rows[torch.from_numpy(inverse.reshape(-1).astype(np.int64))]
-    finally:
-        rows.close()
+    Attributes:
+        is_stored: Whether each image has a row, bool ``(N,)``.
+        shards: The shards of these rows.
+
+    Raises:
+        OSError: A shard cannot be read.
+    """
+
+    def __init__(self, space: Space, description: str, digests: Sequence[bytes], verified: Collection[Path]) -> None:
+        keys = as_keys([row_key(digest, description) for digest in digests])
+        self._space = space
+        self._keys, inverse = np.unique(keys, axis=0, return_inverse=True)  # of N images, of which some may be equal
+        self._inverse = inverse.reshape(-1)
+        self._locations, _ = space.find_intact(self._keys, verified)
+        self.shards = [shard.path for shard in self._locations.shards]
+        self.is_stored = self._locations.shard[self._inverse] >= 0
+
+    def read(self, positions: np.ndarray) -> torch.Tensor:
+        """Rows ``(M, ...)`` of M images that are stored, on the CPU.
+
+        Args:
+            positions: Which images, int64 ``(M,)``.
+
+        Raises:
+            StoreError: Another process has removed rows.
+            OSError: A shard cannot be read.
+        """
+        used, index = np.unique(self._inverse[positions], return_inverse=True)
+        found = self._locations
+        locations = RowLocations(found.shards, found.shard[used], found.row[used])
+        rows = open_rows(self._space, self._keys[used], locations, sys.maxsize, torch.device("cpu"))
+        try:
+            return rows[torch.from_numpy(index.reshape(-1).astype(np.int64))]
+        finally:
+            rows.close()

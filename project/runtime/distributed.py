@@ -101,8 +101,8 @@ class ProcessGroup:
             folder: An existing folder.
 
         Raises:
-            OSError: Rank zero cannot write to the folder.
-            ProjectError: The same, on the other ranks.
+            OSError: Rank zero cannot write to the folder, or this rank has no access to it.
+            ProjectError: The same of another rank.
         """
         if self.size == 1:
             return True
@@ -111,7 +111,8 @@ class ProcessGroup:
             if self.rank == 0:
                 marker.touch()
         try:
-            return self.gather(marker.exists())[self.rank]
+            with self.propagate_errors():  # raised where the folder is closed to this rank
+                return marker.exists()
         finally:
             if self.rank == 0:
                 marker.unlink(missing_ok=True)

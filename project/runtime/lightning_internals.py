@@ -153,14 +153,18 @@ def run_validation_steps(trainer: pl.Trainer, on_output: Callable[[Any, Any], No
         trainer.state.stage = stage
 
 
-def load_validation_batches(trainer: pl.Trainer) -> None:
+def load_validation_batches(trainer: pl.Trainer) -> bool:
     """Load the validation batches of a fit as its first validation does, if none has run.
 
     Relies on ``val_loop.setup_data()`` and ``val_loop._combined_loader``, which is ``None`` until then.
+
+    Returns:
+        Whether there are any.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     if loop._combined_loader is None:
         loop.setup_data()
+    return sum(trainer.num_val_batches) > 0
 
 
 class _FitLoopWithEpochZero(_FitLoop):

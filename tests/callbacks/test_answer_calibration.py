@@ -11,6 +11,7 @@ import torch
 
 from project import classifier, load
 from project.callbacks import answer_calibration, held_out_predictions
+from project.callbacks.model_checkpoint import BestCheckpoint
 from project.classifier import ImageClassifier
 from project.cli.main import main
 from project.data.datamodule import ImageDataModule
@@ -278,17 +279,30 @@ def test_outputs_that_are_not_finite_are_not_calibrated(
     assert "Answers: not calibrated, because the outputs of the network are not finite" in capsys.readouterr().out
 
 
+def remove_answers() -> None:
+    """As if the fit had been killed at its end."""
+    state = torch.load(BEST, weights_only=True)
+    del state["answers"]
+    torch.save(state, BEST)
+
+
 @pytest.mark.parametrize("flags", [STORED, ["--features.cache", "off"]], ids=["stored", "live"])
 def test_a_resumed_fit_without_validation_calibrates_what_a_killed_one_did_not(flags: list[str], fit: Fit) -> None:
     assert fit(*flags) == 0
     expected = saved_answers()
-    state = torch.load(BEST, weights_only=True)
-    del state["answers"]  # the fit was killed at its end
-    torch.save(state, BEST)
+    remove_answers()
     never = ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "0"]
     assert fit(*flags, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
     resumed = saved_answers(BEST.parents[2] / "version_1/checkpoints/best.ckpt")
     np.testing.assert_allclose(resumed.confidence, expected.confidence, atol=1e-6)
+
+
+def test_a_resumed_fit_without_validation_batches_says_so(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*STORED) == 0
+    remove_answers()
+    never = ["--trainer.limit_val_batches", "0", "--trainer.callbacks", f"{BestCheckpoint.__module__}.BestCheckpoint"]
+    assert fit(*STORED, *never, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert "Answers: not calibrated, because trainer.limit_val_batches is 0" in capsys.readouterr().out
 
 
 def test_weights_that_cannot_be_restored_are_none(weights: Path) -> None:

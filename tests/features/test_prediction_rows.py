@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from project.data import prediction_loader
 from project.data.prediction_inputs import FileList
 from project.data.prediction_loader import PredictionImageSet, PredictionLoader, StoredPart
 from project.data.sources.files import Files
@@ -107,6 +108,37 @@ def test_stored_rows_are_neither_decoded_nor_computed(
     assert sum(batch.reused for batch in batches) == found
     assert sum(engine.sizes) == COUNT - 1 - found
     assert not [error for batch in batches for error in batch.images.errors if error]  # image 10 is found, not decoded
+
+
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_few_encoded_images_are_in_memory(looks_up: bool, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Content(bytes):
+        """Bytes that count how many of them are in memory."""
+
+        count = most = 0
+
+        def __new__(cls, content: bytes) -> "Content":
+            cls.count += 1
+            cls.most = max(cls.most, cls.count)
+            return super().__new__(cls, content)
+
+        def __del__(self) -> None:
+            Content.count -= 1
+
+    dataset = make_loader(paths, 0).dataset
+    content = dataset.source.content
+    numbers = {path.read_bytes(): number for number, path in enumerate(paths)}
+    expected = dataset.load(range(COUNT))
+    monkeypatch.setattr(dataset.source, "content", lambda sample: Content(content(sample)))
+    monkeypatch.setattr(prediction_loader, "LOOKED_UP_BYTES", 2 * max(map(len, numbers)) + 1)
+    dataset.stored = EvenNumbers(numbers) if looks_up else None
+    batch = dataset.load(range(COUNT))
+    assert Content.most <= (8 if looks_up else 2) < COUNT
+    if looks_up:
+        assert batch.stored is not None and batch.stored.positions == [*range(0, COUNT, 2)]
+        assert [len(rows) for rows in batch.stored.rows] == [len(batch.stored.positions)] * 2
+    kept = slice(1, None, 2) if looks_up else slice(None)
+    assert all(torch.equal(got, all_[kept]) for got, all_ in zip(batch.inputs, expected.inputs, strict=True))
 
 
 @pytest.mark.parametrize("single_threaded", [True, False])

@@ -111,6 +111,27 @@ def _grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def test_shard_without_permission_is_ignored_and_stays(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    space.refresh_index()
+    closed, access = shard_of(space, 1), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    found, corrupt = space.find_intact(keys_from(0, 12))
+    assert len(found.missing) and closed not in [shard.path for shard in found.shards]
+    assert not corrupt and closed.exists()
+
+
+def test_shard_that_is_removed_while_it_is_opened_is_skipped(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", removed)  # safetensors calls it after opening the file
+    assert not len(space.find(keys_from(0, 12)).missing)
+    space.compact(space.shards(), 2**20)
+    assert len(space.shards()) == 1
+
+
 CORRUPTIONS = {"truncated": _truncate, "empty": _empty, "garbage": _garbage, "longer": _grow}
 
 

@@ -1,12 +1,15 @@
 """Rows of images are found by the content of the images, in all spaces or not at all."""
 
 import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from project.features import shard
 from project.features.store import Space, as_keys, row_key
 from project.features.stored_rows import StoredRows
 
@@ -51,14 +54,66 @@ def test_rows_of_a_corrupt_shard_are_not_found(spaces: list[tuple[Space, str]]) 
     assert StoredRows(spaces[:1])([b"a", b"b", b"c"]).positions == [0, 1]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_rows_of_a_corrupt_shard_in_a_read_only_folder_are_not_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two builders have stored the same row, and one of the shards is corrupt."""
+    space = Space(tmp_path, {})
+    store(space, VIEWS[0], {b"a": 1.0, b"b": 2.0})
+    store(space, VIEWS[0], {b"b": 2.0, b"c": 3.0})
+    path = space.shards()[number]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    content[-13] ^= 1  # in both rows
+    path.write_bytes(content)
+
+    def read_only(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    stored = StoredRows([(space, VIEWS[0])])
+    for _ in range(2):
+        positions, (rows,) = stored([b"b"])
+        assert positions == [0] and rows.tolist() == [[2.0] * 3]
+
+
+def test_shards_are_read_once_although_other_processes_mark_them_as_used(
+    spaces: list[tuple[Space, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    original = shard.file_sha256
+    monkeypatch.setattr(shard, "file_sha256", lambda path: (hashed.append(path), original(path))[1])
+    stored = StoredRows(spaces[:1])
+    for _ in range(3):
+        assert stored([b"a", b"c"]).positions == [0, 1]
+        for path in spaces[0][0].shards():
+            os.utime(path)
+    assert len(hashed) == 2
+
+
+def test_rows_that_cannot_be_read_are_not_found(spaces: list[tuple[Space, str]]) -> None:
+    space, _ = spaces[0]
+    for number in range(2):
+        if number:
+            space.refresh_index()
+        for path in space.shards():  # a folder: as root, any file can be read
+            path.rename(path.with_suffix(".moved"))
+            path.mkdir()
+        assert StoredRows(spaces[:1])([b"a", b"c"]).positions == []
+        for path in space.shards():
+            path.rmdir()
+            path.with_suffix(".moved").rename(path)
+
+
 def test_removed_rows_are_not_found(spaces: list[tuple[Space, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process evicts them between the look-up and the reading."""
     find_intact = Space.find_intact
 
-    def evicted(space: Space, keys: np.ndarray) -> object:
-        result = find_intact(space, keys)
-        for shard in space.shards():
-            shard.unlink()
+    def evicted(space: Space, *arguments: Any) -> object:
+        result = find_intact(space, *arguments)
+        for path in space.shards():
+            path.unlink()
         return result
 
     monkeypatch.setattr(Space, "find_intact", evicted)

@@ -1,6 +1,7 @@
 """``predict``: continues after a kill, computes with any engine, and writes predictions and features of any images."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from project import load
 from project.callbacks import prediction_writer
+from project.callbacks.prediction_parts import PartFolder
 from project.cli.main import main
 from project.features import engines, provider
 from tests.conftest import STORED, draw
@@ -230,8 +232,26 @@ def test_rows_that_a_fit_has_stored_are_reused(
     assert "reused" not in capsys.readouterr().out
     assert not [*Path("empty").glob("*/*.safetensors")]  # predict stores no rows
     np.testing.assert_allclose(reused, load_file("features.safetensors")["features"], atol=1e-5)
+    disabled = ["--features.folder", "store", "--features.cache", "off"]
+    assert main(command(*flags, *disabled, "--output", "disabled.csv")) == 0
+    assert "reused" not in capsys.readouterr().out
     pairs = zip(read("reused.csv"), read("computed.csv"), strict=True)
     assert all((a["path"], a["predicted"]) == (b["path"], b["predicted"]) for a, b in pairs)
+
+
+def test_full_disk_leaves_no_folder(new: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PartFolder, "_write", full)
+    assert "--output: predictions.csv cannot be written: No space left on device" in refused(main(command()))
+    assert not Path("predictions.csv.parts").exists()
+
+
+def test_exported_network_that_cannot_be_written_is_reported(new: Path, refused: Callable[[int], str]) -> None:
+    Path("file").touch()
+    message = refused(main(command("--features.engine", "onnxruntime", "--features.folder", "file")))
+    assert "features.engine: the exported network cannot be written to file/networks: Not a directory." in message
 
 
 def test_labeled_data_is_predicted_whole(run: Path, photos: Path) -> None:
@@ -252,6 +272,8 @@ def test_limit_is_a_number_of_batches(new: Path, refused: Callable[[int], str]) 
         (["--output", "p.xlsx"], "--output must name a file that ends in .csv, .jsonl or .parquet, not 'p.xlsx'"),
         (["--output_features", "f.npy"], "--output_features must name a file that ends in .safetensors"),
         (["--output_features", "new/00.png/f.safetensors"], "--output_features: new/00.png/f.safetensors cannot be w"),
+        (["--output", f"{'a' * 300}.csv"], "a.csv cannot be written: File name too long."),
+        (["--output_features", f"{'a' * 300}.safetensors"], "a.safetensors cannot be written: File name too long."),
         (["--data.predict", "new"], "--images and data.predict are both set; keep one"),
         (["--on_bad_image", "skip"], "on_bad_image"),
     ],

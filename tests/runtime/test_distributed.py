@@ -81,6 +81,23 @@ def test_a_folder_of_the_same_name_on_another_machine_is_not_shared(is_shared: b
     assert not [*tmp_path.glob("*/*")]
 
 
+def test_no_rank_waits_if_the_folder_is_closed_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def closed(path: Path) -> bool:
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with ThreadPoolExecutor(2) as threads:
+        folders = [tmp_path, tmp_path / "closed"]
+        first, second = (threads.submit(_ThreadOfTwo(rank).shares, folders[rank]) for rank in range(2))
+    assert isinstance(first.exception(), ProjectError) and "Rank 1 failed: PermissionError" in str(first.exception())
+    assert isinstance(second.exception(), PermissionError)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_no_rank_waits_if_the_folder_cannot_be_written(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
         first, second = (threads.submit(_ThreadOfTwo(rank).shares, tmp_path / "missing") for rank in range(2))

@@ -156,13 +156,12 @@ def test_validation_steps_run_without_hooks(trainer: Any) -> None:
 
 
 def test_validation_batches_are_loaded_before_the_first_validation(trainer: Any) -> None:
-    def load(trainer: Any) -> int:
-        lightning_internals.load_validation_batches(trainer)
-        return int(sum(trainer.num_val_batches))
+    def load(trainer: Any) -> tuple[bool, int]:
+        return lightning_internals.load_validation_batches(trainer), int(sum(trainer.num_val_batches))
 
     loaded = Recorder(on_train_start=load)
     trainer(loaded, max_epochs=1, num_sanity_val_steps=0, limit_val_batches=2).fit(Returning(), datamodule=TinyData())
-    assert loaded.results["on_train_start"] == [2], f"{CHANGED}val_loop.setup_data()"
+    assert loaded.results["on_train_start"] == [(True, 2)], f"{CHANGED}val_loop.setup_data()"
 
 
 def test_a_checkpoint_can_be_saved_before_the_first_step(trainer: Any, tmp_path: Path) -> None:
