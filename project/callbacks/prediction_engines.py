@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from project.features.provider import RowProvider
 from project.runtime.console import print_rank_zero
 
 NETWORK = "network"  # recorded if no engine is used
+SAMPLED_IMAGES = 32  # images to estimate how many rows are stored
 
 
 class PredictionEngines(pl.Callback):
@@ -52,7 +54,7 @@ class PredictionEngines(pl.Callback):
             self._writer.record_engines([NETWORK])
             return
         from project.features.prediction_rows import PrefixEngine, decoding_processes, encoded_batches
-        from project.features.stored_rows import StoredRows
+        from project.features.stored_rows import StoredRows, stored_share
         from project.features.views import view_description
         from project.runtime.system import cores
 
@@ -60,20 +62,23 @@ class PredictionEngines(pl.Callback):
         preprocessings = [data.preprocessing, *data.further_preprocessings]
         source = loader.dataset.source
         engines, names, spaces = [], [], []
+        sample = functools.cache(lambda: loader.sample(SAMPLED_IMAGES) if self._reuses_rows else [])
         # Not in Lightning's inference mode, in which networks cannot be exported or compiled for other threads.
         with torch.inference_mode(False), torch.no_grad():
             for number, spec in enumerate(specs):
                 position = preprocessings.index(spec.backbone.preprocessing)
+                description = view_description(source, evaluation(spec.backbone.preprocessing))
                 engine, option = self._provider.prediction_engine(
                     spec,
                     f"predict {self._writer.fingerprint}",
                     lambda count, position=position: loader.dataset.first_images(count)[position],  # type: ignore[misc]
                     self._writer.pending_count,
                     earlier[number] if earlier is not None else None,
+                    lambda space, description=description: stored_share(space, description, sample()),  # type: ignore[misc]
                 )
                 engines.append(PrefixEngine(engine, position))
                 names.append(str(option))
-                spaces.append((option.space, view_description(source, evaluation(spec.backbone.preprocessing))))
+                spaces.append((option.space, description))
         self._writer.record_engines(names)
         if any(item.engine.prefetch for item in engines):
             loader.num_workers = decoding_processes(data.given_workers, loader.num_workers, cores())

@@ -45,6 +45,11 @@ class Part(NamedTuple):
         return f"{self.begin:012}-{self.end:012}-{self.errors}"
 
 
+def parts_path(output: Path) -> Path:
+    """The folder of the parts of a table, beside it."""
+    return output.with_name(f"{output.name}.parts")
+
+
 class PartFolder:
     """The folder ``OUTPUT.parts`` beside the output. All ranks write parts; rank zero opens, merges and removes it.
 
@@ -58,7 +63,7 @@ class PartFolder:
     """
 
     def __init__(self, output: Path, format: PredictionFormat, columns: Sequence[Column]) -> None:
-        self.path = output.with_name(f"{output.name}.parts")
+        self.path = parts_path(output)
         self._output = output
         self._format = format
         self._columns = columns

@@ -16,7 +16,7 @@ import torch
 
 from project.callbacks.prediction_columns import CLASSES, ERROR, PATH, AnswerLimits, Column, Value, most_probable
 from project.callbacks.prediction_formats import FORMATS
-from project.callbacks.prediction_parts import Part, PartFolder
+from project.callbacks.prediction_parts import Part, PartFolder, parts_path
 from project.checkpoints.hub import SCHEME
 from project.checkpoints.reader import read_checkpoint
 from project.classifier import ImageClassifier
@@ -320,6 +320,8 @@ def require_output(output: str, features: Path | None = None) -> None:
         return
     if features.suffix != ".safetensors" or _is_folder("--output_features", features):
         raise ConfigError(f"--output_features must name a file that ends in .safetensors, not {str(features)!r}.")
+    if features.absolute().is_relative_to(parts_path(path).absolute()):
+        raise ConfigError(f"--output_features: {features} is in the folder of parts, which is removed at the end.")
 
 
 def _is_folder(flag: str, path: Path) -> bool:

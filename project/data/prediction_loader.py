@@ -258,6 +258,18 @@ class PredictionLoader:
     def __iter__(self) -> Iterator[PredictionBatch]:
         yield from self.images() if self.rows is None else self.rows(self)
 
+    def sample(self, count: int) -> list[bytes]:
+        """Contents of evenly spaced files, without those that cannot be read.
+
+        Args:
+            count: Number of files.
+        """
+        contents = []
+        for number in self.numbers[:: max(len(self.numbers) // count, 1)][:count]:
+            with contextlib.suppress(ProjectError):  # recorded or raised when the image is predicted
+                contents.append(self.dataset.source.content(self.dataset.samples[number]))
+        return contents
+
     def images(self) -> Iterable[PredictionBatch]:
         """Batches of images, decoded by worker processes."""
         loader: DataLoader[Any] = ImageLoader(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # imported when a fit begins, to keep start-up fast
     from project.features.builder import BuildResult
     from project.features.engine_options import EngineFactory, EngineOption
     from project.features.engines import Engine
+    from project.features.store import Space
     from project.features.views import View, Views
     from project.runtime.distributed import ProcessGroup
 
@@ -192,6 +193,7 @@ class RowProvider:
         images: Callable[[int], torch.Tensor],
         count: int,
         earlier: str | None,
+        stored: Callable[[Space], float],
     ) -> tuple[Engine, EngineOption]:
         """Choose and build an engine for images to predict. In a distributed run, rank zero chooses.
 
@@ -201,6 +203,7 @@ class RowProvider:
             images: Returns the first images in the preprocessing of the backbone, uint8 ``(N, 3, H, W)``, given N.
             count: Number of images to compute, on all ranks.
             earlier: Engine of an interrupted run that this one continues; ``None`` for a new run.
+            stored: Returns the share of the images whose rows are in a space, so that they need not be computed.
 
         Returns:
             The engine, and its option.
@@ -229,7 +232,7 @@ class RowProvider:
             elif len(options) == 1:
                 reason = "the only candidate"
             elif ranks.rank == 0 and count >= FEW_IMAGES:
-                missing = [-(-count // ranks.size)] * len(options)
+                missing = [max(round(count / ranks.size * (1 - stored(option.space))), 1) for option in options]
                 choice = choose_for_prefix(prefix, self._root, options, missing, lambda: images(MEASURED_IMAGES))
                 index, engine, reason = choice.index, choice.engine, choice.reason
         index = ranks.gather(index)[0]

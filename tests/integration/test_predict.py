@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from project import load
 from project.callbacks import prediction_writer
 from project.callbacks.prediction_parts import PartFolder
 from project.cli.main import main
-from project.features import engines, provider
+from project.features import engine_selection, engines, provider
 from tests.conftest import STORED, draw
 from tests.forked import run_ranks, start
 
@@ -239,6 +240,30 @@ def test_rows_that_a_fit_has_stored_are_reused(
     assert all((a["path"], a["predicted"]) == (b["path"], b["predicted"]) for a, b in pairs)
 
 
+def test_the_engine_is_chosen_by_the_rows_that_are_missing(
+    fit: Callable[..., int], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(*STORED) == 0
+    shutil.copytree(photos / "train", "mixed")
+    for number in range(3):
+        draw(Path(f"mixed/new{number}.png"), (200, 40, 40), 700 + number)
+    Path("mixed/broken.png").write_bytes(b"")
+    missing: dict[str, int] = {}
+    choose = engine_selection.choose_for_prefix
+
+    def record(prefix: Any, root: Any, options: Any, counts: Any, images: Any) -> Any:
+        missing.update(zip(map(str, options), counts, strict=True))
+        return choose(prefix, root, options, counts, images)
+
+    monkeypatch.setattr(provider, "FEW_IMAGES", 10)
+    monkeypatch.setattr(engine_selection, "choose_for_prefix", record)
+    flags = command("--images", "mixed", "--features.folder", "store", "--trainer.accelerator", "cpu")
+    assert main(flags) == 0
+    assert missing.pop("torch fp32") == 4 and len(missing) > 0 and {*missing.values()} == {28}
+    assert main([*flags, "--features.cache", "off", "--output", "all.csv"]) == 0
+    assert missing["torch fp32"] == 28
+
+
 def test_full_disk_leaves_no_folder(new: Path, refused: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -271,6 +296,10 @@ def test_limit_is_a_number_of_batches(new: Path, refused: Callable[[int], str]) 
     [
         (["--output", "p.xlsx"], "--output must name a file that ends in .csv, .jsonl or .parquet, not 'p.xlsx'"),
         (["--output_features", "f.npy"], "--output_features must name a file that ends in .safetensors"),
+        (
+            ["--output_features", "predictions.csv.parts/f.safetensors"],
+            "is in the folder of parts, which is removed at",
+        ),
         (["--output_features", "new/00.png/f.safetensors"], "--output_features: new/00.png/f.safetensors cannot be w"),
         (["--output", f"{'a' * 300}.csv"], "a.csv cannot be written: File name too long."),
         (["--output_features", f"{'a' * 300}.safetensors"], "a.safetensors cannot be written: File name too long."),
