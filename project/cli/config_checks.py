@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from project.audit.label_issues import require_scikit_learn
 from project.callbacks.prediction_columns import AnswerLimits
-from project.callbacks.prediction_writer import require_output
+from project.callbacks.prediction_outputs import require_output
 from project.errors import ConfigError
 from project.inference import demo, export, push
 from project.inference.serving import serve

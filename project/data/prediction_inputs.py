@@ -161,7 +161,8 @@ def _expand(item: str) -> Iterator[str]:
     elif glob.has_magic(item):
         yield from _expand_pattern(str(path))
     else:
-        raise DataError(f"{OPTION}: {item} does not exist.")
+        start = "" if path.is_absolute() else f"; names are relative to {Path.cwd()}"
+        raise DataError(f"{OPTION}: {item} does not exist. Check the name{start}.")
 
 
 def _require_accessible(path: Path, item: str) -> None:

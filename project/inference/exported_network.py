@@ -66,6 +66,29 @@ class TemperatureScaling(nn.Module):
         return self._task.probabilities(probabilities.clamp(min=SMALLEST).log() / self._temperature)
 
 
+class CalibratedOutputs(nn.Module):
+    """Maps the probabilities and the features of images to the outputs that need calibrated answers.
+
+    Args:
+        task: Has the activation.
+        answers: The calibrated answers.
+    """
+
+    def __init__(self, task: Task, answers: Answers) -> None:
+        super().__init__()
+        self.scaling = TemperatureScaling(task, answers.temperature)
+        self.distance = NeighborDistance(answers.rows)
+
+    def forward(self, probabilities: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Calibrated probabilities ``(B, C)`` and distances ``(B,)``, float32.
+
+        Args:
+            probabilities: ``(B, C)``.
+            features: ``(B, D)``.
+        """
+        return self.scaling(probabilities), self.distance(features)
+
+
 class Suffix(nn.Module):
     """Maps rows at the cut to the outputs of the file: the trained stages, the head and the activation.
 
@@ -85,8 +108,7 @@ class Suffix(nn.Module):
             backbone.readout(names), *(copy.deepcopy(backbone.stages[name]).cpu().float() for name in names)
         )
         self.head = copy.deepcopy(model.head).cpu().float()
-        self.scaling = None if answers is None else TemperatureScaling(model.task, answers.temperature)
-        self.distance = None if answers is None else NeighborDistance(answers.rows)
+        self.calibrated = None if answers is None else CalibratedOutputs(model.task, answers)
         self.eval().requires_grad_(False)
         self._task = model.task
         if names:
@@ -97,10 +119,8 @@ class Suffix(nn.Module):
         """The :data:`OUTPUTS` of rows, float32: probabilities ``(B, C)``, and distances ``(B,)``."""
         features = self.stages(rows)
         probabilities = self._task.probabilities(self.head(features))
-        if self.scaling is None or self.distance is None:
-            return {"probabilities": probabilities}
-        further = self.scaling(probabilities), self.distance(features)
-        return dict(zip(OUTPUTS, (probabilities, *further), strict=True))
+        further = () if self.calibrated is None else self.calibrated(probabilities, features)
+        return dict(zip(OUTPUTS[: 1 + len(further)], (probabilities, *further), strict=True))
 
 
 class ExportedNetwork(nn.Module):
@@ -123,7 +143,7 @@ class ExportedNetwork(nn.Module):
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs."""
-        return OUTPUTS if self.suffix.distance is not None else OUTPUTS[:1]
+        return OUTPUTS if self.suffix.calibrated is not None else OUTPUTS[:1]
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs of images."""

@@ -216,7 +216,9 @@ def test_limits_out_of_range_are_refused_before_weights_are_loaded(
 ) -> None:
     monkeypatch.delattr(classifier, "load_backbone")
     predicted = ["predict", "--ckpt_path", str(calibrated), "--data.predict", str(strange), "--data.num_workers", "0"]
-    assert f"{flag} must be between 1e-06 and 0.999999, not 95.0" in refused(main([*predicted, flag, "95"]))
+    assert f"{flag} must be between 1e-06 and 0.999999, not 95.0. For 95 %, use 0.95." in refused(
+        main([*predicted, flag, "95"])
+    )
 
 
 def test_damaged_answers_are_refused(calibrated: Path, strange: Path, refused: Callable[[int], str]) -> None:

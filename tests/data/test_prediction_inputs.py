@@ -100,7 +100,7 @@ def test_long_input_is_read_in_blocks() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (["nothing"], "--images: nothing does not exist"),
+        (["nothing"], "--images: nothing does not exist. Check the name; names are relative to /"),
         (["new/*.jpg"], r"no image matches new/\*\.jpg"),
         (["empty"], "--images: empty contains no images"),
         ([""], "--images: a name is empty"),

@@ -204,7 +204,8 @@ def require_fractions(**limits: float | None) -> None:
     """
     for name, value in limits.items():
         if value is not None and not MARGIN <= value <= 1 - MARGIN:
-            raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.")
+            percent = f" For {value:g} %, use {value / 100:g}." if 1 < value < 100 else ""
+            raise ConfigError(f"{name} must be between {MARGIN} and {1 - MARGIN}, not {value}.{percent}")
 
 
 def _rounded_up(values: np.ndarray) -> np.ndarray:
